@@ -1,0 +1,129 @@
+"""Strict settings: YAML files and dotted overrides into frozen, typed models."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hypermoe_ds.errors import UserError
+
+
+class Settings(BaseModel):
+    """Base of every settings section: typed, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Section = TypeVar("Section", bound=Settings)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key stands once and `3e-4` is a number (YAML 1.1 reads a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key '{key}' is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: the file is missing, is no YAML, repeats a key or is no mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "give the path of a YAML recipe") from None
+    content = _parse(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError(str(path), "holds no mapping of sections", "start from a file in pretrain/recipes")
+    return content
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(where, f"is not valid YAML{line} ({problem})", "mend that line") from None
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of `settings` with `section.key=value` overrides applied; values are YAML.
+
+    Raises:
+        UserError: an override has no `=`, no key, or goes through a value that is no section.
+    """
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        *parents, leaf = dotted.split(".")
+        if not separator or not leaf or not all(parents):
+            raise UserError(override, "is no override", "write section.key=value")
+        section = result
+        for parent in parents:
+            child = section.get(parent, {})
+            if not isinstance(child, dict):
+                raise UserError(override, f"'{parent}' is no section", "write section.key=value")
+            section[parent] = dict(child)
+            section = section[parent]
+        section[leaf] = _parse(text, override)
+    return result
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def validate(model: type[Section], content: object, source: str) -> Section:
+    """Build `model` from plain data.
+
+    Raises:
+        UserError: the first unknown key, missing key or ill-typed value, by its dotted name.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as failure:
+        # An unknown key is the cause of the missing one beside it: tell it first.
+        error = sorted(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
+        path = error["loc"]
+        dotted = ".".join(str(part) for part in path)
+        where = f"{source}: {dotted}" if dotted else source
+        if error["type"] == "extra_forbidden":
+            known = _fields_at(model, path[:-1])
+            raise UserError(where, "unknown key", closest(str(path[-1]), known)) from None
+        if error["type"] == "missing":
+            raise UserError(where, "is missing", "add this key") from None
+        reason = error["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}={error['input']!r}", "is not valid", reason) from None
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the (nested) model at `path`."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list of models
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,49 @@
+"""The one kind of error a user is meant to see: a line that says where, what and how to mend it."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_EXIT_CODE = 2  # what argparse uses for bad usage
+_SILENT_SECONDS = 30
+
+
+class UserError(Exception):
+    """Bad input from the user, told in one line.
+
+    Args:
+        where: the key or file at fault, with its value, e.g. ``parallel.expert=3``.
+        problem: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{where}: {problem}; {remedy}")
+
+
+def _speaks_for_its_host() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def _leave_the_word_to_local_rank_zero() -> None:
+    """Wait until the launcher ends this rank, so that one host prints one line.
+
+    A rank that ended first would have the launcher end local rank 0 before it has spoken. If
+    nobody ends this rank within 30 s the fault is its own, and it speaks for itself.
+    """
+    signal.sigtimedwait([], _SILENT_SECONDS)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        if not _speaks_for_its_host():
+            _leave_the_word_to_local_rank_zero()
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(_EXIT_CODE)
