@@ -1,0 +1,283 @@
+"""Configuration of a HyperMoE language model, with its parameter and FLOP counts by formula."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "tiny-10m": {
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 320,
+            "num_experts": 8,
+            "num_experts_per_tok": 1,
+            "expert_embedding_size": 64,
+            "selection_hidden_size": 64,
+            "hypernetwork_input_size": 64,
+            "bottleneck_size": 64,
+            "adapter_size": 16,
+        },
+        "gpt2-small-8e": {
+            "vocab_size": 50304,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "moe_intermediate_size": 2048,
+            "num_experts": 8,
+            "num_experts_per_tok": 1,
+        },
+        "3b-a0.4b": {
+            "vocab_size": 50304,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 4096,
+            "moe_intermediate_size": 1152,
+            "num_experts": 32,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "first_dense_layers": 1,
+            "qk_norm": True,
+            "max_position_embeddings": 4096,
+        },
+        "7b-a1b": {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "qk_norm": True,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 4096,
+        },
+    }
+)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Attributes:
+        total: all of the model, tied embeddings counted once.
+        active: what one token passes through: everything but the experts it is not routed to.
+        hypernetwork: the shared hypernetwork and every layer's selection encoder (part of both).
+    """
+
+    total: int
+    active: int
+    hypernetwork: int
+
+
+class HyperMoEConfig(PreTrainedConfig):
+    """Settings of `HyperMoEForCausalLM`.
+
+    The hypernetwork's sizes carry the published defaults (HyperMoE, ACL 2024, arXiv 2402.12656).
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: width D of the residual stream.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads (grouped-query attention).
+        head_dim: width of a head; 0 means hidden_size / num_attention_heads.
+        max_position_embeddings: longest sequence the model is meant for, in tokens.
+        rope_theta: base of the rotary position embedding.
+        qk_norm: RMS-normalise queries and keys per head before the rotation.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        intermediate_size: width of the SwiGLU of dense layers; 0 means 4 * hidden_size.
+        first_dense_layers: this many first layers have a dense SwiGLU.
+        moe_every: of the layers after them, each n-th is a Mixture of Experts.
+        num_experts: experts N in such a layer.
+        num_experts_per_tok: experts K chosen for a token.
+        moe_intermediate_size: width F of an expert's SwiGLU.
+        shared_expert_size: width of a SwiGLU that every token passes; 0 means none.
+        norm_topk_prob: the K gates of a token sum to one. Without effect for K = 1, where the gate
+            is always the router's probability (p / p = 1 would cut the router off the loss).
+        router_aux_loss_coef: weight of the load-balancing loss, summed over the MoE layers.
+        router_aux_loss_scope: where the expert loads in that loss are counted: in each rank's
+            micro-batch, or in the micro-batches of all data-parallel ranks together.
+        router_z_loss_coef: weight of the router z-loss, summed over the MoE layers.
+        hypernetwork: add HyperExperts; false gives the plain Mixture of Experts.
+        expert_embedding_size: width E of an expert's embedding.
+        selection_hidden_size: width P inside the selection encoder.
+        hypernetwork_input_size: width H of an encoded selection.
+        layer_embedding_size: width l of the layer embedding.
+        bottleneck_size: width B of the hypernetwork's trunk.
+        adapter_size: width A of a HyperExpert.
+        tie_word_embeddings: the output projection is the token embedding.
+        initializer_range: standard deviation of the normal initialisation.
+
+    Raises:
+        ValueError: a value that does not fit the others, as "key=value: problem; remedy".
+    """
+
+    model_type = "hypermoe"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 12
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
+    rms_norm_eps: float = 1e-5
+    intermediate_size: int = 0
+    first_dense_layers: int = 0
+    moe_every: int = 1
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int = 2048
+    shared_expert_size: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.01
+    router_aux_loss_scope: Literal["micro_batch", "data_parallel"] = "micro_batch"
+    router_z_loss_coef: float = 0.001
+    hypernetwork: bool = True
+    expert_embedding_size: int = 128
+    selection_hidden_size: int = 128
+    hypernetwork_input_size: int = 128
+    layer_embedding_size: int = 10
+    bottleneck_size: int = 128
+    adapter_size: int = 64
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.head_dim == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size == 0:
+            self.intermediate_size = 4 * self.hidden_size
+        self._check()
+
+    def _check(self) -> None:
+        smallest = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0)
+        for key, least in smallest.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}={getattr(self, key)}: too small; give at least {least}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok}: more than num_experts={self.num_experts}; "
+                f"choose 1 to {self.num_experts}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads}: does not divide "
+                f"num_attention_heads={self.num_attention_heads}; choose a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: odd, so it cannot be rotated; choose an even one")
+        if self.first_dense_layers > self.num_hidden_layers:
+            raise ValueError(
+                f"first_dense_layers={self.first_dense_layers}: more than num_hidden_layers="
+                f"{self.num_hidden_layers}; choose 0 to {self.num_hidden_layers}"
+            )
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the decoder layers that are a Mixture of Experts."""
+        sparse = range(self.first_dense_layers, self.num_hidden_layers)
+        return [i for i in sparse if (i - self.first_dense_layers + 1) % self.moe_every == 0]
+
+    @property
+    def renormalises_gates(self) -> bool:
+        """Whether the gates of a token are made to sum to one; never for K = 1."""
+        return self.norm_topk_prob and self.num_experts_per_tok > 1
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Parameters of the model that this configuration describes, by formula."""
+        D, N, K = self.hidden_size, self.num_experts, self.num_experts_per_tok
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = 2 * D * queries + 2 * D * keys + (2 * self.head_dim if self.qk_norm else 0)
+        expert = 3 * D * self.moe_intermediate_size
+        moe_layers, layers = len(self.moe_layers), self.num_hidden_layers
+
+        dense = (layers - moe_layers) * 3 * D * self.intermediate_size
+        always = layers * (attention + 2 * D) + D + dense
+        always += moe_layers * (D * N + 3 * D * self.shared_expert_size)
+        always += self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        hypernetwork = self._hypernetwork_parameters() if self.hypernetwork and moe_layers else 0
+        return ParameterCounts(
+            total=always + hypernetwork + moe_layers * N * expert,
+            active=always + hypernetwork + moe_layers * K * expert,
+            hypernetwork=hypernetwork,
+        )
+
+    def _hypernetwork_parameters(self) -> int:
+        D, B, A = self.hidden_size, self.bottleneck_size, self.adapter_size
+        E, P, H = self.expert_embedding_size, self.selection_hidden_size, self.hypernetwork_input_size
+        layers = len(self.moe_layers)
+        trunk = layers * self.layer_embedding_size + (H + self.layer_embedding_size + 1) * B
+        heads = (B + 1) * (2 * D * A + A + D)
+        encoder = self.num_experts * E + (E + 1) * P + (P + 1) * H
+        return trunk + heads + layers * encoder
+
+    def forward_flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of one token's forward pass; a training step takes three times as many.
+
+        A multiply-add counts as two. Attention is counted over the whole sequence, as PaLM
+        (arXiv 2204.02311, appendix B) does, not over its causal half. HyperExperts count as they
+        are applied, 4 * D * A a layer; generating them is shared by all tokens of a set and comes
+        on top (`generation_flops`).
+        """
+        D, K = self.hidden_size, self.num_experts_per_tok
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = 2 * (2 * D * queries + 2 * D * keys) + 4 * sequence_length * queries
+        moe = 2 * (D * self.num_experts + 3 * D * (K * self.moe_intermediate_size + self.shared_expert_size))
+        if self.hypernetwork:
+            moe += 4 * D * self.adapter_size
+        moe_layers = len(self.moe_layers)
+        dense = (self.num_hidden_layers - moe_layers) * 6 * D * self.intermediate_size
+        return self.num_hidden_layers * attention + moe_layers * moe + dense + 2 * D * self.vocab_size
+
+    def generation_flops(self, sets: int) -> int:
+        """FLOPs of encoding `sets` selections in one layer and generating their HyperExperts."""
+        D, B, A, N = self.hidden_size, self.bottleneck_size, self.adapter_size, self.num_experts
+        E, P, H = self.expert_embedding_size, self.selection_hidden_size, self.hypernetwork_input_size
+        encoder = N * E + E * P + P * H
+        trunk = (H + self.layer_embedding_size) * B
+        return 2 * sets * (encoder + trunk + B * (2 * D * A + A + D))
+
+
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "intermediate_size",
+    "moe_every",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "expert_embedding_size",
+    "selection_hidden_size",
+    "hypernetwork_input_size",
+    "layer_embedding_size",
+    "bottleneck_size",
+    "adapter_size",
+)
+_AT_LEAST_ZERO = ("first_dense_layers", "shared_expert_size", "router_aux_loss_coef", "router_z_loss_coef")

@@ -1,0 +1,360 @@
+"""HyperMoE decoder language model as a Transformers model, on one device and ignorant of ranks.
+
+Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, d head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_hypermoe import HyperMoEConfig
+from .hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder
+from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, observe_router, router_z_loss
+
+
+@dataclass
+class HyperMoEModelOutput(ModelOutput):
+    """Output of the decoder.
+
+    Attributes:
+        last_hidden_state: [B, S, D] after the final norm.
+        past_key_values: the cache, when one is used.
+        routing: per MoE layer what its router decided.
+        branch_norms: per MoE layer ||MoE block's output|| and ||HyperExperts' output||, [2];
+            only when asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    routing: tuple[Routing, ...] | None = None
+    branch_norms: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HyperMoECausalLMOutput(ModelOutput):
+    """Output of the language model.
+
+    Attributes:
+        loss: lm_loss plus the weighted routing losses; given labels.
+        lm_loss: mean cross-entropy in nats per token.
+        aux_loss: load-balancing loss, mean over the MoE layers (1 when the load is even).
+        z_loss: router z-loss, mean over the MoE layers.
+        logits: [B, S, V].
+        past_key_values: the cache, when one is used.
+        router_logits: per MoE layer [T, N]; when asked for.
+        selected_experts: per MoE layer [T, K]; when asked for.
+        branch_norms: per MoE layer ||MoE block's output|| and ||HyperExperts' output||, [2]; when asked for.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    selected_experts: tuple[Tensor, ...] | None = None
+    branch_norms: tuple[Tensor, ...] | None = None
+
+
+def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, S, width] of the rotary embedding (RoFormer, arXiv 2104.09864).
+
+    Made anew in fp32 on each pass: a buffer would be rounded when the model is cast to bf16.
+    """
+    exponent_d = torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / width
+    angle_BSd = positions_BS.unsqueeze(-1).float() * base**-exponent_d
+    angle_BSd = torch.cat([angle_BSd, angle_BSd], dim=-1)
+    return angle_BSd.cos().to(dtype), angle_BSd.sin().to(dtype)
+
+
+def rotate(x_BhSd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair (x_i, x_{i + d/2}) by its position's angle."""
+    cos_BSd, sin_BSd = rotary
+    first, second = x_BhSd.chunk(2, dim=-1)
+    return x_BhSd * cos_BSd.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_BSd.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention through scaled-dot-product attention."""
+
+    is_causal = True
+
+    def __init__(self, config: HyperMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = ResidualLinear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        B, S, _ = x_BSD.shape
+        heads = (B, S, -1, self.head_dim)
+        q_BhSd = rotate(self.q_norm(self.q_proj(x_BSD).view(heads)).transpose(1, 2), rotary)
+        k_BhSd = rotate(self.k_norm(self.k_proj(x_BSD).view(heads)).transpose(1, 2), rotary)
+        v_BhSd = self.v_proj(x_BSD).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            k_BhSd, v_BhSd = past_key_values.update(k_BhSd, v_BhSd, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, ALL_ATTENTION_FUNCTIONS["sdpa"]
+        )
+        y_BShd, _ = attend(self, q_BhSd, k_BhSd, v_BhSd, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0)
+        output: Tensor = self.o_proj(y_BShd.reshape(B, S, -1))
+        return output
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention, then a dense SwiGLU or a Mixture of Experts with its HyperExperts."""
+
+    def __init__(self, config: HyperMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.is_moe = layer_idx in config.moe_layers
+        self.self_attn = Attention(config, layer_idx)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MoEBlock(config) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.hyper_experts = None
+        if self.is_moe and config.hypernetwork:
+            encoder = SelectionEncoder(
+                config.num_experts,
+                config.expert_embedding_size,
+                config.selection_hidden_size,
+                config.hypernetwork_input_size,
+            )
+            self.hyper_experts = HyperExperts(encoder, config.moe_layers.index(layer_idx))
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        hypernetwork: HyperNetwork | None,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_branch_norms: bool = False,
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        """Return the residual stream, and for a MoE layer its routing and, if asked for, branch norms."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values)
+        hidden_BSD = self.post_attention_layernorm(x_BSD)
+        if not self.is_moe:
+            return x_BSD + self.mlp(hidden_BSD), None, None
+
+        with observe_router(self.mlp.get_submodule("router")) as seen:
+            experts_BSD = self.mlp(hidden_BSD)
+        (routing,) = seen
+        norms, y_BSD = None, experts_BSD
+        if self.hyper_experts is not None:
+            hyper_TD = self.hyper_experts(hidden_BSD.flatten(0, 1), routing.selected_TK, hypernetwork)
+            y_BSD = experts_BSD + hyper_TD.view_as(experts_BSD)
+            if output_branch_norms:
+                norms = torch.stack([experts_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
+        return x_BSD + y_BSD, routing, norms
+
+
+class HyperMoEPreTrainedModel(PreTrainedModel):
+    config: HyperMoEConfig
+    config_class = HyperMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        """Normal weights, smaller where a block writes to the residual stream (GPT-2's 1/sqrt(2L)).
+
+        Only modules with parameters of their own arrive here: Transformers passes over the others.
+        """
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        if hasattr(module, "keeps_initialisation"):
+            module.reset_parameters()
+        elif isinstance(module, ResidualLinear):
+            nn.init.normal_(module.weight, std=residual_std)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=residual_std)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        else:
+            nn.init.normal_(module.weight, std=std)
+
+
+class HyperMoEModel(HyperMoEPreTrainedModel):
+    """Embedding, decoder layers and final norm, with the hypernetwork that the layers share."""
+
+    def __init__(self, config: HyperMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hypernetwork = None
+        if config.hypernetwork and config.moe_layers:
+            self.hypernetwork = HyperNetwork(
+                config.hidden_size,
+                config.hypernetwork_input_size,
+                len(config.moe_layers),
+                config.layer_embedding_size,
+                config.bottleneck_size,
+                config.adapter_size,
+            )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_branch_norms: bool = False,
+        **_: Any,
+    ) -> HyperMoEModelOutput:
+        """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(start, start + x_BSD.shape[1], device=x_BSD.device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BSD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
+
+        routings, norms = [], []
+        for layer in self.layers:
+            x_BSD, routing, layer_norms = layer(
+                x_BSD,
+                self.hypernetwork,
+                rotary,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                output_branch_norms=output_branch_norms,
+            )
+            if routing is not None:
+                routings.append(routing)
+            if layer_norms is not None:
+                norms.append(layer_norms)
+        return HyperMoEModelOutput(
+            last_hidden_state=self.norm(x_BSD),
+            past_key_values=past_key_values,
+            routing=tuple(routings),
+            branch_norms=tuple(norms) or None,
+        )
+
+
+class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
+    """HyperMoE language model with its output projection and losses.
+
+    Attributes:
+        sum_over_ranks: sums a tensor over the data-parallel ranks; set from outside when
+            `router_aux_loss_scope` is "data_parallel".
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read by Transformers)
+
+    def __init__(self, config: HyperMoEConfig) -> None:
+        super().__init__(config)
+        self.model = HyperMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **_: Any,
+    ) -> HyperMoECausalLMOutput:
+        """Predict the next token.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, S], 0 at padding.
+            position_ids: [B, S]; counted from the cache's length when left out.
+            past_key_values: keys and values of earlier tokens.
+            inputs_embeds: [B, S, D] in the place of input_ids.
+            labels: [B, S], the input ids themselves; -100 is left out of the loss.
+            shift_labels: [B, S], labels that are already the next tokens, in the place of `labels`.
+            use_cache: return a cache.
+            output_router_logits: return router logits, selections and branch norms.
+            logits_to_keep: compute logits for the last so many positions only; 0 means all.
+        """
+        decoded = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_branch_norms=output_router_logits,
+        )
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(decoded.last_hidden_state[:, kept])
+
+        output = HyperMoECausalLMOutput(logits=logits, past_key_values=decoded.past_key_values)
+        if output_router_logits:
+            output.router_logits = tuple(routing.logits_TN for routing in decoded.routing)
+            output.selected_experts = tuple(routing.selected_TK for routing in decoded.routing)
+            output.branch_norms = decoded.branch_norms
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None:
+            output.lm_loss = F.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=-100)
+            output.loss = output.lm_loss
+            if decoded.routing:
+                output.aux_loss, output.z_loss = self._routing_losses(decoded.routing)
+                weighted = self.config.router_aux_loss_coef * output.aux_loss
+                weighted = weighted + self.config.router_z_loss_coef * output.z_loss
+                output.loss = output.lm_loss + len(decoded.routing) * weighted
+        return output
+
+    def _routing_losses(self, routing: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:
+        """Load-balancing loss and router z-loss, each the mean over the MoE layers."""
+        balance = [load_balancing_loss(r.logits_TN, r.selected_TK, self.sum_over_ranks) for r in routing]
+        return torch.stack(balance).mean(), torch.stack([router_z_loss(r.logits_TN) for r in routing]).mean()
+
+
+HyperMoEConfig.register_for_auto_class()
+HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,173 @@
+"""Mixture of Experts: router, experts, block and routing losses, on one device.
+
+In training the block is replaced by DeepSpeed's expert-parallel layer, whose router has the same
+parts and contract as `TopKRouter`; `observe_router` reads either.
+
+Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, N experts, K experts of a token, F expert width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .configuration_hypermoe import HyperMoEConfig
+
+
+class ResidualLinear(nn.Linear):
+    """A Linear whose output goes to the residual stream: the model starts it smaller."""
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): a dense layer's MLP, or the expert that all tokens share."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = ResidualLinear(width, hidden_size, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
+        return output
+
+
+class TopKRouter(nn.Module):
+    """Sends each token to the K experts of highest probability (step 1 of docs/METHOD.md)."""
+
+    def __init__(self, config: HyperMoEConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.top_k = config.num_experts_per_tok
+        self.renormalises = config.renormalises_gates
+
+    @property
+    def weight(self) -> Tensor:
+        """The gate's weight [N, D], where expert parallelism looks for it."""
+        return self.gate.weight
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route tokens.
+
+        Returns:
+            gates_TK in fp32, selected_TK, and counts_N, the tokens of each expert.
+        """
+        logits_TN = self.gate(x_TD)
+        probabilities_TN = F.softmax(logits_TN.float(), dim=-1)
+        gates_TK, selected_TK = torch.topk(probabilities_TN, self.top_k, dim=-1, sorted=False)
+        if self.renormalises:
+            gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+        counts_N = torch.bincount(selected_TK.flatten(), minlength=logits_TN.shape[-1])
+        return gates_TK, selected_TK, counts_N
+
+
+class Experts(nn.Module):
+    """N SwiGLU experts in two 3-D parameters."""
+
+    def __init__(self, config: HyperMoEConfig) -> None:
+        super().__init__()
+        N, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(N, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(N, D, width))
+
+    def forward(self, x_TD: Tensor, counts: list[int]) -> Tensor:
+        """Apply expert i to the i-th group of rows.
+
+        Args:
+            x_TD: tokens sorted by expert.
+            counts: rows of each expert.
+
+        Returns:
+            y_TD in the same order.
+        """
+        outputs = []
+        for x_tD, gate_up_FD, down_DF in zip(torch.split(x_TD, counts), self.gate_up_proj, self.down_proj, strict=True):
+            gate_tF, up_tF = F.linear(x_tD, gate_up_FD).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate_tF) * up_tF, down_DF))
+        return torch.cat(outputs)
+
+
+class MoEBlock(nn.Module):
+    """Router, experts and optional shared expert of one layer."""
+
+    def __init__(self, config: HyperMoEConfig) -> None:
+        super().__init__()
+        self.router = TopKRouter(config)
+        self.experts = Experts(config)
+        shared = config.shared_expert_size
+        self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Sum of each token's experts, weighted by its gates; x_BSD -> y_BSD."""
+        x_TD = x_BSD.flatten(0, 1)
+        gates_TK, selected_TK, counts_N = self.router(x_TD)
+        top_k = selected_TK.shape[1]
+        order_R = torch.argsort(selected_TK.flatten(), stable=True)  # R = T * K rows, sorted by expert
+        y_RD = self.experts(x_TD[order_R // top_k], counts_N.tolist())
+        y_TKD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD).view(-1, top_k, x_TD.shape[1])
+        y_TD = (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        y_BSD: Tensor = y_TD.view_as(x_BSD)
+        return y_BSD
+
+
+@dataclass
+class Routing:
+    """What the router of one layer decided in one forward pass."""
+
+    logits_TN: Tensor
+    selected_TK: Tensor
+
+
+@contextmanager
+def observe_router(router: nn.Module) -> Iterator[list[Routing]]:
+    """Collect the decision of `router` when it runs inside the block.
+
+    Hooks of this one pass, so nothing is stored on the module, activation checkpointing sees the
+    same thing twice, and the block between may be ours or DeepSpeed's.
+    """
+    logits: list[Tensor] = []
+    seen: list[Routing] = []
+    handles = [
+        router.gate.register_forward_hook(lambda _module, _inputs, output: logits.append(output)),  # type: ignore[union-attr]
+        router.register_forward_hook(
+            lambda _module, _inputs, output: seen.append(Routing(logits_TN=logits.pop(), selected_TK=output[1]))
+        ),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_balancing_loss(
+    logits_TN: Tensor, selected_TK: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Switch load-balancing loss of one layer (arXiv 2101.03961, equations 4 to 6).
+
+    N * sum_i f_i * P_i, with f_i the share of the T * K routed rows that expert i received and P_i
+    its mean probability; 1 when the load is even, whatever K is.
+
+    Args:
+        logits_TN: the router's logits.
+        selected_TK: its choice.
+        sum_over_ranks: sums a tensor over the data-parallel ranks; f_i then counts all their
+            tokens. As the loss is linear in P_i, the mean of the ranks' losses is then the loss of
+            the whole batch, in value and gradient.
+    """
+    N = logits_TN.shape[-1]
+    probability_N = F.softmax(logits_TN.float(), dim=-1).mean(0)
+    count_N = torch.bincount(selected_TK.flatten(), minlength=N).float()
+    if sum_over_ranks is not None:
+        count_N = sum_over_ranks(count_N)
+    return N * torch.dot(count_N / count_N.sum(), probability_N)
+
+
+def router_z_loss(logits_TN: Tensor) -> Tensor:
+    """Router z-loss of one layer (ST-MoE, arXiv 2202.08906, equation 5): mean of logsumexp squared."""
+    return torch.logsumexp(logits_TN.float(), dim=-1).square().mean()
