@@ -110,7 +110,7 @@ class HyperMoEConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the load-balancing loss, summed over the MoE layers.
         router_aux_loss_scope: where the expert loads in that loss are counted: in each rank's
             micro-batch, or in the micro-batches of all data-parallel ranks together.
-        router_z_loss_coef: weight of the router z-loss, summed over the MoE layers.
+        z_loss_coef: weight of the router z-loss, summed over the MoE layers.
         hypernetwork: add HyperExperts; false gives the plain Mixture of Experts.
         expert_embedding_size: width E of an expert's embedding.
         selection_hidden_size: width P inside the selection encoder.
@@ -148,7 +148,7 @@ class HyperMoEConfig(PreTrainedConfig):
     norm_topk_prob: bool = False
     router_aux_loss_coef: float = 0.01
     router_aux_loss_scope: Literal["micro_batch", "data_parallel"] = "micro_batch"
-    router_z_loss_coef: float = 0.001
+    z_loss_coef: float = 0.001
     hypernetwork: bool = True
     expert_embedding_size: int = 128
     selection_hidden_size: int = 128
@@ -280,4 +280,4 @@ _AT_LEAST_ONE = (
     "bottleneck_size",
     "adapter_size",
 )
-_AT_LEAST_ZERO = ("first_dense_layers", "shared_expert_size", "router_aux_loss_coef", "router_z_loss_coef")
+_AT_LEAST_ZERO = ("first_dense_layers", "shared_expert_size", "router_aux_loss_coef", "z_loss_coef")

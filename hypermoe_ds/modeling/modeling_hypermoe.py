@@ -346,7 +346,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             if decoded.routing:
                 output.aux_loss, output.z_loss = self._routing_losses(decoded.routing)
                 weighted = self.config.router_aux_loss_coef * output.aux_loss
-                weighted = weighted + self.config.router_z_loss_coef * output.z_loss
+                weighted = weighted + self.config.z_loss_coef * output.z_loss
                 output.loss = output.lm_loss + len(decoded.routing) * weighted
         return output
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: saving, finding, loading, keeping."""

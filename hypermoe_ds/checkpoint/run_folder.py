@@ -1,0 +1,99 @@
+"""The folder of a run: its settings as run, its tokenizer, its checkpoints and its numbers."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+
+# Keys of a model configuration that say nothing about the model's weights or outputs.
+_BOOKKEEPING = ("transformers_version", "architectures", "auto_map", "dtype", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder.
+
+    Attributes:
+        path: the folder itself.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint, and `latest`."""
+        return self.path / "checkpoints"
+
+    @property
+    def settings(self) -> Path:
+        """The recipe with all defaults and overrides."""
+        return self.path / "resolved" / "config.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        """The DeepSpeed configuration as DeepSpeed got it."""
+        return self.path / "resolved" / "deepspeed.json"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model's config.json."""
+        return self.path / "resolved" / "model"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Copy of the tokenizer's folder."""
+        return self.path / "resolved" / "tokenizer"
+
+    def require(self) -> None:
+        """Check that this is a run folder.
+
+        Raises:
+            UserError: it is not.
+        """
+        if not (self.model / "config.json").is_file():
+            raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
+
+    def model_config(self) -> HyperMoEConfig:
+        """Configuration of the run's model."""
+        self.require()
+        config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
+        return config
+
+    def check_same_model(self, config: HyperMoEConfig) -> None:
+        """Refuse to go on with another model than the folder's.
+
+        Raises:
+            UserError: the folder holds a run, and a field of its model differs.
+        """
+        if not (self.model / "config.json").is_file():
+            return
+        ours, theirs = _facts(config), _facts(self.model_config())
+        for key in ours:
+            if ours[key] != theirs.get(key):
+                raise UserError(
+                    f"model.{key}={ours[key]!r}",
+                    f"{self.path} is the run of another model (there it is {theirs.get(key)!r})",
+                    "choose another run.dir or the model of that run",
+                )
+
+    def write_settings(
+        self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
+    ) -> None:
+        """Write `resolved/`: what the run is started with, derived values included."""
+        self.settings.parent.mkdir(parents=True, exist_ok=True)
+        self.settings.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+        self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n")
+        model.save_pretrained(self.model)
+        if tokenizer.resolve() != self.tokenizer.resolve():
+            shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
+
+
+def _facts(config: HyperMoEConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in _BOOKKEEPING}

@@ -1,0 +1,1 @@
+"""Data: from files of text to token sequences on every rank."""

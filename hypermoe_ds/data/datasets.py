@@ -1,0 +1,286 @@
+"""Token files into datasets of sequences, on megatron-core."""
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from pydantic import Field
+from torch.utils.data import Dataset
+
+from hypermoe_ds.config import Settings
+from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
+from hypermoe_ds.data.tokenizer import load_tokenizer, sha256_of, vocabulary_file
+from hypermoe_ds.errors import UserError
+
+_VALIDATION_SEED = 0
+_ORDER_KEY_ENTRIES = 1 << 16
+
+
+class DataSource(Settings):
+    """Token files and their share of the training samples."""
+
+    prefix: str = Field(description="Path of the token files of tools/preprocess_data.py, without .bin and .idx.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Share of the training samples drawn from here, relative to the other sources' weights. "
+        "Validation goes through every source once, whatever its weight.",
+    )
+
+
+class DataConfig(Settings):
+    """What to train and validate on."""
+
+    train: list[DataSource] = Field(min_length=1, description="Sources of the training samples.")
+    valid: list[DataSource] = Field(default=[], description="Sources of the validation samples; empty: no validation.")
+    sequence_length: int = Field(gt=0, description="Tokens in a sample.")
+    tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with.")
+    workers: int = Field(default=0, ge=0, description="Processes per rank that load samples; 0: the rank itself.")
+    cache: str | None = Field(
+        default=None,
+        description="Folder for the indices of the samples, visible to all nodes. "
+        "Left out: `cache` beside the files of the first training source.",
+    )
+
+    @property
+    def cache_folder(self) -> str:
+        """The folder for the indices of the samples."""
+        return self.cache or str(Path(self.train[0].prefix).parent / "cache")
+
+
+class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
+    """The first `length` samples of a megatron-core dataset.
+
+    A sample is `tokens` [S] and `labels` [S], int64; `labels[t]` is the token after `tokens[t]`.
+
+    Attributes:
+        order_key: two datasets with the same key give the same samples in the same order, as far as
+            both go; see `build_datasets` for what changes it.
+    """
+
+    def __init__(self, samples: Any, length: int, order_key: str) -> None:
+        self._samples = samples
+        self._length = length
+        self.order_key = order_key
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} of {self._length}")
+        sample = self._samples[index]
+        return {"tokens": sample["tokens"], "labels": sample["labels"]}
+
+
+@dataclass(frozen=True)
+class _TokenizerFacts:
+    """What megatron-core asks of a tokenizer.
+
+    It has no `pad` on purpose: megatron-core turns the pad tokens of the data, genuine ones too, into token 0.
+
+    Attributes:
+        vocab_size: number of tokens.
+        eod: the token that ends a document.
+        unique_identifiers: part of the name of the cached indices. It holds the checksums of the
+            sources' document lengths, so that files that were replaced are indexed anew.
+    """
+
+    vocab_size: int
+    eod: int
+    unique_identifiers: dict[str, str] = field(default_factory=dict)
+
+
+def check_sources(config: DataConfig, vocab_size: int) -> None:
+    """Check all sources before anything is built.
+
+    Args:
+        config: the data settings.
+        vocab_size: number of tokens the model has embeddings for.
+
+    Raises:
+        UserError: the tokenizer folder or a token file is missing, a token file is truncated, a
+            source was made with another tokenizer or has more token ids than the model, or is
+            shorter than one sample. Where a source has no `.json`, its largest id is looked for
+            among its first 16,777,216 tokens.
+    """
+    vocabulary_file(config.tokenizer)
+    for source in [*config.train, *config.valid]:
+        files = inspect(source.prefix)
+        metadata = read_metadata(source.prefix)
+        ids = metadata.vocab_size if metadata is not None else files.largest_token() + 1
+        if ids > vocab_size:
+            problem = f"has {ids} token ids and the model {vocab_size}"
+            raise UserError(source.prefix, problem, f"set model.vocab_size to {ids} or more")
+        if metadata is not None:
+            _check_tokenizer(config, source, metadata)
+        _check_long_enough(files, config.sequence_length)
+
+
+def _check_tokenizer(config: DataConfig, source: DataSource, metadata: Metadata) -> None:
+    path = Path(config.tokenizer) / metadata.tokenizer_file
+    if path.is_file() and sha256_of(path) != metadata.tokenizer_sha256:
+        problem = f"was made with another tokenizer than {config.tokenizer}"
+        raise UserError(source.prefix, problem, f"set data.tokenizer (it was {metadata.tokenizer})")
+
+
+def _check_long_enough(files: TokenFiles, sequence_length: int) -> None:
+    if files.tokens <= sequence_length:
+        problem = f"holds {files.tokens} tokens, too few for one sample of {sequence_length} and the token after it"
+        raise UserError(files.prefix, problem, "lower data.sequence_length or preprocess more text")
+
+
+def build_datasets(
+    config: DataConfig, seed: int, train_samples: int, valid_samples: int | None
+) -> tuple[SequenceDataset, SequenceDataset | None]:
+    """Build the training and validation datasets; under torch.distributed all ranks must call this.
+
+    Rank 0 writes the indices of the samples into the cache, the other ranks then read them: all
+    nodes must see that folder. Training documents are shuffled and cut into samples, which are
+    shuffled again; sources are blended so that every stretch of samples holds them by weight.
+
+    The order of the training samples depends on the seed, the sources, their weights and the
+    sequence length, and on `train_samples` through the number of epochs alone. megatron-core
+    shuffles the epochs of a source as one, except the last one where less than 80 % of it is used;
+    so the order changes when `train_samples` changes the number of epochs of a source or takes its
+    last epoch across those 80 %. While all sources stay within their first epoch it never changes.
+    A run that is to be extended should keep `order_key` with its state and compare it: with
+    another key, samples already seen come again and others never.
+
+    Validation goes through every whole sequence of every source once, in an order that depends on
+    the validation sources and the sequence length alone.
+
+    Args:
+        config: the data settings; `check_sources` should have passed.
+        seed: seed of the training order.
+        train_samples: length of the training dataset, in samples.
+        valid_samples: validate on this many samples at most, the first of the validation order;
+            None: on all.
+
+    Returns:
+        Training and validation dataset; no validation dataset without validation sources.
+
+    Raises:
+        UserError: a token file is missing, truncated or shorter than one sample, or the cache
+            cannot be written or read.
+    """
+    if train_samples <= 0 or (valid_samples is not None and valid_samples <= 0):
+        raise ValueError(f"{train_samples=} and {valid_samples=} must be positive")
+    tokenizer = load_tokenizer(config.tokenizer)
+    facts = _TokenizerFacts(len(tokenizer), tokenizer.eos_token_id)
+    with _cache_errors(config.cache_folder):
+        train = _build_train(config, facts, seed, train_samples)
+        valid = _build_valid(config, facts, valid_samples) if config.valid else None
+    return train, valid
+
+
+def _build_train(config: DataConfig, facts: _TokenizerFacts, seed: int, train_samples: int) -> SequenceDataset:
+    total = sum(source.weight for source in config.train)
+    weights = [source.weight / total for source in config.train]
+    if len(weights) == 1:
+        samples = _build_source(config, facts, config.train[0].prefix, seed, train_samples)
+        return SequenceDataset(samples, train_samples, _order_key([samples], weights))
+    # The blend may be ahead of the weights by a sample a source at any point.
+    lengths = [int(train_samples * weight) + 1 + len(weights) for weight in weights]
+    parts = [
+        _build_source(config, facts, source.prefix, seed, length)
+        for source, length in zip(config.train, lengths, strict=True)
+    ]
+    blend = _blend(parts, weights, train_samples)
+    return SequenceDataset(blend, train_samples, _order_key(parts, weights))
+
+
+def _build_valid(config: DataConfig, facts: _TokenizerFacts, valid_samples: int | None) -> SequenceDataset:
+    parts = [_build_source(config, facts, source.prefix, _VALIDATION_SEED, None) for source in config.valid]
+    lengths = [len(part) for part in parts]
+    samples = parts[0] if len(parts) == 1 else _blend(parts, lengths, None)
+    length = sum(lengths) if valid_samples is None else min(valid_samples, sum(lengths))
+    return SequenceDataset(samples, length, _order_key(parts, lengths))
+
+
+def _build_source(
+    config: DataConfig, facts: _TokenizerFacts, prefix: str, seed: int, samples: int | None
+) -> GPTDataset:
+    """The samples of one source: at least `samples` for training, or exactly one epoch for validation."""
+    files = inspect(prefix)
+    _check_long_enough(files, config.sequence_length)
+    identity = {"document_lengths_crc32": f"{files.lengths_crc32:08x}", "tokens": str(files.tokens)}
+    blend = ([prefix], None)
+    settings = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=config.sequence_length,
+        blend_per_split=[None, blend, None] if samples is None else [blend, None, None],
+        path_to_cache=config.cache_folder,
+        tokenizer=replace(facts, unique_identifiers=identity),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    splits = BlendedMegatronDatasetBuilder(GPTDataset, [samples, samples, 0], _on_every_rank, settings).build()
+    return next(split for split in splits if split is not None)
+
+
+def _blend(parts: Sequence[GPTDataset], weights: Sequence[float], length: int | None) -> BlendedDataset:
+    """Interleave sources by weight; without a length, all samples of each (the weights are their numbers)."""
+    settings = parts[0].config
+    if not torch.distributed.is_initialized():
+        # With a cache megatron-core 0.16 asks for the rank even where there are none.
+        settings = replace(settings, path_to_cache=None)
+    with _quiet("megatron.core.datasets.blended_dataset"):
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(
+            BlendedDataset, _on_every_rank, True, list(parts), list(weights), length, settings
+        )
+
+
+def _on_every_rank() -> bool:
+    return True
+
+
+def _order_key(parts: Sequence[GPTDataset], weights: Sequence[float]) -> str:
+    """A checksum of all that decides the order: the weights, and the beginning of each source's shuffles."""
+    digest = hashlib.sha256(repr(list(weights)).encode())
+    for part in parts:
+        identity = part.config.tokenizer.unique_identifiers
+        digest.update(repr((part.config.sequence_length, sorted(identity.items()))).encode())
+        digest.update(part.document_index[:_ORDER_KEY_ENTRIES].tobytes())
+        digest.update(part.shuffle_index[:_ORDER_KEY_ENTRIES].tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Keep megatron-core from warning of what is done on purpose."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
+
+
+@contextmanager
+def _cache_errors(cache: str) -> Iterator[None]:
+    """Turn failures of the cache into a `UserError`: it cannot be written, or its files are cut or out of sight."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # under torch.distributed megatron-core wraps the OSError in a bare Exception
+        cause = error.__cause__ or error
+        if isinstance(cause, FileNotFoundError):
+            remedy = "set data.cache to a folder that all nodes see"
+        elif isinstance(cause, (OSError, EOFError, ValueError, pickle.UnpicklingError)):
+            remedy = "remove that folder, or set data.cache to one that can be written"
+        else:
+            raise
+        raise UserError(f"data.cache={cache}", f"the indices cannot be written or read ({cause})", remedy) from error

@@ -1,0 +1,53 @@
+"""A document into token ids, in this process."""
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from hypermoe_ds.data.tokenizer import load_tokenizer
+
+Tokens = npt.NDArray[np.int32 | np.uint16]
+
+
+class Encoder:
+    """Encodes documents with a tokenizer folder.
+
+    Attributes:
+        vocab_size: number of tokens, added ones included.
+        eos_id: the token that ends each document.
+        dtype: NumPy type that holds every token id: uint16 where the vocabulary is below 65,500, else int32.
+
+    Raises:
+        UserError: the folder holds no tokenizer with an end-of-sequence token.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (takes seconds: once the inputs are known good)
+
+        self._tokenizer = load_tokenizer(folder)
+        self.vocab_size: int = len(self._tokenizer)
+        self.eos_id: int = self._tokenizer.eos_token_id
+        self.dtype: type[np.int32 | np.uint16] = DType.optimal_dtype(self.vocab_size)
+
+    def encode(self, document: str) -> Tokens:
+        """Token ids [tokens + 1], the end of the document last.
+
+        The name of a control token within the text is text: a document that mentions "</s>" does
+        not end there.
+        """
+        encoding = self._tokenizer(
+            document, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        return np.array([*encoding["input_ids"], self.eos_id], dtype=self.dtype)
+
+
+@cache
+def encoder_for(folder: str, sha256: str) -> Encoder:
+    """The encoder of a folder whose vocabulary has this checksum, loaded once a process and inherited by a fork."""
+    return Encoder(folder)
+
+
+def encode_batch(folder: str, sha256: str, documents: list[str]) -> list[Tokens]:
+    """Token ids of each document."""
+    return [encoder_for(folder, sha256).encode(document) for document in documents]

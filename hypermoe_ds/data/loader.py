@@ -1,0 +1,146 @@
+"""Batches of samples for one data-parallel rank, from any point of a run.
+
+Shapes: B samples of a micro-batch, S tokens of a sample.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hypermoe_ds.errors import UserError
+
+IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
+
+
+class SizedDataset(Protocol):
+    """A dataset of samples `tokens` [S] and `labels` [S] that knows its length."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample."""
+
+
+class ResumableSampler(Sampler[list[int]]):
+    """Which samples a rank takes, micro-batch by micro-batch, as arithmetic on consumed samples.
+
+    Micro-batch m of all ranks together is the block of `size * micro_batch_size` samples that starts at
+    `consumed_samples + m * size * micro_batch_size`; rank r takes the r-th run of `micro_batch_size` in
+    it. The samples that all ranks take therefore depend on `consumed_samples` alone, and a run
+    goes on with the same ones on another number of ranks. An incomplete last block is dropped.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, length: int, micro_batch_size: int, rank: int, size: int, consumed_samples: int = 0) -> None:
+        if micro_batch_size <= 0 or not 0 <= rank < size:
+            raise ValueError(f"no such place: {micro_batch_size=}, {rank=}, {size=}")
+        if not 0 <= consumed_samples <= length:
+            raise ValueError(f"{consumed_samples=} of {length}")
+        self._first = consumed_samples + rank * micro_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._block = micro_batch_size * size
+        self._micro_batches = (length - consumed_samples) // self._block
+
+    def __len__(self) -> int:
+        return self._micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self._micro_batches):
+            start = self._first + number * self._block
+            yield list(range(start, start + self._micro_batch_size))
+
+
+def build_loader(
+    dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, consumed_samples: int, workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
+
+    Args:
+        dataset: the training samples.
+        micro_batch_size: B, samples per rank.
+        rank: the data-parallel rank.
+        size: number of data-parallel ranks.
+        consumed_samples: samples that all ranks together have taken before.
+        workers: processes that load; 0 loads in this one.
+
+    Yields:
+        `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory where there is a GPU.
+
+    Raises:
+        UserError: samples are asked for beyond the end of the dataset.
+        ValueError: a number is out of range.
+    """
+    sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples)
+    return _until_exhausted(_load(dataset, sampler, workers), len(dataset))
+
+
+def _until_exhausted(batches: Iterator[dict[str, torch.Tensor]], length: int) -> Iterator[dict[str, torch.Tensor]]:
+    yield from batches
+    problem = f"has no whole micro-batch left of its {length} samples"
+    raise UserError("data.train", problem, "end the run here or raise train.steps")
+
+
+def validation_batches(
+    dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, workers: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of one rank that together with those of the other ranks hold every sample once.
+
+    Every rank yields the same number of micro-batches of the same shape, because experts that lie on
+    several ranks make each forward pass a collective one. Samples that are missing at the end
+    are replaced by the last one with all labels -100.
+
+    Yields:
+        `input_ids` [B, S] and `labels` [B, S], int64.
+
+    Raises:
+        ValueError: the dataset is empty or a number is out of range.
+    """
+    length = len(dataset)
+    if length == 0:
+        raise ValueError("there is no sample to validate on")
+    block = micro_batch_size * size
+    padded = -(-length // block) * block
+    return _load(_Padded(dataset, padded), ResumableSampler(padded, micro_batch_size, rank, size), workers)
+
+
+class _Padded(Dataset[dict[str, torch.Tensor]]):
+    """A dataset continued by its last sample without labels."""
+
+    def __init__(self, dataset: SizedDataset, length: int) -> None:
+        self._dataset = dataset
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self._dataset[min(index, len(self._dataset) - 1)]
+        if index < len(self._dataset):
+            return sample
+        return {"tokens": sample["tokens"], "labels": torch.full_like(sample["labels"], IGNORED_LABEL)}
+
+
+def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
+        cast(Dataset[dict[str, torch.Tensor]], dataset),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        # Its own: a loader draws a seed, and would move the random numbers of the model.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.stack([sample["tokens"] for sample in samples]),
+        "labels": torch.stack([sample["labels"] for sample in samples]),
+    }

@@ -1,0 +1,46 @@
+"""Outputs appear whole or not at all: they are written in a folder beside their place, then renamed."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypermoe_ds.errors import UserError
+
+
+@contextmanager
+def writing_to(target: Path) -> Iterator[None]:
+    """Turn a failure of the disk into a `UserError` that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(str(target), f"cannot be written ({reason})", "mend that or choose another place") from None
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A new hidden folder on the file system of `target`, removed at the end whatever happens.
+
+    Parents of `target` that are missing are made, and removed again if the body fails.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    with writing_to(target):
+        made = _make_parents(target.parent)
+        try:
+            with TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
+                yield Path(folder)
+        except BaseException:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
+def _make_parents(folder: Path) -> Path | None:
+    """Make `folder`; the topmost folder that was missing, if any."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing[-1] if missing else None

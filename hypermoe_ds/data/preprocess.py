@@ -1,0 +1,207 @@
+"""Text into token files: documents are tokenised by worker processes and written in the order of the inputs."""
+
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hypermoe_ds.data.encoding import Encoder, Tokens, encode_batch, encoder_for
+from hypermoe_ds.data.output import scratch_beside, writing_to
+from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
+from hypermoe_ds.data.token_files import Metadata
+from hypermoe_ds.data.tokenizer import sha256_of, vocabulary_file
+from hypermoe_ds.errors import UserError
+
+_SUFFIXES = (".bin", ".json", ".idx")  # the order of appearance: an .idx says that the rest is there
+_BATCH_DOCUMENTS = 32
+_BATCHES_AHEAD = 4  # per worker: bounds the text held in memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tokenise, with what, to where.
+
+    Attributes:
+        inputs: files and folders, as `readers.expand_inputs` takes them.
+        tokenizer: Hugging Face tokenizer folder.
+        output: prefix of the files to write; `.bin`, `.idx` and `.json` are appended.
+        workers: processes that tokenise; 1 tokenises in this one. The files do not depend on it.
+        text_field: field of a JSONL line that holds the text.
+        strict: refuse inputs without text instead of counting them.
+        overwrite: replace existing files at `output`.
+    """
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output: str
+    workers: int = 1
+    text_field: str = "text"
+    strict: bool = False
+    overwrite: bool = False
+
+    def path(self, suffix: str) -> Path:
+        """The output file with `suffix`."""
+        return Path(f"{self.output}{suffix}")
+
+
+@dataclass
+class Written:
+    """What was written: tokens (ends of documents included), and what was read for them."""
+
+    tokens: int = 0
+    report: ReadReport = field(default_factory=ReadReport)
+
+    def summary(self, output: str, seconds: float) -> str:
+        """One line: what was written, at what speed, what was left out."""
+        report = self.report
+        return (
+            f"{output}: {report.documents:,} documents, {self.tokens:,} tokens, {report.text_bytes:,} bytes of text, "
+            f"{seconds:.1f} seconds, {self.tokens / max(seconds, 1e-9):,.0f} tokens/s, "
+            f"skipped: {report.describe_skipped() or 'nothing'}"
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A tokenizer folder, with the file in it that holds the vocabulary and the SHA-256 of that file."""
+
+    folder: str
+    file: str
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: str) -> "TokenizerSource":
+        """The folder as it is now.
+
+        Raises:
+            UserError: there is no tokenizer in it.
+        """
+        path = vocabulary_file(folder)
+        return cls(folder, path.name, sha256_of(path))
+
+    def encoder(self) -> Encoder:
+        """Its encoder, loaded once a process."""
+        return encoder_for(self.folder, self.sha256)
+
+
+def preprocess(job: Job) -> str:
+    """Tokenise the inputs and write the token files, all of them or none.
+
+    Returns:
+        A line that sums up what was done.
+
+    Raises:
+        UserError: a bad input (with `strict`, also one without text), no document at all, no
+            tokenizer, or files at the output already.
+    """
+    start = time.perf_counter()
+    files = check_job(job)
+    source = TokenizerSource.of(job.tokenizer)
+    with scratch_beside(job.path(".bin")) as scratch:
+        written = write_tokens(job, files, source, scratch / "tokens", progress=True)
+        publish(job, source, written, scratch / "tokens")
+    return written.summary(job.output, time.perf_counter() - start)
+
+
+def check_job(job: Job) -> list[Path]:
+    """The files to read; refuses early what would fail after hours.
+
+    Raises:
+        UserError: a bad input or number of workers, or files at the output that may not be replaced.
+    """
+    if job.workers < 1:
+        raise UserError(f"workers={job.workers}", "is no number of processes", "give 1 or more")
+    if job.output.endswith("/") or Path(job.output).is_dir():
+        raise UserError(job.output, "is a folder", "give a prefix such as data/corpus, to which .bin is appended")
+    for suffix in _SUFFIXES:
+        if job.path(suffix).exists() and not job.overwrite:
+            raise UserError(str(job.path(suffix)), "exists already", "choose another output, or give --overwrite")
+    return expand_inputs(job.inputs)
+
+
+def write_tokens(job: Job, files: Sequence[Path], source: TokenizerSource, prefix: Path, progress: bool) -> Written:
+    """Tokenise `files` into `prefix`.bin and `prefix`.idx, each document closed by the end-of-sequence token.
+
+    Raises:
+        UserError: a bad input, or the disk is full.
+    """
+    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (takes seconds: see Encoder)
+
+    written = Written()
+    documents = read_documents(files, written.report, job.text_field, job.strict)
+    start = time.perf_counter()
+    with writing_to(prefix), tqdm(unit=" documents", disable=None if progress else True) as bar:
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=source.encoder().dtype)
+        with builder.data_file:
+            for tokens in _tokenise(documents, source, job.workers):
+                builder.add_document(tokens, [len(tokens)])
+                written.tokens += len(tokens)
+                if bar.update():
+                    bar.set_postfix_str(f"{written.tokens / (time.perf_counter() - start):,.0f} tokens/s")
+            builder.finalize(f"{prefix}.idx")
+    return written
+
+
+def publish(job: Job, source: TokenizerSource, written: Written, prefix: Path) -> None:
+    """Add the metadata to the finished files at `prefix` and move them to the output.
+
+    Raises:
+        UserError: there is no document, or the output cannot be written.
+    """
+    written.report.require_documents(job.text_field)
+    encoder = source.encoder()
+    metadata = Metadata(
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+        tokenizer=source.folder,
+        tokenizer_file=source.file,
+        tokenizer_sha256=source.sha256,
+        documents=written.report.documents,
+        tokens=written.tokens,
+        text_bytes=written.report.text_bytes,
+    )
+    with writing_to(job.path(".bin")):
+        metadata.write(Path(f"{prefix}.json"))
+        job.path(".idx").unlink(missing_ok=True)  # a stop from here on must not leave old and new side by side
+        for suffix in _SUFFIXES:
+            Path(f"{prefix}{suffix}").replace(job.path(suffix))
+
+
+def _tokenise(documents: Iterator[str], source: TokenizerSource, workers: int) -> Iterator[Tokens]:
+    """The tokens of each document, in order."""
+    encoder = source.encoder()
+    if workers == 1:
+        yield from map(encoder.encode, documents)
+        return
+    # A fork inherits the loaded tokenizer; this process has started no thread that could hold a lock.
+    # The terminal sends Ctrl-C to the workers too: only this process answers it.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        for batch in _in_order(pool, documents, source, workers * _BATCHES_AHEAD):
+            yield from batch
+    except BrokenProcessPool:
+        remedy = "start fewer workers if memory ran out"
+        raise UserError(f"workers={workers}", "a worker process died", remedy) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, documents: Iterator[str], source: TokenizerSource, ahead: int
+) -> Iterator[list[Tokens]]:
+    """The tokens of batches of documents, in order, with at most `ahead` batches under way."""
+    pending: deque[Future[list[Tokens]]] = deque()
+    while batch := list(islice(documents, _BATCH_DOCUMENTS)):
+        pending.append(pool.submit(encode_batch, source.folder, source.sha256, batch))
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,125 @@
+"""The files of a tokenised source: `PREFIX.bin` (token ids), `PREFIX.idx` (their lengths), `PREFIX.json` (whence)."""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hypermoe_ds.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = np.dtype(
+    [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
+)  # packed: 34 bytes
+_TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+_SCANNED_TOKENS = 1 << 24
+_AGAIN = "run tools/preprocess_data.py again"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What `PREFIX.json` tells of the tokens.
+
+    Attributes:
+        vocab_size: number of tokens of the tokenizer, added ones included.
+        eos_id: the token that ends each document.
+        tokenizer: folder the tokenizer was loaded from.
+        tokenizer_file: name of the file in it that holds the vocabulary.
+        tokenizer_sha256: SHA-256 of that file, hexadecimal.
+        documents: number of documents.
+        tokens: number of tokens, the ends of documents included.
+        text_bytes: size of the text, in bytes of UTF-8.
+    """
+
+    vocab_size: int
+    eos_id: int
+    tokenizer: str
+    tokenizer_file: str
+    tokenizer_sha256: str
+    documents: int
+    tokens: int
+    text_bytes: int
+
+    def write(self, path: Path) -> None:
+        """Write the metadata as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """A tokenised source whose two files are known to agree.
+
+    Attributes:
+        prefix: path of the files without their suffixes.
+        dtype: NumPy type of a token in the `.bin` file.
+        tokens: number of tokens.
+        lengths_crc32: checksum of the lengths of the documents, which fix where every sample begins.
+    """
+
+    prefix: str
+    dtype: np.dtype[Any]
+    tokens: int
+    lengths_crc32: int
+
+    def largest_token(self) -> int:
+        """The largest token id among the first 16,777,216 tokens."""
+        return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=_SCANNED_TOKENS).max())
+
+
+def inspect(prefix: str) -> TokenFiles:
+    """Check that the `.bin` and `.idx` of `prefix` are whole and belong together.
+
+    Raises:
+        UserError: one is missing, truncated or not of this kind.
+    """
+    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index_path, data_path):
+        if not path.is_file():
+            raise UserError(str(path), "no such file", "check the prefix, or run tools/preprocess_data.py")
+    try:
+        return _inspect(prefix, index_path, data_path)
+    except OSError as error:
+        raise UserError(str(error.filename or prefix), f"cannot be read ({error.strerror})", "check the file") from None
+
+
+def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
+    size = index_path.stat().st_size
+    if size < _HEADER.itemsize:
+        raise UserError(str(index_path), f"is truncated ({size} bytes)", _AGAIN)
+    header = np.fromfile(index_path, dtype=_HEADER, count=1)[0]
+    # NumPy strips trailing zeros from byte strings.
+    if header["magic"] != _MAGIC.rstrip(b"\0") or header["version"] != 1 or int(header["dtype"]) not in _TOKEN_DTYPES:
+        raise UserError(str(index_path), "is no index of tokens", "give the prefix of files of preprocess_data.py")
+    sequences, documents = int(header["sequences"]), int(header["documents"])
+    expected = _HEADER.itemsize + 12 * sequences + 8 * documents
+    if size != expected:
+        kind = "truncated" if size < expected else "damaged"
+        raise UserError(str(index_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
+    dtype = _TOKEN_DTYPES[int(header["dtype"])]
+    lengths = np.fromfile(index_path, dtype=np.int32, count=sequences, offset=_HEADER.itemsize)
+    tokens = int(lengths.sum(dtype=np.int64))
+    size, expected = data_path.stat().st_size, tokens * dtype.itemsize
+    if size != expected:
+        kind = "truncated" if size < expected else "damaged"
+        raise UserError(str(data_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
+    if tokens == 0:
+        raise UserError(str(data_path), "holds no token", _AGAIN)
+    return TokenFiles(prefix, dtype, tokens, zlib.crc32(lengths.tobytes()))
+
+
+def read_metadata(prefix: str) -> Metadata | None:
+    """What `PREFIX.json` tells; None where there is no such file.
+
+    Raises:
+        UserError: the file is not what tools/preprocess_data.py writes.
+    """
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        return None
+    try:
+        return Metadata(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(str(path), f"is no description of tokens ({error})", f"remove it, or {_AGAIN}") from None

@@ -1,0 +1,199 @@
+"""Tokenizers: SentencePiece BPE trained into a folder that Transformers loads, and any such folder loaded."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
+from hypermoe_ds.errors import UserError
+
+# SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their
+# number this bounds the text held in memory to 4 GB (a character is at most 4 bytes of UTF-8).
+_LINE_CHARACTERS = 1024
+_LINES = 1_000_000
+_SEED = 0
+
+_CONTROL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+# Without one of these a folder still loads, in silence, as a tokenizer of four tokens.
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
+
+
+def train_tokenizer(
+    inputs: Iterable[str | Path], vocab_size: int, output: str | Path, text_field: str = "text", strict: bool = False
+) -> ReadReport:
+    """Train a byte-fallback BPE tokenizer and write it as a folder.
+
+    Text comes back from its token ids exactly, with one exception that is SentencePiece's own: the
+    character U+2581, its sign for a space, comes back as a space. At most 1,000,000 lines, drawn
+    evenly with a fixed seed, are learned from. The same inputs give the same tokenizer.
+
+    Args:
+        inputs: files and folders, as `readers.expand_inputs` takes them.
+        vocab_size: number of tokens, control tokens and the 256 bytes included.
+        output: folder to write: `tokenizer.model` and `tokenizer_config.json`.
+        text_field: field of a JSONL line that holds the text.
+        strict: refuse inputs without text instead of counting them.
+
+    Returns:
+        What was read and what was left out.
+
+    Raises:
+        UserError: `output` holds something, an input is bad, there is no text, or `vocab_size` does
+            not suit the text.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(str(output), "exists already", "remove it or choose another folder")
+    if vocab_size <= 0:
+        raise UserError(f"vocab_size={vocab_size}", "is no number of tokens", "give a positive number such as 32000")
+    files = expand_inputs(inputs)
+    report = ReadReport()
+    with scratch_beside(output) as scratch:
+        lines = _lines(read_documents(files, report, text_field, strict))
+        model = _train(lines, vocab_size, report, text_field)
+        folder = scratch / output.name
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(model)
+        (folder / "tokenizer_config.json").write_text(json.dumps(_folder_config(), indent=2) + "\n")
+        folder.rename(output)
+    return report
+
+
+def _folder_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        # A document that mentions "</s>" does not end there.
+        "split_special_tokens": True,
+        **_CONTROL_TOKENS,
+    }
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for line in document.split("\n"):
+            for start in range(0, len(line), _LINE_CHARACTERS):
+                yield line[start : start + _LINE_CHARACTERS]
+
+
+class _Remembering:
+    """Iterates over lines and keeps the error that ended them, of which SentencePiece passes on the text alone."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._lines
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field: str) -> bytes:
+    """The trained model, serialized."""
+    remembering = _Remembering(lines)
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(_SEED)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(remembering),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,  # indentation: one token for a run of spaces
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            input_sentence_size=_LINES,
+            shuffle_input_sentence=True,
+            max_sentence_length=4 * _LINE_CHARACTERS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if remembering.error is not None:
+            raise remembering.error from None
+        report.require_documents(text_field)
+        raise _refusal(str(error), vocab_size) from None
+    return model.getvalue()
+
+
+def _refusal(message: str, vocab_size: int) -> UserError:
+    """What SentencePiece said, as a line with a remedy."""
+    where = f"vocab_size={vocab_size}"
+    if too_large := re.search(r"too high .*<= (\d+)", message):
+        return UserError(where, "is too large for this text", f"give at most {too_large[1]}, or more text")
+    if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(where, "is too small for the characters of this text", f"give more than {too_small[1]}")
+    return UserError(where, f"SentencePiece failed ({message})", "change vocab_size or the inputs")
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Load any Hugging Face tokenizer folder, from the disk alone.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerBase` whose `eos_token_id` ends a document.
+
+    Raises:
+        UserError: there is no such folder, it holds no tokenizer that loads, or that has no
+            end-of-sequence token.
+    """
+    vocabulary_file(folder)
+    import transformers  # noqa: PLC0415 (takes seconds: once the folder is known to hold a tokenizer)
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in a way of its own
+        raise UserError(str(folder), f"its tokenizer cannot be loaded ({error})", _GIVE_A_FOLDER) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(str(folder), "its tokenizer has no eos_token to end a document", "name one in its config")
+    return tokenizer
+
+
+def vocabulary_file(folder: str | Path) -> Path:
+    """The file of a tokenizer folder that holds the vocabulary.
+
+    Raises:
+        UserError: there is no such folder, or no tokenizer in it.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(str(folder), "no such tokenizer folder", _GIVE_A_FOLDER)
+    for name in _VOCABULARY_FILES:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise UserError(str(folder), "holds no tokenizer", _GIVE_A_FOLDER)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

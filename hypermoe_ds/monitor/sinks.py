@@ -1,0 +1,95 @@
+"""Where a run's numbers go: the console, metrics.jsonl and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from torch import Tensor
+
+from hypermoe_ds.monitor.settings import MonitorConfig
+
+
+class MetricsFile:
+    """RUN_DIR/metrics.jsonl: one JSON object a record."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def drop_after(self, step: int) -> None:
+        """Remove records of steps that a resumed run will take again."""
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(beside, self._path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record, flushed."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Sinks:
+    """All of them, written to by rank 0 only."""
+
+    def __init__(self, config: MonitorConfig, run_dir: Path, rank: int, resumed_step: int) -> None:
+        self._monitor = MonitorMaster(get_monitor_config(_monitor_sections(config, run_dir)))
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self._speaks = rank == 0
+        if self._speaks:
+            self._metrics.drop_after(resumed_step)
+
+    def say(self, line: str) -> None:
+        """One line on the console."""
+        if self._speaks:
+            print(line, flush=True)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One record of `scalars` at `step`."""
+        if not self._speaks:
+            return
+        self._metrics.append({"step": step, **scalars})
+        self._monitor.write_events([(_group(name), value, step) for name, value in scalars.items()])
+
+    def write_histograms(self, step: int, load_MN: Tensor) -> None:
+        """Per MoE layer, the distribution of the experts' loads; TensorBoard only."""
+        if not self._speaks or self._monitor.tb_monitor is None:
+            return
+        for layer, load_N in enumerate(load_MN):
+            self._monitor.tb_monitor.summary_writer.add_histogram(f"expert_load/moe_layer_{layer}", load_N, step)
+
+
+def _group(name: str) -> str:
+    """TensorBoard shows what stands before the slash as one group."""
+    return name if "/" in name else f"{'valid' if name.startswith('valid_') else 'train'}/{name}"
+
+
+def _monitor_sections(config: MonitorConfig, run_dir: Path) -> dict[str, Any]:
+    sections: dict[str, Any] = {
+        "tensorboard": {"enabled": config.tensorboard, "output_path": str(run_dir), "job_name": "tensorboard"},
+        "csv_monitor": {"enabled": config.csv, "output_path": str(run_dir), "job_name": "csv"},
+    }
+    if config.wandb_project:
+        sections["wandb"] = {"enabled": True, "project": config.wandb_project}
+    return sections
+
+
+def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left: float, load_MN: Tensor) -> str:
+    """The console's line of one logged step."""
+    parts = [
+        f"step {step}/{steps}",
+        f"loss {scalars['loss']:.4f}",
+        f"lr {scalars['lr']:.2e}",
+        f"grad norm {scalars['grad_norm']:.3f}",
+        f"{scalars['tokens_per_second']:,.0f} tokens/s",
+        f"{timedelta(seconds=round(seconds_left))} left",
+    ]
+    if load_MN.numel():
+        parts.append(f"expert load {float(load_MN.min()):.1%} to {float(load_MN.max()):.1%}")
+    return " | ".join(parts)

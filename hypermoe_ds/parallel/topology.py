@@ -1,0 +1,55 @@
+"""Arithmetic of how ranks share a batch and the experts. Needs no GPU, no ranks, no DeepSpeed."""
+
+from pydantic import Field
+
+from hypermoe_ds.config import Settings
+from hypermoe_ds.errors import UserError
+
+
+class ParallelConfig(Settings):
+    """How the model is spread over the ranks."""
+
+    expert: int = Field(1, ge=1, description="ranks that share one copy of the experts (expert parallelism)")
+
+
+def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches that each rank runs for one optimizer step.
+
+    Args:
+        global_batch_size: sequences of one optimizer step, over all ranks.
+        micro_batch_size: sequences of one forward pass on one rank.
+        world_size: ranks; each is data-parallel, whatever the expert parallelism.
+
+    Raises:
+        UserError: the sizes do not divide.
+    """
+    at_once = micro_batch_size * world_size
+    if global_batch_size % at_once:
+        raise UserError(
+            f"train.global_batch_size={global_batch_size}",
+            f"not a multiple of train.micro_batch_size={micro_batch_size} times {world_size} ranks",
+            f"choose a multiple of {at_once}, such as {-(-global_batch_size // at_once) * at_once}",
+        )
+    return global_batch_size // at_once
+
+
+def check_expert_parallel(expert: int, num_experts: int, world_size: int, zero_stage: int) -> None:
+    """Refuse a layout that cannot be built or does not train alike.
+
+    Raises:
+        UserError: `expert` divides neither the experts nor the ranks, or ZeRO is off.
+    """
+    where = f"parallel.expert={expert}"
+    both = [n for n in range(1, min(num_experts, world_size) + 1) if num_experts % n == 0 and world_size % n == 0]
+    remedy = f"choose one of {', '.join(map(str, both))}"
+    if num_experts % expert:
+        raise UserError(where, f"does not divide model.num_experts={num_experts}", remedy)
+    if world_size % expert:
+        raise UserError(where, f"does not divide the {world_size} ranks", remedy)
+    if zero_stage == 0 and expert > 1:
+        # Seen with DeepSpeed 0.19.8: without ZeRO the clip norm depends on EP (0.563 and 0.551).
+        raise UserError(
+            "zero_optimization.stage=0",
+            f"clips gradients differently under {where}",
+            "set the stage to 1, 2 or 3",
+        )

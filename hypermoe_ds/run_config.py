@@ -1,0 +1,133 @@
+"""All settings of a run: the recipe's sections, their cross-checks and the table of them."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, create_model
+
+from hypermoe_ds.checkpoint.manager import CheckpointConfig
+from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
+from hypermoe_ds.data.datasets import DataConfig
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
+from hypermoe_ds.monitor.settings import MonitorConfig
+from hypermoe_ds.parallel.topology import ParallelConfig
+from hypermoe_ds.training.evaluation import EvaluationConfig
+from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+
+_NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's, or generation's
+
+
+class RunSection(Settings):
+    """Where the run lives."""
+
+    dir: str = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
+
+
+def _model_fields() -> dict[str, Any]:
+    """The fields of `HyperMoEConfig`, each optional, so that a preset may stand below them."""
+    described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+:|^    \w|\Z)", _model_docs(), re.S | re.M))
+    fields: dict[str, Any] = {"preset": (str | None, Field(None, description=f"start from {', '.join(PRESETS)}"))}
+    for name, kind in HyperMoEConfig.__annotations__.items():
+        if name not in _NOT_SETTINGS:
+            description = " ".join(described[name].split()).rstrip(".")
+            fields[name] = (kind | None, Field(None, description=description))
+    return fields
+
+
+def _model_docs() -> str:
+    return (HyperMoEConfig.__doc__ or "").partition("Args:\n")[2]
+
+
+ModelSection = create_model("ModelSection", __base__=Settings, **_model_fields())
+
+
+class RunConfig(Settings):
+    """A recipe."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def last_step(self) -> int:
+        """Step after which this start ends."""
+        return min(self.train.steps, self.train.stop_at_step or self.train.steps)
+
+    def architecture(self) -> HyperMoEConfig:
+        """The model: the preset, if one is named, with the recipe's fields over it.
+
+        Raises:
+            UserError: an unknown preset, or fields that do not fit each other.
+        """
+        given = {key: value for key, value in self.model.model_dump().items() if value is not None}
+        preset = given.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise UserError(f"model.preset={preset}", "is unknown", closest(preset, PRESETS))
+        try:
+            return HyperMoEConfig(**{**PRESETS.get(preset, {}), **given})
+        except ValueError as error:
+            where, _, rest = str(error).partition(": ")
+            problem, _, remedy = rest.partition("; ")
+            raise UserError(f"model.{where}", problem, remedy) from None
+
+    def check(self) -> None:
+        """Refuse sections that do not fit each other.
+
+        Raises:
+            UserError: the first misfit.
+        """
+        longest = self.architecture().max_position_embeddings
+        if self.data.sequence_length > longest:
+            raise UserError(
+                f"data.sequence_length={self.data.sequence_length}",
+                f"longer than model.max_position_embeddings={longest}",
+                "shorten the sequences or raise that limit",
+            )
+        ramps = self.schedule.warmup_steps + self.schedule.decay_steps
+        if ramps > self.train.steps:
+            raise UserError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps}",
+                f"with decay_steps={self.schedule.decay_steps} longer than train.steps={self.train.steps}",
+                "shorten them",
+            )
+        if self.schedule.name == "warmup_stable_decay" and self.schedule.decay_steps == 0:
+            raise UserError("schedule.decay_steps=0", "warmup_stable_decay never decays", "give its last steps")
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply `section.key=value` overrides and check it.
+
+    Raises:
+        UserError: anything that is wrong with it, in one line.
+    """
+    config = validate(RunConfig, apply_overrides(load_yaml(path), overrides), str(path))
+    config.check()
+    return config
+
+
+def settings_table() -> str:
+    """Every setting of a recipe with its default and meaning, as a Markdown table."""
+    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for section, field in RunConfig.model_fields.items():
+        rows += _rows(section, field.annotation)  # type: ignore[arg-type]
+    return "\n".join(rows) + "\n"
+
+
+def _rows(section: str, model: type[Settings]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        default = field.default
+        if model is ModelSection and name in HyperMoEConfig.__annotations__:
+            default = getattr(HyperMoEConfig, name)
+        shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
+        yield f"| `{section}.{name}` | {shown} | {field.description} |"

@@ -1,0 +1,1 @@
+"""Training: settings, the DeepSpeed configuration and engine, the loop and its state."""

@@ -1,0 +1,181 @@
+"""The DeepSpeed configuration: a JSON of what is DeepSpeed's alone, merged with what the recipe owns."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hypermoe_ds.config import closest
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+from hypermoe_ds.parallel.expert_parallel import autoep_section
+from hypermoe_ds.parallel.topology import check_expert_parallel, gradient_accumulation_steps
+from hypermoe_ds.training.settings import TrainConfig
+
+# Who owns a key that must not stand in the JSON.
+_OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
+    {
+        "train_batch_size": "train.global_batch_size",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+        "gradient_accumulation_steps": "train.global_batch_size",
+        "gradient_clipping": "train.clip_grad_norm",
+        "bf16": "train.precision",
+        "bfloat16": "train.precision",
+        "fp16": "train.precision",
+        "seed": "train.seed",
+        "optimizer": "optimizer",
+        "scheduler": "schedule",
+        "expert_parallel": "parallel.expert",
+        "steps_per_print": "monitor.interval",
+        "tensorboard": "monitor.tensorboard",
+        "wandb": "monitor.wandb_project",
+        "csv_monitor": "monitor.csv",
+    }
+)
+
+_OFFLOAD = MappingProxyType(
+    {
+        "device": str,
+        "nvme_path": str,
+        "buffer_count": int,
+        "pin_memory": bool,
+    }
+)
+
+# Keys of DeepSpeed 0.19.8 that may stand in the JSON, with their types. DeepSpeed itself ignores an
+# unknown one in silence: {"zero_optimizaton": ...} would run stage 0.
+_KNOWN: Mapping[str, Any] = MappingProxyType(
+    {
+        "zero_optimization": {
+            "stage": int,
+            "contiguous_gradients": bool,
+            "reduce_scatter": bool,
+            "reduce_bucket_size": int,
+            "allgather_partitions": bool,
+            "allgather_bucket_size": int,
+            "overlap_comm": bool,
+            "round_robin_gradients": bool,
+            "sub_group_size": int,
+            "stage3_prefetch_bucket_size": int,
+            "stage3_param_persistence_threshold": int,
+            "stage3_max_live_parameters": int,
+            "stage3_max_reuse_distance": int,
+            "offload_optimizer": {**_OFFLOAD, "pipeline_read": bool, "pipeline_write": bool, "ratio": float},
+            "offload_param": {**_OFFLOAD, "buffer_size": int, "max_in_cpu": int},
+        },
+        "communication_data_type": str,
+        "prescale_gradients": bool,
+        "gradient_predivide_factor": float,
+        "data_types": {"grad_accum_dtype": str},
+        "wall_clock_breakdown": bool,
+        "memory_breakdown": bool,
+        "comms_logger": {
+            "enabled": bool,
+            "verbose": bool,
+            "prof_all": bool,
+            "debug": bool,
+            "prof_ops": list,
+        },
+        "flops_profiler": {
+            "enabled": bool,
+            "profile_step": int,
+            "module_depth": int,
+            "top_modules": int,
+            "detailed": bool,
+            "output_file": str,
+        },
+        "aio": {
+            "block_size": int,
+            "queue_depth": int,
+            "intra_op_parallelism": int,
+            "single_submit": bool,
+            "overlap_events": bool,
+        },
+    }
+)
+
+
+def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read and check a file of ds_configs/.
+
+    Raises:
+        UserError: unreadable, not JSON, an unknown key or wrong type at any depth, or a key that
+            the recipe owns.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "give a file of ds_configs/") from None
+    except ValueError as error:
+        raise UserError(str(path), f"is not JSON ({error})", "mend it or start from ds_configs/zero1.json") from None
+    if not isinstance(content, dict):
+        raise UserError(str(path), "holds no object", "start from ds_configs/zero1.json")
+    for key in content.keys() & _OWNED_BY_RECIPE.keys():
+        raise UserError(f"{path}: {key}", "belongs to the recipe", f"remove it and set {_OWNED_BY_RECIPE[key]}")
+    _check_keys(content, _KNOWN, str(path), "")
+    return content
+
+
+def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str, prefix: str) -> None:
+    for key, value in content.items():
+        where = f"{path}: {prefix}{key}"
+        if key not in known:
+            raise UserError(where, "unknown key", closest(key, known))
+        kind = known[key]
+        if isinstance(kind, Mapping):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}={value!r}", "is no object", f"give one of {', '.join(sorted(kind))}")
+            _check_keys(value, kind, path, f"{prefix}{key}.")
+        elif not _fits(value, kind):
+            raise UserError(f"{where}={value!r}", f"is no {kind.__name__}", f"give a {kind.__name__}")
+
+
+def _fits(value: object, kind: type) -> bool:
+    if kind is int and isinstance(value, float):
+        return value.is_integer()  # 5e8 is how JSON writes large buckets
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def zero_stage(ds_json: Mapping[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed JSON; 0 when it has none."""
+    return int(ds_json.get("zero_optimization", {}).get("stage", 0))
+
+
+def merge(
+    ds_json: Mapping[str, Any],
+    train: TrainConfig,
+    model: HyperMoEConfig,
+    expert_parallel_size: int,
+    world_size: int,
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets: the JSON, and every number of the recipe said once.
+
+    Raises:
+        UserError: batch sizes or expert parallelism that do not fit the ranks, an unknown stage.
+    """
+    stage = zero_stage(ds_json)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage={stage}", "is no ZeRO stage", "set it to 1, 2 or 3")
+    if model.moe_layers:
+        check_expert_parallel(expert_parallel_size, model.num_experts, world_size, stage)
+    accumulation = gradient_accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)
+    merged = {
+        **ds_json,
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip_grad_norm,  # left out it would mean 1.0
+        "steps_per_print": 2**31 - 1,  # the loop prints
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16"},
+    }
+    if model.moe_layers:
+        merged["expert_parallel"] = autoep_section(model, expert_parallel_size)
+    if stage == 3:
+        # Both read their parts' parameters directly, so ZeRO-3 must gather each as a whole.
+        leaves = {"classes": ["HyperNetwork", "SelectionEncoder"]}
+        merged["zero_optimization"] = {**merged["zero_optimization"], "leaf_module": leaves}
+    return merged

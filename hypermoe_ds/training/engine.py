@@ -1,0 +1,68 @@
+"""The one place where DeepSpeed is started and given the model."""
+
+import logging
+import os
+import warnings
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import configure_moe_param_groups
+from torch.optim import Optimizer
+
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.parallel.expert_parallel import connect_ranks
+from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
+from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+def start_ranks() -> tuple[int, int]:
+    """Join the process group that the launcher describes (NCCL with GPUs, gloo without).
+
+    Returns:
+        This rank and the number of ranks.
+    """
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
+    # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def build_engine(
+    config: HyperMoEConfig,
+    ds_config: dict[str, Any],
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    train: TrainConfig,
+) -> deepspeed.DeepSpeedEngine:
+    """Build the model on every rank alike and hand it to DeepSpeed.
+
+    Every rank draws the whole model from the same seed, and expert parallelism then keeps each
+    rank's experts: so the model is the same whatever the layout is.
+    """
+    torch.manual_seed(train.seed)
+    model = HyperMoEForCausalLM(config)
+    connect_ranks(model)
+    if train.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, optimizer.weight_decay),
+        optimizer=lambda groups: _adamw(configure_moe_param_groups(groups), optimizer, offload),
+        lr_scheduler=lambda basic: build_schedule(basic, schedule, train.steps),
+        config=ds_config,
+    )
+    return engine
+
+
+def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: bool) -> Optimizer:
+    """Fused AdamW on the device, or DeepSpeed's where the optimizer's state lives in host memory."""
+    arguments: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else partial(torch.optim.AdamW, fused=True)
+    adamw: Optimizer = kind(groups, **arguments)
+    return adamw

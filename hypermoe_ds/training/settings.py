@@ -1,0 +1,45 @@
+"""Settings of a training run that the YAML recipe owns."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hypermoe_ds.config import Settings
+
+
+class TrainConfig(Settings):
+    """Length, batch and precision of a run."""
+
+    steps: int = Field(ge=1, description="length of the run in optimizer steps; the schedule spans it")
+    stop_at_step: int | None = Field(None, ge=1, description="save and end this start after that step")
+    micro_batch_size: int = Field(ge=1, description="sequences of one forward pass on one rank")
+    global_batch_size: int = Field(ge=1, description="sequences of one optimizer step over all ranks")
+    seed: int = Field(1234, ge=0, description="seed of the initial weights and of the order of the data")
+    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="precision of weights and activations")
+    clip_grad_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
+
+
+class OptimizerConfig(Settings):
+    """AdamW (arXiv 1711.05101)."""
+
+    lr: float = Field(gt=0, description="largest learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decay of weight matrices; norms, biases and expert and layer embeddings have none"
+    )
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over the steps, by `transformers.get_scheduler`."""
+
+    name: Literal["cosine", "warmup_stable_decay", "linear", "constant"] = Field(
+        "cosine", description="shape after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    decay_steps: int = Field(0, ge=0, description="last steps of warmup_stable_decay, in which the rate falls")
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="last learning rate / largest, for cosine and warmup_stable_decay"
+    )

@@ -1,0 +1,93 @@
+"""Pretrain a HyperMoE language model with DeepSpeed.
+
+deepspeed [--hostfile F] pretrain/train.py --config R.yaml --deepspeed_config F.json [section.key=value ...]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hypermoe_ds.checkpoint.manager import CheckpointManager
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.data.datasets import build_datasets, check_sources
+from hypermoe_ds.data.loader import build_loader, validation_batches
+from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.monitor.sinks import Sinks
+from hypermoe_ds.run_config import RunConfig, load_run_config
+from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
+from hypermoe_ds.training.engine import build_engine, start_ranks
+from hypermoe_ds.training.evaluation import Evaluation, evaluate
+from hypermoe_ds.training.loop import train
+from hypermoe_ds.training.recorder import Recorder
+from hypermoe_ds.training.state import TrainState
+
+
+def main() -> None:
+    """Check everything, build the parts, hand them to the loop."""
+    arguments = parse_arguments()
+    config = load_run_config(arguments.config, arguments.overrides)
+    ds_json = load_deepspeed_json(arguments.deepspeed_config)
+    model = config.architecture()
+    check_sources(config.data, model.vocab_size)
+    folder = RunFolder(Path(config.run.dir))
+    folder.check_same_model(model)
+
+    rank, world_size = start_ranks()
+    ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
+    engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train)
+    checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, model.parameter_counts().total)
+    checkpoints.check_room()
+    state = TrainState(**(checkpoints.resume() or {}))
+    if rank == 0:
+        folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
+
+    sinks = Sinks(config.monitor, folder.path, rank, state.step)
+    sinks.say(opening_line(config, world_size, state))
+    samples = config.train.steps * config.train.global_batch_size
+    train_set, valid_set = build_datasets(config.data, config.train.seed, samples, config.evaluation.max_samples)
+    micro_batch = config.train.micro_batch_size
+
+    def validate() -> Evaluation:
+        engine.eval()
+        result = evaluate(engine, validation_batches(valid_set, micro_batch, rank, world_size), engine.device)
+        engine.train()
+        return result
+
+    train(
+        engine=engine,
+        batches=build_loader(train_set, micro_batch, rank, world_size, state.consumed_samples, config.data.workers),
+        state=state,
+        last_step=config.last_step,
+        recorder=Recorder(sinks, config.monitor.interval, config.train.steps, model.num_experts),
+        checkpoints=checkpoints,
+        validate=validate if valid_set is not None else None,
+        validation_interval=config.evaluation.interval,
+    )
+    engine.destroy()
+    torch.distributed.destroy_process_group()
+
+
+def opening_line(config: RunConfig, world_size: int, state: TrainState) -> str:
+    """What is about to run."""
+    counts = config.architecture().parameter_counts()
+    return (
+        f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, "
+        f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork | {world_size} ranks, "
+        f"expert parallelism {config.parallel.expert} | step {state.step} of {config.train.steps} | {config.run.dir}"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
+    parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the recipe")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

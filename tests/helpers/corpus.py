@@ -1,0 +1,67 @@
+"""A small corpus of real text: sources of Python's own standard library, and what is made from them."""
+
+import json
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hypermoe_ds.data.megatron import IndexedDatasetBuilder
+from hypermoe_ds.data.preprocess import Job, preprocess
+from hypermoe_ds.data.tokenizer import train_tokenizer
+
+# fmt: off
+_MODULES = (
+    "abc", "argparse", "base64", "bisect", "calendar", "cmd", "code", "codecs", "colorsys", "contextlib",
+    "copy", "csv", "dataclasses", "datetime", "difflib", "enum", "filecmp", "fnmatch", "fractions", "functools",
+    "getopt", "glob", "gzip", "hashlib", "heapq", "hmac", "imaplib", "inspect", "keyword", "linecache",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class TokenisedCorpus:
+    """Where a small corpus and what was made from it lie.
+
+    Attributes:
+        texts: the text files, one document each, in order.
+        tokenizer: the tokenizer folder.
+        train: prefix of the token files of all but the last four texts.
+        valid: prefix of the token files of the last four.
+    """
+
+    texts: list[Path]
+    tokenizer: Path
+    train: str
+    valid: str
+
+
+def stdlib_texts(count: int = len(_MODULES)) -> list[Path]:
+    """The first `count` source files."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [folder / f"{name}.py" for name in _MODULES[:count]]
+
+
+def write_jsonl(path: Path, texts: list[str], text_field: str = "text") -> Path:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps({text_field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
+    """Train a tokenizer on the corpus and tokenise it, in `folder`; takes a few seconds."""
+    texts = stdlib_texts()
+    corpus = TokenisedCorpus(texts, folder / "tokenizer", str(folder / "train"), str(folder / "valid"))
+    train_tokenizer(texts, vocab_size, corpus.tokenizer)
+    for prefix, part in ((corpus.train, texts[:-4]), (corpus.valid, texts[-4:])):
+        preprocess(Job([str(path) for path in part], str(corpus.tokenizer), prefix))
+    return corpus
+
+
+def write_token_files(prefix: str, documents: list[list[int]], large: bool = False) -> None:
+    """Token files of given documents, without metadata; `large` stores int32 instead of uint16."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32 if large else np.uint16)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")

@@ -1,0 +1,256 @@
+"""Datasets: samples are the token stream, in an order that the settings fix."""
+
+from collections import Counter
+from itertools import permutations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hypermoe_ds.config import validate
+from hypermoe_ds.data.datasets import DataConfig, SequenceDataset, build_datasets
+from hypermoe_ds.data.loader import build_loader
+from hypermoe_ds.errors import UserError
+from tests.helpers.corpus import TokenisedCorpus, write_token_files
+
+S = 64
+EOS = 2
+
+
+def settings(corpus: TokenisedCorpus, **changes: Any) -> DataConfig:
+    plain = {
+        "train": [{"prefix": corpus.train}],
+        "valid": [{"prefix": corpus.valid}],
+        "sequence_length": S,
+        "tokenizer": str(corpus.tokenizer),
+        **changes,
+    }
+    return validate(DataConfig, plain, "recipe")
+
+
+def train_of(config: DataConfig, samples: int, seed: int = 1) -> SequenceDataset:
+    return build_datasets(config, seed, samples, None)[0]
+
+
+def valid_of(config: DataConfig, limit: int | None = None, seed: int = 1, train_samples: int = 8) -> SequenceDataset:
+    valid = build_datasets(config, seed, train_samples, limit)[1]
+    assert valid is not None
+    return valid
+
+
+def rows(dataset: SequenceDataset, count: int | None = None) -> list[tuple[int, ...]]:
+    """The samples with the token after each, [S + 1]."""
+    samples = [dataset[index] for index in range(len(dataset) if count is None else count)]
+    return [(*sample["tokens"].tolist(), int(sample["labels"][-1])) for sample in samples]
+
+
+def stream(prefix: str) -> list[int]:
+    tokens: list[int] = np.fromfile(f"{prefix}.bin", dtype=np.uint16).tolist()
+    return tokens
+
+
+def documents(prefix: str) -> list[list[int]]:
+    found: list[list[int]] = [[]]
+    for token in stream(prefix):
+        found[-1].append(token)
+        if token == EOS:
+            found.append([])
+    assert found.pop() == []
+    return found
+
+
+def test_labels_are_the_next_tokens(corpus: TokenisedCorpus) -> None:
+    for dataset in build_datasets(settings(corpus), 1, 50, None):
+        assert dataset is not None
+        for sample in (dataset[index] for index in range(len(dataset))):
+            assert sample.keys() == {"tokens", "labels"}
+            assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
+            assert sample["tokens"].shape == sample["labels"].shape == (S,)
+            assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+
+
+def test_samples_are_cuts_of_the_documents_laid_end_to_end(corpus: TokenisedCorpus) -> None:
+    samples = Counter(rows(valid_of(settings(corpus))))
+    parts = documents(corpus.valid)
+    assert len(parts) == 4
+
+    def cuts(order: tuple[list[int], ...]) -> Counter[tuple[int, ...]]:
+        laid = [token for document in order for token in document]
+        return Counter(tuple(laid[start : start + S + 1]) for start in range(0, len(laid) - S, S))
+
+    assert [cuts(order) == samples for order in permutations(parts)].count(True) == 1
+
+
+def test_an_epoch_holds_every_token_once(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    lengths = [1, 700, 3, 3, 250, 64, 65, 1, 90]
+    numbers = iter(range(10_000))
+    write_token_files(f"{tmp_path}/t", [[next(numbers) for _ in range(length)] for length in lengths], large=True)
+    total, source = sum(lengths), [{"prefix": f"{tmp_path}/t"}]
+    epoch = (total - 1) // S
+    for dataset in (
+        train_of(settings(corpus, train=source), epoch),
+        valid_of(settings(corpus, train=source, valid=source)),
+    ):
+        assert len(dataset) == epoch
+        seen = [token for row in rows(dataset) for token in row[:-1]]
+        assert len(set(seen)) == len(seen) == epoch * S
+        assert set(seen) <= set(range(total))
+
+
+def test_the_training_order_is_fixed_by_the_seed(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    first, again, other = (
+        train_of(settings(corpus, cache=str(tmp_path / name)), 300, seed)
+        for name, seed in (("a", 1), ("b", 1), ("b", 2))
+    )
+    assert rows(first) == rows(again) != rows(other)
+    assert first.order_key == again.order_key != other.order_key
+
+
+def test_validation_depends_on_neither_the_seed_nor_the_length_of_the_run(corpus: TokenisedCorpus) -> None:
+    whole = rows(valid_of(settings(corpus)))
+    assert rows(valid_of(settings(corpus), seed=7, train_samples=900)) == whole
+    assert rows(valid_of(settings(corpus), limit=5)) == whole[:5]
+    assert rows(valid_of(settings(corpus), limit=10**9)) == whole
+    assert build_datasets(settings(corpus, valid=[]), 1, 8, None)[1] is None
+
+
+def test_validation_goes_through_every_source_once_whatever_its_weight(corpus: TokenisedCorpus) -> None:
+    sources = [{"prefix": corpus.valid, "weight": 0.01}, {"prefix": corpus.train, "weight": 5}]
+    both = valid_of(settings(corpus, valid=sources))
+    apart = [rows(valid_of(settings(corpus, valid=[source]))) for source in sources]
+    assert Counter(rows(both)) == Counter(apart[0] + apart[1])
+
+
+def test_the_order_key_tells_whether_a_longer_run_keeps_the_order(corpus: TokenisedCorpus) -> None:
+    epoch = (len(stream(corpus.train)) - 1) // S
+    lengths = (epoch // 4, epoch, epoch * 3 // 2, epoch * 2)
+    quarter, one, half_more, two = (train_of(settings(corpus), length) for length in lengths)
+    assert [len(run) for run in (quarter, one, half_more, two)] == list(lengths)
+    begin = rows(quarter)
+    for run in (one, half_more, two):
+        assert (run.order_key == quarter.order_key) == (rows(run, len(begin)) == begin)
+    assert one.order_key == quarter.order_key, "within an epoch"
+    assert half_more.order_key != quarter.order_key, "into the second epoch"
+
+
+def test_sources_are_drawn_by_weight_and_evenly(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    shares, prefixes = {"a": 6, "b": 1.5, "c": 2.5}, {}
+    for number, name in enumerate(shares):
+        prefixes[name] = f"{tmp_path}/{name}"
+        write_token_files(prefixes[name], [[number] * (50 + 10 * length) for length in range(40)])
+    sources = [{"prefix": prefixes[name], "weight": share} for name, share in shares.items()]
+    drawn = np.array([row[0] for row in rows(train_of(settings(corpus, train=sources), 1000))])
+    for start in range(0, 1000, 100):
+        counts = np.bincount(drawn[start : start + 100], minlength=3)
+        assert np.abs(counts - [60, 15, 25]).max() <= 2
+    assert np.abs(np.bincount(drawn) - [600, 150, 250]).max() <= 1
+
+
+def test_a_genuine_pad_token_stays_what_it_is(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    write_token_files(f"{tmp_path}/t", [[3] * 200])
+    assert rows(train_of(settings(corpus, train=[{"prefix": f"{tmp_path}/t"}]), 1)) == [(3,) * (S + 1)]
+
+
+def test_replaced_files_are_indexed_anew(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    source = [{"prefix": f"{tmp_path}/t"}]
+    for lengths in ((300, 100), (100, 300)):
+        write_token_files(f"{tmp_path}/t", [[length] * length for length in lengths])
+        assert len(rows(train_of(settings(corpus, train=source, valid=[]), 6))) == 6
+    assert len(list((tmp_path / "cache").glob("*-document_index.npy"))) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_reads_on_from_consumed_samples(corpus: TokenisedCorpus, workers: int) -> None:
+    dataset = train_of(settings(corpus), 40)
+    expected = rows(dataset)
+    batches = build_loader(dataset, 3, rank=1, size=2, consumed_samples=12, workers=workers)
+    for start in (15, 21, 27):
+        batch = next(batches)
+        found = torch.cat((batch["input_ids"], batch["labels"][:, -1:]), dim=1).tolist()
+        assert list(map(tuple, found)) == expected[start : start + 3]
+
+
+def test_indices_outside_the_dataset_are_refused(corpus: TokenisedCorpus) -> None:
+    dataset = train_of(settings(corpus), 5)
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match=f"sample {index} of 5"):
+            dataset[index]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "cannot be written or read"),
+        (b"\x93NUMPY", "cannot be written or read"),
+        (b"junk" * 50, "written or read"),
+    ],
+)
+def test_a_damaged_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path, content: bytes, problem: str) -> None:
+    config = settings(corpus, cache=str(tmp_path / "cache"))
+    train_of(config, 5)
+    for path in (tmp_path / "cache").glob("*-shuffle_index.npy"):
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data\.cache={tmp_path}/cache: the indices {problem}|{problem}"):
+        train_of(config, 5)
+
+
+def test_a_cache_that_cannot_be_written_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/cache: the indices cannot be written"):
+        train_of(settings(corpus, cache=str(tmp_path / "file" / "cache")), 5)
+
+
+def _build_on_rank(rank: int, store: Path, config: DataConfig, told: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    train, valid = build_datasets(config, 1, 60, None)
+    assert valid is not None
+    told.put((rank, rows(train), rows(valid), train.order_key))
+    dist.destroy_process_group()
+
+
+def test_ranks_build_the_datasets_of_one_process(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    both = [{"prefix": corpus.train, "weight": 2}, {"prefix": corpus.valid}]
+    config = settings(corpus, train=both, valid=both, cache=str(tmp_path / "ranks"))
+    context = get_context("fork")  # what is imported need not be imported again
+    told: Any = context.SimpleQueue()
+    ranks = [context.Process(target=_build_on_rank, args=(rank, tmp_path / "store", config, told)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = sorted(told.get() for _ in ranks)
+    for process in ranks:
+        process.join(timeout=60)
+    train, valid = build_datasets(config.model_copy(update={"cache": str(tmp_path / "alone")}), 1, 60, None)
+    assert valid is not None
+    assert found == [(rank, rows(train), rows(valid), train.order_key) for rank in range(2)]
+
+
+def test_a_rank_that_does_not_see_the_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    """What a rank meets on a node whose disk does not hold what rank 0 wrote."""
+    context = get_context("fork")
+    told: Any = context.SimpleQueue()
+    store = tmp_path / "store"
+    ranks = [
+        context.Process(
+            target=_build_apart, args=(rank, store, settings(corpus, cache=str(tmp_path / str(rank))), told)
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    message = told.get()
+    for process in ranks:
+        process.kill()
+    assert f"data.cache={tmp_path}/1: the indices cannot be written or read" in message
+    assert "set data.cache to a folder that all nodes see" in message
+
+
+def _build_apart(rank: int, store: Path, config: DataConfig, told: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        build_datasets(config, 1, 60, None)
+    except UserError as error:
+        told.put(str(error))

@@ -1,0 +1,98 @@
+"""Loader: which samples each rank takes, against a plain enumeration."""
+
+from itertools import islice, product
+
+import pytest
+import torch
+
+from hypermoe_ds.data.loader import IGNORED_LABEL, ResumableSampler, build_loader, validation_batches
+from hypermoe_ds.errors import UserError
+
+S = 5
+
+
+class Numbered:
+    """Sample i is S tokens i; counts nothing, remembers nothing."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"tokens": torch.full((S,), index), "labels": torch.full((S,), index + 1)}
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "size", "consumed"), list(product((0, 1, 17, 64), (1, 3), (1, 2, 4), (0, 1)))
+)
+def test_ranks_together_take_the_samples_in_order(length: int, batch: int, size: int, consumed: int) -> None:
+    if consumed > length:
+        return
+    samplers = [ResumableSampler(length, batch, rank, size, consumed) for rank in range(size)]
+    taken = [index for step in zip(*samplers, strict=True) for block in step for index in block]
+    whole = (length - consumed) // (batch * size)
+    assert taken == list(range(consumed, consumed + whole * batch * size))
+    assert {len(sampler) for sampler in samplers} == {whole}
+    assert length - consumed - len(taken) < batch * size
+
+
+def test_a_run_goes_on_with_the_same_samples_on_another_number_of_ranks() -> None:
+    def global_steps(size: int, consumed: int) -> list[int]:
+        ranks = [ResumableSampler(96, 12 // size, rank, size, consumed) for rank in range(size)]
+        return [index for step in zip(*ranks, strict=True) for block in step for index in block]
+
+    whole = global_steps(4, 0)
+    for size in (1, 2, 3, 6, 12):
+        assert global_steps(4, 0)[:24] + global_steps(size, 24) == whole
+
+
+@pytest.mark.parametrize("arguments", [(10, 0, 0, 1, 0), (10, 1, 1, 1, 0), (10, 1, -1, 1, 0), (10, 1, 0, 1, 11)])
+def test_numbers_out_of_range_are_refused(arguments: tuple[int, int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"no such place|consumed_samples"):
+        ResumableSampler(*arguments)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_the_samples_of_the_sampler(workers: int) -> None:
+    state = torch.get_rng_state()
+    batches = build_loader(Numbered(23), 2, rank=1, size=2, consumed_samples=3, workers=workers)
+    for block in ResumableSampler(23, 2, 1, 2, 3):
+        batch = next(batches)
+        assert batch.keys() == {"input_ids", "labels"}
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert batch["input_ids"].tolist() == [[index] * S for index in block]
+        assert batch["labels"].tolist() == [[index + 1] * S for index in block]
+    assert torch.equal(torch.get_rng_state(), state), "loading leaves the model's random numbers alone"
+    with pytest.raises(UserError, match="no whole micro-batch left of its 23 samples"):
+        next(batches)
+
+
+def test_a_loader_refuses_more_consumed_samples_than_there_are() -> None:
+    with pytest.raises(ValueError, match="consumed_samples=24 of 23"):
+        build_loader(Numbered(23), 2, rank=0, size=1, consumed_samples=24, workers=0)
+
+
+@pytest.mark.parametrize(("length", "batch", "size"), list(product((1, 2, 7, 24), (1, 4), (1, 2, 3, 8))))
+def test_validation_counts_every_sample_once_in_equal_steps(length: int, batch: int, size: int) -> None:
+    ranks = [list(validation_batches(Numbered(length), batch, rank, size)) for rank in range(size)]
+    assert {len(batches) for batches in ranks} == {-(-length // (batch * size))}
+    counted = []
+    for micro_batch in (micro_batch for batches in ranks for micro_batch in batches):
+        assert micro_batch["input_ids"].shape == micro_batch["labels"].shape == (batch, S)
+        for tokens, labels in zip(micro_batch["input_ids"].tolist(), micro_batch["labels"].tolist(), strict=True):
+            assert labels in ([tokens[0] + 1] * S, [IGNORED_LABEL] * S)
+            if labels[0] != IGNORED_LABEL:
+                counted.append(tokens[0])
+    assert sorted(counted) == list(range(length))
+
+
+def test_validation_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no sample"):
+        validation_batches(Numbered(0), 1, 0, 1)
+
+
+def test_an_endless_run_does_not_read_ahead_of_what_is_asked() -> None:
+    batches = build_loader(Numbered(10**9), 2, rank=0, size=4, consumed_samples=10**8, workers=0)
+    assert [batch["input_ids"][0, 0].item() for batch in islice(batches, 3)] == [10**8, 10**8 + 8, 10**8 + 16]

@@ -1,0 +1,246 @@
+"""Preprocessing: the files hold exactly the tokens of the documents, however many processes made them."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hypermoe_ds.data.encoding import Encoder
+from hypermoe_ds.data.megatron import IndexedDataset
+from hypermoe_ds.data.mpi import preprocess_on_ranks, share_of
+from hypermoe_ds.data.preprocess import Job, preprocess
+from hypermoe_ds.data.token_files import inspect, read_metadata
+from hypermoe_ds.data.tokenizer import load_tokenizer
+from hypermoe_ds.errors import UserError
+from tests.helpers.corpus import TokenisedCorpus, write_jsonl
+
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+def contents(prefix: str) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def job(corpus: TokenisedCorpus, inputs: list[Path], output: Path, **options: Any) -> Job:
+    return Job([str(path) for path in inputs], str(corpus.tokenizer), str(output), **options)
+
+
+def test_the_files_hold_the_tokens_of_each_document_and_its_end(corpus: TokenisedCorpus) -> None:
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    texts = [path.read_text(encoding="utf-8") for path in corpus.texts[:-4]]
+    expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    stream = np.fromfile(f"{corpus.train}.bin", dtype=np.uint16)
+    assert stream.tolist() == [token for document in expected for token in document]
+    dataset = IndexedDataset(corpus.train)
+    assert [dataset[number].tolist() for number in range(len(dataset))] == expected
+    assert dataset.document_indices.tolist() == list(range(len(texts) + 1))
+    assert tokenizer.decode(dataset[0][:-1]) == texts[0]
+    metadata = read_metadata(corpus.train)
+    assert metadata is not None
+    sha256 = hashlib.sha256((corpus.tokenizer / "tokenizer.model").read_bytes()).hexdigest()
+    assert (metadata.documents, metadata.tokens) == (len(texts), len(stream))
+    assert metadata.text_bytes == sum(len(text.encode()) for text in texts)
+    assert (metadata.vocab_size, metadata.eos_id) == (1000, tokenizer.eos_token_id)
+    assert (metadata.tokenizer_file, metadata.tokenizer_sha256) == ("tokenizer.model", sha256)
+    assert inspect(corpus.train).tokens == len(stream)
+
+
+def test_a_document_that_names_the_end_of_documents_does_not_end_there(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a </s> b")
+    preprocess(job(corpus, [tmp_path / "a.txt"], tmp_path / "out"))
+    tokens = np.fromfile(tmp_path / "out.bin", dtype=np.uint16).tolist()
+    assert tokens.count(read_metadata(str(tmp_path / "out")).eos_id) == 1  # type: ignore[union-attr]
+
+
+def test_a_large_vocabulary_is_written_as_int32(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415
+
+    vocabulary = {f"w{number}": number for number in range(70_000)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "a.txt").write_text("w69999 w5")
+    preprocess(Job([str(tmp_path / "a.txt")], str(tmp_path), str(tmp_path / "out")))
+    assert np.fromfile(tmp_path / "out.bin", dtype=np.int32).tolist() == [69999, 5, 1]
+    assert inspect(str(tmp_path / "out")).largest_token() == 69999
+    assert Encoder(str(tmp_path)).dtype is np.int32
+
+
+def test_the_files_do_not_depend_on_the_number_of_workers(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    lines = [line for path in corpus.texts[:6] for line in path.read_text(encoding="utf-8").split("\n\n")]
+    packed = tmp_path / "lines.jsonl.gz"
+    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "lines.jsonl", lines).read_bytes()))
+    inputs = [*corpus.texts[6:8], packed, corpus.texts[8]]
+    for workers in (1, 2):
+        preprocess(job(corpus, inputs, tmp_path / str(workers), workers=workers))
+    assert contents(f"{tmp_path}/1") == contents(f"{tmp_path}/2")
+    assert read_metadata(f"{tmp_path}/1").documents == sum(bool(line.strip()) for line in lines) + 3  # type: ignore[union-attr]
+
+
+def test_existing_files_stay_unless_they_may_be_replaced(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    first, second = ([path] for path in corpus.texts[:2])
+    preprocess(job(corpus, first, tmp_path / "out"))
+    before = contents(f"{tmp_path}/out")
+    with pytest.raises(UserError, match="exists already"):
+        preprocess(job(corpus, second, tmp_path / "out"))
+    assert contents(f"{tmp_path}/out") == before
+    (tmp_path / "bad.jsonl").write_text("no json")
+    with pytest.raises(UserError, match="no JSON object"):
+        preprocess(job(corpus, [*second, tmp_path / "bad.jsonl"], tmp_path / "out", overwrite=True, strict=True))
+    assert contents(f"{tmp_path}/out") == before
+    preprocess(job(corpus, second, tmp_path / "out", overwrite=True))
+    preprocess(job(corpus, second, tmp_path / "new"))
+    assert contents(f"{tmp_path}/out") == contents(f"{tmp_path}/new") != before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_is_left_of_a_failure(corpus: TokenisedCorpus, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    inputs = [*corpus.texts[:3], tmp_path / "bad.txt"]
+    with pytest.raises(UserError, match=r"bad\.txt: no UTF-8 text"):
+        preprocess(job(corpus, inputs, tmp_path / "new" / "folder" / "out", strict=True, workers=workers))
+    assert os.listdir(tmp_path) == ["bad.txt"]
+
+
+def test_a_worker_that_dies_is_told(corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "encode", lambda *_: os._exit(1))
+    with pytest.raises(UserError, match="workers=2: a worker process died"):
+        preprocess(job(corpus, corpus.texts[:3], tmp_path / "out", workers=2))
+    assert os.listdir(tmp_path) == []
+
+
+# Several ranks, as threads of this process.
+
+
+class ThreadRanks:
+    """The collective calls of MPI between threads."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._sent: list[Any] = [None] * size
+
+    def exchange(self, rank: int, sent: Any) -> list[Any]:
+        self._sent[rank] = sent
+        self._barrier.wait()
+        everything = list(self._sent)
+        self._barrier.wait()
+        return everything
+
+
+class ThreadRank:
+    def __init__(self, ranks: ThreadRanks, rank: int, size: int) -> None:
+        self._ranks, self._rank, self._size = ranks, rank, size
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return self._rank
+
+    def Get_size(self) -> int:  # noqa: N802
+        return self._size
+
+    def allgather(self, sendobj: Any) -> list[Any]:
+        return self._ranks.exchange(self._rank, sendobj)
+
+    def bcast(self, obj: Any) -> Any:
+        return self._ranks.exchange(self._rank, obj)[0]
+
+
+def on_ranks(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
+    """What `work` gave, or raised, on each rank."""
+    ranks, results = ThreadRanks(size), [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadRank(ranks, rank, size))
+        except BaseException as error:
+            results[rank] = error  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_files_do_not_depend_on_the_number_of_ranks(corpus: TokenisedCorpus, tmp_path: Path, size: int) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    inputs = [corpus.texts[0], tmp_path / "bad.txt", *corpus.texts[1:4]]
+    alone = preprocess(job(corpus, inputs, tmp_path / "alone"))
+    summaries = on_ranks(size, lambda comm: preprocess_on_ranks(job(corpus, inputs, tmp_path / "ranks"), comm))
+    assert contents(f"{tmp_path}/ranks") == contents(f"{tmp_path}/alone")
+    assert summaries[1:] == [None] * (size - 1)
+    assert summaries[0].split("bytes of text")[0] == alone.replace("/alone", "/ranks").split("bytes of text")[0]
+    assert summaries[0].partition("skipped")[2] == alone.partition("skipped")[2]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_an_error_of_one_rank_ends_all_and_is_told_by_rank_0(
+    corpus: TokenisedCorpus, tmp_path: Path, place: int
+) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff" * 9000)
+    inputs = list(corpus.texts[:3])
+    inputs.insert(place, tmp_path / "bad.txt")
+    work = job(corpus, inputs, tmp_path / "out", strict=True)
+    first, *others = on_ranks(3, lambda comm: preprocess_on_ranks(work, comm))
+    assert isinstance(first, UserError)
+    assert "bad.txt: no UTF-8 text" in str(first)
+    assert [(type(error), error.code) for error in others] == [(SystemExit, 2)] * 2
+    assert os.listdir(tmp_path) == ["bad.txt"]
+
+
+def test_shares_are_neighbours_that_together_are_all_files() -> None:
+    sizes = [0, 100, 1, 1, 50, 0, 400, 3, 90, 90]
+    files = [Path(str(number)) for number in range(len(sizes))]
+    for ranks in (1, 2, 3, 7, 20):
+        shares = [share_of(files, sizes, rank, ranks) for rank in range(ranks)]
+        assert [path for share in shares for path in share] == files
+    even = [len(share_of(files, [5] * 10, rank, 5)) for rank in range(5)]
+    assert even == [2] * 5
+
+
+def _mpirun() -> str | None:
+    """mpirun, where it and mpi4py work."""
+    found = shutil.which("mpirun")
+    probe = [sys.executable, "-c", "from mpi4py import MPI"]
+    return found if found and subprocess.run(probe, capture_output=True, check=False).returncode == 0 else None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_mpirun_writes_the_files_of_one_process(corpus: TokenisedCorpus, tmp_path: Path, broken: bool) -> None:
+    mpirun = _mpirun()
+    if mpirun is None:
+        pytest.skip("mpirun or mpi4py is missing")
+    inputs = [str(path) for path in corpus.texts[-4:]]
+    if broken:
+        (tmp_path / "bad.txt").write_bytes(b"\xff")
+        inputs.append(str(tmp_path / "bad.txt"))
+    script = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
+    line = [mpirun, "-n", "2", "--oversubscribe", sys.executable, str(script), "--strict", "--output", "out"]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(
+        [*line, "--tokenizer", str(corpus.tokenizer), "--input", *inputs],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    if broken:
+        assert done.returncode != 0
+        assert done.stderr.count("error: ") == 1
+        assert os.listdir(tmp_path) == ["bad.txt"]
+    else:
+        assert done.returncode == 0, done.stderr
+        assert contents(f"{tmp_path}/out") == contents(corpus.valid)
+        assert done.stdout.count("4 documents") == 1

@@ -1,0 +1,126 @@
+"""Sources: what does not fit is told in one line before anything is built."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypermoe_ds.config import validate
+from hypermoe_ds.data.datasets import DataConfig, build_datasets, check_sources
+from hypermoe_ds.errors import UserError
+from tests.helpers.corpus import TokenisedCorpus, write_token_files
+
+VOCAB = 1000
+
+
+@pytest.fixture
+def config(corpus: TokenisedCorpus, tmp_path: Path) -> DataConfig:
+    """Settings for a copy of the corpus, to be damaged."""
+    folder = tmp_path / "copy"
+    shutil.copytree(corpus.tokenizer.parent, folder, ignore=shutil.ignore_patterns("cache"))
+    return recipe(folder)
+
+
+def recipe(folder: Path, **changes: Any) -> DataConfig:
+    plain = {
+        "train": [{"prefix": f"{folder}/train"}],
+        "valid": [{"prefix": f"{folder}/valid"}],
+        "sequence_length": 64,
+        "tokenizer": f"{folder}/tokenizer",
+        **changes,
+    }
+    return validate(DataConfig, plain, "recipe")
+
+
+def cut(name: str, end: int | None) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:end])
+
+
+def extend(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() + b"\0")
+
+
+def change(name: str, **values: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+
+def test_whole_sources_pass(config: DataConfig) -> None:
+    check_sources(config, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "train.bin").unlink(), r"train\.bin: no such file"),
+        (lambda folder: (folder / "valid.idx").unlink(), r"valid\.idx: no such file"),
+        (cut("train.bin", -1), r"train\.bin: is truncated \(\d+ bytes instead of \d+\)"),
+        (cut("train.bin", 0), r"train\.bin: is truncated \(0 bytes"),
+        (extend("train.bin"), r"train\.bin: is damaged"),
+        (cut("valid.idx", -1), r"valid\.idx: is truncated"),
+        (cut("valid.idx", 20), r"valid\.idx: is truncated \(20 bytes\)"),
+        (extend("valid.idx"), r"valid\.idx: is damaged"),
+        (lambda folder: (folder / "valid.idx").write_bytes(b"x" * 99), r"valid\.idx: is no index of tokens"),
+        (lambda folder: (folder / "train.json").write_text("{"), r"train\.json: is no description of tokens"),
+        (change("train.json", colour="red"), r"train\.json: is no description of tokens"),
+        (change("valid.json", tokenizer_sha256="0"), r"valid: was made with another tokenizer"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer: no such tokenizer folder"),
+    ],
+)
+def test_damage_is_named(config: DataConfig, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(tmp_path / "copy")
+    with pytest.raises(UserError, match=message):
+        check_sources(config, VOCAB)
+
+
+def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has 1000 token ids and the model 999; set model\.vocab_size to 1000 or more"):
+        check_sources(config, VOCAB - 1)
+    write_token_files(f"{tmp_path}/plain", [[5, 40, 2] * 50])
+    plain = config.model_copy(
+        update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/plain"}]).train, "valid": []}
+    )
+    check_sources(plain, 41)
+    with pytest.raises(UserError, match="has 41 token ids and the model 40"):
+        check_sources(plain, 40)
+
+
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_too_few_tokens_for_a_sample_are_refused(config: DataConfig, tmp_path: Path, tokens: int) -> None:
+    write_token_files(f"{tmp_path}/short", [[1] * tokens])
+    short = config.model_copy(update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/short"}]).train})
+    if tokens == 65:
+        check_sources(short, VOCAB)
+        assert len(build_datasets(short, 1, 1, None)[0]) == 1
+        return
+    for refuse in (lambda: check_sources(short, VOCAB), lambda: build_datasets(short, 1, 1, None)):
+        with pytest.raises(UserError, match="short: holds 64 tokens, too few for one sample of 64"):
+            refuse()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": []}, "train"),
+        ({"train": [{"prefix": "a", "weight": 0}]}, r"train\.0\.weight=0"),
+        ({"train": [{"prefix": "a", "weight": float("inf")}]}, r"train\.0\.weight"),
+        ({"train": [{"prefx": "a"}]}, "did you mean 'prefix'"),
+        ({"sequence_length": 0}, "sequence_length=0"),
+        ({"workers": -1}, "workers=-1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(tmp_path, **changes)
+
+
+def test_every_setting_is_described() -> None:
+    for section in (DataConfig, DataConfig.model_fields["train"].annotation.__args__[0]):  # type: ignore[union-attr]
+        assert all(setting.description for setting in section.model_fields.values())
+
+
+def test_the_cache_lies_beside_the_first_source_unless_told(tmp_path: Path) -> None:
+    assert recipe(tmp_path).cache_folder == f"{tmp_path}/cache"
+    assert recipe(tmp_path, cache="/elsewhere").cache_folder == "/elsewhere"

@@ -1,0 +1,217 @@
+"""The method written out plainly, one token at a time, as what the model is compared with.
+
+Everything here reads a module's parameters and computes in their dtype with elementary operations;
+nothing calls the code under test.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder
+from hypermoe_ds.modeling.moe import MoEBlock
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "expert_embedding_size": 7,
+    "selection_hidden_size": 9,
+    "hypernetwork_input_size": 6,
+    "layer_embedding_size": 5,
+    "bottleneck_size": 11,
+    "adapter_size": 8,
+}
+
+# Shapes that between them take every branch of the decoder.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "top-1": {"num_experts_per_tok": 1, "norm_topk_prob": True},
+    "renormalised, qk-norm": {"norm_topk_prob": True, "qk_norm": True, "num_key_value_heads": 4},
+    "dense and shared": {
+        "num_hidden_layers": 5,
+        "first_dense_layers": 1,
+        "moe_every": 2,
+        "shared_expert_size": 12,
+        "num_key_value_heads": 1,
+    },
+    "untied, wide heads": {"tie_word_embeddings": False, "head_dim": 10},
+    "no hypernetwork": {"hypernetwork": False},
+    "all experts": {"num_experts_per_tok": 4},
+}
+
+
+def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
+    """A small model in which every part matters: weights and generated weights of order one."""
+    torch.manual_seed(seed)
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, "initializer_range": 0.2, **overrides}))
+    if model.model.hypernetwork is not None:
+        wake(model.model.hypernetwork)
+    return model.eval()
+
+
+@torch.no_grad()
+def wake(hypernetwork: HyperNetwork) -> None:
+    """Give HyperExperts outputs of order one, biases that count and a ReLU that is open about half the time."""
+    heads = (hypernetwork.down_weight, hypernetwork.down_bias, hypernetwork.up_weight, hypernetwork.up_bias)
+    for head in heads:
+        head.weight.mul_(1000)
+        head.bias.normal_(std=0.5 * head.weight.abs().max().item())
+    hypernetwork.down_bias.bias.add_(0.3)
+    hypernetwork.trunk.bias.add_(0.3)
+
+
+def distance(value: Tensor, reference: Tensor) -> float:
+    """Relative distance in the norm."""
+    value, reference = value.detach().double(), reference.detach().double()
+    norm = reference.norm().item()
+    return (value - reference).norm().item() / norm if norm else value.norm().item()
+
+
+def random_selection(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    return torch.rand(tokens, num_experts).argsort(dim=1)[:, :top_k]
+
+
+def hyper_experts(
+    x_TD: Tensor, selected_TK: Tensor, encoder: SelectionEncoder, hypernetwork: HyperNetwork, layer_index: int
+) -> Tensor:
+    """Steps 2 to 6, token by token, each unselected expert's embedding added by itself."""
+    D, A = hypernetwork.hidden_size, hypernetwork.adapter_size
+    first, _, second = encoder.mlp
+    rows = []
+    for x_D, selected in zip(x_TD, selected_TK.tolist(), strict=True):
+        s_E = torch.zeros_like(encoder.expert_embedding.weight[0])
+        for expert, embedding_E in enumerate(encoder.expert_embedding.weight):
+            if expert not in selected:
+                s_E = s_E + embedding_E
+        z_H = second.weight @ torch.clamp(first.weight @ s_E + first.bias, min=0) + second.bias
+        joined = torch.cat([z_H, hypernetwork.layer_embedding.weight[layer_index]])
+        u_B = torch.clamp(hypernetwork.trunk.weight @ joined + hypernetwork.trunk.bias, min=0)
+
+        def generate(head: nn.Linear, u_B: Tensor = u_B) -> Tensor:
+            return head.weight @ u_B + head.bias
+
+        inner_A = x_D @ generate(hypernetwork.down_weight).reshape(D, A) + generate(hypernetwork.down_bias)
+        inner_A = torch.clamp(inner_A, min=0)
+        rows.append(inner_A @ generate(hypernetwork.up_weight).reshape(A, D) + generate(hypernetwork.up_bias))
+    return torch.stack(rows)
+
+
+def swiglu(x_D: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    gate_F = gate_FD @ x_D
+    return down_DF @ (gate_F / (1 + torch.exp(-gate_F)) * (up_FD @ x_D))
+
+
+def route(x_D: Tensor, gate_ND: Tensor, top_k: int, renormalise: bool) -> tuple[list[int], list[Tensor]]:
+    """The K most probable experts of one token and their gates."""
+    score_N = torch.exp(gate_ND @ x_D)
+    probability_N = score_N / score_N.sum()
+    selected = sorted(range(len(probability_N)), key=lambda expert: -probability_N[expert].item())[:top_k]
+    gates = [probability_N[expert] for expert in selected]
+    if renormalise and top_k > 1:
+        total = sum(gates)
+        gates = [gate / total for gate in gates]
+    return selected, gates
+
+
+def moe_block(block: MoEBlock, x_TD: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """The Mixture of Experts, token by token; also the selection [T, K]."""
+    rows, selections = [], []
+    experts, shared = block.experts, block.shared_experts
+    for x_D in x_TD:
+        selected, gates = route(x_D, block.router.gate.weight, top_k, renormalise)
+        y_D = torch.zeros_like(x_D)
+        for expert, gate in zip(selected, gates, strict=True):
+            half = experts.gate_up_proj.shape[1] // 2
+            gate_FD, up_FD = experts.gate_up_proj[expert, :half], experts.gate_up_proj[expert, half:]
+            y_D = y_D + gate * swiglu(x_D, gate_FD, up_FD, experts.down_proj[expert])
+        if shared is not None:
+            y_D = y_D + swiglu(x_D, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+        rows.append(y_D)
+        selections.append(selected)
+    return torch.stack(rows), torch.tensor(selections)
+
+
+def rotate_as_complex(x_d: Tensor, position: int, base: float) -> Tensor:
+    """RoFormer's rotation of one vector: pair (i, i + d/2) times exp(i * position * base^(-2i/d))."""
+    half = x_d.shape[0] // 2
+    exponent = torch.arange(half, dtype=torch.float64) * 2 / x_d.shape[0]
+    turn = torch.polar(torch.ones(half, dtype=torch.float64), position * base**-exponent)
+    turned = torch.complex(x_d[:half].double(), x_d[half:].double()) * turn
+    return torch.cat([turned.real, turned.imag]).to(x_d.dtype)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return x_TD / torch.sqrt((x_TD * x_TD).mean(-1, keepdim=True) + eps) * weight_D
+
+
+def attention(model: HyperMoEForCausalLM, layer: int, x_SD: Tensor) -> Tensor:
+    """Causal attention, query by query and head by head, for one sequence."""
+    config, attn = model.config, model.model.layers[layer].self_attn
+    d, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    queries, keys, values = (
+        (x_SD @ linear.weight.T).unflatten(-1, (-1, d)) for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    if config.qk_norm:
+        queries = rms_norm(queries, attn.q_norm.weight, config.rms_norm_eps)
+        keys = rms_norm(keys, attn.k_norm.weight, config.rms_norm_eps)
+    rows = []
+    for i in range(x_SD.shape[0]):
+        heads = []
+        for head in range(config.num_attention_heads):
+            q_d = rotate_as_complex(queries[i, head], i, config.rope_theta)
+            rotated = [rotate_as_complex(keys[j, head // group], j, config.rope_theta) for j in range(i + 1)]
+            weights = torch.softmax(torch.stack([k_d @ q_d for k_d in rotated]) / math.sqrt(d), dim=0)
+            heads.append(weights @ values[: i + 1, head // group])
+        rows.append(attn.o_proj.weight @ torch.cat(heads))
+    return torch.stack(rows)
+
+
+def logits(model: HyperMoEForCausalLM, ids_S: Tensor) -> Tensor:
+    """The whole decoder for one sequence."""
+    config, decoder = model.config, model.model
+    x_SD = decoder.embed_tokens.weight[ids_S]
+    for index, layer in enumerate(decoder.layers):
+        x_SD = x_SD + attention(model, index, rms_norm(x_SD, layer.input_layernorm.weight, config.rms_norm_eps))
+        hidden_SD = rms_norm(x_SD, layer.post_attention_layernorm.weight, config.rms_norm_eps)
+        sparse = index >= config.first_dense_layers and (index - config.first_dense_layers + 1) % config.moe_every == 0
+        if not sparse:
+            mlp = layer.mlp
+            weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+            x_SD = x_SD + torch.stack([swiglu(x_D, *weights) for x_D in hidden_SD])
+            continue
+        y_SD, selected = moe_block(layer.mlp, hidden_SD, config.num_experts_per_tok, config.norm_topk_prob)
+        if config.hypernetwork:
+            branch: HyperExperts = layer.hyper_experts
+            earlier = range(config.first_dense_layers, index)
+            row = sum((i - config.first_dense_layers + 1) % config.moe_every == 0 for i in earlier)
+            y_SD = y_SD + hyper_experts(hidden_SD, selected, branch.encoder, decoder.hypernetwork, row)
+        x_SD = x_SD + y_SD
+    output = decoder.embed_tokens if config.tie_word_embeddings else model.lm_head
+    return rms_norm(x_SD, decoder.norm.weight, config.rms_norm_eps) @ output.weight.T
+
+
+def switch_loss(logits_TN: Tensor, selected_TK: Tensor) -> Tensor:
+    """Switch Transformers, equation 4: N * sum_i f_i P_i, a term for each expert by counting."""
+    tokens, N = logits_TN.shape
+    chosen = [expert for row in selected_TK.tolist() for expert in row]
+    loss = torch.zeros((), dtype=logits_TN.dtype)
+    for expert in range(N):
+        share = chosen.count(expert) / len(chosen)
+        probability = sum(torch.exp(row[expert]) / torch.exp(row).sum() for row in logits_TN) / tokens
+        loss = loss + N * share * probability
+    return loss
+
+
+def z_loss(logits_TN: Tensor) -> Tensor:
+    """ST-MoE, equation 5: the mean over tokens of (log sum_j exp(logit_j))^2."""
+    return sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits_TN) / logits_TN.shape[0]

@@ -1,0 +1,350 @@
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from model_references import SMALL, build, distance, random_selection, wake
+from model_references import hyper_experts as reference
+from torch import Tensor, nn
+
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling import hyper_experts as module_under_test
+from hypermoe_ds.modeling.hyper_experts import (
+    HyperExperts,
+    HyperNetwork,
+    SelectionEncoder,
+    cheaper_form,
+    distinct_sets,
+)
+
+FORMS = ("per_set", "factored", "per_token", "auto")
+SHAPES = sorted({(N, K) for N in (1, 2, 4, 8, 16, 32, 64) for K in (1, 2, 4, 8, N) if K <= N})
+D, E, P, H, L, LAYER_WIDTH, B, A = 24, 12, 20, 14, 3, 5, 16, 10
+
+
+def make(num_experts: int, dtype: torch.dtype = torch.float32) -> tuple[HyperExperts, HyperNetwork]:
+    hypernetwork = HyperNetwork(D, H, L, LAYER_WIDTH, B, A)
+    wake(hypernetwork)
+    branch = HyperExperts(SelectionEncoder(num_experts, E, P, H), layer_index=1)
+    return branch.to(dtype), hypernetwork.to(dtype)
+
+
+def in_dtype(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(part).to(dtype)
+
+
+def value_and_gradients(
+    branch: HyperExperts, hypernetwork: HyperNetwork, x_TD: Tensor, selected_TK: Tensor, form: str, weight_TD: Tensor
+) -> dict[str, Tensor]:
+    """Output, and the gradients of a random linear functional of it, by name."""
+    x_TD = x_TD.clone().requires_grad_()
+    if form == "reference":
+        y_TD = reference(x_TD, selected_TK, branch.encoder, hypernetwork, branch.layer_index)
+    else:
+        y_TD = branch(x_TD, selected_TK, hypernetwork, form)
+    named = {"x": x_TD, **dict(branch.named_parameters()), **dict(hypernetwork.named_parameters())}
+    # With every expert selected the plain sum over the others has no term to differentiate.
+    gradients = torch.autograd.grad((y_TD * weight_TD).sum(), list(named.values()), materialize_grads=True)
+    return {"y": y_TD.detach(), **dict(zip(named, gradients, strict=True))}
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_the_forms_agree_in_value_and_in_every_gradient(N: int, K: int) -> None:
+    branch, hypernetwork = make(N)
+    x, weight, selected = torch.randn(48, D), torch.randn(48, D), random_selection(48, N, K)
+    exact = value_and_gradients(
+        in_dtype(branch, torch.float64),
+        in_dtype(hypernetwork, torch.float64),
+        x.double(),
+        selected,
+        "per_token",
+        weight.double(),
+    )
+    assert len(exact) == 2 + 5 + 11
+    for form in FORMS:
+        seen = value_and_gradients(branch, hypernetwork, x, selected, form, weight)
+        for name, expected in exact.items():
+            assert distance(seen[name], expected) < 1e-5, (form, name)
+
+
+@torch.no_grad()
+def hold_every_relu(branch: HyperExperts, hypernetwork: HyperNetwork) -> None:
+    """Biases so large that half the units of each ReLU are open and half are shut, whatever comes in."""
+    embedding, mlp = branch.encoder.expert_embedding, branch.encoder.mlp
+    embedding.weight.div_(math.sqrt(embedding.num_embeddings))
+    for bias, size in ((mlp[0].bias, 4), (hypernetwork.trunk.bias, 8), (hypernetwork.down_bias.bias, 40)):
+        bias.copy_(torch.tensor([size, -size]).repeat(len(bias) // 2))
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_the_forms_agree_in_bfloat16_within_its_rounding(N: int, K: int) -> None:
+    # Ten operations lead from the embeddings to the output and ten back; each rounds its result by at most
+    # 2^-8 of it (7 bits and the hidden one), at random, so an output is off by about sqrt(10) * 2^-8. A
+    # gradient sums terms of both signs that partly cancel, each with its own error: it gets the worst case,
+    # 20 * 2^-8. ReLUs are held, since a rounding that carries one over zero switches a whole term of the
+    # gradient, in any form: that is the kink of the function and not the form's error.
+    value_bound, gradient_bound = math.sqrt(10) * 2**-8, 20 * 2**-8
+    branch, hypernetwork = make(N)
+    hold_every_relu(branch, hypernetwork)
+    branch, hypernetwork = in_dtype(branch, torch.bfloat16), in_dtype(hypernetwork, torch.bfloat16)
+    x, weight = torch.randn(48, D, dtype=torch.bfloat16), torch.randn(48, D, dtype=torch.bfloat16)
+    selected = random_selection(48, N, K)
+    exact = value_and_gradients(
+        in_dtype(branch, torch.float64),
+        in_dtype(hypernetwork, torch.float64),
+        x.double(),
+        selected,
+        "per_token",
+        weight.double(),
+    )
+    for form in FORMS:
+        seen = value_and_gradients(branch, hypernetwork, x, selected, form, weight)
+        for name, expected in exact.items():
+            assert seen[name].dtype is torch.bfloat16
+            assert distance(seen[name], expected) < (value_bound if name == "y" else gradient_bound), (form, name)
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (4, 4), (8, 1), (8, 2), (16, 5), (64, 8)])
+def test_every_form_is_the_method_written_out_token_by_token(N: int, K: int) -> None:
+    branch, hypernetwork = make(N, torch.float64)
+    x, weight = torch.randn(12, D, dtype=torch.float64), torch.randn(12, D, dtype=torch.float64)
+    selected = random_selection(12, N, K)
+    expected = value_and_gradients(branch, hypernetwork, x, selected, "reference", weight)
+    for form in FORMS:
+        seen = value_and_gradients(branch, hypernetwork, x, selected, form, weight)
+        for name, value in expected.items():
+            assert distance(seen[name], value) < 1e-12, (form, name)
+
+
+def test_the_comparison_reaches_every_term_of_the_method() -> None:
+    branch, hypernetwork = make(8, torch.float64)
+    x, selected = torch.randn(200, D, dtype=torch.float64), random_selection(200, 8, 2)
+    plain = branch(x, selected, hypernetwork, "per_token")
+    assert 0.1 < plain.norm() / x.norm() < 10
+    for parameter in (*branch.parameters(), *hypernetwork.parameters()):
+        changed = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.zero_()
+            assert distance(branch(x, selected, hypernetwork, "per_token"), plain) > 0.01
+            parameter.copy_(changed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("N", "K"), [(8, 2), (8, 8), (64, 8), (100, 5)])
+def test_the_order_inside_the_top_k_does_not_change_a_bit(N: int, K: int, form: str) -> None:
+    branch, hypernetwork = make(N)
+    x, weight, selected = torch.randn(64, D), torch.randn(64, D), random_selection(64, N, K)
+    selected = torch.cat([selected[:32], selected[:32].flip(1)])  # each set in two orders
+    shuffled = selected.gather(1, torch.rand(64, K).argsort(dim=1))
+    one = value_and_gradients(branch, hypernetwork, x, selected, form, weight)
+    other = value_and_gradients(branch, hypernetwork, x, shuffled, form, weight)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_hyper_expert_is_decided_by_the_set_and_the_layer_alone(form: str) -> None:
+    branch, hypernetwork = make(8, torch.float64)
+    x = torch.randn(1, D, dtype=torch.float64).expand(4, -1)
+    selected = torch.tensor([[0, 1], [0, 2], [1, 0], [0, 1]])
+    y = branch(x, selected, hypernetwork, form)
+    assert distance(y[2], y[0]) < 1e-14
+    assert distance(y[3], y[0]) < 1e-14
+    assert distance(y[1], y[0]) > 0.01
+
+    company = torch.randn(30, D, dtype=torch.float64)
+    crowd = branch(torch.cat([company, x[:1]]), torch.tensor([[0, 1]] * 31), hypernetwork, form)
+    assert distance(crowd[-1], y[0]) < 1e-13
+    mixed = torch.cat([random_selection(30, 8, 2), torch.tensor([[1, 0]])])
+    assert distance(branch(torch.cat([company, x[:1]]), mixed, hypernetwork, form)[-1], y[0]) < 1e-13
+
+    elsewhere = HyperExperts(branch.encoder, layer_index=2)
+    assert distance(elsewhere(x, selected, hypernetwork, form), y) > 0.01
+
+
+def test_the_branch_sends_no_gradient_to_experts_or_router() -> None:
+    model = build()
+    outputs: list[Tensor] = []
+    layers = model.model.layers
+    for layer in layers:
+        layer.hyper_experts.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    model(input_ids=torch.randint(0, 61, (2, 9)))
+    for index, output in enumerate(outputs):
+        own = [*layers[index].mlp.parameters()]
+        assert all(
+            gradient is None
+            for gradient in torch.autograd.grad(output.sum(), own, allow_unused=True, retain_graph=True)
+        )
+        encoder = list(layers[index].hyper_experts.parameters())
+        assert all(
+            gradient.any() for gradient in torch.autograd.grad(output.square().sum(), encoder, retain_graph=True)
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("N", [1, 2, 8, 64])
+def test_with_every_expert_selected_the_branch_is_an_unconditional_adapter(N: int, form: str) -> None:
+    branch, hypernetwork = make(N)
+    selected = random_selection(20, N, N)
+    assert torch.equal(branch.encoder(selected[:1]), branch.encoder.mlp(torch.zeros(1, E)))
+    x = torch.randn(20, D, requires_grad=True)
+    y = branch(x, selected, hypernetwork, form)
+    y.sum().backward()
+    assert branch.encoder.expert_embedding.weight.grad.count_nonzero() == 0
+    with torch.no_grad():
+        branch.encoder.expert_embedding.weight.normal_()
+        assert torch.equal(branch(x, selected, hypernetwork, form), y)
+        assert distance(y, reference(x, selected, branch.encoder, hypernetwork, 1)) < 1e-5
+
+
+@pytest.mark.parametrize(("N", "K"), [(8, 2), (8, 7), (25, 2), (26, 4), (61, 3), (62, 3), (63, 3), (64, 8), (128, 8)])
+def test_distinct_sets_are_those_that_python_counts(N: int, K: int) -> None:
+    pool = random_selection(90, N, K)
+    selected = pool[torch.randint(0, 90, (400,))]
+    selected = selected.gather(1, torch.rand(400, K).argsort(dim=1))
+    sets, inverse = distinct_sets(selected, N)
+    wanted = [frozenset(row) for row in selected.tolist()]
+    found = [frozenset(row) for row in sets.tolist()]
+    assert len(set(found)) == len(found) == len(set(wanted))
+    assert [found[i] for i in inverse.tolist()] == wanted
+
+
+@pytest.mark.parametrize("N", [25, 62, 63, 64, 65, 100, 125, 128])
+def test_no_two_pairs_of_experts_share_a_key(N: int) -> None:
+    pairs = torch.tensor(list(itertools.combinations(range(N), 2)))
+    sets, inverse = distinct_sets(pairs[torch.randperm(len(pairs))], N)
+    assert len(sets) == math.comb(N, 2)
+    assert inverse.unique().numel() == math.comb(N, 2)
+
+
+@pytest.mark.parametrize("N", [1, 5, 64])
+def test_sets_known_beforehand_are_the_experts_for_k_1_and_one_for_k_n(N: int) -> None:
+    for K in (1, N):
+        selected = random_selection(33, N, K)
+        sets, inverse = distinct_sets(selected, N)
+        assert sets.shape == (N if K == 1 else 1, K)
+        for row, index in zip(selected.tolist(), inverse.tolist(), strict=True):
+            assert set(sets[index].tolist()) == set(row)
+
+
+def test_few_sets_are_generated_once_each_and_as_many_sets_as_tokens_are_factored() -> None:
+    for width, adapter, bottleneck in ((768, 64, 128), (4096, 64, 128), (32, 8, 16)):
+        with torch.device("meta"):
+            hypernetwork = HyperNetwork(width, H, L, LAYER_WIDTH, bottleneck, adapter)
+        assert cheaper_form(65536, 8, hypernetwork) == "per_set"
+        for tokens in (1, 2, 28, 1024, 65536):
+            assert cheaper_form(tokens, tokens, hypernetwork) == "factored"
+            ladder = [cheaper_form(tokens, sets, hypernetwork) for sets in range(1, 2 * tokens, max(1, tokens // 50))]
+            assert ladder == sorted(ladder, reverse=True), "more sets never make sets cheaper"
+        ladder = [cheaper_form(tokens, 28, hypernetwork) for tokens in range(28, 65536, 500)]
+        assert ladder == sorted(ladder), "more tokens never make sets dearer"
+        assert set(ladder) == {"factored", "per_set"}
+
+
+@pytest.mark.parametrize("form", ["per_set", "factored"])
+def test_auto_runs_the_form_that_is_cheaper(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    branch, hypernetwork = make(8)
+    seen: list[tuple[int, int]] = []
+
+    def choose(tokens: int, sets: int, _hypernetwork: HyperNetwork) -> str:
+        seen.append((tokens, sets))
+        return form
+
+    monkeypatch.setattr(module_under_test, "cheaper_form", choose)
+    x, selected = torch.randn(40, D), torch.tensor([[0, 1], [1, 0], [3, 4], [6, 7]] * 10)
+    ran: list[str] = []
+    inner = getattr(hypernetwork, f"_{form}")
+    monkeypatch.setattr(hypernetwork, f"_{form}", lambda *arguments: ran.append(form) or inner(*arguments))
+    y = branch(x, selected, hypernetwork)
+    assert seen == [(40, 3)]
+    assert ran == [form]
+    assert torch.equal(y, branch(x, selected, hypernetwork, form))
+
+
+@pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2)])
+def test_under_autocast_every_form_returns_what_its_matrix_products_return(N: int, K: int) -> None:
+    branch, hypernetwork = make(N)
+    x, selected = torch.randn(40, D), random_selection(40, N, K)
+    expected = branch(x, selected, hypernetwork, "per_token")
+    for form in FORMS:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = branch(x, selected, hypernetwork, form)
+        assert y.dtype is torch.bfloat16, form
+        assert distance(y, expected) < 10 * 2**-8, form
+
+
+def assert_uniform(tensor: Tensor, bound: float) -> None:
+    """Of many draws from U(-bound, bound) none is outside, some are near both ends, the deviation is bound/sqrt(3)."""
+    assert tensor.numel() >= 100
+    assert tensor.abs().max() <= bound
+    assert tensor.max() > 0.9 * bound
+    assert tensor.min() < -0.9 * bound
+    assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+def assert_standard_normal(tensor: Tensor) -> None:
+    draws = tensor.numel()
+    assert draws >= 200
+    assert abs(tensor.mean().item()) < 5 / math.sqrt(draws)
+    assert tensor.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * draws))
+    assert tensor.abs().max() > 2
+
+
+def assert_published_initialisation(model: HyperMoEForCausalLM) -> None:
+    config, hypernetwork = model.config, model.model.hypernetwork
+    width, adapter, bottleneck = config.hidden_size, config.adapter_size, config.bottleneck_size
+    assert_uniform(hypernetwork.up_weight.weight, 1e-3 * math.sqrt(3 / (bottleneck * adapter)))
+    assert_uniform(hypernetwork.down_weight.weight, 1e-3 * math.sqrt(3 / (bottleneck * width)))
+    for head in (hypernetwork.up_bias, hypernetwork.down_bias):
+        assert_uniform(head.weight, 1e-3 * math.sqrt(3 / bottleneck))
+    for head in (hypernetwork.up_weight, hypernetwork.down_weight, hypernetwork.up_bias, hypernetwork.down_bias):
+        assert head.bias.count_nonzero() == 0
+    assert_standard_normal(hypernetwork.layer_embedding.weight)
+    linears = [hypernetwork.trunk]
+    for layer in model.model.layers:
+        encoder = layer.hyper_experts.encoder
+        assert_standard_normal(encoder.expert_embedding.weight)
+        linears += [encoder.mlp[0], encoder.mlp[2]]
+    for linear in linears:
+        assert_uniform(linear.weight, 1 / math.sqrt(linear.in_features))
+        assert_uniform(linear.bias, 1 / math.sqrt(linear.in_features))
+
+
+def published_model(**overrides: object) -> HyperMoEForCausalLM:
+    sizes = {
+        "num_experts": 16,
+        "expert_embedding_size": 128,
+        "selection_hidden_size": 120,
+        "hypernetwork_input_size": 110,
+        "layer_embedding_size": 100,
+        "bottleneck_size": 128,
+        "adapter_size": 20,
+    }
+    return HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **sizes, **overrides}))
+
+
+def test_a_built_model_starts_as_published(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = published_model()
+    assert_published_initialisation(model)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    again = HyperMoEForCausalLM.from_pretrained(folder)
+    assert_published_initialisation(again)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_layers_do_not_start_as_copies_of_each_other() -> None:
+    first, second, third = (layer.hyper_experts.encoder for layer in published_model().model.layers)
+    for name, parameter in first.named_parameters():
+        assert not torch.equal(parameter, second.get_parameter(name))
+        assert not torch.equal(parameter, third.get_parameter(name))
+
+
+def test_the_branch_is_about_zero_at_the_start() -> None:
+    config = HyperMoEConfig(hidden_size=768, num_hidden_layers=1, vocab_size=64, moe_intermediate_size=64)
+    model = HyperMoEForCausalLM(config)
+    x, selected = torch.randn(64, 768), random_selection(64, 8, 1)
+    y = model.model.layers[0].hyper_experts(x, selected, model.model.hypernetwork)
+    assert 0 < y.norm() / x.norm() < 5e-3

@@ -1,0 +1,207 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from model_references import SMALL, build, distance, moe_block, random_selection, switch_loss, z_loss
+from torch import Tensor, nn
+
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling.moe import MoEBlock, load_balancing_loss, observe_router, router_z_loss
+
+N = 6
+
+
+def make(**overrides: object) -> MoEBlock:
+    """A block whose weights are of order one, so that all experts and gates count."""
+    block = MoEBlock(HyperMoEConfig(**{**SMALL, "num_experts": N, **overrides}))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return block
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("shared", [0, 10])
+@pytest.mark.parametrize("K", [1, 2, N])
+def test_the_block_is_the_sum_of_each_tokens_experts_by_its_gates(K: int, shared: int, renormalise: bool) -> None:
+    block = make(num_experts_per_tok=K, shared_expert_size=shared, norm_topk_prob=renormalise)
+    exact = copy.deepcopy(block).double()
+    x, weight = torch.randn(2, 11, 32, requires_grad=True), torch.randn(2, 11, 32)
+    exact_x = x.detach().double().requires_grad_()
+
+    y = block(x)
+    (y * weight).sum().backward()
+    rows, selected = moe_block(exact, exact_x.flatten(0, 1), K, renormalise)
+    (rows.view_as(exact_x) * weight).sum().backward()
+
+    assert len(selected.unique()) == N
+    assert distance(y, rows.view_as(y)) < 1e-5
+    assert distance(x.grad, exact_x.grad) < 1e-5
+    for name, parameter in exact.named_parameters():
+        if K == 1 or not name.startswith("router"):
+            assert parameter.grad.norm() > 0.1
+        if parameter.grad.norm() > 1e-9:
+            assert distance(block.get_parameter(name).grad, parameter.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_experts_without_tokens_contribute_nothing_and_do_not_fail(K: int) -> None:
+    block = make(num_experts_per_tok=K)
+    x = torch.randn(1, 1, 32).expand(1, 5, 32)
+    block(x).sum().backward()
+    used = [bool(gradient.any()) for gradient in block.experts.down_proj.grad]
+    assert sum(used) == K
+    assert torch.isfinite(block.experts.gate_up_proj.grad).all()
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_one_experts_gate_is_its_probability_and_the_router_learns_from_the_loss(renormalise: bool) -> None:
+    block = make(num_experts_per_tok=1, norm_topk_prob=renormalise)
+    x = torch.randn(7, 32)
+    gates, selected, _ = block.router(x)
+    probability = torch.softmax(x @ block.router.gate.weight.T, dim=-1)
+    assert torch.allclose(gates, probability.max(-1, keepdim=True).values)
+    assert torch.equal(selected, probability.argmax(-1, keepdim=True))
+    block(x.unsqueeze(0)).square().sum().backward()
+    assert block.router.gate.weight.grad.norm() > 0.1
+
+
+def test_renormalised_gates_of_a_token_sum_to_one_and_keep_their_ratios() -> None:
+    x = torch.randn(40, 32)
+    raw_block = make(num_experts_per_tok=3)
+    block = make(num_experts_per_tok=3, norm_topk_prob=True)
+    block.load_state_dict(raw_block.state_dict())
+    raw, raw_selected, raw_counts = raw_block.router(x)
+    gates, selected, counts = block.router(x)
+    assert torch.allclose(gates.sum(-1), torch.ones(40))
+    assert raw.sum(-1).max() < 1
+    assert torch.allclose(gates, raw / raw.sum(-1, keepdim=True))
+    assert torch.equal(selected, raw_selected)
+    assert counts.tolist() == raw_counts.tolist() == [(selected == expert).sum().item() for expert in range(N)]
+
+
+def test_gates_are_computed_in_fp32_in_a_bfloat16_model() -> None:
+    block = make(num_experts_per_tok=2).to(torch.bfloat16)
+    x = torch.randn(1, 30, 32, dtype=torch.bfloat16)
+    gates, selected, _ = block.router(x.flatten(0, 1))
+    probability = torch.softmax(block.router.gate(x.flatten(0, 1)).float(), dim=-1)
+    assert gates.dtype is torch.float32
+    assert torch.equal(gates, probability.gather(1, selected))
+    assert block(x).dtype is torch.bfloat16
+
+
+def test_experts_start_different_from_each_other_in_every_layer() -> None:
+    model = HyperMoEForCausalLM(HyperMoEConfig(**SMALL))
+    for name in ("gate_up_proj", "down_proj"):
+        experts = [expert for layer in model.model.layers for expert in getattr(layer.mlp.experts, name)]
+        assert len(experts) == 12
+        for one, other in itertools.combinations(experts, 2):
+            cosine = torch.dot(one.flatten(), other.flatten()) / (one.norm() * other.norm())
+            assert abs(cosine.item()) < 5 / one.numel() ** 0.5
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_the_balance_loss_is_switchs_formula(K: int) -> None:
+    logits = torch.randn(23, N, dtype=torch.float64, requires_grad=True)
+    selected = logits.detach().topk(K).indices
+    seen, expected = load_balancing_loss(logits, selected), switch_loss(logits, selected)
+    assert seen.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(seen, logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    assert distance(gradient, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("K", [1, 2, N])
+def test_an_even_load_has_a_balance_loss_of_one_and_a_collapsed_router_pays_n(K: int) -> None:
+    selected = torch.tensor([[(token + k) % N for k in range(K)] for token in range(2 * N)])
+    assert load_balancing_loss(torch.zeros(2 * N, N), selected).item() == pytest.approx(1, abs=1e-6)
+    collapsed = torch.zeros(2 * N, N)
+    collapsed[:, 2] = 50
+    assert load_balancing_loss(collapsed, torch.full((2 * N, 1), 2)).item() == pytest.approx(N, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_loads_summed_over_ranks_give_the_whole_batchs_loss_and_gradient(ranks: int) -> None:
+    logits = torch.randn(ranks * 8, N)
+    logits += torch.arange(N).float() * torch.linspace(-1, 1, ranks * 8).unsqueeze(1)  # ranks prefer other experts
+    logits.requires_grad_()
+    selected = logits.detach().topk(2).indices
+    whole = load_balancing_loss(logits, selected)
+    (wanted,) = torch.autograd.grad(whole, logits)
+
+    counts = [torch.bincount(part.flatten(), minlength=N).float() for part in selected.chunk(ranks)]
+    losses, local = [], []
+    for rank, (part, choice) in enumerate(zip(logits.chunk(ranks), selected.chunk(ranks), strict=True)):
+
+        def sum_over_ranks(own: Tensor, rank: int = rank) -> Tensor:
+            assert torch.equal(own, counts[rank])
+            return torch.stack(counts).sum(0)
+
+        losses.append(load_balancing_loss(part, choice, sum_over_ranks))
+        local.append(load_balancing_loss(part, choice))
+    mean = torch.stack(losses).mean()
+    (gradient,) = torch.autograd.grad(mean, logits)
+    assert mean.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert distance(gradient, wanted) < 1e-6
+    if ranks > 1:
+        assert abs(torch.stack(local).mean().item() - whole.item()) > 0.01
+
+
+def test_the_z_loss_is_the_mean_squared_logsumexp() -> None:
+    logits = (3 * torch.randn(19, N, dtype=torch.float64)).requires_grad_()
+    seen, expected = router_z_loss(logits), z_loss(logits)
+    assert seen.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(seen, logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    assert distance(gradient, wanted) < 1e-5
+
+
+def test_both_routing_losses_are_computed_in_fp32() -> None:
+    logits = torch.randn(64, N).to(torch.bfloat16)
+    selected = random_selection(64, N, 2)
+    assert torch.equal(load_balancing_loss(logits, selected), load_balancing_loss(logits.float(), selected))
+    assert torch.equal(router_z_loss(logits), router_z_loss(logits.float()))
+
+
+def hooks_of(block: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in block.modules())
+
+
+def test_observing_a_router_sees_the_logits_behind_its_gates_and_leaves_no_hook() -> None:
+    block = make()
+    before = hooks_of(block)
+    decisions = []
+    for _ in range(2):
+        x = torch.randn(1, 9, 32)
+        with observe_router(block.router) as seen:
+            assert hooks_of(block) > before
+            block(x)
+        assert hooks_of(block) == before
+        (routing,) = seen
+        decisions.append(routing)
+        gates, selected, _ = block.router(x.flatten(0, 1))
+        assert torch.equal(routing.selected_TK, selected)
+        assert torch.equal(torch.softmax(routing.logits_TN, -1).gather(1, selected), gates)
+        (gradient,) = torch.autograd.grad(routing.logits_TN.sum(), block.router.gate.weight)
+        assert gradient.any()
+    block(torch.randn(1, 9, 32))
+    assert len(seen) == 1, "nothing is collected after the pass"
+    assert not torch.equal(decisions[0].logits_TN, decisions[1].logits_TN)
+
+
+def test_a_failing_block_leaves_no_hook_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(block.experts, "forward", fail)
+    with pytest.raises(RuntimeError, match="no memory"), observe_router(block.router):
+        block(torch.randn(1, 9, 32))
+    assert hooks_of(block) == 0
+
+
+def test_a_models_forward_pass_leaves_no_hook_behind() -> None:
+    model = build()
+    model(input_ids=torch.randint(0, 61, (1, 9)))
+    assert hooks_of(model) == 0

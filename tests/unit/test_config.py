@@ -1,0 +1,235 @@
+"""Settings are strict: what is not understood is refused by name, never dropped or guessed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError
+
+from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
+from hypermoe_ds.errors import UserError
+
+
+class Source(Settings):
+    prefix: str
+    weight: float = 1.0
+
+
+class Data(Settings):
+    train: list[Source]
+    valid: list[Source] | None = None
+    sequence_length: int = Field(default=128, gt=0)
+
+
+class Optimizer(Settings):
+    lr: float
+    betas: list[float] | None = None
+
+
+class Job(Settings):
+    data: Data
+    optimizer: Optimizer
+    warmup: Optimizer | None = None
+
+
+def good() -> dict[str, Any]:
+    return {"data": {"train": [{"prefix": "a"}], "sequence_length": 64}, "optimizer": {"lr": 3e-4}}
+
+
+def file_of(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def told(error: pytest.ExceptionInfo[UserError]) -> str:
+    return str(error.value)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "0.3e-3", "3.e-4", "+3e-4", "30e-5", "0.0003"])
+def test_every_way_to_write_a_float_reads_as_one(tmp_path: Path, text: str) -> None:
+    value = load_yaml(file_of(tmp_path, f"lr: {text}"))["lr"]
+    assert isinstance(value, float)
+    assert value == pytest.approx(3e-4, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["e-4", "3e", "3e-4x", "'3e-4'", "v3e4"])
+def test_what_is_no_number_stays_text(tmp_path: Path, text: str) -> None:
+    assert load_yaml(file_of(tmp_path, f"name: {text}"))["name"] == text.strip("'")
+
+
+def test_integers_and_booleans_keep_their_type(tmp_path: Path) -> None:
+    content = load_yaml(file_of(tmp_path, "steps: 1000\nuse: true\nnone: null"))
+    assert content == {"steps": 1000, "use": True, "none": None}
+    assert isinstance(content["steps"], int)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("lr: 1\nlr: 2", "lr"), ("a:\n  b: 1\n  b: 1", "b"), ("a: [{c: 1, c: 2}]", "c")]
+)
+def test_a_key_given_twice_is_refused_at_any_depth(tmp_path: Path, text: str, key: str) -> None:
+    path = file_of(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load_yaml(path)
+    assert f"key '{key}' is given twice" in told(error)
+    assert str(path) in told(error)
+
+
+def test_bad_yaml_is_told_with_its_file_and_line(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "a: 1\nb: [1, 2\nc: 3\n")
+    with pytest.raises(UserError, match=r"is not valid YAML at line \d") as error:
+        load_yaml(path)
+    assert str(path) in told(error)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b", "just text"])
+def test_a_file_without_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="holds no mapping"):
+        load_yaml(file_of(tmp_path, text))
+
+
+def test_an_unreadable_file_is_told_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml: cannot be read"):
+        load_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_yaml(tmp_path)  # a folder
+    (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_yaml(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("text", ["? [a, b]\n: 1", "? {a: 1}\n: 1", "a: !!python/object:os.system {}", "a: *missing"])
+def test_exotic_yaml_is_refused_without_a_traceback(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError):
+        load_yaml(file_of(tmp_path, text))
+
+
+def test_an_anchor_may_be_used_again(tmp_path: Path) -> None:
+    content = load_yaml(file_of(tmp_path, "base: &b {x: 1}\na: *b\nc:\n  <<: *b\n  y: 2"))
+    assert content == {"base": {"x": 1}, "a": {"x": 1}, "c": {"x": 1, "y": 2}}
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("2", 2),
+        ("true", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("{x: 1}", {"x": 1}),
+        ("a=b", "a=b"),
+    ],
+)
+def test_an_override_is_read_as_yaml(override: str, value: object) -> None:
+    result = apply_overrides({}, [f"section.key={override}"])
+    assert result == {"section": {"key": value}}
+    assert type(result["section"]["key"]) is type(value)
+
+
+def test_an_override_replaces_one_key_and_the_last_one_counts() -> None:
+    result = apply_overrides(good(), ["optimizer.lr=1e-3", "data.sequence_length=32", "optimizer.lr=2e-3"])
+    assert result == {"data": {"train": [{"prefix": "a"}], "sequence_length": 32}, "optimizer": {"lr": 2e-3}}
+
+
+def test_the_settings_given_stay_as_they_are() -> None:
+    settings = {"a": {"b": {"c": 1}}, "d": 1}
+    apply_overrides(settings, ["a.b.c=2", "d=3", "a.e=4"])
+    assert settings == {"a": {"b": {"c": 1}}, "d": 1}
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", ".lr=3", "optimizer.=3", "a..b=1", ""])
+def test_what_is_no_override_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match=r"is no override; write section\.key=value"):
+        apply_overrides(good(), [override])
+
+
+def test_an_override_through_a_value_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr\.x=1: 'lr' is no section"):
+        apply_overrides(good(), ["optimizer.lr.x=1"])
+
+
+def test_an_override_with_bad_yaml_is_told_by_itself() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr=\[1.*not valid YAML"):
+        apply_overrides(good(), ["optimizer.lr=[1"])
+
+
+# Validation
+
+
+def test_good_settings_become_typed_and_frozen() -> None:
+    job = validate(Job, good(), "r.yaml")
+    assert job.data.train[0].weight == 1.0
+    with pytest.raises(ValidationError):
+        job.optimizer.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "dotted", "near"),
+    [
+        ((), "optimiser", "optimiser", "optimizer"),
+        (("data",), "sequence_lenght", "data.sequence_lenght", "sequence_length"),
+        (("data", "train", 0), "wieght", "data.train.0.wieght", "weight"),
+        (("data", "valid", 0), "prefx", "data.valid.0.prefx", "prefix"),
+        (("optimizer",), "beta", "optimizer.beta", "betas"),
+        (("warmup",), "lrr", "warmup.lrr", "lr"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_is_told_with_the_nearest_known(
+    path: tuple[str | int, ...], key: str, dotted: str, near: str
+) -> None:
+    content = good() | {"warmup": {"lr": 1.0}}
+    content["data"]["valid"] = [{"prefix": "b"}]
+    section: Any = content
+    for part in path:
+        section = section[part]
+    section[key] = 1
+    with pytest.raises(UserError) as error:
+        validate(Job, content, "r.yaml")
+    assert told(error) == f"r.yaml: {dotted}: unknown key; did you mean '{near}'?"
+
+
+def test_a_misspelt_key_is_told_before_the_one_it_leaves_missing() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lrate: unknown key"):
+        validate(Job, good() | {"optimizer": {"lrate": 1.0}}, "r.yaml")
+
+
+def test_a_missing_key_is_told_by_its_dotted_name() -> None:
+    with pytest.raises(UserError, match=r"^r\.yaml: optimizer\.lr: is missing"):
+        validate(Job, good() | {"optimizer": {}}, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "content", "told_as"),
+    [
+        ("optimizer", {"lr": "3e-4"}, r"optimizer\.lr='3e-4': is not valid"),
+        ("optimizer", {"lr": True}, r"optimizer\.lr=True: is not valid"),
+        ("data", {"train": [], "sequence_length": 0}, r"data\.sequence_length=0: is not valid"),
+        ("data", {"train": [], "sequence_length": 8.0}, r"data\.sequence_length=8\.0: is not valid"),
+        ("data", {"train": [{"prefix": 3}]}, r"data\.train\.0\.prefix=3: is not valid"),
+        ("data", 5, r"data=5: is not valid"),
+    ],
+)
+def test_an_ill_typed_value_is_told_and_never_converted(section: str, content: object, told_as: str) -> None:
+    with pytest.raises(UserError, match=told_as):
+        validate(Job, good() | {section: content}, "r.yaml")
+
+
+def test_content_that_is_no_mapping_is_told_by_its_source() -> None:
+    with pytest.raises(UserError, match=r"^r\.yaml=\[\]: is not valid"):
+        validate(Job, [], "r.yaml")
+
+
+def test_an_integer_will_do_for_a_float() -> None:
+    assert validate(Optimizer, {"lr": 1}, "r.yaml").lr == 1.0
+
+
+def test_a_name_like_no_other_is_told_all_the_known_ones() -> None:
+    assert closest("zzz", ["lr", "betas"]) == "known: betas, lr"
+    assert closest("beta", ["lr", "betas"]) == "did you mean 'betas'?"

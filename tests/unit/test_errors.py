@@ -1,0 +1,103 @@
+"""A user's mistake is told in one line: on stderr, with exit code 2, once a host."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.errors import UserError, one_line_errors
+
+REPOSITORY = Path(__file__).parents[2]
+LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
+RAISE = """
+from hypermoe_ds import errors
+{before}
+with errors.one_line_errors():
+    print("up", flush=True)
+    raise errors.UserError("parallel.expert=3", "does not divide 8 experts", "use 1, 2, 4 or 8")
+"""
+
+
+def start(code: str, local_rank: str | None) -> subprocess.Popen[str]:
+    """A Python process that has reached its error: it prints `up` right before."""
+    environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
+    if local_rank is not None:
+        environment["LOCAL_RANK"] = local_rank
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_the_message_names_place_problem_and_remedy() -> None:
+    assert str(UserError("a.b=1", "is odd", "use 2")) == "a.b=1: is odd; use 2"
+
+
+@pytest.mark.parametrize("local_rank", [None, "0"])
+def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(local_rank: str | None) -> None:
+    process = start(RAISE.format(before=""), local_rank)
+    out, err = process.communicate(timeout=20)
+    assert (out, err, process.returncode) == ("", LINE, 2)
+
+
+def test_a_message_of_many_lines_is_told_in_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise UserError("a.yaml", "is bad\n  at line 3", "mend\tit")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.yaml: is bad at line 3; mend it\n"
+
+
+def test_any_other_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        print(1 // 0)
+
+
+def test_no_error_passes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with one_line_errors():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_host_of_two_ranks_prints_one_line() -> None:
+    """As a launcher does it: the first rank that ends has the others terminated."""
+    other = start(RAISE.format(before=""), "1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(timeout=1)  # it neither ends nor speaks of its own accord
+    first = start(RAISE.format(before=""), "0")
+    first_err = first.communicate(timeout=20)[1]
+    other.terminate()
+    other_err = other.communicate(timeout=20)[1]
+    assert first_err + other_err == LINE
+    assert first.returncode == 2
+
+
+def test_a_rank_whose_fault_is_its_own_speaks_in_the_end() -> None:
+    process = start(RAISE.format(before="errors._SILENT_SECONDS = 0.2"), "1")
+    err = process.communicate(timeout=20)[1]
+    assert (err, process.returncode) == (LINE, 2)
+
+
+def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
+    """Training handles SIGTERM to save before it stops; a rank that waits in silence has nothing to save."""
+    handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)"
+    process = start(RAISE.format(before=handler), "1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.terminate()
+    terminated = time.monotonic()
+    err = process.communicate(timeout=40)[1]
+    assert err == ""
+    assert time.monotonic() - terminated < 10

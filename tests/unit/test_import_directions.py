@@ -1,0 +1,254 @@
+"""The laws of the layout, read off the syntax trees: who may import whom, and how large a piece may grow."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = "hypermoe_ds"
+SCRIPTS = ("pretrain", "tools")
+ORDER = (
+    {PACKAGE},  # the package's own __init__
+    {"errors"},
+    {"config"},
+    {"modeling", "data", "parallel"},
+    {"checkpoint", "export", "monitor", "planner"},
+    {"training"},
+    {"run_config"},
+    set(SCRIPTS),
+)
+LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
+    "hypermoe_ds/parallel/expert_parallel.py",
+    "hypermoe_ds/training/engine.py",
+    "hypermoe_ds/checkpoint/manager.py",
+    "hypermoe_ds/checkpoint/universal.py",
+    "hypermoe_ds/monitor/sinks.py",
+}
+WITHOUT_DEEPSPEED = ("hypermoe_ds/planner/", "hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
+MODELING_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
+FILE_LINES, FUNCTION_LINES, MAIN_JOB_LINES = 500, 60, 100
+
+
+def python_files(root: Path, folders: tuple[str, ...] = (PACKAGE, *SCRIPTS)) -> list[Path]:
+    return [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported_names(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import at any depth; of `from a import b` it is `a.b`."""
+    package = path.relative_to(root).parent.parts
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = [*base, *([node.module] if node.module else [])]
+            yield from ((node.lineno, ".".join([*module, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, a.value) for a in node.args[:1] if isinstance(a, ast.Constant))
+
+
+def room_of_file(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    if parts[0] in SCRIPTS:
+        return parts[0]
+    return PACKAGE if parts[1] == "__init__" else parts[1]
+
+
+def room_of_name(dotted: str) -> str | None:
+    """The room an imported name lies in; None for what is not ours."""
+    first, *rest = dotted.split(".")
+    if first in SCRIPTS:
+        return first
+    if first != PACKAGE:
+        return None
+    is_module = bool(rest) and (len(rest) > 1 or rest[0] in LEVELS)
+    return rest[0] if is_module else PACKAGE
+
+
+def import_violations(root: Path) -> list[str]:
+    found = []
+    for path in python_files(root):
+        room, name = room_of_file(path, root), path.relative_to(root).as_posix()
+        if room not in LEVELS:
+            found.append(f"{name}: room '{room}' has no place in the order")
+            continue
+        for line, dotted in imported_names(path, root):
+            target, top = room_of_name(dotted), dotted.partition(".")[0]
+            where = f"{name}:{line} imports {dotted}"
+            if target is not None and target not in LEVELS:
+                found.append(f"{where}: room '{target}' has no place in the order")
+            elif target is not None and target != room and LEVELS[target] >= LEVELS[room]:
+                found.append(f"{where}: '{target}' is not below '{room}'")
+            elif room == "modeling" and (target or top) not in {"modeling", *MODELING_MAY_USE}:
+                found.append(f"{where}: modeling uses torch, transformers and the standard library alone")
+            elif top == "deepspeed" and name not in DEEPSPEED_IMPORTERS:
+                found.append(f"{where}: DeepSpeed is used through the modules that own it")
+    return found
+
+
+def reaches_deepspeed(start: Path, root: Path) -> bool:
+    """Whether importing `start` imports DeepSpeed, through our own modules too."""
+    waiting, seen = [start], set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        for _, dotted in imported_names(path, root):
+            parts = dotted.split(".")
+            if parts[0] == "deepspeed":
+                return True
+            prefixes = [root.joinpath(*parts[:length]) for length in range(1, len(parts) + 1)]
+            waiting += [p / "__init__.py" for p in prefixes] + [p.with_suffix(".py") for p in prefixes]
+    return False
+
+
+def size_violations(root: Path, folders: tuple[str, ...]) -> list[str]:
+    found = []
+    for path in python_files(root, folders):
+        name, lines = path.relative_to(root).as_posix(), len(path.read_text(encoding="utf-8").splitlines())
+        limit = MAIN_JOB_LINES if name == "pretrain/train.py" else FILE_LINES
+        if lines > limit:
+            found.append(f"{name}: {lines} lines; {limit} at most")
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    found.append(f"{name}:{node.lineno} {node.name}: {lines} lines; {FUNCTION_LINES} at most")
+    return found
+
+
+def logic_violations(root: Path) -> list[str]:
+    """Classes in scripts, and state that a function changes in its module."""
+    found = []
+    for path in python_files(root):
+        name = path.relative_to(root).as_posix()
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef) and name.startswith(SCRIPTS):
+                found.append(f"{name}:{node.lineno} class {node.name}: scripts hold arguments and wiring")
+            elif isinstance(node, ast.Global):
+                found.append(f"{name}:{node.lineno} global {', '.join(node.names)}: no mutable module state")
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    assert import_violations(REPOSITORY) == []
+
+
+def test_pieces_stay_small() -> None:
+    assert size_violations(REPOSITORY, (PACKAGE, *SCRIPTS, "tests")) == []
+
+
+def test_scripts_hold_no_logic_and_modules_no_state() -> None:
+    assert logic_violations(REPOSITORY) == []
+
+
+def test_planning_needs_no_deepspeed() -> None:
+    paths = [p for p in python_files(REPOSITORY) if p.relative_to(REPOSITORY).as_posix().startswith(WITHOUT_DEEPSPEED)]
+    assert [str(path) for path in paths if reaches_deepspeed(path, REPOSITORY)] == []
+
+
+def test_deepspeed_has_six_importers_at_most() -> None:
+    assert len(DEEPSPEED_IMPORTERS) <= 6
+
+
+# The checker itself, on sources that keep or break each law.
+
+
+def plant(root: Path, name: str, source: str) -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "complaint"),
+    [
+        ("hypermoe_ds/data/a.py", "from hypermoe_ds.training.loop import run", "not below"),
+        ("hypermoe_ds/data/a.py", "from hypermoe_ds import training", "not below"),
+        ("hypermoe_ds/data/a.py", "from ..training import loop", "not below"),
+        ("hypermoe_ds/data/a.py", "from .. import training", "not below"),
+        ("hypermoe_ds/data/a.py", "import hypermoe_ds.run_config as r", "not below"),
+        ("hypermoe_ds/data/a.py", "def f():\n    from hypermoe_ds.parallel import topology", "not below"),
+        ("hypermoe_ds/data/a.py", "import importlib\nimportlib.import_module('hypermoe_ds.training')", "not below"),
+        ("hypermoe_ds/data/a.py", "import tools.plan", "not below"),
+        ("hypermoe_ds/errors.py", "from hypermoe_ds.config import Settings", "not below"),
+        ("hypermoe_ds/export/hf.py", "from hypermoe_ds.checkpoint.manager import load", "not below"),
+        ("pretrain/train.py", "from tools.plan import main", "not below"),
+        ("hypermoe_ds/data/a.py", "import hypermoe_ds.attic.old", "no place in the order"),
+        ("hypermoe_ds/attic/old.py", "", "no place in the order"),
+        ("hypermoe_ds/modeling/moe.py", "from hypermoe_ds.errors import UserError", "modeling uses"),
+        ("hypermoe_ds/modeling/moe.py", "from hypermoe_ds import __version__", "modeling uses"),
+        ("hypermoe_ds/modeling/moe.py", "def f():\n    import numpy as np", "modeling uses"),
+        ("hypermoe_ds/modeling/moe.py", "import deepspeed", "modeling uses"),
+        ("hypermoe_ds/parallel/topology.py", "from deepspeed.utils import groups", "DeepSpeed is used through"),
+        ("tools/plan.py", "def main():\n    import deepspeed", "DeepSpeed is used through"),
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, complaint: str) -> None:
+    plant(tmp_path, name, source)
+    [violation] = import_violations(tmp_path)
+    assert complaint in violation
+    assert violation.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        (
+            "hypermoe_ds/data/a.py",
+            "from hypermoe_ds.errors import UserError\nfrom hypermoe_ds import config, __version__",
+        ),
+        ("hypermoe_ds/data/a.py", "import numpy as np\nfrom . import b\nfrom hypermoe_ds.data.c import d"),
+        ("hypermoe_ds/modeling/moe.py", "import math\nimport torch.nn\nfrom transformers import x\nfrom .h import H"),
+        ("hypermoe_ds/training/engine.py", "import deepspeed\nfrom hypermoe_ds.monitor import sinks"),
+        ("hypermoe_ds/run_config.py", "from hypermoe_ds.training import loop"),
+        ("tools/bench/moe.py", "from hypermoe_ds.run_config import RunConfig\nfrom tools.bench import timing"),
+    ],
+)
+def test_an_allowed_import_passes(tmp_path: Path, name: str, source: str) -> None:
+    plant(tmp_path, name, source)
+    assert import_violations(tmp_path) == []
+
+
+def test_deepspeed_is_found_behind_other_modules(tmp_path: Path) -> None:
+    start = plant(tmp_path, "hypermoe_ds/planner/plan.py", "from hypermoe_ds.parallel import topology")
+    topology = plant(tmp_path, "hypermoe_ds/parallel/topology.py", "import math")
+    assert not reaches_deepspeed(start, tmp_path)
+    topology.write_text("from . import expert_parallel", encoding="utf-8")
+    plant(tmp_path, "hypermoe_ds/parallel/expert_parallel.py", "def f():\n    import deepspeed.comm")
+    assert reaches_deepspeed(start, tmp_path)
+    topology.write_text("import math", encoding="utf-8")
+    plant(tmp_path, "hypermoe_ds/parallel/__init__.py", "from .expert_parallel import f")
+    assert reaches_deepspeed(start, tmp_path)
+
+
+def test_an_oversized_piece_is_found(tmp_path: Path) -> None:
+    def function_of(lines: int) -> str:
+        return "def f():\n" + "    x = 1\n" * (lines - 1)
+
+    path = plant(tmp_path, "hypermoe_ds/data/a.py", function_of(FUNCTION_LINES) + "\n" * (FILE_LINES - FUNCTION_LINES))
+    assert size_violations(tmp_path, (PACKAGE,)) == []
+    path.write_text(function_of(FUNCTION_LINES + 1), encoding="utf-8")
+    assert ["f: 61 lines" in v for v in size_violations(tmp_path, (PACKAGE,))] == [True]
+    path.write_text("\n" * (FILE_LINES + 1), encoding="utf-8")
+    assert ["a.py: 501 lines" in v for v in size_violations(tmp_path, (PACKAGE,))] == [True]
+    plant(tmp_path, "pretrain/train.py", "\n" * (MAIN_JOB_LINES + 1))
+    assert ["train.py: 101 lines" in v for v in size_violations(tmp_path, ("pretrain",))] == [True]
+
+
+def test_logic_in_a_script_and_module_state_are_found(tmp_path: Path) -> None:
+    plant(tmp_path, "hypermoe_ds/data/a.py", "class Reader:\n    pass")
+    assert logic_violations(tmp_path) == []
+    plant(tmp_path, "tools/plan.py", "class Planner:\n    pass")
+    plant(tmp_path, "hypermoe_ds/data/b.py", "n = 0\ndef f():\n    global n\n    n = 1")
+    assert ["class Planner" in v or "global n" in v for v in logic_violations(tmp_path)] == [True, True]

@@ -1,0 +1,199 @@
+"""The scripts that set up and check the project: what they refuse, what they report, what they pass on."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON_SCRIPTS = sorted(p for folder in ("pretrain", "tools") for p in (REPOSITORY / folder).glob("*.py"))
+COMMANDS = ["bash", "basename", "cat", "dirname", "grep", "head", "ls", "mkdir", "paste", "sed", "sha256sum"]
+COMMANDS += ["sort", "tail", "tr"]
+CHECKS = ("ruff", "mypy", "shellcheck", "hadolint", "python")
+
+
+def run(*command: str | Path, cwd: str | Path = "/", **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "HYPERMOE_VENV" and not k.startswith("GIT_")}
+    return subprocess.run(
+        list(map(str, command)),
+        env=inherited | environment,
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def executable(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> Path:
+    """A PATH with the shell's own tools: no Python and no compiler."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for command in COMMANDS:
+        found = shutil.which(command)
+        assert found is not None, command
+        (folder / command).symlink_to(found)
+    return folder
+
+
+# launch/setup.sh
+
+
+def setup(path: Path, venv: Path, *extras: str, repository: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    operators = str(venv.parent / "operators")
+    environment = {"PATH": str(path), "HYPERMOE_VENV": str(venv), "TORCH_EXTENSIONS_DIR": operators}
+    return run("bash", repository / "launch/setup.sh", *extras, **environment)
+
+
+def test_setup_tells_each_missing_thing_in_one_line_and_how_to_get_it(bare_path: Path, tmp_path: Path) -> None:
+    result = setup(bare_path, tmp_path / "venv")
+    python, compiler = result.stderr.splitlines()
+    assert "missing Python" in python
+    assert "apt-get install python3" in python
+    assert "missing the C++ compiler" in compiler
+    assert "apt-get install g++" in compiler
+    assert result.returncode == 1
+    assert not (tmp_path / "venv").exists()
+
+
+def test_setup_with_python_misses_the_compiler_alone(bare_path: Path, tmp_path: Path) -> None:
+    (bare_path / "python3.11").symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+    result = setup(bare_path, tmp_path / "venv")
+    assert ["C++ compiler" in line for line in result.stderr.splitlines()] == [True]
+    assert result.returncode == 1
+
+
+def test_setup_refuses_an_unknown_extra(bare_path: Path, tmp_path: Path) -> None:
+    result = setup(bare_path, tmp_path / "venv", "dev", "gpus")
+    assert result.stderr == "setup: no extra 'gpus'; known: dev, gpu, mpi\n"
+    assert result.returncode == 1
+
+
+def test_setup_leaves_a_folder_that_is_no_environment_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    result = run("bash", REPOSITORY / "launch/setup.sh", HYPERMOE_VENV=str(tmp_path))
+    assert "is no virtual environment" in result.stderr
+    assert result.returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path:
+    """A folder that setup.sh takes for the one it made, with an interpreter that can do nothing else."""
+    venv = tmp_path / "venv"
+    executable(venv / "bin" / "python", 'case "$*" in "-VV") echo Python 3.11;; *version_info*) ;; *) exit 9;; esac')
+    decides = f"Python 3.11\n{extras} {repository}\n".encode()
+    decides += b"".join((repository / name).read_bytes() for name in ("pyproject.toml", "launch/setup.sh"))
+    (venv / "hypermoe-setup.stamp").write_text(f"{extras}\n{hashlib.sha256(decides).hexdigest()}  -\n")
+    (venv / "pyvenv.cfg").touch()
+    operator = tmp_path / "operators" / "deepspeed_shm_comm"
+    operator.mkdir(parents=True)
+    (operator / "deepspeed_shm_comm.so").touch()
+    (operator / "build.ninja").write_text(f"cflags = -isystem {venv}/lib/torch")
+    return venv
+
+
+@pytest.mark.parametrize("asked", [(), ("dev",), ("mpi", "dev")])
+def test_setup_has_nothing_to_do_twice_and_keeps_earlier_extras(
+    bare_path: Path, tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    venv = environment_as_set_up(tmp_path, REPOSITORY, "dev,mpi")
+    result = setup(bare_path, venv, *asked)
+    assert result.stdout == f"setup: ready with dev,mpi; use it with: source {venv}/bin/activate\n", result.stderr
+    assert result.returncode == 0
+
+
+def test_setup_begins_anew_when_the_dependencies_change(bare_path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / "launch").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch/setup.sh", copy / "launch")
+    shutil.copy(REPOSITORY / "pyproject.toml", copy)
+    venv = environment_as_set_up(tmp_path, copy, "dev")
+    assert setup(bare_path, venv, repository=copy).returncode == 0
+    with (copy / "pyproject.toml").open("a") as file:
+        file.write("# one more dependency\n")
+    result = setup(bare_path, venv, repository=copy)
+    assert "missing" in result.stderr  # it looks at the system: there is no compiler on this PATH
+    assert result.returncode == 1
+
+
+# tests/run.sh
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository with tests/run.sh, a set-up that does nothing and checks that only note how they were called."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(REPOSITORY / "tests/run.sh", tmp_path / "tests")
+    executable(tmp_path / "launch/setup.sh", 'echo "setup $*" >>calls')
+    for name in CHECKS:
+        executable(
+            tmp_path / f".venv/bin/{name}", f'echo "{name} $*" >>calls; exit $(cat fail-{name} 2>/dev/null || echo 0)'
+        )
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    return tmp_path
+
+
+def run_checks(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    result = run("bash", checkout / "tests/run.sh", *arguments)
+    return result, (checkout / "calls").read_text().splitlines()
+
+
+def test_the_checks_run_all_with_their_times_and_pass_arguments_on(checkout: Path) -> None:
+    result, calls = run_checks(checkout, "-k", "foo")
+    assert calls == [
+        "setup dev mpi",
+        "ruff check .",
+        "ruff format --check .",
+        "mypy ",
+        "shellcheck launch/setup.sh tests/run.sh",
+        "hadolint Dockerfile",
+        "python -m pytest -k foo",
+    ]
+    assert result.stdout.count(": ok, ") == 7
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_failing_check_fails_the_run_and_hides_no_other(checkout: Path, name: str) -> None:
+    (checkout / f"fail-{name}").write_text("1")
+    result, calls = run_checks(checkout)
+    assert len(calls) == 7
+    assert "FAILED" in result.stdout
+    assert result.stderr.startswith("failed: ")
+    assert result.returncode == 1
+
+
+def test_a_script_with_a_syntax_error_fails_the_run(checkout: Path) -> None:
+    (checkout / "launch/broken.sh").write_text("if true; then\n")
+    result, _ = run_checks(checkout)
+    assert "failed: bash -n" in result.stderr
+    assert result.returncode == 1
+
+
+def test_a_failing_setup_ends_the_run(checkout: Path) -> None:
+    executable(checkout / "launch/setup.sh", "touch calls; exit 1")
+    result, calls = run_checks(checkout)
+    assert calls == []
+    assert result.returncode == 1
+
+
+# The Python scripts
+
+
+@pytest.mark.parametrize("script", PYTHON_SCRIPTS, ids=lambda path: path.name)
+def test_a_script_explains_itself(script: Path) -> None:
+    result = run(sys.executable, script, "--help", DS_ACCELERATOR="cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: ")
