@@ -51,18 +51,23 @@ class RunFolder:
         """Copy of the tokenizer's folder."""
         return self.path / "resolved" / "tokenizer"
 
-    def require(self) -> None:
-        """Check that this is a run folder.
+    def exists(self) -> bool:
+        """Whether a run has begun in this folder."""
+        return (self.model / "config.json").is_file()
 
-        Raises:
-            UserError: it is not.
-        """
-        if not (self.model / "config.json").is_file():
-            raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
+    def read_settings(self) -> dict[str, Any]:
+        """The recipe as run."""
+        settings: dict[str, Any] = yaml.safe_load(self.settings.read_text())
+        return settings
 
     def model_config(self) -> HyperMoEConfig:
-        """Configuration of the run's model."""
-        self.require()
+        """Configuration of the run's model.
+
+        Raises:
+            UserError: this is no run folder.
+        """
+        if not self.exists():
+            raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
         config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
         return config
 
@@ -72,7 +77,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run, and a field of its model differs.
         """
-        if not (self.model / "config.json").is_file():
+        if not self.exists():
             return
         ours, theirs = _facts(config), _facts(self.model_config())
         for key in ours:

@@ -49,12 +49,16 @@ def preprocess_here_or_on_ranks(job: Job) -> str | None:
     Raises:
         UserError: see `preprocess`; mpi4py is missing under mpirun.
     """
-    if max(int(os.environ.get(name, "1")) for name in _SIZE_VARIABLES) == 1:
+    ranks = max(int(os.environ.get(name, "1")) for name in _SIZE_VARIABLES)
+    if ranks == 1:
         return preprocess(job)
     try:
         from mpi4py import MPI  # noqa: PLC0415 (an optional extra, which starts MPI when imported)
     except (ImportError, RuntimeError) as error:
         raise UserError("mpi4py", f"is needed under mpirun ({error})", "pip install 'hypermoe-ds[mpi]'") from None
+    if MPI.COMM_WORLD.Get_size() != ranks:  # each rank would do all the work, over the others' files
+        problem = f"sees {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks of mpirun"
+        raise UserError("mpi4py", problem, "make mpirun and the library that mpi4py loads those of one MPI")
     try:
         return preprocess_on_ranks(job, cast(Communicator, MPI.COMM_WORLD))
     except (UserError, SystemExit):

@@ -1,0 +1,1 @@
+"""The model as others use it: Hugging Face folders."""

@@ -1,0 +1,56 @@
+"""Loss and perplexity of a run folder or a Hugging Face folder on tokenised data."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.weights import load_model
+from hypermoe_ds.data.datasets import build_validation_set
+from hypermoe_ds.data.loader import validation_batches
+from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.export.hf import read_model
+from hypermoe_ds.training.evaluation import evaluate
+
+
+def main() -> None:
+    """Arguments and wiring."""
+    arguments = parse_arguments()
+    run = RunFolder(arguments.checkpoint)
+    if run.exists():
+        model, tokenizer = load_model(run, arguments.step), run.tokenizer
+        length = run.read_settings()["data"]["sequence_length"]
+    else:
+        model, tokenizer = read_model(arguments.checkpoint), arguments.checkpoint
+        length = model.config.max_position_embeddings
+    length = arguments.sequence_length or length
+
+    samples = build_validation_set(arguments.data, str(tokenizer), length, model.config.vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1, progress="evaluate")
+    result = evaluate(model.to(device), batches, device)
+    print(f"loss {result.loss:.6f} | perplexity {result.perplexity:.4f} | {result.tokens:,} tokens of {arguments.data}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="run folder or Hugging Face folder"
+    )
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="token files, without .bin and .idx")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run folder; the newest if left out")
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="tokens in a sequence; if left out the run's, or max_position_embeddings of a Hugging Face folder",
+    )
+    parser.add_argument("--micro-batch-size", type=int, default=8, metavar="SEQUENCES", help="default: 8")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
