@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import load_model
@@ -28,8 +29,9 @@ def main() -> None:
 
     samples = build_validation_set(arguments.data, str(tokenizer), length, model.config.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1, progress="evaluate")
-    result = evaluate(model.to(device), batches, device)
+    batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
+    total = -(-len(samples) // arguments.micro_batch_size)
+    result = evaluate(model.to(device), tqdm(batches, "evaluate", total, unit="batch", leave=False), device)
     print(f"loss {result.loss:.6f} | perplexity {result.perplexity:.4f} | {result.tokens:,} tokens of {arguments.data}")
 
 

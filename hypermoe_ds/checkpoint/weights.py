@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,12 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
         weights = join_experts(_read_weights(checkpoint))
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(str(checkpoint), f"is not a whole checkpoint ({error})", "choose another --step") from None
-    model = HyperMoEForCausalLM(config).to(_precision(run))
+    model: HyperMoEForCausalLM = HyperMoEForCausalLM(config).to(_precision(run))
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _precision(run: RunFolder) -> torch.dtype:
@@ -66,8 +68,8 @@ def _read_partitioned_weights(checkpoint: Path) -> dict[str, Tensor]:
         return {path.parent.name: _load(path)["param"] for path in parameters.glob("*/fp32.pt")}
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    content: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return content
 
 

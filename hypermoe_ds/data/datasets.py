@@ -183,6 +183,26 @@ def build_datasets(
     return train, valid
 
 
+def build_validation_set(prefix: str, tokenizer: str, sequence_length: int, vocab_size: int) -> SequenceDataset:
+    """Every whole sequence of one source once, without a run around it.
+
+    Args:
+        prefix: path of the token files, without suffix.
+        tokenizer: the tokenizer folder that they were made with.
+        sequence_length: tokens in a sample.
+        vocab_size: number of tokens the model has embeddings for.
+
+    Raises:
+        UserError: as `check_sources` and `build_datasets`.
+    """
+    source = DataSource(prefix=prefix)
+    config = DataConfig(train=[source], valid=[source], sequence_length=sequence_length, tokenizer=tokenizer)
+    check_sources(config, vocab_size)
+    loaded = load_tokenizer(tokenizer)
+    with _cache_errors(config.cache_folder):
+        return _build_valid(config, _TokenizerFacts(len(loaded), loaded.eos_token_id), None)
+
+
 def _build_train(config: DataConfig, facts: _TokenizerFacts, seed: int, train_samples: int) -> SequenceDataset:
     total = sum(source.weight for source in config.train)
     weights = [source.weight / total for source in config.train]

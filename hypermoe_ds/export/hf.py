@@ -57,7 +57,8 @@ def read_model(folder: Path) -> HyperMoEForCausalLM:
             str(folder), "is no Hugging Face folder (no config.json)", "make one with tools/convert_to_hf.py"
         )
     model: HyperMoEForCausalLM = HyperMoEForCausalLM.from_pretrained(folder)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def check_output(output: Path) -> None:

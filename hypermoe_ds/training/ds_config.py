@@ -173,7 +173,9 @@ def merge(
         "fp16": {"enabled": train.precision == "fp16"},
     }
     if model.moe_layers:
-        merged["expert_parallel"] = autoep_section(model, expert_parallel_size)
+        merged["expert_parallel"] = autoep_section(
+            expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
+        )
     if stage == 3:
         # Both read their parts' parameters directly, so ZeRO-3 must gather each as a whole.
         leaves = {"classes": ["HyperNetwork", "SelectionEncoder"]}

@@ -13,7 +13,7 @@ from deepspeed.moe.utils import configure_moe_param_groups
 from torch.optim import Optimizer
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
-from hypermoe_ds.parallel.expert_parallel import connect_ranks
+from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -46,7 +46,8 @@ def build_engine(
     """
     torch.manual_seed(train.seed)
     model = HyperMoEForCausalLM(config)
-    connect_ranks(model)
+    if config.router_aux_loss_scope == "data_parallel":
+        model.sum_over_ranks = sum_over_ranks
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
