@@ -33,6 +33,7 @@ def _leave_the_word_to_local_rank_zero() -> None:
     A rank that ended first would have the launcher end local rank 0 before it has spoken. If
     nobody ends this rank within 30 s the fault is its own, and it speaks for itself.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.sigtimedwait([], _SILENT_SECONDS)
 
 
