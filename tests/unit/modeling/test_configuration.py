@@ -39,7 +39,7 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
     },
 }
-MODELS = {**{name: dict(preset) for name, preset in PRESETS.items()}, **{k: {**SMALL, **v} for k, v in ODD_SHAPES.items()}}
+MODELS = {**PRESETS, **{name: {**SMALL, **overrides} for name, overrides in ODD_SHAPES.items()}}
 
 
 def parameters(model: HyperMoEForCausalLM) -> Iterator[tuple[str, int]]:
@@ -97,7 +97,8 @@ def test_a_preset_has_the_size_in_its_name(
 
 def test_the_gpt2_preset_is_gpt2_smalls_shape() -> None:
     config = HyperMoEConfig(**PRESETS["gpt2-small-8e"])
-    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.head_dim) == (768, 12, 12, 64)
+    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.head_dim)
+    assert shape == (768, 12, 12, 64)
     published = (
         config.expert_embedding_size,
         config.selection_hidden_size,
@@ -129,9 +130,9 @@ def test_flops_by_formula_are_the_matrix_products_that_a_forward_pass_does(
     model = build(**overrides)
     config, B, S = model.config, 3, 10
     sets: list[int] = []
-    for layer in model.model.layers:
-        if layer.hyper_experts is not None:
-            layer.hyper_experts.encoder.register_forward_hook(lambda _module, inputs, _output: sets.append(len(inputs[0])))
+    branches = [layer.hyper_experts for layer in model.model.layers if layer.hyper_experts is not None]
+    for branch in branches:
+        branch.encoder.register_forward_hook(lambda _module, inputs, _output: sets.append(len(inputs[0])))
     # The counter knows attention by its matrix products only.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.randint(0, 61, (B, S)))

@@ -1,0 +1,37 @@
+"""The unigram model: what a language model that looks at no context reaches."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hypermoe_ds.data.datasets import SequenceDataset
+from hypermoe_ds.data.token_files import inspect
+
+
+def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
+    """Occurrences of each token in all token files; [vocab_size].
+
+    Raises:
+        UserError: a file is missing or truncated.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for prefix in prefixes:
+        files = inspect(prefix)
+        tokens = np.memmap(f"{prefix}.bin", dtype=files.dtype, mode="r")
+        for start in range(0, files.tokens, _CHUNK):
+            counts += np.bincount(tokens[start : start + _CHUNK], minlength=vocab_size)
+    return counts
+
+
+def unigram_loss(train_counts: NDArray[np.int64], dataset: SequenceDataset) -> float:
+    """Cross-entropy in nats per token of the labels of `dataset`, under add-one smoothed training frequencies.
+
+    Args:
+        train_counts: occurrences of each token in the training data; [vocab_size].
+        dataset: the samples a model is validated on.
+    """
+    probability = (train_counts + 1) / (train_counts.sum() + train_counts.size)
+    labels = np.concatenate([dataset[index]["labels"].numpy() for index in range(len(dataset))])
+    return float(-np.log(probability[labels]).mean())
+
+
+_CHUNK = 1 << 24

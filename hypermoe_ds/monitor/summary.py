@@ -1,0 +1,46 @@
+"""What a run reached, read from its metrics."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypermoe_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Result of a run.
+
+    Attributes:
+        step: last optimizer step on record.
+        consumed_samples: sequences trained on.
+        tokens_per_second: median over the records, all ranks together.
+        valid_loss: last validation loss in nats per token.
+    """
+
+    step: int
+    consumed_samples: int
+    tokens_per_second: float
+    valid_loss: float
+
+
+def summarize(metrics: Path) -> RunSummary:
+    """Summarise a metrics.jsonl.
+
+    Raises:
+        UserError: it is missing, or holds no validation or no step.
+    """
+    if not metrics.is_file():
+        raise UserError(str(metrics), "no such file", "give the run folder of a run that has trained")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [record for record in records if "tokens_per_second" in record]
+    validations = [record for record in records if "valid_loss" in record]
+    if not steps or not validations:
+        raise UserError(str(metrics), "holds no step or no validation", "train with data.valid to the end")
+    return RunSummary(
+        step=steps[-1]["step"],
+        consumed_samples=steps[-1]["consumed_samples"],
+        tokens_per_second=statistics.median(record["tokens_per_second"] for record in steps),
+        valid_loss=validations[-1]["valid_loss"],
+    )

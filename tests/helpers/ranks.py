@@ -1,0 +1,119 @@
+"""Real ranks for tests: processes of one gloo group that run a function of the test.
+
+They are forked from a server that has imported the libraries once, so a group starts in a second. The
+server holds no state of the tests: every group finds a fresh process.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch.distributed import TCPStore
+
+_PRELOADED = ["torch", "deepspeed", "transformers", "hypermoe_ds.training.engine", "hypermoe_ds.data.megatron"]
+_SECONDS = 300
+_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+Environment = dict[str, str]
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a new process group.
+
+    Args:
+        world_size: number of ranks.
+        function: importable by name; the process group is joined before it is called.
+        arguments: what can be pickled.
+
+    Returns:
+        What each rank returned.
+
+    Raises:
+        RuntimeError: a rank failed; the message is its traceback.
+    """
+    # The port is chosen by the system and held here, so that groups running side by side never meet.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return run_in_processes(environments, _joined, function, *arguments)
+
+
+def run_in_processes(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(*arguments)` in one fresh process for each environment; end all when one fails."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _CPU):
+        results = [Path(folder) / str(number) for number in range(len(environments))]
+        processes = [
+            context.Process(target=_main, args=(environment, result, function, arguments))
+            for environment, result in zip(environments, results, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _await_all(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        outcomes = [pickle.loads(result.read_bytes()) for result in results if result.exists()]
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            raise RuntimeError(outcome.failure)
+    if len(outcomes) < len(environments):
+        raise RuntimeError(f"ranks ended without a result: exit codes {[process.exitcode for process in processes]}")
+    return [outcome.value for outcome in outcomes]
+
+
+@dataclass
+class _Outcome:
+    value: Any = None
+    failure: str | None = None
+
+
+def _await_all(processes: list[Any]) -> None:
+    """Until all have ended well, or one has not."""
+    waiting = list(processes)
+    while waiting:
+        ended = multiprocessing.connection.wait([process.sentinel for process in waiting], _SECONDS)
+        if not ended or any(process.exitcode for process in waiting):
+            return
+        waiting = [process for process in waiting if process.exitcode is None]
+
+
+def _main(environment: Environment, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    # Without a GPU the group loads an operator of DeepSpeed's, for which ninja must be found.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    try:
+        outcome = _Outcome(value=function(*arguments))
+    except BaseException:
+        outcome = _Outcome(failure=traceback.format_exc())
+    partial = result.with_suffix(".partial")
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(result)
+    if outcome.failure is not None:
+        sys.exit(1)
+
+
+def _joined(function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch  # noqa: PLC0415 (in the rank)
+
+    from hypermoe_ds.training.engine import start_ranks  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    start_ranks()
+    value = function(*arguments)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return value

@@ -1,0 +1,41 @@
+"""Print what a run reached, beside a unigram model on the same validation data."""
+
+import argparse
+from pathlib import Path
+
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.config import validate
+from hypermoe_ds.data.datasets import DataConfig, build_datasets
+from hypermoe_ds.data.unigram import count_tokens, unigram_loss
+from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.monitor.summary import summarize
+
+
+def main() -> None:
+    """Arguments and wiring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
+    folder = RunFolder(parser.parse_args().run)
+
+    model, settings = folder.model_config(), folder.read_settings()
+    summary = summarize(folder.path / "metrics.jsonl")
+    data = validate(DataConfig, settings["data"], str(folder.settings))
+    _, valid_set = build_datasets(data, settings["train"]["seed"], 1, settings["evaluation"]["max_samples"])
+    unigram = unigram_loss(count_tokens([source.prefix for source in data.train], model.vocab_size), valid_set)
+
+    rows = {
+        "steps": f"{summary.step:,}",
+        "tokens": f"{summary.consumed_samples * data.sequence_length:,}",
+        "tokens/s": f"{summary.tokens_per_second:,.0f} (median)",
+        "validation loss": f"{summary.valid_loss:.3f} nats per token",
+        "unigram loss": f"{unigram:.3f} nats per token ({unigram - summary.valid_loss:+.3f} against the model)",
+        "run folder": str(folder.path),
+        "TensorBoard": f"tensorboard --logdir {folder.path / 'tensorboard'}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<16} {value}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
