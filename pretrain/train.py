@@ -38,7 +38,8 @@ def main() -> None:
     engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train)
     checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, model.parameter_counts().total)
     checkpoints.check_room()
-    state = TrainState(**(checkpoints.resume() or {}))
+    saved = checkpoints.resume()
+    state = TrainState.from_dict(saved) if saved else TrainState()
     if rank == 0:
         folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
 
@@ -46,6 +47,8 @@ def main() -> None:
     sinks.say(opening_line(config, world_size, state))
     samples = config.train.steps * config.train.global_batch_size
     train_set, valid_set = build_datasets(config.data, config.train.seed, samples, config.evaluation.max_samples)
+    if state.follow(train_set.order_key):
+        sinks.say("warning: data or train.steps changed the order of the samples: some come again, some never")
     micro_batch = config.train.micro_batch_size
 
     def validate() -> Evaluation:

@@ -1,0 +1,51 @@
+"""Print the tables of README.md that are made from the code: the presets and all settings of a recipe."""
+
+import argparse
+import re
+from pathlib import Path
+
+from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
+from hypermoe_ds.run_config import settings_table
+
+_SEQUENCE_LENGTH = 2048
+
+
+def presets_table() -> str:
+    """Every preset with its parameters and FLOPs, as a Markdown table."""
+    rows = [
+        "| `model.preset` | total | active | hypernetwork | MoE layers, N, K | forward, MFLOPs a token | generation, MFLOPs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, fields in PRESETS.items():
+        config = HyperMoEConfig(**fields)
+        counts = config.parameter_counts()
+        millions = " | ".join(f"{n / 1e6:,.1f} M" for n in (counts.total, counts.active, counts.hypernetwork))
+        shape = f"{len(config.moe_layers)}, {config.num_experts}, {config.num_experts_per_tok}"
+        forward = f"{config.forward_flops_per_token(_SEQUENCE_LENGTH) / 1e6:,.1f}"
+        rows.append(f"| `{name}` | {millions} | {shape} | {forward} | {config.generation_flops(1) / 1e6:,.1f} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_tables(page: str) -> str:
+    """The page with its tables made anew between their markers."""
+    for name, table in (("presets", presets_table()), ("settings", settings_table())):
+        between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        page = between.sub(lambda match, table=table: f"{match[1]}{table}{match[2]}", page)
+    return page
+
+
+def main() -> None:
+    """Arguments and wiring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="renew the tables between the markers of this file")
+    path = parser.parse_args().write
+    if path is None:
+        print(presets_table(), settings_table(), sep="\n", end="")
+    else:
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
