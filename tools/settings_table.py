@@ -14,7 +14,7 @@ _SEQUENCE_LENGTH = 2048
 def presets_table() -> str:
     """Every preset with its parameters and FLOPs, as a Markdown table."""
     rows = [
-        "| `model.preset` | total | active | hypernetwork | MoE layers, N, K | forward, MFLOPs a token | generation, MFLOPs |",
+        "| `model.preset` | total | active | hypernetwork | MoE layers, N, K | forward, MFLOPs | generation, MFLOPs |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, fields in PRESETS.items():

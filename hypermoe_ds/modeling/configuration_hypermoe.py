@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
+
+RouterAuxLossScope = Literal["micro_batch", "data_parallel"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -148,7 +150,7 @@ class HyperMoEConfig(PreTrainedConfig):
     shared_expert_size: int = 0
     norm_topk_prob: bool = False
     router_aux_loss_coef: float = 0.01
-    router_aux_loss_scope: Literal["micro_batch", "data_parallel"] = "micro_batch"
+    router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
     z_loss_coef: float = 0.001
     hypernetwork: bool = True
     expert_embedding_size: int = 128
@@ -167,6 +169,11 @@ class HyperMoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.head_dim == 0:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"num_attention_heads={self.num_attention_heads}: does not divide hidden_size="
+                    f"{self.hidden_size}; choose a divisor or give head_dim"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size == 0:
             self.intermediate_size = 4 * self.hidden_size
@@ -177,6 +184,11 @@ class HyperMoEConfig(PreTrainedConfig):
         for key, least in smallest.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)}: too small; give at least {least}")
+        if self.router_aux_loss_scope not in get_args(RouterAuxLossScope):
+            raise ValueError(
+                f"router_aux_loss_scope={self.router_aux_loss_scope}: unknown; choose one of "
+                f"{', '.join(get_args(RouterAuxLossScope))}"
+            )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok}: more than num_experts={self.num_experts}; "

@@ -163,7 +163,8 @@ class HyperNetwork(nn.Module):
             torch.addmm(up_bias_D, torch.relu(torch.addmm(down_bias_A, x_tD, down_DA)), up_AD)
             for x_tD, down_DA, down_bias_A, up_AD, up_bias_D in groups
         ]
-        return torch.empty_like(x_TD).index_copy(0, order_T, torch.cat(outputs))
+        sorted_TD = torch.cat(outputs)  # under autocast not of x's dtype
+        return torch.empty_like(sorted_TD).index_copy(0, order_T, sorted_TD)
 
     def _factored(self, x_TD: Tensor, u_TB: Tensor) -> Tensor:
         """Contract x with the B basis matrices first, mix with u after: no generated weight exists."""

@@ -154,12 +154,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         output_branch_norms: bool = False,
-    ) -> tuple[Tensor, Routing | None, Tensor | None]:
-        """Return the residual stream, and for a MoE layer its routing and, if asked for, branch norms."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the residual stream, a MoE layer's logits and selection and, if asked for, its branch norms.
+
+        Bare tensors: reentrant activation checkpointing cuts off the graph what is wrapped in an object.
+        """
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values)
         hidden_BSD = self.post_attention_layernorm(x_BSD)
         if not self.is_moe:
-            return x_BSD + self.mlp(hidden_BSD), None, None
+            return x_BSD + self.mlp(hidden_BSD), None, None, None
 
         with observe_router(self.mlp.get_submodule("router")) as seen:
             experts_BSD = self.mlp(hidden_BSD)
@@ -170,7 +173,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             y_BSD = experts_BSD + hyper_TD.view_as(experts_BSD)
             if output_branch_norms:
                 norms = torch.stack([experts_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
-        return x_BSD + y_BSD, routing, norms
+        return x_BSD + y_BSD, routing.logits_TN, routing.selected_TK, norms
 
 
 class HyperMoEPreTrainedModel(PreTrainedModel):
@@ -256,7 +259,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
 
         routings, norms = [], []
         for layer in self.layers:
-            x_BSD, routing, layer_norms = layer(
+            x_BSD, logits_TN, selected_TK, layer_norms = layer(
                 x_BSD,
                 self.hypernetwork,
                 rotary,
@@ -264,8 +267,8 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
                 past_key_values=past_key_values,
                 output_branch_norms=output_branch_norms,
             )
-            if routing is not None:
-                routings.append(routing)
+            if logits_TN is not None:
+                routings.append(Routing(logits_TN, selected_TK))
             if layer_norms is not None:
                 norms.append(layer_norms)
         return HyperMoEModelOutput(
@@ -284,6 +287,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             `router_aux_loss_scope` is "data_parallel".
     """
 
+    accepts_loss_kwargs = False  # the loss is a mean over this batch's tokens, whatever a Trainer accumulates
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read by Transformers)
 
     def __init__(self, config: HyperMoEConfig) -> None:
