@@ -35,6 +35,7 @@ def main() -> None:
 
     rank, world_size = start_ranks()
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
+    folder.check_same_layout(ds_config)
     engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train)
     checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, model.parameter_counts().total)
     checkpoints.check_room()

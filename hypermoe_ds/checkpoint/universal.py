@@ -27,6 +27,7 @@ def convert_to_universal(checkpoint: Path, output: Path) -> Path:
         strict=True,
         inject_missing_state=False,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress, and the tools' output is their own
+    # It shows its progress, and what the tools print is their own.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     return output / "zero"

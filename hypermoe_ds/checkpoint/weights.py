@@ -38,7 +38,8 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
     model: HyperMoEForCausalLM = HyperMoEForCausalLM(config).to(_precision(run))
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in weights.items()})
     model.eval()
     return model
 
@@ -64,13 +65,15 @@ def _read_partitioned_weights(checkpoint: Path) -> dict[str, Tensor]:
     from hypermoe_ds.checkpoint.universal import convert_to_universal  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="universal_") as folder:
-        parameters = convert_to_universal(checkpoint, Path(folder))
-        return {path.parent.name: _load(path)["param"] for path in parameters.glob("*/fp32.pt")}
+        # In a folder of its own: DeepSpeed writes a `latest_universal` beside it.
+        parameters = convert_to_universal(checkpoint, Path(folder) / "whole")
+        contents = {path.parent.name: _load(path) for path in parameters.glob("*/fp32.pt")}
+    # Experts come as {"param": [N, ...]}, everything else as a flat tensor.
+    return {name: content["param"] if isinstance(content, dict) else content for name, content in contents.items()}
 
 
-def _load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return content
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def join_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:

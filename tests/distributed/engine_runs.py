@@ -1,6 +1,5 @@
-"""What the ranks do: training runs through the engine."""
+"""What the ranks do in the tests: training runs through the engine."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,66 +7,151 @@ from typing import Any
 
 import torch
 from small_runs import (
+    CLIP,
     EPSILON,
     GLOBAL_BATCH,
     LEARNING_RATE,
     SEED,
-    SMALL,
     STEPS,
     WEIGHT_DECAY,
-    CLIP,
     Layout,
     batches_of_rank,
+    model_config,
+    probe_of,
     wake_hypernetwork,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from hypermoe_ds.modeling import HyperMoEConfig
-from hypermoe_ds.monitor.routing import StepMeter
+from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
 from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
-def settings_of(layout: Layout) -> tuple[HyperMoEConfig, dict[str, Any], TrainConfig]:
-    config = HyperMoEConfig(**{**SMALL, **layout.model})
-    train = TrainConfig(
+def train_config(layout: Layout) -> TrainConfig:
+    return TrainConfig(
         steps=STEPS,
         micro_batch_size=layout.micro_batch,
         global_batch_size=GLOBAL_BATCH,
         seed=SEED,
         precision=layout.precision,
         clip_grad_norm=CLIP,
-        activation_checkpointing=layout.checkpointing,
+        activation_checkpointing=layout.recompute,
     )
+
+
+def ds_config_of(layout: Layout) -> dict[str, Any]:
     stage = {"zero_optimization": {"stage": layout.stage}}
-    return config, merge(stage, train, config, layout.expert, layout.ranks), train
+    return merge(stage, train_config(layout), model_config(layout), layout.expert, layout.ranks)
 
 
 def engine_of(layout: Layout) -> Any:
-    config, ds_config, train = settings_of(layout)
+    wake_hypernetwork()
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
-    return build_engine(config, ds_config, optimizer, ScheduleConfig(name="linear"), train)
+    schedule = ScheduleConfig(name="linear")
+    return build_engine(model_config(layout), ds_config_of(layout), optimizer, schedule, train_config(layout))
 
 
 class Watcher:
-    """Stands where the recorder stands."""
-    def __init__(self, num_experts):
+    """Stands where the recorder stands in the loop."""
+
+    def __init__(self, num_experts: int) -> None:
         self.meter = StepMeter(num_experts)
-    def observe(self, output):
+
+    def observe(self, output: Any) -> None:
         self.meter.add(output)
 
 
-def train_on_rank(layout: Layout, observe: bool = True) -> dict[str, Any]:
-    wake_hypernetwork()
+@dataclass
+class RankRun:
+    """What one rank saw of a run."""
+
+    first_logits: Tensor
+    steps: list[StepStatistics]
+    grad_norms: list[float]
+    last_logits: Tensor
+    parameters: dict[str, Tensor]
+    router_passes: int
+    hooks_left: int
+
+
+def train_on_rank(layout: Layout) -> RankRun:
+    """`STEPS` steps, with the logits of the rank's probe before and after."""
     rank = torch.distributed.get_rank()
     engine = engine_of(layout)
-    watcher = Watcher(engine.module.config.num_experts)
+    routers = [module for name, module in engine.module.named_modules() if name.endswith("mlp.router")]
+    hooks_before = _hooks(routers)
+    passes: list[None] = []
+    first_logits = logits_of(engine, rank)
+    routers[0].register_forward_pre_hook(lambda _module, _inputs: passes.append(None))
     batches = batches_of_rank(layout, rank)
-    scalars, norms = [], []
+    watcher = Watcher(engine.module.config.num_experts)
+    steps, norms = [], []
     for _ in range(STEPS):
         optimizer_step(engine, batches, watcher)
-        scalars.append(watcher.meter.read().scalars)
+        steps.append(watcher.meter.read())
         norms.append(float(engine.get_global_grad_norm()))
-    return {"scalars": scalars, "norms": norms, "params": {n: p.detach().clone() for n,p in engine.module.named_parameters()}}
+    router_passes, hooks_left = len(passes), _hooks(routers) - hooks_before
+    parameters = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    return RankRun(first_logits, steps, norms, logits_of(engine, rank), parameters, router_passes, hooks_left)
+
+
+def _hooks(routers: list[nn.Module]) -> int:
+    return sum(len(router._forward_hooks) + len(router.gate._forward_hooks) for router in routers)
+
+
+@torch.no_grad()
+def logits_of(engine: Any, rank: int) -> Tensor:
+    engine.eval()
+    logits: Tensor = engine(input_ids=probe_of(rank), use_cache=False).logits
+    engine.train()
+    return logits.float()
+
+
+# Checkpoints
+
+SAVED_STEP = 2
+
+
+def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of `count` steps."""
+    watcher = Watcher(engine.module.config.num_experts)
+    taken = []
+    for _ in range(count):
+        optimizer_step(engine, batches, watcher)
+        taken.append((watcher.meter.read().scalars["total_loss"], float(engine.get_global_grad_norm())))
+    return taken
+
+
+def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ...]:
+    """Train to `SAVED_STEP`, save, go on to the end; the logits when saved, the steps after, the logits then."""
+    rank = torch.distributed.get_rank()
+    engine, run = engine_of(layout), RunFolder(folder)
+    batches = batches_of_rank(layout, rank)
+    steps_on(engine, batches, SAVED_STEP)
+    manager_of(engine, run, layout).save(SAVED_STEP, {"step": SAVED_STEP})
+    if rank == 0:
+        run.write_settings({}, ds_config_of(layout), model_config(layout), tokenizer)
+    saved = logits_of(engine, rank)
+    return saved, steps_on(engine, batches, STEPS - SAVED_STEP), logits_of(engine, rank)
+
+
+def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
+    """The same from the checkpoint on."""
+    rank = torch.distributed.get_rank()
+    engine = engine_of(layout)
+    state = manager_of(engine, RunFolder(folder), layout).resume()
+    assert state is not None
+    batches = batches_of_rank(layout, rank)
+    for _ in range(state["step"] * layout.accumulation):
+        next(batches)
+    loaded = logits_of(engine, rank)
+    return loaded, steps_on(engine, batches, STEPS - SAVED_STEP), logits_of(engine, rank)
+
+
+def manager_of(engine: Any, run: RunFolder, layout: Layout) -> CheckpointManager:
+    parameters = model_config(layout).parameter_counts().total
+    return CheckpointManager(engine, run.checkpoints, CheckpointConfig(), parameters)

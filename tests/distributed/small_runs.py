@@ -1,14 +1,16 @@
-"""Small training runs for the tests of the ranks: on ranks through the engine, and written out plainly on one process.
+"""Small training runs for the tests of the ranks, and one of them written out plainly on one process.
 
-The plain one is what the engine is compared with: the unconverted model on the whole batch, PyTorch's
+The plain run is what the engine is compared with: the unconverted model on the whole batch, PyTorch's
 AdamW, gradients clipped by hand. It calls nothing of `hypermoe_ds` but the model itself.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,23 +45,25 @@ SMALL: dict[str, Any] = {
 S = 32
 STEPS = 4
 GLOBAL_BATCH = 8
+MOST_RANKS = 4
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
 EPSILON = 1e-6  # above the rounding of the gradients, which Adam would else magnify
-CLIP = 0.5
+CLIP = 0.8  # some steps are clipped and some are not
 SEED = 7
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread.
+    """How a run is spread over ranks.
 
     Attributes:
         ranks: number of ranks.
         expert: ranks that share the experts.
         stage: ZeRO stage.
         accumulation: micro-batches of a rank in a step.
-        checkpointing: activations are recomputed.
+        recompute: activation checkpointing.
+        precision: of weights and activations.
         model: fields of the model that differ from `SMALL`.
     """
 
@@ -67,13 +71,24 @@ class Layout:
     expert: int = 1
     stage: int = 1
     accumulation: int = 1
-    checkpointing: bool = False
-    model: dict[str, Any] = field(default_factory=dict)
+    recompute: bool = False
     precision: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def micro_batch(self) -> int:
+        """Sequences of one forward pass on one rank."""
         return GLOBAL_BATCH // self.accumulation // self.ranks
+
+    @property
+    def pieces(self) -> int:
+        """Parts of a step's batch whose losses are averaged: an expert's load is counted in each for itself."""
+        alone = self.model.get("router_aux_loss_scope") == "micro_batch"
+        return self.accumulation * (self.ranks if alone else 1)
+
+
+def model_config(layout: Layout) -> HyperMoEConfig:
+    return HyperMoEConfig(**{**SMALL, **layout.model})
 
 
 def wake_hypernetwork() -> None:
@@ -81,14 +96,23 @@ def wake_hypernetwork() -> None:
     GeneratorHead.reset_parameters = nn.Linear.reset_parameters  # type: ignore[method-assign]
 
 
-def all_tokens() -> Tensor:
+def random_tokens(seed: int, *shape: int) -> Tensor:
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def training_tokens() -> Tensor:
     """[STEPS, GLOBAL_BATCH, S + 1]."""
-    return torch.randint(0, SMALL["vocab_size"], (STEPS, GLOBAL_BATCH, S + 1), generator=torch.Generator().manual_seed(3))
+    return random_tokens(3, STEPS, GLOBAL_BATCH, S + 1)
+
+
+def probe_of(rank: int) -> Tensor:
+    """What a rank shows its logits on: another batch on each rank, so that their routing differs."""
+    return random_tokens(11, MOST_RANKS, 2, S)[rank]
 
 
 def batches_of_rank(layout: Layout, rank: int) -> Iterator[dict[str, Tensor]]:
     """A rank's micro-batches, step after step."""
-    for step in all_tokens():
+    for step in training_tokens():
         for block in step.chunk(layout.accumulation):
             own = block.chunk(layout.ranks)[rank]
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
@@ -99,47 +123,87 @@ def batches_of_rank(layout: Layout, rank: int) -> Iterator[dict[str, Tensor]]:
 
 @dataclass
 class PlainRun:
-    losses: list[float]
-    aux_losses: list[float]
-    grad_norms: list[float]
-    model: HyperMoEForCausalLM
+    """What the plain run showed: per step, and logits of each rank's probe before and after."""
+
+    first_logits: list[Tensor]
+    losses: list[float] = field(default_factory=list)
+    aux_losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    loads_MN: list[Any] = field(default_factory=list)
+    last_logits: list[Tensor] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plain_run(pieces: int, **model: Any) -> PlainRun:
-    """Train on one process.
+def plain_run(layout: Layout) -> PlainRun:
+    """Train on one process what `layout` trains on ranks."""
+    return _plain_run(layout.pieces, tuple(sorted(layout.model.items())))
 
-    Args:
-        pieces: the loss of a step is the mean over so many equal parts of its batch.
-        model: fields that differ from `SMALL`.
-    """
+
+@cache
+def _plain_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> PlainRun:
+    usual = GeneratorHead.reset_parameters
     wake_hypernetwork()
     torch.manual_seed(SEED)
-    network = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **model}))
+    network = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **dict(model)}))
+    GeneratorHead.reset_parameters = usual  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(_groups(network), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
-    run = PlainRun([], [], [], network)
-    for number, step in enumerate(all_tokens()):
+    run = PlainRun(_probe(network))
+    for number, step in enumerate(training_tokens()):
         outputs = [
-            network(input_ids=piece[:, :-1], shift_labels=piece[:, 1:].contiguous(), use_cache=False)
+            network(
+                input_ids=piece[:, :-1],
+                shift_labels=piece[:, 1:].contiguous(),
+                use_cache=False,
+                output_router_logits=True,
+            )
             for piece in step.chunk(pieces)
         ]
         loss = torch.stack([output.loss for output in outputs]).mean()
         optimizer.zero_grad()
         loss.backward()
-        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
-        for gradient in gradients:
-            gradient.mul_(min(1.0, CLIP / norm))
+        run.losses.append(loss.item())
+        run.aux_losses.append(torch.stack([output.aux_loss for output in outputs]).mean().item())
+        run.grad_norms.append(_clip(network))
+        _note_routing(run, outputs, network.config.num_experts)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - number / STEPS)
         optimizer.step()
-        run.losses.append(loss.item())
-        run.aux_losses.append(torch.stack([output.aux_loss for output in outputs]).mean().item())
-        run.grad_norms.append(norm)
+    run.last_logits = _probe(network)
+    run.parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     return run
 
 
+def _clip(network: nn.Module) -> float:
+    """Scale the gradients so that their norm is at most `CLIP`; the norm before."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    for gradient in gradients:
+        gradient.mul_(min(1.0, CLIP / norm))
+    return norm
+
+
+def _note_routing(run: PlainRun, outputs: list[Any], num_experts: int) -> None:
+    """The first MoE layer's mean entropy, and the loads of all layers, over the whole batch."""
+    logits = np.concatenate([output.router_logits[0].detach().double().numpy() for output in outputs])
+    probabilities = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    run.entropies.append(float(-(probabilities * np.log(probabilities)).sum(1).mean()))
+    layers = zip(*(output.selected_experts for output in outputs), strict=True)
+    chosen = [np.concatenate([selected.flatten().numpy() for selected in layer]) for layer in layers]
+    run.loads_MN.append(np.array([[np.mean(layer == expert) for expert in range(num_experts)] for layer in chosen]))
+
+
+@torch.no_grad()
+def _probe(network: HyperMoEForCausalLM) -> list[Tensor]:
+    network.eval()
+    logits = [network(input_ids=probe_of(rank), use_cache=False).logits for rank in range(MOST_RANKS)]
+    network.train()
+    return logits
+
+
 def _groups(network: nn.Module) -> list[dict[str, Any]]:
-    decays = {True: [], False: []}
+    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in network.named_parameters():
         free = name.endswith(("bias", "norm.weight")) or "layernorm" in name
         free = free or name.endswith(("expert_embedding.weight", "layer_embedding.weight"))

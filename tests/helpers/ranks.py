@@ -4,6 +4,7 @@ They are forked from a server that has imported the libraries once, so a group s
 server holds no state of the tests: every group finds a fresh process.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -11,7 +12,8 @@ import pickle
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from unittest import mock
 
 from torch.distributed import TCPStore
 
-_PRELOADED = ["torch", "deepspeed", "transformers", "hypermoe_ds.training.engine", "hypermoe_ds.data.megatron"]
+_PRELOADED = ["torch._dynamo", "deepspeed", "transformers", "hypermoe_ds.training.engine", "hypermoe_ds.data.megatron"]
 _SECONDS = 300
-_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 Environment = dict[str, str]
 
@@ -40,19 +42,25 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
     Raises:
         RuntimeError: a rank failed; the message is its traceback.
     """
+    with process_group(world_size) as environments:
+        return run_in_processes(environments, _joined, function, *arguments)
+
+
+@contextmanager
+def process_group(world_size: int) -> Iterator[list[Environment]]:
+    """What the launcher puts into the environment of each rank."""
     # The port is chosen by the system and held here, so that groups running side by side never meet.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
-    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    return run_in_processes(environments, _joined, function, *arguments)
+    yield [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def run_in_processes(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call `function(*arguments)` in one fresh process for each environment; end all when one fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _CPU):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, CPU):
         results = [Path(folder) / str(number) for number in range(len(environments))]
         processes = [
             context.Process(target=_main, args=(environment, result, function, arguments))
@@ -93,6 +101,7 @@ def _await_all(processes: list[Any]) -> None:
 
 def _main(environment: Environment, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
+    gc.freeze()  # ZeRO-3 collects garbage: not through all the libraries
     # Without a GPU the group loads an operator of DeepSpeed's, for which ninja must be found.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:

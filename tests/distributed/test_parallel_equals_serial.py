@@ -1,0 +1,149 @@
+"""Ranks change where numbers are computed, not the numbers.
+
+Every layout is compared with one plain run on a single process: the unconverted model on the whole
+batch, PyTorch's AdamW, gradients clipped by hand.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import RankRun, train_on_rank
+from small_runs import CLIP, MOST_RANKS, SMALL, STEPS, Layout, PlainRun, model_config, plain_run
+
+from tests.helpers.ranks import run_on_ranks
+
+TOP_1 = {"num_experts_per_tok": 1}
+BARE = {"shared_expert_size": 0, "first_dense_layers": 0, "norm_topk_prob": False}
+
+LAYOUTS = {
+    "EP 1": Layout(),
+    "EP 2": Layout(expert=2),
+    "EP 2, ZeRO 2": Layout(expert=2, stage=2),
+    "EP 2, ZeRO 3": Layout(expert=2, stage=3),
+    "EP 1, ZeRO 3": Layout(stage=3),
+    "EP 1, accumulation": Layout(accumulation=2),
+    "EP 2, accumulation": Layout(expert=2, accumulation=2),
+    "EP 2, ZeRO 2, accumulation": Layout(expert=2, stage=2, accumulation=2),
+    "EP 2, ZeRO 3, accumulation": Layout(expert=2, stage=3, accumulation=2),
+    "EP 2, recomputed": Layout(expert=2, recompute=True),
+    "EP 2, ZeRO 3, recomputed": Layout(expert=2, stage=3, recompute=True),
+    "EP 2 of 4 ranks": Layout(ranks=MOST_RANKS, expert=2),
+    "one rank": Layout(ranks=1),
+    "top-1, EP 1": Layout(model=TOP_1),
+    "top-1, EP 2": Layout(expert=2, model=TOP_1),
+    "bare, EP 2": Layout(expert=2, model=BARE),
+    "bare top-1, EP 2": Layout(expert=2, model=BARE | TOP_1),
+    "no hypernetwork, EP 2": Layout(expert=2, model={"hypernetwork": False}),
+    "all experts, untied, EP 2": Layout(expert=2, model={"num_experts_per_tok": 4, "tie_word_embeddings": False}),
+    "loads of each micro-batch, EP 2": Layout(
+        expert=2, accumulation=2, model={"router_aux_loss_scope": "micro_batch"}
+    ),
+}  # fmt: skip
+REPLICATED_IN_MEMORY = [name for name, layout in LAYOUTS.items() if layout.stage < 3]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, list[RankRun]]:
+    """Every layout trained, and what each of its ranks saw."""
+    return {name: run_on_ranks(layout.ranks, train_on_rank, layout) for name, layout in LAYOUTS.items()}
+
+
+@pytest.fixture(params=LAYOUTS)
+def compared(request: pytest.FixtureRequest, runs: dict[str, list[RankRun]]) -> tuple[list[RankRun], PlainRun, Layout]:
+    return runs[request.param], plain_run(LAYOUTS[request.param]), LAYOUTS[request.param]
+
+
+Compared = tuple[list[RankRun], PlainRun, Layout]
+
+
+def test_the_plain_run_clips_some_steps_and_not_others() -> None:
+    norms = plain_run(Layout()).grad_norms
+    assert min(norms) < CLIP < max(norms)
+
+
+def test_the_expert_parallel_model_is_the_unconverted_model(compared: Compared) -> None:
+    ranks, plain, _ = compared
+    for run, logits in zip(ranks, plain.first_logits, strict=False):
+        assert (run.first_logits - logits).abs().max() < 1e-5
+
+
+def test_losses_and_gradient_norms_are_those_of_one_process(compared: Compared) -> None:
+    ranks, plain, _ = compared
+    for run in ranks:
+        assert [step.scalars["total_loss"] for step in run.steps] == pytest.approx(plain.losses, rel=1e-5)
+        assert run.grad_norms == pytest.approx(plain.grad_norms, rel=1e-5)
+
+
+def test_the_load_balancing_loss_is_that_of_the_whole_batch(compared: Compared) -> None:
+    ranks, plain, _ = compared
+    for run in ranks:
+        assert [step.scalars["aux_loss"] for step in run.steps] == pytest.approx(plain.aux_losses, rel=1e-5)
+
+
+def test_the_trained_model_is_that_of_one_process(compared: Compared) -> None:
+    ranks, plain, _ = compared
+    for rank, run in enumerate(ranks):
+        moved = (plain.last_logits[rank] - plain.first_logits[rank]).abs().max()
+        assert (run.last_logits - plain.last_logits[rank]).abs().max() < 1e-3 * moved
+
+
+def test_routing_statistics_are_those_of_the_whole_batch(compared: Compared) -> None:
+    ranks, plain, _ = compared
+    for run in ranks:
+        for step, entropy, load_MN in zip(run.steps, plain.entropies, plain.loads_MN, strict=True):
+            assert step.scalars["router_entropy/moe_layer_0"] == pytest.approx(entropy, rel=1e-5)
+            # A token whose two best experts are as good as equal may go to either: 1 of 256 or more.
+            np.testing.assert_allclose(step.load_MN, load_MN, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", REPLICATED_IN_MEMORY)
+def test_the_weights_are_those_of_one_process_on_every_rank(name: str, runs: dict[str, list[RankRun]]) -> None:
+    layout, plain = LAYOUTS[name], plain_run(LAYOUTS[name])
+    for rank, run in enumerate(runs[name]):
+        expected = converted(plain.parameters, layout, rank)
+        assert run.parameters.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.allclose(run.parameters[key], value, rtol=0, atol=2e-4), key
+
+
+def converted(parameters: dict[str, Any], layout: Layout, rank: int) -> dict[str, Any]:
+    """The plain model's weights under the names and in the cut of the expert-parallel one."""
+    width = model_config(layout).moe_intermediate_size
+    own = SMALL["num_experts"] // layout.expert
+    mine = slice(rank % layout.expert * own, (rank % layout.expert + 1) * own)
+    result = {}
+    for name, value in parameters.items():
+        block = name.rpartition(".")[0]
+        if name.endswith("experts.gate_up_proj"):
+            result[f"{block}.w1"], result[f"{block}.w3"] = value[mine, :width], value[mine, width:]
+        elif name.endswith("experts.down_proj"):
+            result[f"{block}.w2"] = value[mine]
+        else:
+            result[name] = value
+    return result
+
+
+@pytest.mark.parametrize("name", REPLICATED_IN_MEMORY)
+def test_what_is_replicated_stays_the_same_on_all_ranks_to_the_bit(name: str, runs: dict[str, list[RankRun]]) -> None:
+    first, *others = runs[name]
+    replicated = [key for key in first.parameters if not re.search(r"\.experts\.w[123]$", key)]
+    hypernetwork = [key for key in replicated if "hypernetwork" in key or "hyper_experts" in key]
+    assert bool(hypernetwork) == model_config(LAYOUTS[name]).hypernetwork
+    for other in others:
+        for key in replicated:
+            assert torch.equal(first.parameters[key], other.parameters[key]), key
+
+
+def test_recomputing_activations_leaves_every_number_and_no_hook_behind(runs: dict[str, list[RankRun]]) -> None:
+    for kept, recomputed in (("EP 2", "EP 2, recomputed"), ("EP 2, ZeRO 3", "EP 2, ZeRO 3, recomputed")):
+        for one, other in zip(runs[kept], runs[recomputed], strict=True):
+            assert [step.scalars for step in one.steps] == [step.scalars for step in other.steps]
+            assert one.grad_norms == other.grad_norms
+            assert (one.router_passes, other.router_passes) == (STEPS, 2 * STEPS)
+
+
+def test_observing_the_router_leaves_no_hook_behind(compared: Compared) -> None:
+    assert {run.hooks_left for run in compared[0]} == {0}

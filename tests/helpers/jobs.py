@@ -1,0 +1,171 @@
+"""The commands as a user starts them, and a small recipe for them.
+
+`launch` starts DeepSpeed's launcher itself. `run_script` runs the same script in processes that have the
+libraries loaded already, with the environment that the launcher gives its ranks: ten times as fast.
+"""
+
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tests.helpers.corpus import TokenisedCorpus
+from tests.helpers.ranks import CPU, process_group, run_in_processes
+
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = "pretrain/train.py"
+_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a process ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    def told(self) -> str:
+        """All that it printed."""
+        return f"{self.stdout}\n{self.stderr}"
+
+
+def launch(ranks: int, *arguments: object, folder: Path) -> Done:
+    """`deepspeed --num_gpus RANKS pretrain/train.py ARGUMENTS`, from `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", port]
+    done = subprocess.run(
+        [str(word) for word in (*command, REPOSITORY / TRAIN, *arguments)],
+        env={**os.environ, **CPU, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True, text=True, cwd=folder, timeout=_SECONDS, check=False,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_script(script: str, *arguments: object, folder: Path, ranks: int = 1, free_bytes: int | None = None) -> Done:
+    """A script of the repository on `ranks` ranks, from `folder`; what rank 0 told.
+
+    With more than one rank all must succeed: ranks that fail together wait for a launcher to end them.
+
+    Args:
+        script: its path in the repository.
+        arguments: its command line.
+        folder: working directory.
+        ranks: number of processes.
+        free_bytes: what every disk claims to have left; None leaves it the truth.
+    """
+    words = [str(word) for word in arguments]
+    with process_group(ranks) as environments:
+        done = run_in_processes(environments, _script, REPOSITORY / script, words, folder, free_bytes)
+    assert ranks == 1 or not any(rank.returncode for rank in done), "\n".join(rank.told() for rank in done)
+    first: Done = done[0]
+    return first
+
+
+class _Disk(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def _script(script: Path, arguments: list[str], folder: Path, free_bytes: int | None) -> Done:
+    os.chdir(folder)
+    sys.argv = [str(script), *arguments]
+    if free_bytes is not None:
+        shutil.disk_usage = lambda _path: _Disk(2 * free_bytes, free_bytes, free_bytes)  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as streams:
+        with _sent_to(Path(streams)):
+            code = _exit_code(script)
+        return Done(code, *((Path(streams) / name).read_text() for name in ("stdout", "stderr")))
+
+
+def _exit_code(script: Path) -> int:
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@contextmanager
+def _sent_to(folder: Path) -> Iterator[None]:
+    """Send the process's stdout and stderr, the libraries' too, to files of these names."""
+    kept = [os.dup(number) for number in (1, 2)]
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        opened = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, number)
+        os.close(opened)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, former in zip((1, 2), kept, strict=True):
+            os.dup2(former, number)
+
+
+def small_recipe(corpus: TokenisedCorpus, run_dir: Path | str) -> dict[str, Any]:
+    """A recipe of seconds on two ranks."""
+    return {
+        "run": {"dir": str(run_dir)},
+        "model": {
+            "vocab_size": 512,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_embedding_size": 8,
+            "selection_hidden_size": 8,
+            "hypernetwork_input_size": 8,
+            "bottleneck_size": 8,
+            "adapter_size": 8,
+        },
+        "data": {
+            "train": [{"prefix": corpus.train}],
+            "valid": [{"prefix": corpus.valid}],
+            "sequence_length": 32,
+            "tokenizer": str(corpus.tokenizer),
+        },
+        "train": {"steps": 8, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32"},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "parallel": {"expert": 1},
+        "checkpoint": {"interval": 2, "keep_last": 2},
+        "evaluation": {"interval": 4},
+        "monitor": {"interval": 1},
+    }
+
+
+def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
+    """Write a recipe as YAML."""
+    path.write_text(yaml.safe_dump(dict(recipe)))
+    return path
+
+
+def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
+    """The command line of a training job."""
+    return [
+        f"--config={recipe}",
+        f"--deepspeed_config={REPOSITORY / 'ds_configs' / f'zero{stage}.json'}",
+        *overrides,
+    ]

@@ -1,0 +1,132 @@
+"""Whole runs: resuming equals never having stopped, and a run folder holds what it should."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CLOCK = ("tokens_per_second", "peak_memory_gib")
+STEPS = 8
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_records(run: Path) -> list[dict[str, Any]]:
+    return [record for record in records(run) if "loss" in record]
+
+
+def assert_same(one: object, other: object, where: str) -> None:
+    """Equal to the bit, through any nesting."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where  # type: ignore[arg-type]
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where  # type: ignore[attr-defined]
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")  # type: ignore[index]
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where  # type: ignore[arg-type]
+        for number, pair in enumerate(zip(one, other, strict=True)):  # type: ignore[call-overload]
+            assert_same(*pair, f"{where}[{number}]")
+    elif isinstance(one, str | int | float | bool | torch.dtype | None):
+        assert one == other, where
+
+
+def test_a_stopped_and_resumed_run_logs_what_a_whole_one_does_to_the_bit(whole_run: Path, stopped_run: Path) -> None:
+    def without_clock(run: Path) -> list[dict[str, Any]]:
+        return [{key: value for key, value in record.items() if key not in CLOCK} for record in records(run)]
+
+    assert without_clock(stopped_run) == without_clock(whole_run)
+
+
+def test_a_stopped_and_resumed_run_saves_what_a_whole_one_does_to_the_bit(whole_run: Path, stopped_run: Path) -> None:
+    last = f"checkpoints/step_{STEPS:08d}"
+    files = sorted(path.relative_to(whole_run) for path in (whole_run / last).rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(stopped_run) for path in (stopped_run / last).rglob("*") if path.is_file())
+    kinds = {kind: [file for file in files if kind in file.name] for kind in ("model", "expert", "optim")}
+    assert all(kinds.values()), files
+    for file in files:
+        whole, stopped = (torch.load(run / file, map_location="cpu", weights_only=False) for run in (whole_run, stopped_run))
+        assert_same(whole, stopped, str(file))
+
+
+def test_the_newest_checkpoints_are_kept(whole_run: Path, stopped_run: Path) -> None:
+    for run in (whole_run, stopped_run):
+        folder = run / "checkpoints"
+        assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000006", "step_00000008"]
+        assert (folder / "latest").read_text().strip() == "step_00000008"
+
+
+def test_metrics_hold_each_logged_step_once_and_in_order(whole_run: Path, stopped_run: Path) -> None:
+    for run in (whole_run, stopped_run):
+        assert [record["step"] for record in training_records(run)] == list(range(1, STEPS + 1))
+        assert all(one["step"] <= other["step"] for one, other in pairwise(records(run)))
+
+
+def test_metrics_hold_what_is_documented(whole_run: Path) -> None:
+    for number, record in enumerate(training_records(whole_run), start=1):
+        named = {"step", "loss", "aux_loss", "z_loss", "total_loss", "lr", "grad_norm", "tokens_per_second"}
+        named |= {"peak_memory_gib", "consumed_samples"}
+        per_layer = ("router_entropy", "hyper_expert_norm_ratio", "distinct_sets", "expert_load_max_over_mean")
+        assert record.keys() == named | {f"{name}/moe_layer_{layer}" for name in per_layer for layer in (0, 1)}
+        assert record["consumed_samples"] == 8 * number
+        assert record["total_loss"] == pytest.approx(
+            record["loss"] + 2 * (0.01 * record["aux_loss"] + 0.001 * record["z_loss"]), rel=1e-5
+        )
+        assert record["tokens_per_second"] > 0
+    validations = [record for record in records(whole_run) if "valid_loss" in record]
+    assert [record["step"] for record in validations] == [4, 8]
+    assert training_records(whole_run)[0]["lr"] == 0, "the rate that the step was taken with: warm-up from zero"
+
+
+def test_the_run_learns(whole_run: Path) -> None:
+    losses = [record["valid_loss"] for record in records(whole_run) if "valid_loss" in record]
+    assert losses[1] < losses[0] < 6.3, "ln 512 is 6.24"
+
+
+def test_tensorboard_holds_the_metrics_and_the_experts_loads(whole_run: Path) -> None:
+    [events] = {path.parent for path in (whole_run / "tensorboard").rglob("events.out.tfevents.*")}
+    board = EventAccumulator(str(events))
+    board.Reload()
+    written = training_records(whole_run)
+    for name, value in written[0].items():
+        if name == "step":
+            continue
+        scalars = board.Scalars(name if "/" in name else f"train/{name}")
+        assert [event.step for event in scalars] == [record["step"] for record in written]
+        assert scalars[0].value == pytest.approx(value, rel=1e-6)
+    assert [event.step for event in board.Scalars("valid/valid_loss")] == [4, 8]
+    assert board.Tags()["histograms"] == ["expert_load/moe_layer_0", "expert_load/moe_layer_1"]
+    assert board.Histograms("expert_load/moe_layer_0")[0].histogram_value.num == 4
+
+
+def test_the_settings_as_run_are_kept_whole(whole_run: Path, recipe: Path) -> None:
+    resolved = whole_run / "resolved"
+    settings = yaml.safe_load((resolved / "config.yaml").read_text())
+    given = yaml.safe_load(recipe.read_text())
+    assert settings["run"]["dir"] == str(whole_run)
+    assert settings["parallel"] == {"expert": 2}
+    assert settings["optimizer"] == {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    assert given["train"].items() <= settings["train"].items()
+    ds_config = json.loads((resolved / "deepspeed.json").read_text())
+    assert ds_config["gradient_accumulation_steps"] == 2
+    assert ds_config["expert_parallel"]["autoep_size"] == 2
+    model = json.loads((resolved / "model" / "config.json").read_text())
+    assert given["model"].items() <= model.items()
+    tokenizer = Path(given["data"]["tokenizer"])
+    for file in tokenizer.iterdir():
+        assert (resolved / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_recipe_as_run_starts_the_run_again(stopped_run: Path) -> None:
+    from hypermoe_ds.run_config import load_run_config  # noqa: PLC0415
+
+    config = load_run_config(stopped_run / "resolved" / "config.yaml")
+    assert config.run.dir == str(stopped_run)
