@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, create_model
 
@@ -131,3 +131,6 @@ def _rows(section: str, model: type[Settings]) -> Iterator[str]:
             default = getattr(HyperMoEConfig, name)
         shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
         yield f"| `{section}.{name}` | {shown} | {field.description} |"
+        for item in get_args(field.annotation):
+            if isinstance(item, type) and issubclass(item, Settings) and field.is_required():
+                yield from _rows(f"{section}.{name}[]", item)

@@ -4,6 +4,7 @@ RUN_DIR/checkpoints/step_00000100/ is one checkpoint; `latest` beside them names
 one and is written last.
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -117,14 +118,16 @@ class CheckpointManager:
         torch.distributed.barrier()
 
     def check_room(self) -> None:
-        """Refuse to start a checkpoint that the disk cannot hold (collective).
+        """Refuse to start a checkpoint that the disk cannot hold (collective). Writes nothing.
 
         Raises:
-            UserError: less is free than a checkpoint takes.
+            UserError: less is free than a checkpoint takes, or the folder cannot be written to.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        place = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"run.dir={self._folder.parent}", "cannot be written to", "choose another run.dir")
         # The least over the ranks, taken before any of them writes: all go on, or none does.
-        least = torch.tensor(shutil.disk_usage(self._folder).free, device=self._engine.device)
+        least = torch.tensor(shutil.disk_usage(place).free, device=self._engine.device)
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         free = int(least)
         if free < self._size:

@@ -27,28 +27,28 @@ _ORDER_KEY_ENTRIES = 1 << 16
 class DataSource(Settings):
     """Token files and their share of the training samples."""
 
-    prefix: str = Field(description="Path of the token files of tools/preprocess_data.py, without .bin and .idx.")
+    prefix: str = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
     weight: float = Field(
         default=1.0,
         gt=0,
         allow_inf_nan=False,
-        description="Share of the training samples drawn from here, relative to the other sources' weights. "
-        "Validation goes through every source once, whatever its weight.",
+        description="share of the training samples drawn from here, relative to the other sources' weights; "
+        "validation goes through every source once, whatever its weight",
     )
 
 
 class DataConfig(Settings):
     """What to train and validate on."""
 
-    train: list[DataSource] = Field(min_length=1, description="Sources of the training samples.")
-    valid: list[DataSource] = Field(default=[], description="Sources of the validation samples; empty: no validation.")
-    sequence_length: int = Field(gt=0, description="Tokens in a sample.")
-    tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with.")
-    workers: int = Field(default=0, ge=0, description="Processes per rank that load samples; 0: the rank itself.")
+    train: list[DataSource] = Field(min_length=1, description="sources of the training samples")
+    valid: list[DataSource] = Field(default=[], description="sources of the validation samples; empty: none")
+    sequence_length: int = Field(gt=0, description="tokens in a sample")
+    tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with")
+    workers: int = Field(default=0, ge=0, description="processes per rank that load samples; 0: the rank itself")
     cache: str | None = Field(
         default=None,
-        description="Folder for the indices of the samples, visible to all nodes. "
-        "Left out: `cache` beside the files of the first training source.",
+        description="folder for the indices of the samples, visible to all nodes; "
+        "null means `cache` beside the files of the first training source",
     )
 
     @property

@@ -47,11 +47,15 @@ def launch(ranks: int, *arguments: object, folder: Path) -> Done:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", port]
-    done = subprocess.run(
-        [str(word) for word in (*command, REPOSITORY / TRAIN, *arguments)],
-        env={**os.environ, **CPU, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True, text=True, cwd=folder, timeout=_SECONDS, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [str(word) for word in (*command, REPOSITORY / TRAIN, *arguments)],
+            env={**os.environ, **CPU, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True, text=True, cwd=folder, timeout=_SECONDS, check=False,
+        )  # fmt: skip
+    finally:
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 66 MB a rank
+            left.unlink()
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -1,0 +1,64 @@
+"""Arithmetic of the layout, against brute force; every refusal names key, value and a remedy that works."""
+
+import re
+from itertools import product
+
+import pytest
+
+from hypermoe_ds.config import validate
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.parallel.topology import ParallelConfig, check_expert_parallel, gradient_accumulation_steps
+
+
+@pytest.mark.parametrize(("micro_batch", "ranks"), list(product(range(1, 6), range(1, 7))))
+def test_accumulation_is_how_often_the_ranks_fit_into_the_batch(micro_batch: int, ranks: int) -> None:
+    for batch in range(1, 61):
+        fits = [steps for steps in range(1, 61) if steps * micro_batch * ranks == batch]
+        if fits:
+            assert gradient_accumulation_steps(batch, micro_batch, ranks) == fits[0]
+            continue
+        with pytest.raises(UserError) as refused:
+            gradient_accumulation_steps(batch, micro_batch, ranks)
+        text = str(refused.value)
+        assert text.startswith(f"train.global_batch_size={batch}: ")
+        assert f"train.micro_batch_size={micro_batch} times {ranks} ranks" in text
+        advised = [int(number) for number in re.findall(r"(\d+)", text.partition("; ")[2])]
+        assert len(advised) == 2
+        for other in advised:
+            assert gradient_accumulation_steps(other, micro_batch, ranks) >= 1
+        assert advised[1] >= batch
+
+
+@pytest.mark.parametrize(("experts", "ranks"), list(product((1, 2, 3, 6, 8), (1, 2, 4, 6))))
+def test_expert_parallelism_divides_experts_and_ranks_or_is_refused_with_sizes_that_do(
+    experts: int, ranks: int
+) -> None:
+    allowed = [size for size in range(1, 13) if experts % size == 0 == ranks % size]
+    for size in range(1, 13):
+        if size in allowed:
+            check_expert_parallel(size, experts, ranks, zero_stage=1)
+            continue
+        with pytest.raises(UserError) as refused:
+            check_expert_parallel(size, experts, ranks, zero_stage=1)
+        where, _, rest = str(refused.value).partition(": ")
+        problem, _, remedy = rest.partition("; ")
+        assert where == f"parallel.expert={size}"
+        cause = f"does not divide model.num_experts={experts}" if experts % size else f"divide the {ranks} ranks"
+        assert cause in problem
+        assert [int(number) for number in re.findall(r"\d+", remedy)] == allowed
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_without_zero_experts_are_not_shared(stage: int) -> None:
+    check_expert_parallel(1, 4, 4, stage)
+    if stage > 0:
+        check_expert_parallel(2, 4, 4, stage)
+        return
+    with pytest.raises(UserError, match=r"^zero_optimization.stage=0: .*parallel.expert=2; set the stage to 1, 2 or 3$"):
+        check_expert_parallel(2, 4, 4, stage)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
+def test_the_number_of_ranks_is_a_positive_whole_number(value: object) -> None:
+    with pytest.raises(UserError, match="recipe.yaml: expert="):
+        validate(ParallelConfig, {"expert": value}, "recipe.yaml")

@@ -1,0 +1,208 @@
+"""The DeepSpeed configuration: every number has one owner, and nothing is passed on that is not understood."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+from hypermoe_ds.training.ds_config import _KNOWN, _OWNED_BY_RECIPE, load_deepspeed_json, merge, zero_stage
+from hypermoe_ds.training.settings import TrainConfig
+
+DS_CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+MODEL = HyperMoEConfig(num_experts=4, num_experts_per_tok=2)
+DENSE = HyperMoEConfig(num_hidden_layers=2, first_dense_layers=2)
+EXAMPLES: dict[type, Any] = {int: 5, float: 0.5, str: "text", bool: True, list: ["all"]}
+
+
+def train(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, **changes})
+
+
+def read(tmp_path: Path, content: object) -> dict[str, Any]:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_deepspeed_json(path)
+
+
+def refusal(tmp_path: Path, content: object) -> str:
+    with pytest.raises(UserError) as refused:
+        read(tmp_path, content)
+    return str(refused.value).removeprefix(f"{tmp_path}/ds.json")
+
+
+def leaves(known: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type]]:
+    for key, kind in known.items():
+        if isinstance(kind, Mapping):
+            yield from leaves(kind, (*path, key))
+        else:
+            yield (*path, key), kind
+
+
+def nested(path: tuple[str, ...], value: object) -> Any:
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+LEAVES = dict(leaves(_KNOWN))
+
+
+# Reading
+
+
+@pytest.mark.parametrize("key", _OWNED_BY_RECIPE)
+def test_what_the_recipe_owns_is_refused_by_its_owners_name(key: str, tmp_path: Path) -> None:
+    owner = _OWNED_BY_RECIPE[key]
+    text = refusal(tmp_path, {"zero_optimization": {"stage": 1}, key: 1})
+    assert text == f": {key}: belongs to the recipe; remove it and set {owner}"
+
+
+def test_the_owners_are_settings_of_a_recipe() -> None:
+    from hypermoe_ds.run_config import RunConfig  # noqa: PLC0415
+
+    for owner in _OWNED_BY_RECIPE.values():
+        section, _, name = owner.partition(".")
+        assert section in RunConfig.model_fields
+        if name:
+            assert name in RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=".".join)
+def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_known_one(
+    path: tuple[str, ...], tmp_path: Path
+) -> None:
+    *parents, key = path
+    misspelt = f"{key[:-1]}x"
+    expected = f": {'.'.join((*parents, misspelt))}: unknown key; did you mean '{key}'?"
+    assert refusal(tmp_path, nested((*parents, misspelt), EXAMPLES[LEAVES[path]])) == expected
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=".".join)
+def test_a_value_of_another_type_is_refused(path: tuple[str, ...], tmp_path: Path) -> None:
+    kind = LEAVES[path]
+    assert read(tmp_path, nested(path, EXAMPLES[kind])) == nested(path, EXAMPLES[kind])
+    for other, value in EXAMPLES.items():
+        if other is kind or (kind is float and other is int):
+            continue
+        text = refusal(tmp_path, nested(path, value))
+        assert text == f": {'.'.join(path)}={value!r}: is no {kind.__name__}; give a {kind.__name__}"
+    assert "is no" in refusal(tmp_path, nested(path, None))
+    assert "is no" in refusal(tmp_path, nested(path, {"enabled": True}))
+
+
+def test_a_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, {"zero_optimization": 2}).startswith(": zero_optimization=2: is no object; give one of ")
+
+
+def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    assert read(tmp_path, '{"zero_optimization": {"reduce_bucket_size": 5e8}}') == {
+        "zero_optimization": {"reduce_bucket_size": 5e8}
+    }
+    assert "is no int" in refusal(tmp_path, '{"zero_optimization": {"reduce_bucket_size": 5.5}}')
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "is not JSON"), ("[1]", "holds no object"), ('"a"', "holds no object")]
+)
+def test_what_is_no_json_object_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    assert says in refusal(tmp_path, text)
+    assert "ds_configs/zero1.json" in refusal(tmp_path, text)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_deepspeed_json(path)
+    (tmp_path / "latin.json").write_bytes(b'"caf\xe9"')
+    with pytest.raises(UserError, match="is not JSON"):
+        load_deepspeed_json(tmp_path / "latin.json")
+
+
+def names(model: Any) -> set[str]:
+    fields = model.model_fields
+    return set(fields) | {field.alias for field in fields.values() if field.alias}
+
+
+def test_the_known_keys_of_zero_are_deepspeeds() -> None:
+    known = _KNOWN["zero_optimization"]
+    assert set(known) <= names(DeepSpeedZeroConfig)
+    assert set(known["offload_optimizer"]) <= names(DeepSpeedZeroOffloadOptimizerConfig)
+    assert set(known["offload_param"]) <= names(DeepSpeedZeroOffloadParamConfig)
+
+
+# Merging
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_deepspeed_understands_every_file_of_the_repository_once_merged(path: Path, precision: str) -> None:
+    content = load_deepspeed_json(path)
+    merged = merge(content, train(precision=precision, clip_grad_norm=0.7), MODEL, 1, world_size=1)
+    understood = DeepSpeedConfig(json.loads(json.dumps(merged)))
+    assert understood.zero_optimization_stage == zero_stage(content) == int(path.stem[4])
+    assert understood.train_batch_size == 16
+    assert understood.train_micro_batch_size_per_gpu == 2
+    assert understood.gradient_accumulation_steps == 8
+    assert understood.gradient_clipping == 0.7
+    assert understood.bfloat16_config.enabled == (precision == "bf16")
+    assert understood.float16_config.enabled == (precision == "fp16")
+    offload = understood.zero_config.offload_optimizer
+    assert (offload is not None and offload.device == "cpu") == ("offload" in path.name)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1.0])
+def test_clipping_is_always_stated(clip: float) -> None:
+    assert merge({}, train(clip_grad_norm=clip), MODEL, 1, world_size=1)["gradient_clipping"] == clip
+
+
+def test_merging_adds_the_recipes_numbers_once_and_leaves_the_rest_alone() -> None:
+    content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    before = json.dumps(content)
+    merged = merge(content, train(), MODEL, 2, world_size=4)
+    assert json.dumps(content) == before
+    assert {key: merged[key] for key in content} == content
+    added = merged.keys() - content.keys()
+    assert added <= _OWNED_BY_RECIPE.keys()
+    assert merged["train_batch_size"] == 16
+    assert merged["train_micro_batch_size_per_gpu"] * merged["gradient_accumulation_steps"] * 4 == 16
+    assert merged["expert_parallel"]["autoep_size"] == 2
+    assert merged["steps_per_print"] > 10**9
+
+
+def test_under_zero_3_the_hypernetwork_and_the_hyper_experts_are_gathered_whole() -> None:
+    from hypermoe_ds.modeling import hyper_experts  # noqa: PLC0415
+
+    content = {"zero_optimization": {"stage": 3, "sub_group_size": 7}}
+    merged = merge(content, train(), MODEL, 2, world_size=4)
+    leaf_module = merged["zero_optimization"].pop("leaf_module")
+    assert merged["zero_optimization"] == content["zero_optimization"]
+    for name in leaf_module["classes"]:
+        assert hasattr(hyper_experts, name)
+    for stage in (1, 2):
+        merged = merge({"zero_optimization": {"stage": stage}}, train(), MODEL, 2, world_size=4)
+        assert merged["zero_optimization"] == {"stage": stage}
+
+
+def test_a_model_without_a_mixture_needs_no_expert_parallelism() -> None:
+    merged = merge({"zero_optimization": {"stage": 1}}, train(), DENSE, 1, world_size=4)
+    assert "expert_parallel" not in merged
+
+
+@pytest.mark.parametrize("stage", [-1, 4, 7])
+def test_a_stage_that_is_none_is_refused(stage: int) -> None:
+    with pytest.raises(UserError, match=f"^zero_optimization.stage={stage}: is no ZeRO stage; "):
+        merge({"zero_optimization": {"stage": stage}}, train(), MODEL, 1, world_size=1)
+
+
+@pytest.mark.parametrize("content", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": 0}}])
+def test_experts_are_not_shared_where_zero_is_off(content: dict[str, Any]) -> None:
+    assert zero_stage(content) == 0
+    with pytest.raises(UserError, match=r"^zero_optimization.stage=0: .* parallel.expert=2; "):
+        merge(content, train(), MODEL, 2, world_size=2)
