@@ -107,15 +107,11 @@ make_venv() {
 pip_install() { "$python" -m pip install --disable-pip-version-check --no-input "$@"; }
 
 # Without a GPU every process group loads DeepSpeed's shared-memory operator and fails where it cannot be compiled.
-# Compiled here once, ranks that start together need not wait a minute for it. Torch's cache is shared by all
-# environments of a user and keeps the build of the last one only: hence the look at whose build it is.
-communication_is_compiled() {
-    local built
-    for built in "${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torch_extensions}"{,/*}/deepspeed_shm_comm; do
-        if [ -f "$built/deepspeed_shm_comm.so" ] && grep -qF "$venv/" "$built/build.ninja"; then return; fi
-    done
-    return 1
-}
+# Compiled here once, ranks that start together need not wait a minute for it. It lies in the environment, where
+# training looks too: torch's own cache belongs to the user, and two environments would rebuild it in turn.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
+
+communication_is_compiled() { [ -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; }
 
 compile_communication() {
     PATH="$venv/bin:$PATH" DS_ACCELERATOR=cpu "$python" -c \

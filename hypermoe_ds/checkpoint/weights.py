@@ -31,15 +31,15 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
     """
     config = run.model_config()
     checkpoint = find_checkpoint(run.checkpoints, step)
+    model: HyperMoEForCausalLM = HyperMoEForCausalLM(config).to(_precision(run))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     try:
         weights = join_experts(_read_weights(checkpoint))
+        if config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict({name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in weights.items()})
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(str(checkpoint), f"is not a whole checkpoint ({error})", "choose another --step") from None
-    model: HyperMoEForCausalLM = HyperMoEForCausalLM(config).to(_precision(run))
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict({name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in weights.items()})
     model.eval()
     return model
 

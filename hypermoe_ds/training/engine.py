@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -25,6 +26,9 @@ def start_ranks() -> tuple[int, int]:
         This rank and the number of ranks.
     """
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
+    if os.access(sys.prefix, os.W_OK):
+        # Each environment keeps the operators it compiled: in the user's one cache two of them rebuild in turn.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))

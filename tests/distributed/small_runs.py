@@ -130,7 +130,7 @@ class PlainRun:
     aux_losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
-    loads_MN: list[Any] = field(default_factory=list)
+    loads: list[Any] = field(default_factory=list)
     last_logits: list[Tensor] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
@@ -191,7 +191,7 @@ def _note_routing(run: PlainRun, outputs: list[Any], num_experts: int) -> None:
     run.entropies.append(float(-(probabilities * np.log(probabilities)).sum(1).mean()))
     layers = zip(*(output.selected_experts for output in outputs), strict=True)
     chosen = [np.concatenate([selected.flatten().numpy() for selected in layer]) for layer in layers]
-    run.loads_MN.append(np.array([[np.mean(layer == expert) for expert in range(num_experts)] for layer in chosen]))
+    run.loads.append(np.array([[np.mean(layer == expert) for expert in range(num_experts)] for layer in chosen]))
 
 
 @torch.no_grad()

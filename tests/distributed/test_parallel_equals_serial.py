@@ -93,7 +93,7 @@ def test_the_trained_model_is_that_of_one_process(compared: Compared) -> None:
 def test_routing_statistics_are_those_of_the_whole_batch(compared: Compared) -> None:
     ranks, plain, _ = compared
     for run in ranks:
-        for step, entropy, load_MN in zip(run.steps, plain.entropies, plain.loads_MN, strict=True):
+        for step, entropy, load_MN in zip(run.steps, plain.entropies, plain.loads, strict=True):
             assert step.scalars["router_entropy/moe_layer_0"] == pytest.approx(entropy, rel=1e-5)
             # A token whose two best experts are as good as equal may go to either: 1 of 256 or more.
             np.testing.assert_allclose(step.load_MN, load_MN, atol=1e-2)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import S, model_config, random_tokens
-from small_runs import Layout
+from small_runs import Layout, S, model_config, random_tokens
 from torch.nn import functional as F
 
 from hypermoe_ds.data.loader import validation_batches

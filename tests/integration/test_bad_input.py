@@ -104,6 +104,11 @@ CASES = {
         ("model.adapter_size=4: ", "is the run of another model (there it is 8)", "choose another run.dir"),
         ("run.dir=OTHER", "model.adapter_size=4"),
     ),
+    "another layout's run": Bad(
+        ("zero_optimization.stage=2: the checkpoints of ", "were written with 1", "choose another run.dir"),
+        ("run.dir=OTHER",),
+        ds_json={"zero_optimization": {"stage": 2}},
+    ),
     "a run that is there already": Bad(
         ("checkpoints: holds checkpoints", "set checkpoint.resume=auto"), ("run.dir=OTHER", "checkpoint.resume=none")
     ),
@@ -121,7 +126,9 @@ def start(case: Bad, place: Place, launched_ranks: int | None = None) -> Done:
     recipe = write_recipe(place.folder / "recipe.yaml", small_recipe(place.corpus, place.run_dir))
     ds_json = place.folder / "ds.json"
     ds_json.write_text("{" if case.ds_json is None else json.dumps(case.ds_json))
-    filled = [text.replace("FOLDER", str(place.folder)).replace("OTHER", str(place.other_run)) for text in case.overrides]
+    filled = [
+        text.replace("FOLDER", str(place.folder)).replace("OTHER", str(place.other_run)) for text in case.overrides
+    ]
     arguments = ["--config", recipe, "--deepspeed_config", ds_json, *filled]
     if launched_ranks is not None:
         return launch(launched_ranks, *arguments, folder=place.folder)

@@ -38,7 +38,8 @@ for number, folder in enumerate(sys.argv[1:]):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        torch.save({"logits": model(ids).logits, "ids": tokenizer("def f(x):\\n\\treturn x")["input_ids"]}, f"{number}.pt")
+        seen = {"logits": model(ids).logits, "ids": tokenizer("def f(x):\\n\\treturn x")["input_ids"]}
+    torch.save(seen, f"{number}.pt")
 """
 PRECISE = {"rtol": 0, "atol": 1e-5}
 

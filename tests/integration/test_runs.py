@@ -53,7 +53,9 @@ def test_a_stopped_and_resumed_run_saves_what_a_whole_one_does_to_the_bit(whole_
     kinds = {kind: [file for file in files if kind in file.name] for kind in ("model", "expert", "optim")}
     assert all(kinds.values()), files
     for file in files:
-        whole, stopped = (torch.load(run / file, map_location="cpu", weights_only=False) for run in (whole_run, stopped_run))
+        whole, stopped = (
+            torch.load(run / file, map_location="cpu", weights_only=False) for run in (whole_run, stopped_run)
+        )
         assert_same(whole, stopped, str(file))
 
 

@@ -54,11 +54,13 @@ def test_without_zero_experts_are_not_shared(stage: int) -> None:
     if stage > 0:
         check_expert_parallel(2, 4, 4, stage)
         return
-    with pytest.raises(UserError, match=r"^zero_optimization.stage=0: .*parallel.expert=2; set the stage to 1, 2 or 3$"):
+    with pytest.raises(
+        UserError, match=r"^zero_optimization.stage=0: .*parallel.expert=2; set the stage to 1, 2 or 3$"
+    ):
         check_expert_parallel(2, 4, 4, stage)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
 def test_the_number_of_ranks_is_a_positive_whole_number(value: object) -> None:
-    with pytest.raises(UserError, match="recipe.yaml: expert="):
+    with pytest.raises(UserError, match=r"recipe\.yaml: expert="):
         validate(ParallelConfig, {"expert": value}, "recipe.yaml")

@@ -51,8 +51,8 @@ def test_the_bias_heads_of_the_hypernetwork_are_weight_matrices() -> None:
 STEPS, WARMUP, DECAY, FLOOR = 20, 4, 6, 0.1
 
 
-def warmed(after: Callable[[int], float]) -> Callable[[int], float]:
-    return lambda step: step / WARMUP if step < WARMUP else after(step)
+def warmed(after: Callable[[int], float], start: float = 0.0) -> Callable[[int], float]:
+    return lambda step: start + (1 - start) * step / WARMUP if step < WARMUP else after(step)
 
 
 def cosine(step: int) -> float:
@@ -69,7 +69,7 @@ def stable_then_decay(step: int) -> float:
 
 FORMULAS = {
     "cosine": warmed(cosine),
-    "warmup_stable_decay": warmed(stable_then_decay),
+    "warmup_stable_decay": warmed(stable_then_decay, start=FLOOR),  # Transformers warms up from the last rate
     "linear": warmed(lambda step: (STEPS - step) / (STEPS - WARMUP)),
     "constant": warmed(lambda _step: 1.0),
 }

@@ -1,0 +1,102 @@
+"""A run folder gives back what was written and refuses to go on with another model or on another layout."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+
+FIELDS: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+LAYOUT: dict[str, Any] = {
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 4,
+    "expert_parallel": {"autoep_size": 2},
+    "zero_optimization": {"stage": 1},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.model").write_bytes(b"pieces")
+    run = RunFolder(tmp_path / "run")
+    run.write_settings({"run": {"dir": "x"}, "train": {"steps": 3}}, LAYOUT, HyperMoEConfig(**FIELDS), tokenizer)
+    return run
+
+
+def test_a_folder_gives_back_what_was_written(run: RunFolder) -> None:
+    assert run.exists()
+    assert run.read_settings() == {"run": {"dir": "x"}, "train": {"steps": 3}}
+    assert json.loads(run.ds_config.read_text()) == LAYOUT
+    assert (run.tokenizer / "tokenizer.model").read_bytes() == b"pieces"
+    written, given = run.model_config().to_dict(), HyperMoEConfig(**FIELDS).to_dict()
+    assert {key: written[key] for key in given if key != "transformers_version"} == {
+        key: value for key, value in given.items() if key != "transformers_version"
+    }
+
+
+def test_settings_can_be_written_again_from_the_folders_own_tokenizer(run: RunFolder) -> None:
+    run.write_settings({"run": {"dir": "y"}}, {}, HyperMoEConfig(**FIELDS), run.tokenizer)
+    assert run.read_settings() == {"run": {"dir": "y"}}
+    assert (run.tokenizer / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert not run.exists()
+    with pytest.raises(UserError, match=r"is no run folder .*; give a run.dir"):
+        run.model_config()
+    run.check_same_model(HyperMoEConfig(**FIELDS))
+    run.check_same_layout(LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "there"),
+    [
+        ("num_experts", 8, 4),
+        ("hypernetwork", False, True),
+        ("rope_theta", 5000.0, 10000.0),
+        ("router_aux_loss_coef", 0.5, 0.01),
+        ("router_aux_loss_scope", "data_parallel", "micro_batch"),
+        ("tie_word_embeddings", False, True),
+    ],
+)
+def test_another_model_is_refused_by_the_name_of_the_field(
+    run: RunFolder, field: str, value: object, there: object
+) -> None:
+    expected = f"model.{field}={value!r}: {run.path} is the run of another model (there it is {there!r}); "
+    with pytest.raises(UserError, match=re.escape(expected)):
+        run.check_same_model(HyperMoEConfig(**{**FIELDS, field: value}))
+
+
+def test_the_same_model_may_go_on(run: RunFolder) -> None:
+    run.check_same_model(HyperMoEConfig(**FIELDS))
+    run.check_same_model(run.model_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_batch_size": 32}, "ranks=4: .* written with 2; start it with ranks=2"),
+        ({"expert_parallel": {"autoep_size": 1}}, "parallel.expert=1: .* start it with parallel.expert=2"),
+        ({"expert_parallel": {}}, "parallel.expert=1: "),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: .* with 1; "),
+    ],
+)
+def test_checkpoints_of_another_layout_are_refused_once_there_are_any(
+    run: RunFolder, change: dict[str, Any], says: str
+) -> None:
+    run.check_same_layout(LAYOUT | change)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "latest").touch()
+    run.check_same_layout(LAYOUT)
+    run.check_same_layout(LAYOUT | {"train_batch_size": 8, "gradient_accumulation_steps": 2})
+    with pytest.raises(UserError, match=says):
+        run.check_same_layout(LAYOUT | change)

@@ -1,0 +1,127 @@
+"""Routing statistics of a step, against NumPy, micro-batch by micro-batch and token by token."""
+
+from dataclasses import dataclass
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hypermoe_ds.monitor.routing import StepMeter
+
+T, MICRO_BATCHES, LAYERS = 40, 3, 2
+
+
+@dataclass
+class Case:
+    """Outputs of the micro-batches of one step, as NumPy arrays."""
+
+    losses: Any
+    logits: Any
+    selected: Any
+    norms: Any
+
+
+def case(experts: int, chosen: int, seed: int = 0) -> Case:
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(MICRO_BATCHES, LAYERS, T, experts)) * 2
+    selected = np.argsort(-logits, axis=-1)[..., :chosen]
+    return Case(
+        losses=generator.random((MICRO_BATCHES, 4)) + 1,
+        logits=logits,
+        selected=generator.permuted(selected, axis=-1),
+        norms=generator.random((MICRO_BATCHES, LAYERS, 2)) + 0.1,
+    )
+
+
+def outputs(step: Case, branch_norms: bool = True) -> list[Any]:
+    return [
+        SimpleNamespace(
+            loss=torch.tensor(step.losses[number, 0], requires_grad=True),
+            lm_loss=torch.tensor(step.losses[number, 1]),
+            aux_loss=torch.tensor(step.losses[number, 2]),
+            z_loss=torch.tensor(step.losses[number, 3]),
+            router_logits=tuple(torch.tensor(layer, requires_grad=True) for layer in step.logits[number]),
+            selected_experts=tuple(torch.tensor(layer) for layer in step.selected[number]),
+            branch_norms=tuple(torch.tensor(layer).float() for layer in step.norms[number]) if branch_norms else None,
+        )
+        for number in range(MICRO_BATCHES)
+    ]
+
+
+def read(step: Case, experts: int, **kwargs: Any) -> Any:
+    meter = StepMeter(experts)
+    for output in outputs(step, **kwargs):
+        meter.add(output)
+    return meter.read()
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 2), (3, 3), (70, 3)])
+def test_statistics_are_the_means_over_the_micro_batches(experts: int, chosen: int) -> None:
+    step = case(experts, chosen)
+    statistics = read(step, experts)
+    scalars = statistics.scalars
+    for name, column in (("total_loss", 0), ("loss", 1), ("aux_loss", 2), ("z_loss", 3)):
+        assert scalars[name] == pytest.approx(step.losses[:, column].mean(), rel=1e-5)
+    for layer in range(LAYERS):
+        probabilities = np.exp(step.logits[:, layer])
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        entropy = -(probabilities * np.log(probabilities)).sum(-1).mean()
+        assert scalars[f"router_entropy/moe_layer_{layer}"] == pytest.approx(entropy, rel=1e-5)
+
+        load = [np.mean(step.selected[:, layer] == expert) for expert in range(experts)]
+        np.testing.assert_allclose(statistics.load_MN[layer], load, rtol=1e-5)
+        assert scalars[f"expert_load_max_over_mean/moe_layer_{layer}"] == pytest.approx(max(load) * experts, rel=1e-5)
+
+        sets = [len({frozenset(token) for token in part[layer].tolist()}) for part in step.selected]
+        assert scalars[f"distinct_sets/moe_layer_{layer}"] == pytest.approx(np.mean(sets))
+
+        ratio = (step.norms[:, layer, 1] / step.norms[:, layer, 0]).mean()
+        assert scalars[f"hyper_expert_norm_ratio/moe_layer_{layer}"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_a_reading_starts_anew() -> None:
+    meter = StepMeter(4)
+    for seed in (1, 2):
+        step = case(4, 2, seed)
+        for output in outputs(step):
+            meter.add(output)
+        assert meter.read().scalars == read(step, 4).scalars
+
+
+def test_a_mixture_without_hyper_experts_has_a_ratio_of_nothing() -> None:
+    scalars = read(case(4, 2), 4, branch_norms=False).scalars
+    assert [scalars[f"hyper_expert_norm_ratio/moe_layer_{layer}"] for layer in range(LAYERS)] == [0, 0]
+
+
+def test_a_dense_model_has_losses_alone() -> None:
+    loss = torch.tensor(2.0)
+    meter = StepMeter(4)
+    meter.add(
+        SimpleNamespace(
+            loss=loss,
+            lm_loss=loss,
+            aux_loss=None,
+            z_loss=None,
+            router_logits=(),
+            selected_experts=(),
+            branch_norms=None,
+        )
+    )
+    statistics = meter.read()
+    assert statistics.scalars == {"total_loss": 2.0, "loss": 2.0, "aux_loss": 0.0, "z_loss": 0.0}
+    assert statistics.load_MN.numel() == 0
+
+
+@pytest.mark.parametrize(("expert", "layer"), list(product((0, 3), (0, 1))))
+def test_a_collapsed_router_shows(expert: int, layer: int) -> None:
+    step = case(4, 1)
+    step.selected[:, layer] = expert
+    step.logits[:, layer] = -50
+    step.logits[:, layer, :, expert] = 50
+    scalars = read(step, 4).scalars
+    assert scalars[f"expert_load_max_over_mean/moe_layer_{layer}"] == pytest.approx(4)
+    assert scalars[f"router_entropy/moe_layer_{layer}"] == pytest.approx(0, abs=1e-6)
+    assert scalars[f"distinct_sets/moe_layer_{layer}"] == 1

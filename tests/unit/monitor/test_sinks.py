@@ -1,0 +1,106 @@
+"""Where a run's numbers go."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hypermoe_ds.monitor.settings import MonitorConfig
+from hypermoe_ds.monitor.sinks import MetricsFile, Sinks, step_line
+
+SCALARS = {"loss": 2.34567, "lr": 1.5e-4, "grad_norm": 0.98765, "tokens_per_second": 12345.6}
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("after", "left"), [(0, []), (2, [1, 2, 2]), (3, [1, 2, 2, 4][:3]), (9, [1, 2, 2, 4, 5])])
+def test_records_of_steps_to_come_again_are_dropped(tmp_path: Path, after: int, left: list[int]) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 2, 4, 5):
+        metrics.append({"step": step, "loss": 1.5})
+    metrics.drop_after(after)
+    assert steps_in(tmp_path / "metrics.jsonl") == left
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    metrics.append({"step": after + 1})
+    assert steps_in(tmp_path / "metrics.jsonl") == [*left, after + 1]
+
+
+def test_a_new_run_has_no_records_to_drop(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl").drop_after(3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_keep_their_digits(tmp_path: Path) -> None:
+    record = {"step": 1, "loss": 0.1 + 0.2, "lr": 1e-300}
+    MetricsFile(tmp_path / "metrics.jsonl").append(record)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
+
+
+def sinks(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **config: Any) -> Sinks:
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: rank)
+    return Sinks(MonitorConfig(**config), folder, rank, resumed_step=0)
+
+
+def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = sinks(tmp_path, monkeypatch, csv=True)
+    written.write(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25})
+    written.write(4, {"valid_loss": 2.25})
+    written.write_histograms(3, torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    written.say("a line")
+    assert capsys.readouterr().out == "a line\n"
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
+        '{"step": 3, "loss": 2.5, "router_entropy/moe_layer_0": 1.25}',
+        '{"step": 4, "valid_loss": 2.25}',
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    expected = {
+        "train/loss": [(3, 2.5)], "router_entropy/moe_layer_0": [(3, 1.25)], "valid/valid_loss": [(4, 2.25)],
+    }  # fmt: skip
+    assert {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]} == expected
+    assert board.Tags()["histograms"] == ["expert_load/moe_layer_0", "expert_load/moe_layer_1"]
+    assert board.Histograms("expert_load/moe_layer_0")[0].histogram_value.sum == pytest.approx(1)
+    assert len(list((tmp_path / "csv").rglob("*.csv"))) == 3
+
+
+def test_what_is_switched_off_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = sinks(tmp_path, monkeypatch, tensorboard=False)
+    written.write(1, {"loss": 2.5})
+    written.write_histograms(1, torch.ones(1, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_other_ranks_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = sinks(tmp_path, monkeypatch, rank=1, csv=True)
+    written.say("a line")
+    written.write(1, {"loss": 2.5})
+    written.write_histograms(1, torch.ones(1, 2))
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_drops_the_records_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sinks(tmp_path, monkeypatch, tensorboard=False)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": 1.0})
+    Sinks(MonitorConfig(tensorboard=False), tmp_path, 0, resumed_step=2).write(3, {"loss": 2.0})
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_the_line_of_a_step_tells_where_it_stands() -> None:
+    load_MN = torch.tensor([[0.1, 0.9], [0.5, 0.5]])
+    assert step_line(5, 100, SCALARS, 3725.4, load_MN) == (
+        "step 5/100 | loss 2.3457 | lr 1.50e-04 | grad norm 0.988 | 12,346 tokens/s | 1:02:05 left"
+        " | expert load 10.0% to 90.0%"
+    )
+    assert step_line(100, 100, SCALARS, 0, torch.empty(0, 2)).endswith(" | 0:00:00 left")

@@ -1,0 +1,37 @@
+"""What a run reached, from its records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.monitor.summary import summarize
+
+RECORDS = [
+    {"step": 1, "tokens_per_second": 1.0, "consumed_samples": 8},
+    {"step": 5, "tokens_per_second": 30.0, "consumed_samples": 40},
+    {"step": 5, "valid_loss": 3.0},
+    {"step": 9, "tokens_per_second": 20.0, "consumed_samples": 72},
+    {"step": 9, "valid_loss": 2.5},
+]
+
+
+def write(path: Path, records: list[dict[str, float]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_the_last_step_and_validation_and_the_median_rate_count(tmp_path: Path) -> None:
+    summary = summarize(write(tmp_path / "metrics.jsonl", RECORDS))
+    assert (summary.step, summary.consumed_samples, summary.valid_loss) == (9, 72, 2.5)
+    assert summary.tokens_per_second == 20
+
+
+@pytest.mark.parametrize("kept", ["valid_loss", "tokens_per_second", "nothing"])
+def test_a_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str) -> None:
+    path = write(tmp_path / "metrics.jsonl", [record for record in RECORDS if kept in record])
+    with pytest.raises(UserError, match="holds no step or no validation"):
+        summarize(path)
+    with pytest.raises(UserError, match="no such file"):
+        summarize(tmp_path / "none.jsonl")

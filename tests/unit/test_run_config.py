@@ -1,0 +1,160 @@
+"""Recipes: every file of the repository loads, and what does not fit is refused by name."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from hypermoe_ds.config import Settings
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
+from hypermoe_ds.run_config import ModelSection, RunConfig, load_run_config, settings_table
+
+RECIPES = sorted((Path(__file__).parents[2] / "pretrain" / "recipes").glob("*.yaml"))
+SMALL = {
+    "run": {"dir": "x"},
+    "model": {"vocab_size": 64, "max_position_embeddings": 32},
+    "data": {"train": [{"prefix": "a"}], "sequence_length": 32, "tokenizer": "t"},
+    "train": {"steps": 10, "micro_batch_size": 1, "global_batch_size": 1},
+    "optimizer": {"lr": 1e-3},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def refusal(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        load_run_config(recipe, overrides)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert re.match(r".+: .+; .+", text), "where, what and how to mend it"
+    return text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_loads(path: Path) -> None:
+    config = load_run_config(path)
+    assert config.architecture().max_position_embeddings >= config.data.sequence_length
+    assert config.last_step == config.train.steps
+    assert config.architecture().num_experts % config.parallel.expert == 0
+
+
+def test_a_preset_stands_below_the_fields_of_the_recipe(recipe: Path) -> None:
+    for preset, fields in PRESETS.items():
+        model = load_run_config(recipe, [f"model.preset={preset}", "model.adapter_size=5"]).architecture()
+        expected = HyperMoEConfig(**{**fields, **SMALL["model"], "adapter_size": 5})  # type: ignore[dict-item]
+        assert model.to_dict() == expected.to_dict()
+
+
+def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
+    assert load_run_config(recipe).architecture().to_dict() == HyperMoEConfig(**SMALL["model"]).to_dict()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.preset=tiny-10", "model.preset=tiny-10: is unknown; did you mean 'tiny-10m'?"),
+        ("model.preset=zzz", "known: 3b-a0.4b, 7b-a1b, gpt2-small-8e, tiny-10m"),
+        ("model.num_experts_per_tok=9", "model.num_experts_per_tok=9: more than num_experts=8; choose 1 to 8"),
+        ("model.hidden_size=0", "model.hidden_size=0: too small; give at least 1"),
+        ("model.num_key_value_heads=5", "model.num_key_value_heads=5: does not divide num_attention_heads=12"),
+        ("model.head_dim=7", "model.head_dim=7: odd"),
+        ("model.hiden_size=8", "recipe.yaml: model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        ("model.hidden_size=wide", "recipe.yaml: model.hidden_size='wide': is not valid"),
+        ("model.router_aux_loss_scope=all", "recipe.yaml: model.router_aux_loss_scope='all': is not valid"),
+        ("model.use_cache=true", "model.use_cache: unknown key"),
+        ("data.sequence_length=33", "data.sequence_length=33: longer than model.max_position_embeddings=32; shorten"),
+        ("data.train=[]", "data.train=[]: is not valid"),
+        ("data.train=[{prefix: a, weigth: 2}]", "data.train.0.weigth: unknown key; did you mean 'weight'?"),
+        ("schedule.warmup_steps=11", "schedule.warmup_steps=11: with decay_steps=0 longer than train.steps=10"),
+        ("schedule.name=warmup_stable_decay", "schedule.decay_steps=0: warmup_stable_decay never decays; give its"),
+        ("schedule.name=cosin", "schedule.name='cosin': is not valid"),
+        ("train.precision=fp8", "train.precision='fp8': is not valid"),
+        ("train.clip_grad_norm=-1", "train.clip_grad_norm=-1: is not valid"),
+        ("train.stop_at_step=0", "train.stop_at_step=0: is not valid"),
+        ("train.steps=", "train.steps=None: is not valid"),
+        ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
+        ("checkpoint.resume=maybe", "checkpoint.resume='maybe': is not valid"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0: is not valid"),
+        ("monitor.interval=0", "monitor.interval=0: is not valid"),
+        ("evaluation.intervall=3", "evaluation.intervall: unknown key; did you mean 'interval'?"),
+        ("steps=3", "recipe.yaml: steps: unknown key"),
+        ("train.steps", "train.steps: is no override; write section.key=value"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
+    assert says in refusal(recipe, override)
+
+
+def test_warm_up_and_decay_together_fit_into_the_run(recipe: Path) -> None:
+    ramps = ["schedule.name=warmup_stable_decay", "schedule.warmup_steps=4"]
+    assert load_run_config(recipe, [*ramps, "schedule.decay_steps=6"]).schedule.decay_steps == 6
+    assert "with decay_steps=7 longer than train.steps=10" in refusal(recipe, *ramps, "schedule.decay_steps=7")
+
+
+@pytest.mark.parametrize("section", ["run", "model", "data", "train", "optimizer"])
+def test_a_section_without_defaults_must_be_there(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in SMALL.items() if key != section}))
+    assert refusal(path) == f"{path}: {section}: is missing; add this key"
+
+
+def test_overrides_change_what_they_name_and_nothing_else(recipe: Path) -> None:
+    config = load_run_config(recipe, ["train.steps=20", "optimizer.lr=3e-4", "data.valid=[{prefix: b}]"])
+    assert (config.train.steps, config.optimizer.lr) == (20, 3e-4)
+    assert [source.prefix for source in config.data.valid] == ["b"]
+    changed = {"train": config.train, "optimizer": config.optimizer, "data": config.data}
+    assert config.model_copy(update=changed) == load_run_config(recipe).model_copy(update=changed)
+
+
+@pytest.mark.parametrize(("stop", "last"), [("null", 10), ("4", 4), ("10", 10), ("40", 10)])
+def test_a_start_ends_where_it_is_stopped_or_where_the_run_ends(recipe: Path, stop: str, last: int) -> None:
+    assert load_run_config(recipe, [f"train.stop_at_step={stop}"]).last_step == last
+
+
+# The table of settings
+
+
+def fields(section: str, model: type[Settings]) -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        yield f"{section}.{name}", field
+
+
+def all_fields() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section, field in RunConfig.model_fields.items():
+        found |= dict(fields(section, field.annotation))  # type: ignore[arg-type]
+    return found
+
+
+def test_every_setting_has_a_row_with_its_default_and_meaning() -> None:
+    rows = [line.split(" | ") for line in settings_table().splitlines()[2:]]
+    names = {row[0].strip("| `"): row for row in rows}
+    assert len(names) == len(rows)
+    assert names.keys() >= all_fields().keys()
+    for name, field in all_fields().items():
+        default, meaning = names[name][1], names[name][2]
+        assert (default == "required") == field.is_required()
+        assert field.description
+        assert field.description in meaning
+    assert names["model.num_experts"][1] == "`8`"
+    assert names["train.precision"][1] == '`"bf16"`'
+    assert names["checkpoint.keep_last"][1] == "`2`"
+
+
+def test_the_model_section_has_the_models_fields_with_their_types_and_meanings() -> None:
+    own = set(HyperMoEConfig.__annotations__) - {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert set(ModelSection.model_fields) == own | {"preset"}
+    for name in own:
+        field = ModelSection.model_fields[name]
+        assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name == "router_aux_loss_scope"
+        assert field.description
+        assert not any(f"{other}: " in field.description for other in own), "one setting's text alone"

@@ -1,0 +1,203 @@
+"""The loop: what is due when, and what an optimizer step hands on, with everything around it faked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypermoe_ds.monitor.sinks import Sinks
+from hypermoe_ds.training.evaluation import Evaluation
+from hypermoe_ds.training.loop import optimizer_step, train
+from hypermoe_ds.training.recorder import Recorder
+from hypermoe_ds.training.state import TrainState
+
+B, S, ACCUMULATION, RANKS = 2, 5, 3, 4
+
+
+class Engine:
+    """Notes in which order it is called."""
+
+    device = torch.device("cpu")
+    dp_world_size = RANKS
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.batches: list[Tensor] = []
+        self.steps = 0
+
+    def __call__(self, input_ids: Tensor, shift_labels: Tensor, use_cache: bool, output_router_logits: bool) -> Any:
+        assert not use_cache
+        self.calls.append("forward, observed" if output_router_logits else "forward")
+        self.batches.append(input_ids)
+        assert torch.equal(shift_labels, input_ids + 1)
+        return SimpleNamespace(loss="loss")
+
+    def backward(self, loss: str) -> None:
+        self.calls.append(f"backward of {loss}")
+
+    def step(self) -> None:
+        self.calls.append("step")
+        self.steps += 1
+
+    def gradient_accumulation_steps(self) -> int:
+        return ACCUMULATION
+
+    def train_batch_size(self) -> int:
+        return B * ACCUMULATION * RANKS
+
+    def get_lr(self) -> list[float]:
+        return [0.1 * (self.steps // ACCUMULATION)]
+
+    def get_global_grad_norm(self) -> Tensor:
+        return torch.tensor(2.5)
+
+
+def batches() -> Iterator[dict[str, Tensor]]:
+    number = 0
+    while True:
+        ids = torch.full((B, S), number)
+        yield {"input_ids": ids, "labels": ids + 1}
+        number += 1
+
+
+class Notes:
+    """Recorder, clock, checkpoints and validation in one: a list of what happened."""
+
+    def __init__(self, logged: set[int], saved: set[int]) -> None:
+        self.events: list[Any] = []
+        self.tokens: list[int] = []
+        self.throughput = self
+        self._logged, self._saved = logged, saved
+        self.clock_runs = True
+
+    def count(self, tokens: int) -> None:
+        self.tokens.append(tokens)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.clock_runs = False
+        yield
+        self.clock_runs = True
+
+    def is_due(self, step: int) -> bool:
+        return step in self._logged
+
+    def observe(self, output: Any) -> None:
+        self.events.append("observed")
+
+    def record(self, state: TrainState, lr: float, grad_norm: float) -> None:
+        self.events.append((state.step, state.consumed_samples, lr, grad_norm))
+
+    def validate(self) -> Evaluation:
+        assert not self.clock_runs
+        return Evaluation(1.0, 1)
+
+    def record_validation(self, step: int, result: Evaluation) -> None:
+        self.events.append(f"validated {step}")
+
+
+class Checkpoints:
+    def __init__(self, notes: Notes, due: set[int]) -> None:
+        self._notes, self._due = notes, due
+
+    def is_due(self, step: int) -> bool:
+        return step in self._due
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        assert not self._notes.clock_runs
+        assert state["step"] == step
+        self._notes.events.append(f"saved {step}")
+
+
+def run(first: int, last: int, validates: bool = True) -> tuple[Notes, TrainState, Engine]:
+    notes, engine = Notes(logged={1, 4}, saved=set()), Engine()
+    samples = B * ACCUMULATION * RANKS
+    state = TrainState(step=first, consumed_samples=first * samples)
+    train(
+        engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
+        checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
+        validation_interval=2,
+    )  # fmt: skip
+    return notes, state, engine
+
+
+def test_steps_are_logged_validated_and_saved_when_due_and_at_the_end() -> None:
+    notes, state, _ = run(0, 5)
+    samples = B * ACCUMULATION * RANKS
+    assert [event for event in notes.events if event != "observed"] == [
+        (1, samples, 0.0, 2.5),
+        "validated 2",
+        "saved 3",
+        (4, 4 * samples, pytest.approx(0.3), 2.5),
+        "validated 4",
+        "validated 5",
+        "saved 5",
+    ]
+    assert (state.step, state.consumed_samples) == (5, 5 * samples)
+    assert notes.tokens == [B * S * ACCUMULATION * RANKS] * 5
+
+
+def test_a_resumed_run_goes_on_from_its_step_and_a_finished_one_does_nothing() -> None:
+    notes, state, engine = run(3, 4, validates=False)
+    assert notes.events[-1] == "saved 4"
+    assert not any("validated" in str(event) for event in notes.events)
+    assert (state.step, engine.steps) == (4, ACCUMULATION)
+    notes, state, engine = run(4, 4)
+    assert (notes.events, state.step, engine.calls) == ([], 4, [])
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
+    engine, notes = Engine(), Notes(set(), set())
+    tokens = optimizer_step(engine, batches(), notes if observed else None)  # type: ignore[arg-type]
+    forward = "forward, observed" if observed else "forward"
+    assert engine.calls == [forward, "backward of loss", "step"] * ACCUMULATION
+    assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]
+    assert notes.events == ["observed"] * (ACCUMULATION * observed)
+    assert tokens == B * S * ACCUMULATION * RANKS
+
+
+def test_the_first_and_last_step_are_always_logged() -> None:
+    recorder = Recorder(Silent(), interval=4, steps=10, num_experts=2)
+    assert [step for step in range(1, 11) if recorder.is_due(step)] == [1, 4, 8, 10]
+
+
+class Silent(Sinks):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.written: list[tuple[int, dict[str, float]]] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def write(self, step: int, scalars: Any) -> None:
+        self.written.append((step, scalars))
+
+
+def test_a_validation_is_told_and_written() -> None:
+    sinks = Silent()
+    Recorder(sinks, 1, 10, 2).record_validation(7, Evaluation(loss=2.0, tokens=12345))
+    assert sinks.said == ["validation after step 7 | loss 2.0000 | perplexity 7.39 | 12,345 tokens"]
+    assert sinks.written == [(7, {"valid_loss": 2.0, "valid_perplexity": pytest.approx(7.389056)})]
+
+
+# The position of a run
+
+
+def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
+    state = TrainState()
+    for _ in range(3):
+        state.advance(8)
+    state.follow("key")
+    saved = state.to_dict()
+    assert saved == {"step": 3, "consumed_samples": 24, "data_order": "key"}
+    assert TrainState.from_dict({**saved, "of_deepspeed": 1}) == state
+
+
+def test_another_order_of_the_data_is_noticed_and_taken_up() -> None:
+    state = TrainState()
+    assert [state.follow(key) for key in ("a", "a", "b", "b", "a")] == [False, False, True, False, True]
