@@ -50,19 +50,18 @@ class Sinks:
         if self._speaks:
             print(line, flush=True)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One record of `scalars` at `step`."""
+    def write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None = None) -> None:
+        """One record at `step`: numbers and, per MoE layer, the share of the routed rows of each expert."""
         if not self._speaks:
             return
-        self._metrics.append({"step": step, **scalars})
+        loads = {
+            f"expert_load/moe_layer_{layer}": load_N for layer, load_N in enumerate(() if load_MN is None else load_MN)
+        }
+        self._metrics.append({"step": step, **scalars, **{name: load_N.tolist() for name, load_N in loads.items()}})
+        if self._monitor.tb_monitor is not None:
+            for name, load_N in loads.items():  # before the scalars, whose writing flushes both
+                self._monitor.tb_monitor.summary_writer.add_histogram(name, load_N, step)
         self._monitor.write_events([(_group(name), value, step) for name, value in scalars.items()])
-
-    def write_histograms(self, step: int, load_MN: Tensor) -> None:
-        """Per MoE layer, the distribution of the experts' loads; TensorBoard only."""
-        if not self._speaks or self._monitor.tb_monitor is None:
-            return
-        for layer, load_N in enumerate(load_MN):
-            self._monitor.tb_monitor.summary_writer.add_histogram(f"expert_load/moe_layer_{layer}", load_N, step)
 
 
 def _group(name: str) -> str:

@@ -48,8 +48,7 @@ class Recorder:
         }
         seconds_left = (self._steps - state.step) * seconds_per_step
         self._sinks.say(step_line(state.step, self._steps, scalars, seconds_left, statistics.load_MN))
-        self._sinks.write(state.step, scalars)
-        self._sinks.write_histograms(state.step, statistics.load_MN)
+        self._sinks.write(state.step, scalars, statistics.load_MN)
 
     def record_validation(self, step: int, result: Evaluation) -> None:
         """Log a validation."""

@@ -77,12 +77,17 @@ def test_metrics_hold_what_is_documented(whole_run: Path) -> None:
         named = {"step", "loss", "aux_loss", "z_loss", "total_loss", "lr", "grad_norm", "tokens_per_second"}
         named |= {"peak_memory_gib", "consumed_samples"}
         per_layer = ("router_entropy", "hyper_expert_norm_ratio", "distinct_sets", "expert_load_max_over_mean")
+        per_layer += ("expert_load",)
         assert record.keys() == named | {f"{name}/moe_layer_{layer}" for name in per_layer for layer in (0, 1)}
         assert record["consumed_samples"] == 8 * number
         assert record["total_loss"] == pytest.approx(
             record["loss"] + 2 * (0.01 * record["aux_loss"] + 0.001 * record["z_loss"]), rel=1e-5
         )
         assert record["tokens_per_second"] > 0
+        for layer in (0, 1):
+            load = record[f"expert_load/moe_layer_{layer}"]
+            assert sum(load) == pytest.approx(1)
+            assert max(load) * len(load) == pytest.approx(record[f"expert_load_max_over_mean/moe_layer_{layer}"])
     validations = [record for record in records(whole_run) if "valid_loss" in record]
     assert [record["step"] for record in validations] == [4, 8]
     assert training_records(whole_run)[0]["lr"] == 0, "the rate that the step was taken with: warm-up from zero"
@@ -99,7 +104,7 @@ def test_tensorboard_holds_the_metrics_and_the_experts_loads(whole_run: Path) ->
     board.Reload()
     written = training_records(whole_run)
     for name, value in written[0].items():
-        if name == "step":
+        if name == "step" or isinstance(value, list):
             continue
         scalars = board.Scalars(name if "/" in name else f"train/{name}")
         assert [event.step for event in scalars] == [record["step"] for record in written]

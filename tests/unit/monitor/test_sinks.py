@@ -51,13 +51,14 @@ def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = sinks(tmp_path, monkeypatch, csv=True)
-    written.write(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25})
+    loads = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    written.write(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25}, loads)
     written.write(4, {"valid_loss": 2.25})
-    written.write_histograms(3, torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
     written.say("a line")
     assert capsys.readouterr().out == "a line\n"
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
-        '{"step": 3, "loss": 2.5, "router_entropy/moe_layer_0": 1.25}',
+        '{"step": 3, "loss": 2.5, "router_entropy/moe_layer_0": 1.25, '
+        '"expert_load/moe_layer_0": [0.25, 0.75], "expert_load/moe_layer_1": [0.5, 0.5]}',
         '{"step": 4, "valid_loss": 2.25}',
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -73,8 +74,7 @@ def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv
 
 def test_what_is_switched_off_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = sinks(tmp_path, monkeypatch, tensorboard=False)
-    written.write(1, {"loss": 2.5})
-    written.write_histograms(1, torch.ones(1, 2))
+    written.write(1, {"loss": 2.5}, torch.ones(1, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -83,8 +83,7 @@ def test_other_ranks_are_silent(
 ) -> None:
     written = sinks(tmp_path, monkeypatch, rank=1, csv=True)
     written.say("a line")
-    written.write(1, {"loss": 2.5})
-    written.write_histograms(1, torch.ones(1, 2))
+    written.write(1, {"loss": 2.5}, torch.ones(1, 2))
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 

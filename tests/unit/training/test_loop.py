@@ -1,14 +1,19 @@
 """The loop: what is due when, and what an optimizer step hands on, with everything around it faked."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed.comm
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.sinks import Sinks
 from hypermoe_ds.training.evaluation import Evaluation
 from hypermoe_ds.training.loop import optimizer_step, train
@@ -183,6 +188,27 @@ def test_a_validation_is_told_and_written() -> None:
     Recorder(sinks, 1, 10, 2).record_validation(7, Evaluation(loss=2.0, tokens=12345))
     assert sinks.said == ["validation after step 7 | loss 2.0000 | perplexity 7.39 | 12,345 tokens"]
     assert sinks.written == [(7, {"valid_loss": 2.0, "valid_perplexity": pytest.approx(7.389056)})]
+
+
+def test_a_logged_step_lies_in_every_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+    recorder = Recorder(Sinks(MonitorConfig(), tmp_path, 0, 0), interval=1, steps=2, num_experts=2)
+    loss = torch.tensor(2.0)
+    recorder.observe(
+        SimpleNamespace(
+            loss=loss, lm_loss=loss, aux_loss=loss, z_loss=loss, branch_norms=None,
+            router_logits=(torch.zeros(3, 2),), selected_experts=(torch.tensor([[0], [1], [1]]),),
+        )
+    )  # fmt: skip
+    recorder.throughput.count(100)
+    recorder.record(TrainState(step=1, consumed_samples=8), lr=0.5, grad_norm=0.25)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["step"], record["loss"], record["lr"], record["grad_norm"]) == (1, 2.0, 0.5, 0.25)
+    assert record["consumed_samples"] == 8
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Scalars("train/loss")[0].value == 2
+    assert board.Histograms("expert_load/moe_layer_0")[0].step == 1
 
 
 # The position of a run
