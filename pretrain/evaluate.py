@@ -10,7 +10,7 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import load_model
 from hypermoe_ds.data.datasets import build_validation_set
 from hypermoe_ds.data.loader import validation_batches
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.export.hf import read_model
 from hypermoe_ds.training.evaluation import evaluate
 
@@ -22,6 +22,9 @@ def main() -> None:
     if run.exists():
         model, tokenizer = load_model(run, arguments.step), run.tokenizer
         length = run.read_settings()["data"]["sequence_length"]
+    elif not (arguments.checkpoint / "config.json").is_file():
+        where = f"--checkpoint={arguments.checkpoint}"
+        raise UserError(where, "is neither a run folder nor a Hugging Face folder", "give a run.dir or an export")
     else:
         model, tokenizer = read_model(arguments.checkpoint), arguments.checkpoint
         length = model.config.max_position_embeddings
@@ -32,7 +35,10 @@ def main() -> None:
     batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
     total = -(-len(samples) // arguments.micro_batch_size)
     result = evaluate(model.to(device), tqdm(batches, "evaluate", total, unit="batch", leave=False), device)
-    print(f"loss {result.loss:.6f} | perplexity {result.perplexity:.4f} | {result.tokens:,} tokens of {arguments.data}")
+    print(
+        f"loss {result.loss:.6f} | perplexity {result.perplexity:.4f} | "
+        f"{result.tokens:,} tokens of {arguments.data} in sequences of {length}"
+    )
 
 
 def parse_arguments() -> argparse.Namespace:

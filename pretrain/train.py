@@ -35,7 +35,8 @@ def main() -> None:
 
     rank, world_size = start_ranks()
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
-    folder.check_same_layout(ds_config)
+    if config.checkpoint.resume == "auto":
+        folder.check_same_layout(ds_config)
     engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train)
     checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, model.parameter_counts().total)
     checkpoints.check_room()
@@ -46,6 +47,8 @@ def main() -> None:
 
     sinks = Sinks(config.monitor, folder.path, rank, state.step)
     sinks.say(opening_line(config, world_size, state))
+    if state.step >= config.last_step:
+        sinks.say("nothing to train: raise train.steps or train.stop_at_step to go on")
     samples = config.train.steps * config.train.global_batch_size
     train_set, valid_set = build_datasets(config.data, config.train.seed, samples, config.evaluation.max_samples)
     if state.follow(train_set.order_key):

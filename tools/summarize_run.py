@@ -1,6 +1,7 @@
 """Print what a run reached, beside a unigram model on the same validation data."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -28,9 +29,9 @@ def main() -> None:
         "tokens": f"{summary.consumed_samples * data.sequence_length:,}",
         "tokens/s": f"{summary.tokens_per_second:,.0f} (median)",
         "validation loss": f"{summary.valid_loss:.3f} nats per token",
-        "unigram loss": f"{unigram:.3f} nats per token ({unigram - summary.valid_loss:+.3f} against the model)",
+        "unigram loss": f"{unigram:.3f} nats per token: the model is {unigram - summary.valid_loss:.3f} better",
         "run folder": str(folder.path),
-        "TensorBoard": f"tensorboard --logdir {folder.path / 'tensorboard'}",
+        "TensorBoard": f"{Path(sys.executable).with_name('tensorboard')} --logdir {folder.path / 'tensorboard'}",
     }
     for name, value in rows.items():
         print(f"{name:<16} {value}")

@@ -99,10 +99,11 @@ class RunFolder:
         ours, theirs = _layout(ds_config), _layout(json.loads(self.ds_config.read_text()))
         for key, value in ours.items():
             if value != theirs[key]:
+                how = f"on {theirs[key]} ranks" if key == "ranks" else f"with {key}={theirs[key]}"
                 raise UserError(
                     f"{key}={value}",
-                    f"the checkpoints of {self.path} were written with {theirs[key]}",
-                    f"start it with {key}={theirs[key]}, or choose another run.dir",
+                    f"the checkpoints of {self.path} were written {how}",
+                    f"start it {how}, or choose another run.dir",
                 )
 
     def write_settings(

@@ -104,7 +104,7 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
             the recipe owns.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error.strerror})", "give a file of ds_configs/") from None
     except ValueError as error:
@@ -115,6 +115,15 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {key}", "belongs to the recipe", f"remove it and set {_OWNED_BY_RECIPE[key]}")
     _check_keys(content, _KNOWN, str(path), "")
     return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand once; Python's reader takes the last of several in silence."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"key '{name}' is given twice")
+    return dict(pairs)
 
 
 def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str, prefix: str) -> None:

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch.optim import Optimizer
 
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
@@ -24,6 +25,9 @@ def start_ranks() -> tuple[int, int]:
 
     Returns:
         This rank and the number of ranks.
+
+    Raises:
+        UserError: the ranks cannot meet at the launcher's address, most often because its port is taken.
     """
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
     if os.access(sys.prefix, os.W_OK):
@@ -32,7 +36,12 @@ def start_ranks() -> tuple[int, int]:
     # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    try:
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    except torch.distributed.DistNetworkError as error:
+        port = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
+        remedy = "another job may hold it: give `deepspeed --master_port N` a free one"
+        raise UserError(port, f"the ranks cannot meet there ({str(error).splitlines()[0][:120]})", remedy) from None
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

@@ -151,7 +151,10 @@ BAD = {
     "no run": ("tools/convert_to_hf.py --checkpoint EMPTY --output new", "is no run folder"),
     "no such step": ("tools/convert_to_hf.py --checkpoint RUN --step 3 --output new", "choose a saved step: 6, 8"),
     "output taken": ("tools/convert_to_hf.py --checkpoint RUN --output HF", "exists already; remove it"),
-    "nothing to evaluate": ("pretrain/evaluate.py --checkpoint EMPTY --data VALID", "is no Hugging Face folder"),
+    "nothing to evaluate": (
+        "pretrain/evaluate.py --checkpoint EMPTY --data VALID",
+        "is neither a run folder nor a Hugging Face folder",
+    ),
     "no data": ("pretrain/evaluate.py --checkpoint RUN --data none", "none.idx: no such file"),
     "no model": ("tools/generate.py --model EMPTY --prompt a", "is no Hugging Face folder"),
 }

@@ -84,10 +84,10 @@ def test_the_same_model_may_go_on(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"train_batch_size": 32}, "ranks=4: .* written with 2; start it with ranks=2"),
+        ({"train_batch_size": 32}, "ranks=4: .* written on 2 ranks; start it on 2 ranks"),
         ({"expert_parallel": {"autoep_size": 1}}, "parallel.expert=1: .* start it with parallel.expert=2"),
         ({"expert_parallel": {}}, "parallel.expert=1: "),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: .* with 1; "),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: .* written with zero_optimization.stage=1; "),
     ],
 )
 def test_checkpoints_of_another_layout_are_refused_once_there_are_any(

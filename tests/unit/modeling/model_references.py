@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no hypernetwork": {"hypernetwork": False},
     "all experts": {"num_experts_per_tok": 4},
 }
+# Variants whose attention, blocks and branch between them take every path.
+PATHS = ["plain", "top-1", "renormalised, qk-norm", "dense and shared", "untied, wide heads", "no hypernetwork"]
 
 
 def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:

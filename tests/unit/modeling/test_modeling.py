@@ -1,22 +1,13 @@
-import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from model_references import SMALL, VARIANTS, build, distance, logits, rotate_as_complex, switch_loss, z_loss
+from model_references import PATHS, SMALL, VARIANTS, build, distance, logits, rotate_as_complex, switch_loss, z_loss
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.modeling_hypermoe import Attention, rotary_tables, rotate
 
 VOCABULARY = SMALL["vocab_size"]
-# Variants whose attention, blocks and branch between them take every path.
-PATHS = ["plain", "top-1", "renormalised, qk-norm", "dense and shared", "untied, wide heads", "no hypernetwork"]
 
 
 def tokens(*shape: int) -> Tensor:
@@ -420,93 +411,6 @@ def test_equal_seeds_give_equal_models_and_others_do_not() -> None:
         assert torch.equal(parameter, same.get_parameter(name))
         if "norm" not in name:
             assert not torch.equal(parameter, other.get_parameter(name)), name
-
-
-@pytest.mark.parametrize("variant", PATHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_saved_model_loads_with_the_same_bits(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = build(**VARIANTS[variant]).to(dtype)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is HyperMoEForCausalLM
-    assert again.dtype is dtype
-    assert again.state_dict().keys() == model.state_dict().keys()
-    for name, value in again.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) is model.config.tie_word_embeddings
-    ids = tokens(2, 9)
-    assert torch.equal(in_memory_of_its_own(again)(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-LOAD_ELSEWHERE = """
-import importlib.abc, sys, pathlib
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hypermoe_ds":
-            raise ImportError("hypermoe_ds is not installed here")
-
-sys.meta_path.insert(0, Absent())
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-torch.set_num_threads(1)
-folder = pathlib.Path(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "HyperMoEConfig"
-assert not [name for name in sys.modules if name.split(".")[0] == "hypermoe_ds"]
-for parameter in model.parameters():
-    parameter.data = parameter.data.clone()
-ids = torch.load(folder / "ids.pt")
-generated = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-torch.save({"logits": model(input_ids=ids).logits, "generated": generated}, folder / "seen.pt")
-model.save_pretrained(folder / "again")
-"""
-
-
-def test_a_saved_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
-    model, ids = build(**VARIANTS["dense and shared"], tie_word_embeddings=False), tokens(2, 9)
-    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    model.save_pretrained(folder)
-    torch.save(ids, folder / "ids.pt")
-    script = elsewhere / "load.py"
-    script.write_text(LOAD_ELSEWHERE)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(elsewhere)}
-    done = subprocess.run(
-        [sys.executable, "-I", script, folder],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen = torch.load(folder / "seen.pt")
-    assert torch.equal(seen["logits"], model(input_ids=ids).logits)
-    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert torch.equal(seen["generated"], expected)
-    # What was loaded there is saved with its code again.
-    python = {path.name for path in folder.glob("*.py")}
-    assert python == {path.name for path in (folder / "again").glob("*.py")}
-    assert python == {"configuration_hypermoe.py", "modeling_hypermoe.py", "moe.py", "hyper_experts.py"}
-    for path in folder.glob("*.py"):
-        assert path.read_bytes() == Path(inspect.getfile(HyperMoEForCausalLM)).with_name(path.name).read_bytes()
-
-
-def test_a_weight_missing_from_a_folder_is_initialised_and_the_others_are_kept(tmp_path: Path) -> None:
-    model = build()
-    missing = {"model.layers.1.mlp.experts.down_proj", "model.hypernetwork.up_weight.weight"}
-    state = {name: value for name, value in model.state_dict().items() if name not in missing}
-    model.save_pretrained(tmp_path, state_dict=state)
-    again = HyperMoEForCausalLM.from_pretrained(tmp_path)
-    changed = {name for name, value in again.named_parameters() if not torch.equal(value, model.get_parameter(name))}
-    assert changed == missing
-    assert again.model.hypernetwork.up_weight.weight.abs().max() <= 1e-3 * (3 / (11 * 8)) ** 0.5
-    assert again.model.layers[1].mlp.experts.down_proj.std() > 0
 
 
 def test_a_trainer_is_told_that_the_loss_is_a_plain_mean() -> None:

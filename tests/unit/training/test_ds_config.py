@@ -109,7 +109,13 @@ def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "is not JSON"), ("[1]", "holds no object"), ('"a"', "holds no object")]
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ('{"zero_optimization": {"stage": 1, "stage": 3}}', "key 'stage' is given twice"),
+        ("[1]", "holds no object"),
+        ('"a"', "holds no object"),
+    ],
 )
 def test_what_is_no_json_object_is_refused(text: str, says: str, tmp_path: Path) -> None:
     assert says in refusal(tmp_path, text)

@@ -1,0 +1,35 @@
+"""Continues a text with a model."""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from transformers import set_seed
+
+from hypermoe_ds.config import Settings
+from hypermoe_ds.modeling import HyperMoEForCausalLM
+
+
+class SamplingConfig(Settings):
+    """How a text is continued."""
+
+    prompt: str = Field(min_length=1, description="text to continue")
+    max_new_tokens: int = Field(128, ge=1, description="most tokens to add")
+    temperature: float = Field(0.8, ge=0, description="0 takes the likeliest token")
+    top_p: float = Field(0.95, gt=0, le=1, description="probability mass to sample from")
+    seed: int = Field(0, ge=0, description="seed of the sampling")
+
+
+def continue_text(model: HyperMoEForCausalLM, tokenizer: Any, sampling: SamplingConfig) -> str:
+    """The prompt and what the model adds to it, on a GPU where there is one."""
+    set_seed(sampling.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = tokenizer(sampling.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    output = model.to(device).generate(
+        **inputs,
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+    )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
