@@ -52,6 +52,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PATHS = ["plain", "top-1", "renormalised, qk-norm", "dense and shared", "untied, wide heads", "no hypernetwork"]
 
 
+def tokens(*shape: int) -> Tensor:
+    """Random token ids."""
+    return torch.randint(0, SMALL["vocab_size"], shape)
+
+
 def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
     """A small model in which every part matters: weights and generated weights of order one."""
     torch.manual_seed(seed)

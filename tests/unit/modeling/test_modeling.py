@@ -1,6 +1,17 @@
 import pytest
 import torch
-from model_references import PATHS, SMALL, VARIANTS, build, distance, logits, rotate_as_complex, switch_loss, z_loss
+from model_references import (
+    PATHS,
+    SMALL,
+    VARIANTS,
+    build,
+    distance,
+    logits,
+    rotate_as_complex,
+    switch_loss,
+    tokens,
+    z_loss,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -8,17 +19,6 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.modeling_hypermoe import Attention, rotary_tables, rotate
 
 VOCABULARY = SMALL["vocab_size"]
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape)
-
-
-def in_memory_of_its_own(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    """Loaded weights lie in the file at any offset, and a matrix product's last bits depend on that."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.eval()
 
 
 def gradients(model: HyperMoEForCausalLM) -> dict[str, Tensor]:

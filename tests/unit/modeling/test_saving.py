@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_references import PATHS, SMALL, VARIANTS, build
-from torch import Tensor
+from model_references import PATHS, SMALL, VARIANTS, build, tokens
 from transformers import AutoModelForCausalLM
 
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 
 VOCABULARY = SMALL["vocab_size"]
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape)
 
 
 def in_memory_of_its_own(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
