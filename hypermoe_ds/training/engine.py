@@ -56,7 +56,12 @@ def build_engine(
 
     Every rank draws the whole model from the same seed, and expert parallelism then keeps each
     rank's experts: so the model is the same whatever the layout is.
+
+    Raises:
+        UserError: the device does not compute in `train.precision`.
     """
+    if train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("train.precision=fp16", "this device does not compute in it", "set it to bf16 or fp32")
     torch.manual_seed(train.seed)
     model = HyperMoEForCausalLM(config)
     if config.router_aux_loss_scope == "data_parallel":
