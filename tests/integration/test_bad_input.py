@@ -105,7 +105,11 @@ CASES = {
         ("run.dir=OTHER", "model.adapter_size=4"),
     ),
     "another layout's run": Bad(
-        ("zero_optimization.stage=2: the checkpoints of ", "were written with 1", "choose another run.dir"),
+        (
+            "zero_optimization.stage=2: the checkpoints of ",
+            "were written with zero_optimization.stage=1",
+            "choose another run.dir",
+        ),
         ("run.dir=OTHER",),
         ds_json={"zero_optimization": {"stage": 2}},
     ),
