@@ -47,10 +47,11 @@ def launch(ranks: int, *arguments: object, folder: Path) -> Done:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", port]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         done = subprocess.run(
             [str(word) for word in (*command, REPOSITORY / TRAIN, *arguments)],
-            env={**os.environ, **CPU, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            env={**os.environ, **CPU, "PATH": path, "PYTHONPATH": str(REPOSITORY)},
             capture_output=True, text=True, cwd=folder, timeout=_SECONDS, check=False,
         )  # fmt: skip
     finally:
