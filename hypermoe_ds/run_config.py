@@ -18,7 +18,8 @@ from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.evaluation import EvaluationConfig
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
-_NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's, or generation's
+# The tokenizer's, generation's or the export's.
+_NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
 
 
 class RunSection(Settings):

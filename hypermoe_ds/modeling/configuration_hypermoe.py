@@ -1,5 +1,6 @@
 """Configuration of a HyperMoE language model, with its parameter and FLOP counts by formula."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -8,6 +9,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 RouterAuxLossScope = Literal["micro_batch", "data_parallel"]
+HyperConditioning = Literal["selection", "route"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -115,6 +117,11 @@ class HyperMoEConfig(PreTrainedConfig):
             micro-batch, or in the micro-batches of all data-parallel ranks together.
         z_loss_coef: weight of the router z-loss, summed over the MoE layers.
         hypernetwork: add HyperExperts; false gives the plain Mixture of Experts.
+        hyper_conditioning: what HyperExperts are generated from. "selection" is the paper's: one for a token,
+            from all experts but its K. "route" is another model: one for each of its experts j, from all experts
+            but j, weighted by j's gate; N a layer whatever K is.
+        baked_hyper_experts: each layer holds its generated HyperExperts as parameters and there is no
+            hypernetwork; made at export, where all of them are no more than N.
         expert_embedding_size: width E of an expert's embedding.
         selection_hidden_size: width P inside the selection encoder.
         hypernetwork_input_size: width H of an encoded selection.
@@ -153,6 +160,8 @@ class HyperMoEConfig(PreTrainedConfig):
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
     z_loss_coef: float = 0.001
     hypernetwork: bool = True
+    hyper_conditioning: HyperConditioning = "selection"
+    baked_hyper_experts: bool = False
     expert_embedding_size: int = 128
     selection_hidden_size: int = 128
     hypernetwork_input_size: int = 128
@@ -189,10 +198,20 @@ class HyperMoEConfig(PreTrainedConfig):
                 f"router_aux_loss_scope={self.router_aux_loss_scope}: unknown; choose one of "
                 f"{', '.join(get_args(RouterAuxLossScope))}"
             )
+        if self.hyper_conditioning not in get_args(HyperConditioning):
+            raise ValueError(
+                f"hyper_conditioning={self.hyper_conditioning}: unknown; choose one of "
+                f"{', '.join(get_args(HyperConditioning))}"
+            )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok}: more than num_experts={self.num_experts}; "
                 f"choose 1 to {self.num_experts}"
+            )
+        if self.baked_hyper_experts and self.hyper_sets > self.num_experts:
+            raise ValueError(
+                f"baked_hyper_experts=True: {self.hyper_sets:,} HyperExperts a layer are too many to hold; bake a "
+                f"model with num_experts_per_tok=1 or hyper_conditioning=route"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -218,6 +237,21 @@ class HyperMoEConfig(PreTrainedConfig):
         """Whether the gates of a token are made to sum to one; never for K = 1."""
         return self.norm_topk_prob and self.num_experts_per_tok > 1
 
+    @property
+    def hyper_set_size(self) -> int:
+        """Experts that a HyperExpert is generated without."""
+        return 1 if self.hyper_conditioning == "route" else self.num_experts_per_tok
+
+    @property
+    def hyper_sets(self) -> int:
+        """HyperExperts there can be in a layer, C(N, hyper_set_size)."""
+        return math.comb(self.num_experts, self.hyper_set_size)
+
+    @property
+    def hyper_experts_per_tok(self) -> int:
+        """HyperExperts that a token takes."""
+        return self.num_experts_per_tok if self.hyper_conditioning == "route" else 1
+
     def parameter_counts(self) -> ParameterCounts:
         """Parameters of the model that this configuration describes, by formula."""
         D, N, K = self.hidden_size, self.num_experts, self.num_experts_per_tok
@@ -241,6 +275,8 @@ class HyperMoEConfig(PreTrainedConfig):
         D, B, A = self.hidden_size, self.bottleneck_size, self.adapter_size
         E, P, H = self.expert_embedding_size, self.selection_hidden_size, self.hypernetwork_input_size
         layers = len(self.moe_layers)
+        if self.baked_hyper_experts:
+            return layers * self.hyper_sets * (2 * D * A + A + D)
         trunk = layers * self.layer_embedding_size + (H + self.layer_embedding_size + 1) * B
         heads = (B + 1) * (2 * D * A + A + D)
         encoder = self.num_experts * E + (E + 1) * P + (P + 1) * H
@@ -259,7 +295,7 @@ class HyperMoEConfig(PreTrainedConfig):
         attention = 2 * (2 * D * queries + 2 * D * keys) + 4 * sequence_length * queries
         moe = 2 * (D * self.num_experts + 3 * D * (K * self.moe_intermediate_size + self.shared_expert_size))
         if self.hypernetwork:
-            moe += 4 * D * self.adapter_size
+            moe += 4 * D * self.adapter_size * self.hyper_experts_per_tok
         moe_layers = len(self.moe_layers)
         dense = (self.num_hidden_layers - moe_layers) * 6 * D * self.intermediate_size
         return self.num_hidden_layers * attention + moe_layers * moe + dense + 2 * D * self.vocab_size

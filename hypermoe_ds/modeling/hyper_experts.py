@@ -3,9 +3,9 @@
 Equations: HyperMoE (Zhao et al., ACL 2024, arXiv 2402.12656); docs/METHOD.md numbers them.
 
 Shape legend:
-    T tokens, D hidden size, N experts, K experts chosen for a token, U distinct selections,
+    T tokens, D hidden size, N experts, K experts chosen for a token, U sets of experts,
     E expert-embedding size, P selection hidden size, H hypernetwork input size,
-    B bottleneck, A adapter size.
+    B bottleneck, A adapter size, J HyperExperts that a token takes, R = T * J rows.
 """
 
 import math
@@ -13,10 +13,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
 
-Form = Literal["auto", "per_set", "factored", "per_token"]
+from .configuration_hypermoe import HyperConditioning
+from .generated import HyperExpertWeights, Taken, apply_generated
+from .hyper_cache import HyperExpertCache, Version, version_of
+from .hyper_costs import Form, Sizes, cheaper_form, modules_fit
+from .selections import all_sets, distinct_sets, rank_sets
 
-_BITS_PER_WORD = 62  # of an int64, clear of its sign
+_LOGGER = logging.get_logger(__name__)
 
 
 def keep_initialisation(part: nn.Module) -> None:
@@ -54,7 +60,8 @@ class SelectionEncoder(nn.Module):
         Returns:
             z_UH. For K = N the sum over unselected experts is exactly zero.
         """
-        table_NE = self.expert_embedding.weight
+        # Through the embedding's own forward, where a sharded table is gathered.
+        table_NE = self.expert_embedding(torch.arange(self.expert_embedding.num_embeddings, device=selected_UK.device))
         unselected_UN = table_NE.new_ones(selected_UK.shape[0], table_NE.shape[0]).scatter(1, selected_UK, 0.0)
         # One GEMM with a 0/1 matrix: exactly zero for K = N, the same bits whatever the order of
         # the K, and a gradient without atomics. Its 2*U*N*E FLOPs are nothing beside step 5.
@@ -86,7 +93,7 @@ class GeneratorHead(nn.Linear):
 class HyperNetwork(nn.Module):
     """The one hypernetwork shared by all layers and experts (steps 4 to 6).
 
-    It also applies what it generates, so that its parameters are read inside its own forward only.
+    Its parameters are read inside its own forward only, so that a sharded copy can be gathered for it.
 
     Args:
         hidden_size: D.
@@ -117,67 +124,79 @@ class HyperNetwork(nn.Module):
         self.up_bias = GeneratorHead(bottleneck_size, hidden_size)
         keep_initialisation(self)
 
-    def forward(self, x_TD: Tensor, z_UH: Tensor, set_of_token_T: Tensor, layer_index: int, form: Form) -> Tensor:
-        """Generate a HyperExpert for each of U encoded selections and apply each to its tokens.
+    @property
+    def sizes(self) -> Sizes:
+        """D, A and B, for the cost model."""
+        return Sizes(self.hidden_size, self.adapter_size, self.trunk.out_features)
+
+    def forward(
+        self,
+        z_UH: Tensor,
+        layer_U: Tensor,
+        x_TD: Tensor | None = None,
+        taken: Taken | None = None,
+        form: Form = "per_set",
+        recompute: bool = False,
+    ) -> HyperExpertWeights | Tensor:
+        """Generate a HyperExpert for each of U encoded sets and, given tokens, apply them.
 
         Args:
-            x_TD: input of the MoE block.
-            z_UH: encoded selections.
-            set_of_token_T: for each token the row of its selection in `z_UH`.
-            layer_index: row of the layer embedding.
+            z_UH: encoded sets.
+            layer_U: the layer of each.
+            x_TD: input of the MoE block; None generates only.
+            taken: which of the U HyperExperts each token takes.
             form: "per_set", "factored" or "per_token"; all three are exact.
+            recompute: generate "per_set" modules again in the backward pass instead of keeping them.
 
         Returns:
-            y_TD.
+            y_TD or, without tokens, the generated weights.
         """
-        layer_UL = self.layer_embedding.weight[layer_index].expand(z_UH.shape[0], -1)
-        u_UB = torch.relu(self.trunk(torch.cat([z_UH, layer_UL], dim=-1)))
+        u_UB = torch.relu(self.trunk(torch.cat([z_UH, self.layer_embedding(layer_U)], dim=-1)))
+        if x_TD is None or taken is None:
+            return self._generate(u_UB)
         if form == "per_set":
-            return self._per_set(x_TD, u_UB, set_of_token_T)
-        if form == "factored":
-            return self._factored(x_TD, u_UB[set_of_token_T])
-        return self._per_token(x_TD, u_UB[set_of_token_T])
+            if recompute and torch.is_grad_enabled():
+                # Of this module's insides alone: its own forward, where parameters are gathered, runs once.
+                y_TD: Tensor = checkpoint(
+                    self._per_set, x_TD, taken, u_UB, use_reentrant=False, preserve_rng_state=False
+                )
+                return y_TD
+            return self._per_set(x_TD, taken, u_UB)
+        x_RD = x_TD.repeat_interleave(taken.sets_TJ.shape[1], dim=0)
+        by_row = self._factored if form == "factored" else self._per_token
+        return taken.sum_over_rows(by_row(x_RD, u_UB[taken.sets_TJ.flatten()]))
 
-    def _per_token(self, x_TD: Tensor, u_TB: Tensor) -> Tensor:
-        """The equations as they stand: each token gets weights of its own. The reference for tests."""
-        down_TDA = self.down_weight(u_TB).view(-1, self.hidden_size, self.adapter_size)
-        up_TAD = self.up_weight(u_TB).view(-1, self.adapter_size, self.hidden_size)
-        inner_TA = torch.relu(torch.einsum("td,tda->ta", x_TD, down_TDA) + self.down_bias(u_TB))
-        output_TD: Tensor = torch.einsum("ta,tad->td", inner_TA, up_TAD) + self.up_bias(u_TB)
-        return output_TD
-
-    def _per_set(self, x_TD: Tensor, u_UB: Tensor, set_of_token_T: Tensor) -> Tensor:
-        """Weights once per set, tokens sorted by set, two grouped matrix products."""
-        sets = u_UB.shape[0]
-        down_UDA = self.down_weight(u_UB).view(sets, self.hidden_size, self.adapter_size)
-        up_UAD = self.up_weight(u_UB).view(sets, self.adapter_size, self.hidden_size)
-        order_T = torch.argsort(set_of_token_T, stable=True)
-        counts = torch.bincount(set_of_token_T, minlength=sets).tolist()
-
-        groups = zip(
-            torch.split(x_TD[order_T], counts),
-            *(rows.unbind() for rows in (down_UDA, self.down_bias(u_UB), up_UAD, self.up_bias(u_UB))),
-            strict=True,
+    def _generate(self, u_UB: Tensor) -> HyperExpertWeights:
+        """Step 5: one matrix product for all sets."""
+        return HyperExpertWeights(
+            self.down_weight(u_UB).view(-1, self.hidden_size, self.adapter_size),
+            self.down_bias(u_UB),
+            self.up_weight(u_UB).view(-1, self.adapter_size, self.hidden_size),
+            self.up_bias(u_UB),
         )
-        outputs = [
-            torch.addmm(up_bias_D, torch.relu(torch.addmm(down_bias_A, x_tD, down_DA)), up_AD)
-            for x_tD, down_DA, down_bias_A, up_AD, up_bias_D in groups
-        ]
-        sorted_TD = torch.cat(outputs)  # under autocast not of x's dtype
-        return torch.empty_like(sorted_TD).index_copy(0, order_T, sorted_TD)
 
-    def _factored(self, x_TD: Tensor, u_TB: Tensor) -> Tensor:
+    def _per_set(self, x_TD: Tensor, taken: Taken, u_UB: Tensor) -> Tensor:
+        """Weights once per set, grouped matrix products over the tokens sorted by set."""
+        return apply_generated(x_TD, taken, self._generate(u_UB))
+
+    def _per_token(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
+        """The equations as they stand: each row gets weights of its own. The reference for tests."""
+        down_RDA, down_bias_RA, up_RAD, up_bias_RD = self._generate(u_RB)
+        inner_RA = torch.relu(torch.einsum("rd,rda->ra", x_RD, down_RDA) + down_bias_RA)
+        return torch.einsum("ra,rad->rd", inner_RA, up_RAD) + up_bias_RD
+
+    def _factored(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
         """Contract x with the B basis matrices first, mix with u after: no generated weight exists."""
-        D, A, B = self.hidden_size, self.adapter_size, u_TB.shape[1]
-        basis_TAB = (x_TD @ self.down_weight.weight.view(D, A * B)).view(-1, A, B)
-        down_TA = torch.bmm(basis_TAB, u_TB.unsqueeze(-1)).squeeze(-1)
-        down_TA = down_TA + x_TD @ self.down_weight.bias.view(D, A) + self.down_bias(u_TB)
-        inner_TA = torch.relu(down_TA)
+        D, A, B = self.hidden_size, self.adapter_size, u_RB.shape[1]
+        basis_RAB = (x_RD @ self.down_weight.weight.view(D, A * B)).view(-1, A, B)
+        down_RA = torch.bmm(basis_RAB, u_RB.unsqueeze(-1)).squeeze(-1)
+        down_RA = down_RA + x_RD @ self.down_weight.bias.view(D, A) + self.down_bias(u_RB)
+        inner_RA = torch.relu(down_RA)
 
-        mixed_TAB = (inner_TA.unsqueeze(-1) * u_TB.unsqueeze(1)).view(-1, A * B)
+        mixed_RAB = (inner_RA.unsqueeze(-1) * u_RB.unsqueeze(1)).view(-1, A * B)
         basis_ABD = self.up_weight.weight.view(A, D, B).transpose(1, 2).reshape(A * B, D)
-        output_TD: Tensor = mixed_TAB @ basis_ABD + inner_TA @ self.up_weight.bias.view(A, D) + self.up_bias(u_TB)
-        return output_TD
+        output_RD: Tensor = mixed_RAB @ basis_ABD + inner_RA @ self.up_weight.bias.view(A, D) + self.up_bias(u_RB)
+        return output_RD
 
 
 class HyperExperts(nn.Module):
@@ -186,14 +205,34 @@ class HyperExperts(nn.Module):
     Args:
         encoder: this layer's `SelectionEncoder`.
         layer_index: this layer's row of the hypernetwork's layer embedding.
+        conditioning: "selection", the paper's: a token takes one HyperExpert, generated from all experts
+            but its own K. "route": it takes one for each of its experts j, generated from all experts
+            but j, weighted by j's gate.
+
+    Attributes:
+        keeps_modules: keep generated modules in evaluation; to be False where parameters change unseen.
     """
 
-    def __init__(self, encoder: SelectionEncoder, layer_index: int) -> None:
+    def __init__(
+        self, encoder: SelectionEncoder, layer_index: int, conditioning: HyperConditioning = "selection"
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.layer_index = layer_index
+        self.conditioning = conditioning
+        self.keeps_modules = True
+        self._cache: HyperExpertCache | None = None
+        self._announced = False
 
-    def forward(self, x_TD: Tensor, selected_TK: Tensor, hypernetwork: HyperNetwork, form: Form = "auto") -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        selected_TK: Tensor,
+        hypernetwork: HyperNetwork,
+        form: Form | Literal["auto"] = "auto",
+        gates_TK: Tensor | None = None,
+        generated: HyperExpertWeights | None = None,
+    ) -> Tensor:
         """HyperExpert(x) for every token (steps 2 to 6).
 
         Args:
@@ -202,61 +241,173 @@ class HyperExperts(nn.Module):
             hypernetwork: the one shared by all layers.
             form: how to compute it. The forms agree to rounding; "auto" takes the cheaper of
                 "per_set" and "factored".
+            gates_TK: what the experts' outputs are weighted with; "route" needs them.
+            generated: modules of all sets, if they were generated before.
 
         Returns:
             y_TD, to be added to the experts' output.
         """
-        sets_UK, set_of_token_T = distinct_sets(selected_TK, self.encoder.expert_embedding.num_embeddings)
+        tokens, set_size = selected_TK.shape[0], self.set_size(selected_TK.shape[1])
+        keeps = form == "auto" and self.keeps_now
+        if generated is None and keeps:
+            generated = self._keep_all(set_size, hypernetwork)
+        if generated is not None:
+            self._announce("per_set", len(generated.up_bias), tokens, "generated beforehand")
+            return apply_generated(x_TD, self._take(selected_TK, gates_TK), generated)
+        if self.knows_sets(tokens, set_size, hypernetwork.sizes):
+            z_UH, taken = self.encode_all(set_size), self._take(selected_TK, gates_TK)
+        else:
+            sets_UK, set_of_token_T = distinct_sets(selected_TK, self.num_experts)
+            taken = Taken(set_of_token_T.unsqueeze(1))
+            if keeps and len(sets_UK) <= self._most_kept(hypernetwork):
+                return apply_generated(x_TD, taken, self._keep(sets_UK, hypernetwork))
+            z_UH = self.encoder(sets_UK)
+        # By the most sets there can be, not those that occur: all ranks then decide alike.
+        recompute = not modules_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), hypernetwork.sizes)
         if form == "auto":
-            form = cheaper_form(x_TD.shape[0], sets_UK.shape[0], hypernetwork)
-        output: Tensor = hypernetwork(x_TD, self.encoder(sets_UK), set_of_token_T, self.layer_index, form)
+            weight = hypernetwork.trunk.weight
+            form = cheaper_form(taken.sets_TJ.numel(), len(z_UH), hypernetwork.sizes, weight.device.type, weight.dtype)
+            self._announce(form, len(z_UH), tokens, "generated again in the backward pass" if recompute else "kept")
+        output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, taken, form, recompute)
         return output
 
+    @property
+    def keeps_now(self) -> bool:
+        """Whether this pass keeps its modules for the next: in evaluation, where no gradient is wanted."""
+        return self.keeps_modules and not self.training and not torch.is_grad_enabled()
 
-def distinct_sets(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The distinct selections among the tokens.
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.encoder.expert_embedding.num_embeddings
 
-    For K = 1 and K = N they are known without looking: the N experts, the one full set.
+    def set_size(self, top_k: int) -> int:
+        """Experts that a HyperExpert is generated without: a token's K, or the one whose gate it takes."""
+        return 1 if self.conditioning == "route" else top_k
+
+    def knows_sets(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
+        """Whether modules of all sets there can be are made, so that nobody waits to learn which occur."""
+        sets = math.comb(self.num_experts, set_size)
+        return sets <= self.num_experts or modules_fit(tokens, sets, sizes)
+
+    def encode_all(self, set_size: int) -> Tensor:
+        """All sets there can be, encoded; [C(N, set_size), H]."""
+        z_UH: Tensor = self.encoder(all_sets(self.num_experts, set_size, self.encoder.expert_embedding.weight.device))
+        return z_UH
+
+    def _take(self, selected_TK: Tensor, gates_TK: Tensor | None) -> Taken:
+        return take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning)
+
+    def _layer_of(self, z_UH: Tensor) -> Tensor:
+        return torch.full((len(z_UH),), self.layer_index, device=z_UH.device)
+
+    def _most_kept(self, hypernetwork: HyperNetwork) -> int:
+        """Modules to keep at most: they then take no more memory than the hypernetwork, or are the N of K = 1."""
+        return max(self.num_experts, hypernetwork.sizes.bottleneck)
+
+    def _generator(self, hypernetwork: HyperNetwork) -> tuple[HyperExpertCache, Version]:
+        if self._cache is None:
+            self._cache = HyperExpertCache(self._most_kept(hypernetwork))
+        return self._cache, version_of((*self.encoder.parameters(), *hypernetwork.parameters()))
+
+    def _keep_all(self, set_size: int, hypernetwork: HyperNetwork) -> HyperExpertWeights | None:
+        """Kept modules of all sets; None where they are too many."""
+        if math.comb(self.num_experts, set_size) > self._most_kept(hypernetwork):
+            return None
+        cache, version = self._generator(hypernetwork)
+        return cache.fetch_all(version, lambda: self._generate(self.encode_all(set_size), hypernetwork))
+
+    def _keep(self, sets_UK: Tensor, hypernetwork: HyperNetwork) -> HyperExpertWeights:
+        cache, version = self._generator(hypernetwork)
+        return cache.fetch(sets_UK, version, lambda missing_UK: self._generate(self.encoder(missing_UK), hypernetwork))
+
+    def _generate(self, z_UH: Tensor, hypernetwork: HyperNetwork) -> HyperExpertWeights:
+        weights: HyperExpertWeights = hypernetwork(z_UH, self._layer_of(z_UH))
+        return weights
+
+    def _announce(self, form: str, sets: int, tokens: int, how: str) -> None:
+        if not self._announced:
+            _LOGGER.info(
+                f"HyperExperts of MoE layer {self.layer_index}: {form}, {sets} sets for {tokens} tokens, modules {how}"
+            )
+            self._announced = True
+
+
+class BakedHyperExperts(nn.Module):
+    """The modules of all sets of one layer as parameters, in the place of what generates them.
+
+    Args:
+        num_experts: N.
+        set_size: experts that a HyperExpert is generated without.
+        sizes: D and A.
+        conditioning: as of `HyperExperts`.
+    """
+
+    def __init__(self, num_experts: int, set_size: int, sizes: Sizes, conditioning: HyperConditioning) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.conditioning = conditioning
+        U, D, A = math.comb(num_experts, set_size), sizes.hidden, sizes.adapter
+        self.down_weight = nn.Parameter(torch.zeros(U, D, A))
+        self.down_bias = nn.Parameter(torch.zeros(U, A))
+        self.up_weight = nn.Parameter(torch.zeros(U, A, D))
+        self.up_bias = nn.Parameter(torch.zeros(U, D))
+        keep_initialisation(self)
+
+    def reset_parameters(self) -> None:
+        """Zero: no HyperExpert until the baked ones are loaded."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, x_TD: Tensor, selected_TK: Tensor, hypernetwork: None, *, gates_TK: Tensor, generated: None
+    ) -> Tensor:
+        """As `HyperExperts`; there is no hypernetwork and nothing generated."""
+        weights = HyperExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        return apply_generated(x_TD, take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
+
+
+def take_of_all(
+    selected_TK: Tensor, gates_TK: Tensor | None, num_experts: int, conditioning: HyperConditioning
+) -> Taken:
+    """Which of all sets' HyperExperts each token takes.
+
+    Raises:
+        ValueError: conditioning is "route" and there are no gates.
+    """
+    if conditioning == "selection":
+        return Taken(rank_sets(selected_TK, num_experts).unsqueeze(1))
+    if gates_TK is None:
+        raise ValueError("conditioning 'route' weighs with gates: give gates_TK")
+    return Taken(selected_TK, gates_TK)
+
+
+def generate_ahead(
+    branches: list[HyperExperts], hypernetwork: HyperNetwork, tokens: int, top_k: int
+) -> list[HyperExpertWeights] | None:
+    """The modules of all layers by one matrix product, where the sets are known before routing and the modules fit.
+
+    The hypernetwork's weights are then read once a pass, not once a layer.
+
+    Args:
+        branches: the HyperExperts of all MoE layers.
+        hypernetwork: the one they share.
+        tokens: T of the pass.
+        top_k: K.
 
     Returns:
-        sets_UK, one row of expert indices a set, and set_of_token_T, each token's row.
+        One entry a layer; None where each layer shall generate its own.
     """
-    tokens, K = selected_TK.shape
-    if K == 1:
-        return torch.arange(num_experts, device=selected_TK.device).unsqueeze(1), selected_TK.squeeze(1)
-    if num_experts == K:
-        everyone_1N = torch.arange(num_experts, device=selected_TK.device).unsqueeze(0)
-        return everyone_1N, selected_TK.new_zeros(tokens)
-    keys_TW = _set_keys(selected_TK, num_experts)
-    if keys_TW.shape[1] == 1:
-        unique_U, set_of_token_T = torch.unique(keys_TW.squeeze(1), return_inverse=True)
-    else:
-        unique_U, set_of_token_T = torch.unique(keys_TW, dim=0, return_inverse=True)
-    member_U = torch.empty(unique_U.shape[0], dtype=torch.long, device=selected_TK.device)
-    member_U[set_of_token_T] = torch.arange(tokens, device=selected_TK.device)
-    return selected_TK[member_U], set_of_token_T
-
-
-def _set_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """Bit sets of the selections, in as many int64 words as the experts need."""
-    words = -(-num_experts // _BITS_PER_WORD)
-    bits_TK = torch.ones_like(selected_TK) << (selected_TK % _BITS_PER_WORD)
-    word_TK = selected_TK // _BITS_PER_WORD
-    return torch.stack([(bits_TK * (word_TK == word)).sum(1) for word in range(words)], dim=1)
-
-
-def cheaper_form(tokens: int, sets: int, hypernetwork: HyperNetwork) -> Form:
-    """The cheaper exact form by FLOPs, plus what a set costs beside its FLOPs.
-
-    "per_set" spends 2*B FLOPs on each of the 2*D*A generated weights of a set and 2 on each of
-    them for a token; "factored" spends 2*B on each of them for a token.
-    """
-    weights = 2 * hypernetwork.hidden_size * hypernetwork.adapter_size
-    bottleneck = hypernetwork.trunk.out_features
-    per_set = sets * (2 * bottleneck * weights + _FLOPS_OF_A_SET) + tokens * 2 * weights
-    factored = tokens * 2 * bottleneck * weights
-    return "per_set" if per_set <= factored else "factored"
-
-
-# Starting two products for a set takes about as long as this many FLOPs (20 us at 50 GFLOP/s).
-_FLOPS_OF_A_SET = 1_000_000
+    set_size, sizes, weight = branches[0].set_size(top_k), hypernetwork.sizes, hypernetwork.trunk.weight
+    sets = math.comb(branches[0].num_experts, set_size)
+    rows = tokens * (top_k if branches[0].conditioning == "route" else 1)
+    if (
+        not modules_fit(tokens, sets, sizes)
+        or cheaper_form(rows, sets, sizes, weight.device.type, weight.dtype) != "per_set"
+    ):
+        return None
+    z_UH = torch.cat([branch.encode_all(set_size) for branch in branches])
+    layer_U = torch.arange(len(branches), device=z_UH.device).repeat_interleave(sets)
+    return [
+        HyperExpertWeights(*layer) for layer in zip(*(w.split(sets) for w in hypernetwork(z_UH, layer_U)), strict=True)
+    ]

@@ -6,6 +6,7 @@ Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, d h
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hypermoe import HyperMoEConfig
-from .hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder
+from .generated import HyperExpertWeights
+from .hyper_costs import Sizes
+from .hyper_experts import BakedHyperExperts, HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, observe_router, router_z_loss
 
 
@@ -136,44 +139,91 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MoEBlock(config) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
-        self.hyper_experts = None
-        if self.is_moe and config.hypernetwork:
-            encoder = SelectionEncoder(
-                config.num_experts,
-                config.expert_embedding_size,
-                config.selection_hidden_size,
-                config.hypernetwork_input_size,
-            )
-            self.hyper_experts = HyperExperts(encoder, config.moe_layers.index(layer_idx))
+        self.hyper_experts = _hyper_experts(config, layer_idx) if self.is_moe and config.hypernetwork else None
+        self.hyper_stream: torch.cuda.Stream | None = None
 
     def forward(
         self,
         x_BSD: Tensor,
         hypernetwork: HyperNetwork | None,
         rotary: tuple[Tensor, Tensor],
+        *generated: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         output_branch_norms: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return the residual stream, a MoE layer's logits and selection and, if asked for, its branch norms.
 
-        Bare tensors: reentrant activation checkpointing cuts off the graph what is wrapped in an object.
+        Takes, generated, and returns bare tensors: reentrant activation checkpointing cuts off the graph what is
+        wrapped in an object.
         """
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values)
         hidden_BSD = self.post_attention_layernorm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.mlp(hidden_BSD), None, None, None
 
-        with observe_router(self.mlp.get_submodule("router")) as seen:
-            experts_BSD = self.mlp(hidden_BSD)
-        (routing,) = seen
-        norms, y_BSD = None, experts_BSD
-        if self.hyper_experts is not None:
-            hyper_TD = self.hyper_experts(hidden_BSD.flatten(0, 1), routing.selected_TK, hypernetwork)
-            y_BSD = experts_BSD + hyper_TD.view_as(experts_BSD)
+        weights = HyperExpertWeights(*generated) if generated else None
+        seen: list[Routing] = []
+        branch: list[Tensor] = []
+
+        def decided(routing: Routing) -> None:
+            seen.append(routing)
+            if self.hyper_experts is not None:
+                branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork, weights))
+
+        with observe_router(self.mlp.get_submodule("router"), decided):
+            y_BSD = self.mlp(hidden_BSD)
+        norms = None
+        for hyper_TD in branch:
+            if self.hyper_stream is not None:
+                torch.cuda.current_stream().wait_stream(self.hyper_stream)
+                hyper_TD.record_stream(torch.cuda.current_stream())
             if output_branch_norms:
-                norms = torch.stack([experts_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
-        return x_BSD + y_BSD, routing.logits_TN, routing.selected_TK, norms
+                norms = torch.stack([y_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
+            y_BSD = y_BSD + hyper_TD.view_as(y_BSD)
+        return x_BSD + y_BSD, seen[0].logits_TN, seen[0].selected_TK, norms
+
+    def _start_branch(
+        self,
+        hidden_TD: Tensor,
+        routing: Routing,
+        hypernetwork: HyperNetwork | None,
+        weights: HyperExpertWeights | None,
+    ) -> Tensor:
+        """The HyperExperts' output; on a stream of its own, beside the tokens' way to their experts.
+
+        Only what reads no parameter runs there: their gradients are gathered and reduced on the main stream.
+        """
+        assert self.hyper_experts is not None
+        run = partial(
+            self.hyper_experts,
+            hidden_TD,
+            routing.selected_TK,
+            hypernetwork,
+            gates_TK=routing.gates_TK,
+            generated=weights,
+        )
+        stream = None if weights is None or routing.gates_TK is None else self.hyper_stream
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+            for tensor in (hidden_TD, routing.selected_TK, routing.gates_TK, *(weights or ())):
+                tensor.record_stream(stream)  # the backward pass reads them there again
+        with torch.cuda.stream(stream):  # of None: the current one
+            output: Tensor = run()
+        return output
+
+
+def _hyper_experts(config: HyperMoEConfig, layer_idx: int) -> HyperExperts | BakedHyperExperts:
+    if config.baked_hyper_experts:
+        sizes = Sizes(config.hidden_size, config.adapter_size, config.bottleneck_size)
+        return BakedHyperExperts(config.num_experts, config.hyper_set_size, sizes, config.hyper_conditioning)
+    encoder = SelectionEncoder(
+        config.num_experts,
+        config.expert_embedding_size,
+        config.selection_hidden_size,
+        config.hypernetwork_input_size,
+    )
+    return HyperExperts(encoder, config.moe_layers.index(layer_idx), config.hyper_conditioning)
 
 
 class HyperMoEPreTrainedModel(PreTrainedModel):
@@ -216,7 +266,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hypernetwork = None
-        if config.hypernetwork and config.moe_layers:
+        if config.hypernetwork and config.moe_layers and not config.baked_hyper_experts:
             self.hypernetwork = HyperNetwork(
                 config.hidden_size,
                 config.hypernetwork_input_size,
@@ -257,12 +307,14 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         )
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
 
+        ahead = iter(self._generate_ahead(x_BSD.shape[0] * x_BSD.shape[1]))
         routings, norms = [], []
         for layer in self.layers:
             x_BSD, logits_TN, selected_TK, layer_norms = layer(
                 x_BSD,
                 self.hypernetwork,
                 rotary,
+                *(next(ahead, ()) if layer.is_moe else ()),
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 output_branch_norms=output_branch_norms,
@@ -277,6 +329,13 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             routing=tuple(routings),
             branch_norms=tuple(norms) or None,
         )
+
+    def _generate_ahead(self, tokens: int) -> list[HyperExpertWeights]:
+        """Each MoE layer's generated modules, or nothing where the layers see to it themselves."""
+        branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
+        if self.hypernetwork is None or all(branch.keeps_now for branch in branches):
+            return []
+        return generate_ahead(branches, self.hypernetwork, tokens, self.config.num_experts_per_tok) or []
 
 
 class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):

@@ -121,25 +121,25 @@ class Routing:
 
     logits_TN: Tensor
     selected_TK: Tensor
+    gates_TK: Tensor | None = None
 
 
 @contextmanager
-def observe_router(router: nn.Module) -> Iterator[list[Routing]]:
-    """Collect the decision of `router` when it runs inside the block.
+def observe_router(router: nn.Module, decided: Callable[[Routing], None]) -> Iterator[None]:
+    """Call `decided` as soon as `router` has decided, before the block sends any token.
 
     Hooks of this one pass, so nothing is stored on the module, activation checkpointing sees the
     same thing twice, and the block between may be ours or DeepSpeed's.
     """
     logits: list[Tensor] = []
-    seen: list[Routing] = []
     handles = [
         router.gate.register_forward_hook(lambda _module, _inputs, output: logits.append(output)),  # type: ignore[union-attr]
         router.register_forward_hook(
-            lambda _module, _inputs, output: seen.append(Routing(logits_TN=logits.pop(), selected_TK=output[1]))
+            lambda _module, _inputs, output: decided(Routing(logits.pop(), selected_TK=output[1], gates_TK=output[0]))
         ),
     ]
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 from torch.nn import functional as F
 
-from hypermoe_ds.modeling.hyper_experts import distinct_sets
+from hypermoe_ds.modeling.selections import distinct_sets
 
 
 @dataclass(frozen=True)

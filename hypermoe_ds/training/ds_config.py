@@ -186,8 +186,7 @@ def merge(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
         )
     if stage == 3:
-        # Both read their parts' parameters directly, so ZeRO-3 must gather each as a whole. Not the SelectionEncoder
-        # alone: its input are indices, and DeepSpeed lets a leaf go before its backward if no input has a gradient.
-        leaves = {"classes": ["HyperNetwork", "HyperExperts"]}
+        # It reads its parts' parameters directly, so ZeRO-3 must gather it as a whole.
+        leaves = {"classes": ["HyperNetwork"]}
         merged["zero_optimization"] = {**merged["zero_optimization"], "leaf_module": leaves}
     return merged

@@ -150,11 +150,20 @@ def test_every_setting_has_a_row_with_its_default_and_meaning() -> None:
     assert names["checkpoint.keep_last"][1] == "`2`"
 
 
+CHOICES = ("router_aux_loss_scope", "hyper_conditioning")
+
+
 def test_the_model_section_has_the_models_fields_with_their_types_and_meanings() -> None:
-    own = set(HyperMoEConfig.__annotations__) - {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    own = set(HyperMoEConfig.__annotations__) - {
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "baked_hyper_experts",
+    }
     assert set(ModelSection.model_fields) == own | {"preset"}
     for name in own:
         field = ModelSection.model_fields[name]
-        assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name == "router_aux_loss_scope"
+        assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name in CHOICES
         assert field.description
         assert not any(f"{other}: " in field.description for other in own), "one setting's text alone"

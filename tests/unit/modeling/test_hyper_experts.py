@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ from model_references import SMALL, build, distance, random_selection, wake
 from model_references import hyper_experts as reference
 from torch import Tensor, nn
 
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, generated
 from hypermoe_ds.modeling import hyper_experts as module_under_test
+from hypermoe_ds.modeling.generated import HyperExpertWeights, Taken
+from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, modules_fit
 from hypermoe_ds.modeling.hyper_experts import (
     HyperExperts,
     HyperNetwork,
     SelectionEncoder,
-    cheaper_form,
-    distinct_sets,
+    generate_ahead,
 )
+from hypermoe_ds.modeling.selections import all_sets, distinct_sets, rank_sets
 
 FORMS = ("per_set", "factored", "per_token", "auto")
 SHAPES = sorted({(N, K) for N in (1, 2, 4, 8, 16, 32, 64) for K in (1, 2, 4, 8, N) if K <= N})
@@ -218,37 +221,38 @@ def test_no_two_pairs_of_experts_share_a_key(N: int) -> None:
     assert inverse.unique().numel() == math.comb(N, 2)
 
 
-@pytest.mark.parametrize("N", [1, 5, 64])
-def test_sets_known_beforehand_are_the_experts_for_k_1_and_one_for_k_n(N: int) -> None:
-    for K in (1, N):
-        selected = random_selection(33, N, K)
-        sets, inverse = distinct_sets(selected, N)
-        assert sets.shape == (N if K == 1 else 1, K)
-        for row, index in zip(selected.tolist(), inverse.tolist(), strict=True):
-            assert set(sets[index].tolist()) == set(row)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (8, 1), (8, 2), (8, 7), (8, 8), (16, 4), (64, 2), (64, 63), (128, 127)])
+def test_every_set_has_a_rank_of_its_own_whatever_the_order_of_its_experts(N: int, K: int) -> None:
+    sets = all_sets(N, K, torch.device("cpu"))
+    wanted = {frozenset(experts) for experts in itertools.combinations(range(N), K)}
+    assert {frozenset(row) for row in sets.tolist()} == wanted
+    assert len(sets) == len(wanted)
+    shuffled = sets.gather(1, torch.rand(len(sets), K).argsort(dim=1))
+    assert rank_sets(shuffled, N).tolist() == list(range(len(sets)))
 
 
-def test_few_sets_are_generated_once_each_and_as_many_sets_as_tokens_are_factored() -> None:
-    for width, adapter, bottleneck in ((768, 64, 128), (4096, 64, 128), (32, 8, 16)):
-        with torch.device("meta"):
-            hypernetwork = HyperNetwork(width, H, L, LAYER_WIDTH, bottleneck, adapter)
-        assert cheaper_form(65536, 8, hypernetwork) == "per_set"
-        for tokens in (1, 2, 28, 1024, 65536):
-            assert cheaper_form(tokens, tokens, hypernetwork) == "factored"
-            ladder = [cheaper_form(tokens, sets, hypernetwork) for sets in range(1, 2 * tokens, max(1, tokens // 50))]
-            assert ladder == sorted(ladder, reverse=True), "more sets never make sets cheaper"
-        ladder = [cheaper_form(tokens, 28, hypernetwork) for tokens in range(28, 65536, 500)]
-        assert ladder == sorted(ladder), "more tokens never make sets dearer"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_more_sets_never_favour_per_set_and_more_tokens_never_favour_factored(device: str, dtype: torch.dtype) -> None:
+    for sizes in (Sizes(768, 64, 128), Sizes(4096, 64, 128)):
+        assert cheaper_form(65536, 8, sizes, device, dtype) == "per_set"
+        for tokens in (28, 1024, 65536):
+            counts = range(1, 8 * tokens, max(1, tokens // 50))
+            ladder = [cheaper_form(tokens, sets, sizes, device, dtype) for sets in counts]
+            assert ladder == sorted(ladder, reverse=True)
+            assert set(ladder) == {"factored", "per_set"}
+        ladder = [cheaper_form(tokens, 280, sizes, device, dtype) for tokens in range(1, 65536, 50)]
+        assert ladder == sorted(ladder)
         assert set(ladder) == {"factored", "per_set"}
 
 
 @pytest.mark.parametrize("form", ["per_set", "factored"])
 def test_auto_runs_the_form_that_is_cheaper(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    branch, hypernetwork = make(8)
+    branch, hypernetwork = make(64)
     seen: list[tuple[int, int]] = []
 
-    def choose(tokens: int, sets: int, _hypernetwork: HyperNetwork) -> str:
-        seen.append((tokens, sets))
+    def choose(rows: int, sets: int, *_: object) -> str:
+        seen.append((rows, sets))
         return form
 
     monkeypatch.setattr(module_under_test, "cheaper_form", choose)
@@ -260,6 +264,150 @@ def test_auto_runs_the_form_that_is_cheaper(form: str, monkeypatch: pytest.Monke
     assert seen == [(40, 3)]
     assert ran == [form]
     assert torch.equal(y, branch(x, selected, hypernetwork, form))
+
+
+@pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2), (8, 8), (64, 1)])
+def test_modules_generated_for_all_layers_at_once_are_those_of_each_layer(
+    N: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "cheaper_form", lambda *_: "per_set")
+    hypernetwork = make(N, torch.float64)[1]
+    branches = [HyperExperts(make(N, torch.float64)[0].encoder, layer) for layer in range(L)]
+    x, weight = torch.randn(900, D, dtype=torch.float64), torch.randn(900, D, dtype=torch.float64)
+    selected = random_selection(900, N, K)
+    parameters = [*hypernetwork.parameters(), *(p for branch in branches for p in branch.parameters())]
+
+    def values(at_once: bool) -> list[Tensor]:
+        generated = generate_ahead(branches, hypernetwork, 900, K) if at_once else [None] * L
+        assert generated is not None
+        form = "auto" if at_once else "per_token"
+        ys = [
+            branch(x, selected, hypernetwork, form, generated=modules)
+            for branch, modules in zip(branches, generated, strict=True)
+        ]
+        loss = sum((y * weight).sum() * (index + 1) for index, y in enumerate(ys))
+        return [*(y.detach() for y in ys), *torch.autograd.grad(loss, parameters, materialize_grads=True)]
+
+    for at_once, each in zip(values(True), values(False), strict=True):
+        assert distance(at_once, each) < 1e-12
+
+
+def test_modules_that_do_not_fit_are_made_by_each_layer_and_again_in_the_backward_pass() -> None:
+    branch, hypernetwork = make(64, torch.float64)
+    assert modules_fit(2000, 64, hypernetwork.sizes)
+    assert not modules_fit(20, 64, hypernetwork.sizes)
+    assert generate_ahead([branch], hypernetwork, 20, 1) is None
+    x, weight = torch.randn(20, D, dtype=torch.float64), torch.randn(20, D, dtype=torch.float64)
+    selected = random_selection(20, 64, 1)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        seen = value_and_gradients(branch, hypernetwork, x, selected, "per_set", weight)
+    assert (64, A, D) not in kept
+    expected = value_and_gradients(branch, hypernetwork, x, selected, "per_token", weight)
+    for name, value in expected.items():
+        assert distance(seen[name], value) < 1e-12, name
+
+
+def gradients_of_route(
+    branch: HyperExperts, hypernetwork: HyperNetwork, x: Tensor, selected: Tensor, logits: Tensor, form: str
+) -> list[Tensor]:
+    """Output and all gradients, the gates' too; "reference" is one HyperExpert of K = 1 for each gate."""
+    x, logits = x.clone().requires_grad_(), logits.clone().requires_grad_()
+    gates = torch.softmax(logits, dim=-1)
+    if form == "reference":
+        y = sum(
+            gates[:, j : j + 1] * reference(x, selected[:, j : j + 1], branch.encoder, hypernetwork, branch.layer_index)
+            for j in range(selected.shape[1])
+        )
+    else:
+        y = branch(x, selected, hypernetwork, form, gates_TK=gates)
+    named = (x, logits, *branch.parameters(), *hypernetwork.parameters())
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), named, materialize_grads=True)]
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (8, 1), (8, 2), (8, 8), (64, 8)])
+def test_route_adds_one_hyper_expert_an_expert_weighted_by_its_gate_in_every_form(N: int, K: int) -> None:
+    plain, hypernetwork = make(N, torch.float64)
+    branch = HyperExperts(plain.encoder, 1, "route")
+    x, logits, selected = torch.randn(12, D).double(), torch.randn(12, K).double(), random_selection(12, N, K)
+    expected = gradients_of_route(branch, hypernetwork, x, selected, logits, "reference")
+    for form in FORMS:
+        for seen, value in zip(
+            gradients_of_route(branch, hypernetwork, x, selected, logits, form), expected, strict=True
+        ):
+            assert distance(seen, value) < 1e-12, form
+
+
+def test_route_is_the_papers_model_for_one_expert_a_token_up_to_the_gate() -> None:
+    plain, hypernetwork = make(8, torch.float64)
+    route = HyperExperts(plain.encoder, 1, "route")
+    x, gates, selected = torch.randn(30, D).double(), torch.rand(30, 1).double(), random_selection(30, 8, 1)
+    papers = HyperExperts(plain.encoder, 1)(x, selected, hypernetwork)
+    assert distance(route(x, selected, hypernetwork, gates_TK=gates), gates * papers) < 1e-13
+    with pytest.raises(ValueError, match="gates_TK"):
+        route(x, selected, hypernetwork)
+
+
+@pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2), (16, 4)])
+def test_kept_modules_are_used_until_a_parameter_changes(N: int, K: int) -> None:
+    branch, hypernetwork = make(N, torch.float64)
+    branch.eval()
+    x, selected = torch.randn(12, D).double(), random_selection(12, N, K)
+    made: list[int] = []
+    hypernetwork.register_forward_hook(lambda _module, inputs, _output: made.append(len(inputs[0])))
+
+    def check(generations: int) -> None:
+        made.clear()
+        with torch.no_grad():
+            y = branch(x, selected, hypernetwork)
+        assert len(made) == generations
+        with torch.no_grad():
+            assert distance(y, branch(x, selected, hypernetwork, "per_token")) < 1e-12
+
+    check(generations=1)
+    check(generations=0)
+    for parameter in (*branch.parameters(), *hypernetwork.parameters()):
+        with torch.no_grad():
+            parameter.add_(0.1)
+        check(generations=1)
+        check(generations=0)
+    branch.keeps_modules = False
+    check(generations=1)
+
+
+def test_only_as_many_modules_are_kept_as_there_is_room_for() -> None:
+    branch, hypernetwork = make(16, torch.float64)
+    branch.eval()
+    x = torch.randn(12, D).double()
+    with torch.no_grad():
+        for _ in range(12):
+            selected = random_selection(12, 16, 4)
+            y = branch(x, selected, hypernetwork)
+            assert distance(y, branch(x, selected, hypernetwork, "per_token")) < 1e-12
+            assert len(branch._cache._row_of_set) <= branch._cache.capacity == B
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("J", [1, 3])
+def test_grouped_products_and_a_loop_over_sets_give_the_same(J: int, gated: bool, monkeypatch: Any) -> None:
+    width, adapter, sets = 16, 8, 6
+    weights = HyperExpertWeights(
+        *(torch.randn(sets, *shape) for shape in ((width, adapter), (adapter,), (adapter, width), (width,)))
+    )
+    x, taken = torch.randn(40, width), torch.randint(0, sets - 1, (40, J))  # one set without rows
+    gates = torch.rand(40, J) if gated else None
+    arguments = [x, *weights, *([gates] if gated else [])]
+    for tensor in arguments:
+        tensor.requires_grad_()
+
+    def run() -> list[Tensor]:
+        y = generated.apply_generated(x, Taken(taken, gates), weights)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), arguments)]
+
+    looped = run()
+    monkeypatch.setattr(generated, "LoopedRows", generated.GroupedRows)
+    for grouped, by_loop in zip(run(), looped, strict=True):
+        assert distance(grouped, by_loop) < 1e-5
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2)])

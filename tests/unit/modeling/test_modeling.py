@@ -359,7 +359,7 @@ def test_branch_norms_are_those_of_the_two_branches() -> None:
     for layer in model.model.layers:
         pair: list[Tensor] = []
         seen.append(pair)
-        layer.mlp.register_forward_hook(lambda _module, _inputs, output, pair=pair: pair.append(output))
+        layer.mlp.register_forward_hook(lambda _module, _inputs, output, pair=pair: pair.insert(0, output))
         layer.hyper_experts.register_forward_hook(lambda _module, _inputs, output, pair=pair: pair.append(output))
     norms = model(input_ids=ids, output_router_logits=True).branch_norms
     for layer_norms, pair in zip(norms, seen, strict=True):

@@ -7,7 +7,7 @@ from model_references import SMALL, build, distance, moe_block, random_selection
 from torch import Tensor, nn
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
-from hypermoe_ds.modeling.moe import MoEBlock, load_balancing_loss, observe_router, router_z_loss
+from hypermoe_ds.modeling.moe import MoEBlock, Routing, load_balancing_loss, observe_router, router_z_loss
 
 N = 6
 
@@ -173,7 +173,8 @@ def test_observing_a_router_sees_the_logits_behind_its_gates_and_leaves_no_hook(
     decisions = []
     for _ in range(2):
         x = torch.randn(1, 9, 32)
-        with observe_router(block.router) as seen:
+        seen: list[Routing] = []
+        with observe_router(block.router, seen.append):
             assert hooks_of(block) > before
             block(x)
         assert hooks_of(block) == before
@@ -196,7 +197,7 @@ def test_a_failing_block_leaves_no_hook_behind(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(block.experts, "forward", fail)
-    with pytest.raises(RuntimeError, match="no memory"), observe_router(block.router):
+    with pytest.raises(RuntimeError, match="no memory"), observe_router(block.router, lambda _: None):
         block(torch.randn(1, 9, 32))
     assert hooks_of(block) == 0
 

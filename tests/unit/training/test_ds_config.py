@@ -182,7 +182,7 @@ def test_merging_adds_the_recipes_numbers_once_and_leaves_the_rest_alone() -> No
     assert merged["steps_per_print"] > 10**9
 
 
-def test_under_zero_3_the_hypernetwork_and_the_hyper_experts_are_gathered_whole() -> None:
+def test_under_zero_3_the_hypernetwork_is_gathered_whole() -> None:
     from hypermoe_ds.modeling import hyper_experts  # noqa: PLC0415
 
     content = {"zero_optimization": {"stage": 3, "sub_group_size": 7}}

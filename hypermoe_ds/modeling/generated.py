@@ -1,0 +1,220 @@
+"""Applies generated HyperExperts to their tokens: rows sorted by set, one grouped matrix product down and one up.
+
+Equation: step 6 of docs/METHOD.md.
+
+Shape legend: T tokens, D hidden size, A adapter size, U sets, J HyperExperts that a token takes, R = T * J rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class HyperExpertWeights(NamedTuple):
+    """The generated weights of U HyperExperts.
+
+    Attributes:
+        down_weight: [U, D, A].
+        down_bias: [U, A].
+        up_weight: [U, A, D].
+        up_bias: [U, D].
+    """
+
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+
+
+class Taken(NamedTuple):
+    """Which HyperExperts each token takes.
+
+    Attributes:
+        sets_TJ: rows of the HyperExperts.
+        gates_TJ: what each is weighted with; None weights all with one.
+    """
+
+    sets_TJ: Tensor
+    gates_TJ: Tensor | None = None
+
+    def sum_over_rows(self, y_RD: Tensor) -> Tensor:
+        """Weight the rows of each token and add them up; y_RD -> y_TD."""
+        y_TJD = y_RD.view(*self.sets_TJ.shape, -1)
+        if self.gates_TJ is not None:
+            y_TJD = y_TJD * self.gates_TJ.unsqueeze(-1).to(y_RD.dtype)
+        return y_TJD.sum(1)
+
+
+def apply_generated(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tensor:
+    """Sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
+
+    Exact, with gradients for x, the gates and the weights, once differentiable. Beside its arguments
+    it keeps [R, A] numbers for the backward pass: sorted tokens are gathered again there, which costs less
+    than keeping them.
+
+    Args:
+        x_TD: input of the MoE block.
+        taken: which HyperExperts each token takes.
+        weights: the generated weights.
+
+    Returns:
+        y_TD, in the dtype of the weights.
+    """
+    sets_R = taken.sets_TJ.flatten()
+    kind = GroupedRows if _has_grouped_mm(weights.down_weight) else LoopedRows
+    rows = kind(sets_R, len(weights.up_bias))
+    x_TD = x_TD.to(weights.up_bias.dtype)  # under autocast another one
+    y_TD: Tensor = _Apply.apply(x_TD, taken.gates_TJ, rows, taken.sets_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def _has_grouped_mm(weight_UDA: Tensor) -> bool:
+    """Whether the device has a grouped GEMM for this dtype and its rows are aligned to 16 bytes."""
+    _, D, A = weight_UDA.shape
+    aligned = all(size * weight_UDA.element_size() % 16 == 0 for size in (D, A))
+    return weight_UDA.is_cuda and weight_UDA.dtype is torch.bfloat16 and aligned and hasattr(torch, "_grouped_mm")
+
+
+class SortedRows:
+    """Rows sorted by the set they take, and matrix products of each set's rows with its own weights.
+
+    Args:
+        sets_R: the set of each row.
+        sets: number of sets U.
+    """
+
+    def __init__(self, sets_R: Tensor, sets: int) -> None:
+        self.every_U = torch.arange(sets, device=sets_R.device)
+        self.order_R = torch.argsort(sets_R, stable=True)
+        self.sets_R = sets_R[self.order_R]
+        self.ends_U = torch.searchsorted(self.sets_R, self.every_U, right=True, out_int32=True)
+
+    def affine(
+        self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
+    ) -> Tensor:
+        """x W + gate * b of each row's set; y_RO."""
+        raise NotImplementedError
+
+    def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
+        """Sum over each set's rows of x^T y; [U, I, O]."""
+        raise NotImplementedError
+
+    def sum(self, y_RO: Tensor) -> Tensor:
+        """Sum over each set's rows; [U, O]."""
+        raise NotImplementedError
+
+
+class GroupedRows(SortedRows):
+    """By grouped GEMMs: nothing waits for the host."""
+
+    def affine(
+        self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
+    ) -> Tensor:
+        y_RO = torch._grouped_mm(x_RI, weight_UIO, offs=self.ends_U)
+        if bias_UO is None:
+            return y_RO
+        bias_RO = bias_UO[self.sets_R]
+        return y_RO.add_(bias_RO if gate_R1 is None else bias_RO.mul_(gate_R1))
+
+    def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
+        return torch._grouped_mm(x_RI.t(), y_RO, offs=self.ends_U)
+
+    def sum(self, y_RO: Tensor) -> Tensor:
+        # A product with a 0/1 matrix: without atomics, so the same bits every time.
+        return (self.every_U.unsqueeze(1) == self.sets_R).to(y_RO.dtype) @ y_RO
+
+
+class LoopedRows(SortedRows):
+    """By one matrix product a set, each written in place; the host learns how many rows a set has."""
+
+    def __init__(self, sets_R: Tensor, sets: int) -> None:
+        super().__init__(sets_R, sets)
+        ends = self.ends_U.tolist()
+        self._rows_of_set = [slice(*between) for between in zip([0, *ends], ends, strict=False)]
+
+    def affine(
+        self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
+    ) -> Tensor:
+        y_RO = x_RI.new_empty(x_RI.shape[0], weight_UIO.shape[2])
+        for index, rows in enumerate(self._rows_of_set):
+            if rows.start == rows.stop:
+                continue
+            if bias_UO is None:
+                torch.mm(x_RI[rows], weight_UIO[index], out=y_RO[rows])
+            else:
+                bias_tO = bias_UO[index] if gate_R1 is None else gate_R1[rows] * bias_UO[index]
+                torch.addmm(bias_tO, x_RI[rows], weight_UIO[index], out=y_RO[rows])
+        return y_RO
+
+    def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
+        product_UIO = x_RI.new_empty(len(self._rows_of_set), x_RI.shape[1], y_RO.shape[1])
+        for index, rows in enumerate(self._rows_of_set):
+            torch.mm(x_RI[rows].t(), y_RO[rows], out=product_UIO[index])
+        return product_UIO
+
+    def sum(self, y_RO: Tensor) -> Tensor:
+        sum_UO = y_RO.new_empty(len(self._rows_of_set), y_RO.shape[1])
+        for index, rows in enumerate(self._rows_of_set):
+            torch.sum(y_RO[rows], 0, out=sum_UO[index])
+        return sum_UO
+
+
+class _Apply(torch.autograd.Function):
+    """`apply_generated` for rows that are sorted already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        gates_TJ: Tensor | None,
+        rows: SortedRows,
+        per_token: int,
+        *weights: Tensor,
+    ) -> Tensor:
+        down_UDA, down_bias_UA, up_UAD, up_bias_UD = weights
+        gate_R1 = _sorted_gates(gates_TJ, rows, x_TD)
+        inner_RA = rows.affine(x_TD[rows.order_R // per_token], down_UDA, down_bias_UA).relu_()
+        gated_RA = inner_RA if gate_R1 is None else inner_RA * gate_R1
+        y_RD = rows.affine(gated_RA, up_UAD, up_bias_UD, gate_R1)
+        ctx.rows, ctx.per_token = rows, per_token
+        ctx.save_for_backward(x_TD, gates_TJ, inner_RA, down_UDA, up_UAD, up_bias_UD)
+        return _by_token(y_RD, rows, per_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        rows, per_token = ctx.rows, ctx.per_token
+        x_TD, gates_TJ, inner_RA, down_UDA, up_UAD, up_bias_UD = ctx.saved_tensors
+        gate_R1 = _sorted_gates(gates_TJ, rows, x_TD)
+        token_R = rows.order_R // per_token
+        grad_RD = grad_TD[token_R]
+        grad_inner_RA = rows.affine(grad_RD, up_UAD.transpose(1, 2))
+        grad_gates_TJ, gated_RA = None, inner_RA
+        if gate_R1 is not None:
+            # d y / d gate is the row's own output: inner W_up + b_up.
+            grad_gate_R = (grad_inner_RA * inner_RA).sum(1) + (grad_RD * up_bias_UD[rows.sets_R]).sum(1)
+            grad_gates_TJ = torch.empty_like(gates_TJ).view(-1).index_copy_(
+                0, rows.order_R, grad_gate_R.to(gates_TJ.dtype)
+            ).view_as(gates_TJ)  # fmt: skip
+            gated_RA = inner_RA * gate_R1
+            grad_inner_RA *= gate_R1
+        grad_up_UAD = rows.outer(gated_RA, grad_RD)
+        grad_up_bias_UD = rows.sum(grad_RD if gate_R1 is None else grad_RD * gate_R1)
+        grad_inner_RA = torch.ops.aten.threshold_backward(grad_inner_RA, inner_RA, 0)
+        grad_down_UDA = rows.outer(x_TD[token_R], grad_inner_RA)
+        grad_x_TD = _by_token(rows.affine(grad_inner_RA, down_UDA.transpose(1, 2)), rows, per_token)
+        grad_down_bias_UA = rows.sum(grad_inner_RA)
+        weights = (grad_down_UDA, grad_down_bias_UA, grad_up_UAD, grad_up_bias_UD)
+        return grad_x_TD, grad_gates_TJ, None, None, *weights
+
+
+def _sorted_gates(gates_TJ: Tensor | None, rows: SortedRows, like: Tensor) -> Tensor | None:
+    return None if gates_TJ is None else gates_TJ.flatten()[rows.order_R].unsqueeze(1).to(like.dtype)
+
+
+def _by_token(y_RD: Tensor, rows: SortedRows, per_token: int) -> Tensor:
+    """Sorted rows back in the order of the tokens, those of one token added up; y_TD."""
+    back_RD = torch.empty_like(y_RD).index_copy_(0, rows.order_R, y_RD)
+    return back_RD if per_token == 1 else back_RD.view(-1, per_token, y_RD.shape[1]).sum(1)

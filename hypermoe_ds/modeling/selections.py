@@ -1,0 +1,80 @@
+"""Sets of selected experts: all there can be, and which of them each token has.
+
+Shape legend: T tokens, N experts, K experts of a set, U distinct sets, C = C(N, K) sets in all, W words of a key.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_BITS_PER_WORD = 62  # of an int64, clear of its sign
+
+
+def all_sets(num_experts: int, set_size: int, device: torch.device) -> Tensor:
+    """Every set of `set_size` experts, row i the one of rank i in colexicographic order.
+
+    Made on the device, without a synchronisation. Meant for as many sets as fit in memory.
+
+    Returns:
+        sets_CK, the experts of a row in ascending order.
+    """
+    binomials = _binomials(num_experts, set_size, device)
+    rest_C = torch.arange(math.comb(num_experts, set_size), device=device)
+    experts = []
+    for column_N in reversed(binomials):  # the largest expert of a set first
+        expert_C = torch.searchsorted(column_N, rest_C, right=True) - 1
+        rest_C = rest_C - column_N[expert_C]
+        experts.append(expert_C)
+    return torch.stack(experts[::-1], dim=1)
+
+
+def rank_sets(selected_TK: Tensor, num_experts: int) -> Tensor:
+    """The row of `all_sets` that each token has, whatever the order of its experts; no synchronisation.
+
+    A set {c_1 < ... < c_K} has rank sum_i C(c_i, i) (the combinatorial number system).
+    """
+    if selected_TK.shape[1] == 1:
+        return selected_TK.squeeze(1)
+    binomials = _binomials(num_experts, selected_TK.shape[1], selected_TK.device)
+    ascending_TK = selected_TK.sort(dim=1).values
+    ranks = [column_N[expert_T] for column_N, expert_T in zip(binomials, ascending_TK.unbind(1), strict=True)]
+    return torch.stack(ranks).sum(0)
+
+
+def distinct_sets(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The sets that occur among the tokens; the host waits for their number.
+
+    Returns:
+        sets_UK, one row of expert indices a set, and set_of_token_T, each token's row.
+    """
+    keys_TW = set_keys(selected_TK, num_experts)
+    if keys_TW.shape[1] == 1:
+        unique_U, set_of_token_T = torch.unique(keys_TW.squeeze(1), return_inverse=True)
+    else:
+        unique_U, set_of_token_T = torch.unique(keys_TW, dim=0, return_inverse=True)
+    member_U = torch.empty(unique_U.shape[0], dtype=torch.long, device=selected_TK.device)
+    member_U[set_of_token_T] = torch.arange(selected_TK.shape[0], device=selected_TK.device)
+    return selected_TK[member_U], set_of_token_T
+
+
+def set_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
+    """Bit sets [T, W] of the selections, in as many int64 words as the experts need."""
+    words = -(-num_experts // _BITS_PER_WORD)
+    bits_TK = torch.ones_like(selected_TK) << (selected_TK % _BITS_PER_WORD)
+    word_TK = selected_TK // _BITS_PER_WORD
+    return torch.stack([(bits_TK * (word_TK == word)).sum(1) for word in range(words)], dim=1)
+
+
+def _binomials(num_experts: int, set_size: int, device: torch.device) -> list[Tensor]:
+    """C(n, k) for n < N as one tensor [N] for each k from 1 to K, by Pascal's rule on the device.
+
+    Values above C(N, K) are of no rank's and cut off there, so that none overflows.
+    """
+    most = math.comb(num_experts, set_size)
+    column_N = torch.ones(num_experts, dtype=torch.long, device=device)
+    columns = []
+    for _ in range(set_size):
+        column_N = (column_N.cumsum(0) - column_N).clamp_max(most)
+        columns.append(column_N)
+    return columns
