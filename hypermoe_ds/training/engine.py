@@ -4,13 +4,16 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import configure_moe_param_groups
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hypermoe_ds.errors import UserError
@@ -66,6 +69,7 @@ def build_engine(
     model = HyperMoEForCausalLM(config)
     if config.router_aux_loss_scope == "data_parallel":
         model.sum_over_ranks = sum_over_ranks
+    model.lm_head.fused_cross_entropy = _fused_cross_entropy()
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
@@ -77,6 +81,21 @@ def build_engine(
         config=ds_config,
     )
     return engine
+
+
+def _fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The output projection's loss by liger-kernel, where it is installed and there is a GPU.
+
+    Expected of `liger_fused_linear_cross_entropy(input, weight, target, ...)`, as of 0.8: the sum in fp32 over the
+    targets that are not -100 (its default), gradients to input and weight, the weight's added up in `accum_dtype`.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        liger = import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
+    return partial(liger.liger_fused_linear_cross_entropy, reduction="sum", accum_dtype=torch.float32)
 
 
 def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: bool) -> Optimizer:

@@ -59,7 +59,7 @@ def test_a_folder_holds_weights_code_and_tokenizer_and_names_the_tokens(
     output = tmp_path / "hf"
     export(model, tokenizer, output)
     names = {path.name for path in output.iterdir()}
-    code = {"configuration_hypermoe.py", "modeling_hypermoe.py", "moe.py", "hyper_experts.py"}
+    code = {"configuration_hypermoe.py", "modeling_hypermoe.py", "moe.py", "hyper_experts.py", "lm_head.py"}
     assert names >= code | {"config.json", "generation_config.json", "model.safetensors"}
     for file in tokenizer.iterdir():
         assert (output / file.name).read_bytes() == file.read_bytes()
