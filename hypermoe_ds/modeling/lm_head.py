@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 _IGNORED = -100
 
-# Of a chunk's fp32 logits. Forward and backward at V = 50304, D = 768, T = 2048 on 2 cores, and the memory above
-# the weights: fp32 full 3.0 s, 1.2 GB; 32 MiB 2.7 s, 0.7 GB; 64 MiB 2.8 s, 0.4 GB; 128 MiB 2.5 s, 0.6 GB.
-# bf16 full 1.1 s, 1.0 GB; 32 MiB 1.5 s, 0.4 GB; 64 MiB 1.5 s, 0.4 GB; 128 MiB 1.3 s, 0.5 GB.
+# Of a chunk's fp32 logits. Forward and backward at V = 50304, D = 768, T = 2048 on 2 cores, and the most memory beside
+# weights and input: fp32 all logits 2.80 s, 1.2 GiB; 32 MiB 2.77, 0.6; 64 MiB 2.80, 0.4; 128 MiB 2.71, 0.6.
+# bf16 all logits 1.30 s, 1.0 GiB; 32 MiB 1.57, 0.4; 64 MiB 1.50, 0.4; 128 MiB 1.38, 0.5: the more chunks, the more
+# often the fp32 sum of the weight's gradient is read and written.
 _CHUNK_BYTES = 128 * 2**20
 
 
