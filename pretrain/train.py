@@ -37,7 +37,7 @@ def main() -> None:
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
     if config.checkpoint.resume == "auto":
         folder.check_same_layout(ds_config)
-    engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train)
+    engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
     checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, model.parameter_counts().total)
     checkpoints.check_room()
     saved = checkpoints.resume()

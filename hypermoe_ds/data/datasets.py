@@ -44,7 +44,9 @@ class DataConfig(Settings):
     valid: list[DataSource] = Field(default=[], description="sources of the validation samples; empty: none")
     sequence_length: int = Field(gt=0, description="tokens in a sample")
     tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with")
-    workers: int = Field(default=0, ge=0, description="processes per rank that load samples; 0: the rank itself")
+    # tiny-10m on two ranks and 2 cores, three times in turn: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2.
+    # Steps of 30 ms are some 10 % slower with 2; a GPU, whose host launches kernels, is what it is for.
+    workers: int = Field(default=2, ge=0, description="processes per rank that load samples; 0: the rank itself")
     cache: str | None = Field(
         default=None,
         description="folder for the indices of the samples, visible to all nodes; "

@@ -8,13 +8,13 @@ Shape legend:
     B bottleneck, A adapter size, J HyperExperts that a token takes, R = T * J rows.
 """
 
+import logging
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import logging
 
 from .configuration_hypermoe import HyperConditioning
 from .generated import HyperExpertWeights, Taken, apply_generated
@@ -22,7 +22,7 @@ from .hyper_cache import HyperExpertCache, Version, version_of
 from .hyper_costs import Form, Sizes, cheaper_form, modules_fit
 from .selections import all_sets, distinct_sets, rank_sets
 
-_LOGGER = logging.get_logger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
 def keep_initialisation(part: nn.Module) -> None:

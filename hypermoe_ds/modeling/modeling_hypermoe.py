@@ -22,6 +22,7 @@ from .configuration_hypermoe import HyperMoEConfig
 from .generated import HyperExpertWeights
 from .hyper_costs import Sizes
 from .hyper_experts import BakedHyperExperts, HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
+from .lm_head import LMHead
 from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, observe_router, router_z_loss
 
 
@@ -52,7 +53,7 @@ class HyperMoECausalLMOutput(ModelOutput):
         lm_loss: mean cross-entropy in nats per token.
         aux_loss: load-balancing loss, mean over the MoE layers (1 when the load is even).
         z_loss: router z-loss, mean over the MoE layers.
-        logits: [B, S, V].
+        logits: [B, S, V]; None where the loss was asked for without them.
         past_key_values: the cache, when one is used.
         router_logits: per MoE layer [T, N]; when asked for.
         selected_experts: per MoE layer [T, K]; when asked for.
@@ -352,7 +353,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__(config)
         self.model = HyperMoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.post_init()
 
@@ -367,6 +368,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool = False,
+        output_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
         **_: Any,
     ) -> HyperMoECausalLMOutput:
@@ -382,6 +384,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             shift_labels: [B, S], labels that are already the next tokens, in the place of `labels`.
             use_cache: return a cache.
             output_router_logits: return router logits, selections and branch norms.
+            output_logits: return logits; False computes the loss without ever holding all of them, given labels.
             logits_to_keep: compute logits for the last so many positions only; 0 means all.
         """
         decoded = self.model(
@@ -394,17 +397,18 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             output_branch_norms=output_router_logits,
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(decoded.last_hidden_state[:, kept])
+        hidden_BSD = decoded.last_hidden_state[:, kept]
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        logits = self.lm_head(hidden_BSD) if output_logits or shift_labels is None else None
 
         output = HyperMoECausalLMOutput(logits=logits, past_key_values=decoded.past_key_values)
         if output_router_logits:
             output.router_logits = tuple(routing.logits_TN for routing in decoded.routing)
             output.selected_experts = tuple(routing.selected_TK for routing in decoded.routing)
             output.branch_norms = decoded.branch_norms
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if shift_labels is not None:
-            output.lm_loss = F.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=-100)
+            output.lm_loss = self._language_loss(hidden_BSD, logits, shift_labels)
             output.loss = output.lm_loss
             if decoded.routing:
                 output.aux_loss, output.z_loss = self._routing_losses(decoded.routing)
@@ -412,6 +416,13 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
                 weighted = weighted + self.config.z_loss_coef * output.z_loss
                 output.loss = output.lm_loss + len(decoded.routing) * weighted
         return output
+
+    def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
+        """Mean cross-entropy, of the logits where there are any."""
+        if logits_BSV is None:
+            chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
+            return chunked
+        return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=-100)
 
     def _routing_losses(self, routing: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:
         """Load-balancing loss and router z-loss, each the mean over the MoE layers."""

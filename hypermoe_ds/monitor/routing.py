@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 from torch.nn import functional as F
 
-from hypermoe_ds.modeling.selections import distinct_sets
+from hypermoe_ds.modeling.selections import set_keys
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class StepMeter:
     def _layer(self, logits_TN: Tensor, selected_TK: Tensor, norms_2: Tensor) -> Tensor:
         log_probability_TN = F.log_softmax(logits_TN.float(), dim=-1)
         entropy = -(log_probability_TN.exp() * log_probability_TN).sum(-1).mean()
-        load_N = torch.bincount(selected_TK.flatten(), minlength=self._num_experts) / selected_TK.numel()
-        sets = torch.unique(distinct_sets(selected_TK, self._num_experts)[1]).numel()
+        member_TN = torch.zeros_like(logits_TN, dtype=torch.long).scatter_(1, selected_TK, 1)
+        load_N = member_TN.sum(0) / selected_TK.numel()  # bincount would wait for the device
         ratio = norms_2[1] / norms_2[0].clamp_min(1e-20)
-        return torch.cat([torch.stack([entropy, ratio, ratio.new_tensor(float(sets))]), load_N])
+        return torch.cat([torch.stack([entropy, ratio, count_distinct(selected_TK, self._num_experts).float()]), load_N])
 
     def read(self) -> StepStatistics:
         """Average over micro-batches and ranks (collective) and start anew."""
@@ -70,3 +70,22 @@ class StepMeter:
             scalars[f"distinct_sets/moe_layer_{index}"] = sets
             scalars[f"expert_load_max_over_mean/moe_layer_{index}"] = float(load_MN[index].max()) * self._num_experts
         return StepStatistics(scalars, load_MN)
+
+
+def count_distinct(selected_TK: Tensor, num_experts: int) -> Tensor:
+    """The number of distinct selections, exactly and without a synchronisation, unlike `torch.unique`.
+
+    Args:
+        selected_TK: expert indices, T > 0.
+        num_experts: N.
+
+    Returns:
+        A scalar on the same device.
+    """
+    keys_WT = set_keys(selected_TK, num_experts).t()
+    # Radix sort by words, after which equal selections are neighbours.
+    order_T = keys_WT[0].argsort()
+    for key_T in keys_WT[1:]:
+        order_T = order_T[key_T[order_T].argsort(stable=True)]
+    sorted_WT = keys_WT[:, order_T]
+    return (sorted_WT[:, 1:] != sorted_WT[:, :-1]).any(0).sum() + 1

@@ -10,6 +10,9 @@ class ParallelConfig(Settings):
     """How the model is spread over the ranks."""
 
     expert: int = Field(1, ge=1, description="ranks that share one copy of the experts (expert parallelism)")
+    overlap_hyper_experts: bool = Field(
+        True, description="on GPUs, run HyperExperts on a stream of their own, beside the exchange of tokens"
+    )
 
 
 def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:

@@ -4,18 +4,24 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import configure_moe_param_groups
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling.hyper_experts import HyperExperts
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
+from hypermoe_ds.parallel.overlap import overlap_hyper_experts
+from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -42,6 +48,10 @@ def start_ranks() -> tuple[int, int]:
         port = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
         remedy = "another job may hold it: give `deepspeed --master_port N` a free one"
         raise UserError(port, f"the ranks cannot meet there ({str(error).splitlines()[0][:120]})", remedy) from None
+    if torch.distributed.get_rank() == 0:
+        ours = logging.getLogger("hypermoe_ds")
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.setLevel(logging.INFO)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -51,6 +61,7 @@ def build_engine(
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
     train: TrainConfig,
+    parallel: ParallelConfig,
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model on every rank alike and hand it to DeepSpeed.
 
@@ -66,6 +77,11 @@ def build_engine(
     model = HyperMoEForCausalLM(config)
     if config.router_aux_loss_scope == "data_parallel":
         model.sum_over_ranks = sum_over_ranks
+    model.lm_head.fused_cross_entropy = _fused_cross_entropy()
+    overlap_hyper_experts(model, parallel.overlap_hyper_experts)
+    for module in model.modules():
+        if isinstance(module, HyperExperts):
+            module.keeps_modules = False  # DeepSpeed writes parameters where no version counts it
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
@@ -77,6 +93,21 @@ def build_engine(
         config=ds_config,
     )
     return engine
+
+
+def _fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The output projection's loss by liger-kernel, where it is installed and there is a GPU.
+
+    Expected of `liger_fused_linear_cross_entropy(input, weight, target, ...)`, as of 0.8: the sum in fp32 over the
+    targets that are not -100 (its default), gradients to input and weight, the weight's added up in `accum_dtype`.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        liger = import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
+    return partial(liger.liger_fused_linear_cross_entropy, reduction="sum", accum_dtype=torch.float32)
 
 
 def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: bool) -> Optimizer:

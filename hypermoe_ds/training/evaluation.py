@@ -9,7 +9,6 @@ import torch
 import torch.distributed
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from hypermoe_ds.config import Settings
 
@@ -50,15 +49,17 @@ def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], de
         batches: `input_ids` and `labels` [B, S], labels being the next tokens or -100.
         device: where the model is.
     """
-    # In fp64 on the host: MPS-free, and the sum of millions of tokens keeps its digits.
-    total = torch.zeros(2, dtype=torch.float64)
+    # In fp64, so that the sum of millions of tokens keeps its digits, and on the device until the end: no batch
+    # waits for the one before it.
+    total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        logits = model(input_ids=batch["input_ids"].to(device)).logits
-        labels = batch["labels"].to(device)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        total += torch.tensor([loss.item(), (labels != -100).sum().item()], dtype=torch.float64)
+        labels = batch["labels"].to(device, non_blocking=True)
+        ids = batch["input_ids"].to(device, non_blocking=True)
+        mean = model(input_ids=ids, shift_labels=labels, use_cache=False, output_logits=False).lm_loss
+        count = (labels != -100).sum().double()
+        # The mean over no label is NaN.
+        total_2 += torch.stack([(mean * count).masked_fill(count == 0, 0), count])
     if torch.distributed.is_initialized():
-        total = total.to(device)
-        torch.distributed.all_reduce(total)
-    loss_sum, tokens = total.tolist()
+        torch.distributed.all_reduce(total_2)
+    loss_sum, tokens = total_2.tolist()
     return Evaluation(loss=loss_sum / tokens, tokens=int(tokens))

@@ -69,6 +69,7 @@ def optimizer_step(engine: Any, batches: Iterator[dict[str, Tensor]], recorder: 
             shift_labels=batch["labels"],
             use_cache=False,
             output_router_logits=recorder is not None,
+            output_logits=False,
         )
         engine.backward(output.loss)
         engine.step()

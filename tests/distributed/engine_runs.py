@@ -1,5 +1,6 @@
 """What the ranks do in the tests: training runs through the engine."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from small_runs import (
     wake_hypernetwork,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -101,6 +103,28 @@ def train_on_rank(layout: Layout) -> RankRun:
 
 def _hooks(routers: list[nn.Module]) -> int:
     return sum(len(router._forward_hooks) + len(router.gate._forward_hooks) for router in routers)
+
+
+class _Operations(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(layout: Layout) -> Counter[str]:
+    """The operations of DeepSpeed's step after one micro-batch, on this rank."""
+    engine = engine_of(layout)
+    batch = next(batches_of_rank(layout, torch.distributed.get_rank()))
+    engine.backward(engine(input_ids=batch["input_ids"], shift_labels=batch["labels"], use_cache=False).loss)
+    with _Operations() as operations:
+        engine.step()
+    return operations.counts
 
 
 @torch.no_grad()

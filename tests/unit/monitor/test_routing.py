@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hypermoe_ds.monitor.routing import StepMeter
+from hypermoe_ds.monitor.routing import StepMeter, count_distinct
+from tests.helpers.synchronisations import Synchronisations
 
 T, MICRO_BATCHES, LAYERS = 40, 3, 2
 
@@ -125,3 +126,32 @@ def test_a_collapsed_router_shows(expert: int, layer: int) -> None:
     assert scalars[f"expert_load_max_over_mean/moe_layer_{layer}"] == pytest.approx(4)
     assert scalars[f"router_entropy/moe_layer_{layer}"] == pytest.approx(0, abs=1e-6)
     assert scalars[f"distinct_sets/moe_layer_{layer}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen"), [(1, 1), (8, 1), (8, 2), (62, 1), (63, 1), (64, 8), (100, 2), (125, 1), (128, 3), (128, 128)]
+)
+@pytest.mark.parametrize("tokens", [1, 500])
+def test_distinct_selections_are_counted_as_sets_are(experts: int, chosen: int, tokens: int) -> None:
+    generator = np.random.default_rng(tokens)
+    scores = generator.normal(size=(tokens, experts)).argsort(-1)
+    member = torch.tensor(scores < chosen).long()
+    few = member[torch.tensor(generator.integers(0, max(1, tokens // 7), size=tokens))]  # each several times
+    # Rows that differ in a single far-off expert, in every word of the key.
+    near = torch.zeros(experts + 1, experts, dtype=torch.long)
+    near[1:] = torch.eye(experts, dtype=torch.long)
+    for rows in (member, few, near, torch.cat([near, member, near.flip(0)])):
+        expected = len({frozenset(row.nonzero().flatten().tolist()) for row in rows})
+        assert count_distinct(rows).item() == expected
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 2), (70, 3)])
+def test_taking_a_micro_batch_does_not_wait_for_the_device(experts: int, chosen: int) -> None:
+    meter = StepMeter(experts)
+    with Synchronisations() as waits:
+        for output in outputs(case(experts, chosen)):
+            waits.seen.clear()  # of making the output
+            meter.add(output)
+            assert waits.seen == []
+        meter.read()
+    assert "_local_scalar_dense" in waits.seen

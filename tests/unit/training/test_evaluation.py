@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
+from tests.helpers.synchronisations import Synchronisations
 
 V = 11
 
 
-def model(input_ids: Tensor) -> Any:
-    """Logits that depend on the token alone."""
-    table = torch.randn(V, V, generator=torch.Generator().manual_seed(1))
-    return SimpleNamespace(logits=table[input_ids].to(torch.bfloat16))
+TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+
+def model(input_ids: Tensor, shift_labels: Tensor, use_cache: bool, output_logits: bool) -> Any:
+    """Logits that depend on the token alone; it only gives their loss, NaN without a label."""
+    assert not use_cache
+    assert not output_logits
+    loss = F.cross_entropy(TABLE[input_ids].float().flatten(0, 1), shift_labels.flatten())
+    return SimpleNamespace(lm_loss=loss, logits=None)
 
 
 def batch(seed: int, sequences: int, ignored: int) -> dict[str, Tensor]:
@@ -31,7 +38,7 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens() -> None:
     batches = [batch(1, 2, 0), batch(2, 3, 5), batch(3, 1, 6)]
     losses = []
     for one in batches:
-        logits = model(one["input_ids"]).logits.double()
+        logits = TABLE[one["input_ids"]].double()
         for row, labels in zip(logits, one["labels"], strict=True):
             for scores, label in zip(row.tolist(), labels.tolist(), strict=True):
                 if label != -100:
@@ -42,14 +49,21 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens() -> None:
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
+def test_batches_without_a_label_add_nothing() -> None:
+    alone = evaluate(model, [batch(1, 2, 0)], torch.device("cpu"))
+    padded = evaluate(model, [batch(2, 2, 12), batch(1, 2, 0), batch(3, 1, 6)], torch.device("cpu"))
+    assert padded == alone
+    assert math.isfinite(padded.loss)
+
+
 def test_evaluation_keeps_no_gradients() -> None:
-    weight = torch.ones(V, V, requires_grad=True)
+    weight = torch.ones(V, requires_grad=True)
     seen = []
 
-    def learning(input_ids: Tensor) -> Any:
-        logits = weight[input_ids]
-        seen.append(logits.requires_grad)
-        return SimpleNamespace(logits=logits)
+    def learning(input_ids: Tensor, **_: Any) -> Any:
+        loss = torch.logsumexp(weight - 1, 0)
+        seen.append(loss.requires_grad)
+        return SimpleNamespace(lm_loss=loss)
 
     assert evaluate(learning, [batch(1, 1, 0)], torch.device("cpu")).loss == pytest.approx(math.log(V))
     assert seen == [False]
@@ -57,7 +71,16 @@ def test_evaluation_keeps_no_gradients() -> None:
 
 def test_many_tokens_keep_the_digits_of_the_sum() -> None:
     assert Evaluation(loss=0.0, tokens=1).perplexity == 1.0
-    flat = SimpleNamespace(logits=torch.zeros(1, 1000, V))
+    flat = SimpleNamespace(lm_loss=torch.tensor(math.log(V)))
     labels = {"input_ids": torch.zeros(1, 1000, dtype=torch.long), "labels": torch.zeros(1, 1000, dtype=torch.long)}
-    result = evaluate(lambda input_ids: flat, [labels] * 300, torch.device("cpu"))
+    result = evaluate(lambda **_: flat, [labels] * 300, torch.device("cpu"))
     assert result.loss == pytest.approx(math.log(V), rel=1e-7)
+
+
+def test_the_host_waits_for_the_device_once_whatever_the_number_of_batches() -> None:
+    waits = []
+    for count in (1, 5):
+        with Synchronisations() as seen:
+            evaluate(model, [batch(number, 2, 3) for number in range(count)], torch.device("cpu"))
+        waits.append(seen.seen.count("_local_scalar_dense"))
+    assert waits[0] == waits[1] <= 2  # two numbers of one tensor

@@ -34,8 +34,16 @@ class Engine:
         self.batches: list[Tensor] = []
         self.steps = 0
 
-    def __call__(self, input_ids: Tensor, shift_labels: Tensor, use_cache: bool, output_router_logits: bool) -> Any:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        shift_labels: Tensor,
+        use_cache: bool,
+        output_router_logits: bool,
+        output_logits: bool,
+    ) -> Any:
         assert not use_cache
+        assert not output_logits
         self.calls.append("forward, observed" if output_router_logits else "forward")
         self.batches.append(input_ids)
         assert torch.equal(shift_labels, input_ids + 1)
