@@ -22,7 +22,12 @@ from unittest import mock
 from torch.distributed import TCPStore
 
 # Libraries alone: of this project the ranks import what lies in this checkout, even where another one is installed.
-_PRELOADED = ["torch._dynamo", "deepspeed.moe.utils", "transformers.masking_utils", "megatron.core.datasets.gpt_dataset"]
+_PRELOADED = [
+    "torch._dynamo",
+    "deepspeed.moe.utils",
+    "transformers.masking_utils",
+    "megatron.core.datasets.gpt_dataset",
+]
 _SECONDS = 300
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
