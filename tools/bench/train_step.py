@@ -29,7 +29,7 @@ from report import result, text
 SIDES = ("hypermoe", "moe", "mixtral", "deepspeed_moe", "per_token")
 _AT_LEAST = dict.fromkeys(("ranks", "expert_parallel", "sequence_length", "steps", "threads", "micro_batch_size"), 1)
 _AT_LEAST |= {"warmup": 0, "in_turns": 0}
-_PROFILED_STEPS, _LARGEST_MICRO_BATCH, _ZERO_STAGE = 3, 64, 1
+_PROFILED_STEPS, _LARGEST_MICRO_BATCH, _ZERO_STAGE, _ROUNDS = 3, 64, 1, 2
 
 
 def main() -> None:
@@ -41,14 +41,15 @@ def main() -> None:
     sides, ranks, threads = arguments.sides.split(","), arguments.ranks, arguments.threads
     config = HyperMoEConfig(**settings["model"])
     check(sides, config, settings, arguments)
-    groups = [[side] for side in sides] if arguments.in_turns else [sides]
+    if arguments.in_turns is None:
+        automatic = arguments.micro_batch_size == "auto"  # then what fits is tried, not estimated
+        settings["in_turns"] = 0 if automatic else rounds_that_fit(config, settings, len(sides), ranks)
+    rounds = max(settings["in_turns"], 1)
+    groups = [[side] for side in sides] if settings["in_turns"] else [sides]
     if arguments.micro_batch_size == "auto":
         settings["micro_batch_size"] = largest_micro_batch(groups, settings, threads)
-    else:
-        warn_of_memory(config, settings, len(groups[0]), ranks)
 
     measured: dict[str, dict[str, Any]] = {side: {"seconds": [], "losses": [], "profile": {}} for side in sides}
-    rounds = max(arguments.in_turns, 1)
     for number in range(rounds):
         steps = (arguments.steps + number) // rounds
         for group in groups:
@@ -56,7 +57,7 @@ def main() -> None:
                 measure(group, settings, ranks, threads, steps, bool(arguments.profile), measured)
             except MemoryError:
                 where = f"--micro-batch-size {settings['micro_batch_size']}"
-                raise UserError(where, "the GPU's memory does not suffice", "lower it, or add --in-turns") from None
+                raise UserError(where, "the GPU's memory does not suffice", "lower it, or give --in-turns 1") from None
 
     found = result(measured, settings, ranks)
     found["profile_milliseconds"] = {side: measured[side]["profile"] for side in sides if measured[side]["profile"]}
@@ -133,10 +134,11 @@ def check(sides: Sequence[str], config: HyperMoEConfig, settings: Mapping[str, A
         raise UserError(f"--sides {','.join(sides)}", "a side is named twice", "name each once")
     for name, least in _AT_LEAST.items():
         value = getattr(given, name)
-        if value != "auto" and value < least:
+        if value not in ("auto", None) and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {least}")
-    if given.steps < given.in_turns:
-        raise UserError(f"--steps {given.steps}", f"fewer than --in-turns {given.in_turns}", "give more steps")
+    rounds = given.in_turns if given.in_turns is not None else _ROUNDS
+    if given.steps < rounds:
+        raise UserError(f"--steps {given.steps}", f"fewer than --in-turns {rounds}", "give more steps")
     check_expert_parallel(settings["expert_parallel"], config.num_experts, given.ranks, _ZERO_STAGE)
     gpus = torch.cuda.device_count()
     if gpus and given.ranks > gpus:
@@ -181,25 +183,29 @@ def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(where, *rest.split("; ", 1)) from None
 
 
-def warn_of_memory(config: HyperMoEConfig, settings: Mapping[str, Any], sides: int, ranks: int) -> None:
-    """One line where the sides in memory together look larger than it.
+def rounds_that_fit(config: HyperMoEConfig, settings: Mapping[str, Any], sides: int, ranks: int) -> int:
+    """0 where all sides fit into memory together, else 2 rounds of one side at a time, told in a line.
 
-    16 bytes a parameter (weights, gradients and AdamW in fp32), and as activations in fp32 16 D and 4 K F numbers a
-    layer and three times the logits.
+    A bound from what was seen of the engine under ZeRO 1: a parameter takes 28 bytes in fp32 and 22 in bf16 (weights,
+    gradients twice, fp32 gradients, master weights and moments), and activations 16 D and 4 K F numbers a layer and
+    three times the logits, in fp32.
     """
     width = 16 * config.hidden_size + 4 * config.num_experts_per_tok * config.moe_intermediate_size
     numbers = config.num_hidden_layers * width + 3 * config.vocab_size
     activations = 4 * numbers * settings["micro_batch_size"] * settings["sequence_length"]
-    needed = sides * 16 * config.parameter_counts().total + activations * ranks
-    free = psutil.virtual_memory().available
+    state = (28 if settings["precision"] == "fp32" else 22) * config.parameter_counts().total
+    needed, free = sides * (state + ranks * activations), psutil.virtual_memory().available
     if torch.cuda.is_available():
         free = ranks * torch.cuda.mem_get_info()[0]
-    if needed > free:
-        print(
-            f"warning: about {needed / 2**30:.1f} GiB needed and {free / 2**30:.1f} GiB free; --in-turns keeps one "
-            "side in memory at a time",
-            file=sys.stderr,
-        )
+    if needed <= free:
+        return 0
+    print(
+        f"note: {sides} sides need about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free",
+        f"{f'; one at a time, {_ROUNDS} rounds (--in-turns 0: all at once)' if sides > 1 else ''}",
+        sep="",
+        file=sys.stderr,
+    )
+    return _ROUNDS if sides > 1 else 0
 
 
 def write(path: Path | None, content: str) -> None:
@@ -230,8 +236,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads of a rank (default: its share of the cores)")
     add("--seed", type=int, default=1234, help="of weights and token ids (default: 1234)")
     add("--repeat-batch", action="store_true", help="the same token ids in every step, so that the loss falls")
-    turns = "keep one side in memory at a time: a share of its steps, then the next side's; so many times (default: 2)"
-    add("--in-turns", type=int, nargs="?", const=2, default=0, metavar="ROUNDS", help=turns)
+    turns = "keep one side in memory at a time: a share of its steps, then the next side's, so many times; 0 keeps all "
+    turns += f"in memory and alternates step by step (default: 0 where they look like fitting, else {_ROUNDS})"
+    add("--in-turns", type=int, metavar="ROUNDS", help=turns)
     add("--json", type=Path, metavar="FILE", help="write everything: seconds, GiB, nats per token")
     add("--profile", type=Path, metavar="FILE.md", help=f"profile {_PROFILED_STEPS} more steps, in ms a step")
     add("overrides", nargs="*", metavar="key=value", help="a field of the model")
