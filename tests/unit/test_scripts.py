@@ -11,6 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON_SCRIPTS = sorted(p for folder in ("pretrain", "tools") for p in (REPOSITORY / folder).glob("*.py"))
+PYTHON_SCRIPTS += [REPOSITORY / "tools/bench" / f"{name}.py" for name in ("compare_losses", "overlap", "train_step")]
 COMMANDS = ["bash", "basename", "cat", "dirname", "grep", "head", "ls", "mkdir", "paste", "sed", "sha256sum"]
 COMMANDS += ["sort", "tail", "tr"]
 CHECKS = ("ruff", "mypy", "shellcheck", "hadolint", "python")
@@ -196,3 +197,13 @@ def test_a_script_explains_itself(script: Path) -> None:
     result = run(sys.executable, script, "--help", DS_ACCELERATOR="cpu")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: ")
+
+
+def test_the_benchmarks_of_a_gpu_say_in_one_line_that_there_is_none(bare_path: Path) -> None:
+    suite = run("bash", REPOSITORY / "tools/bench/gpu_suite.sh", PATH=str(bare_path))
+    overlap = run(sys.executable, REPOSITORY / "tools/bench/overlap.py", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    assert suite.stderr == "gpu_suite: no NVIDIA GPU on this machine; run it on one that has it\n"
+    assert suite.returncode == 1
+    [line] = overlap.stderr.splitlines()
+    assert line.startswith("error: no GPU: ")
+    assert overlap.returncode == 2

@@ -1,0 +1,66 @@
+"""Puts profiled operators into categories."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch.autograd import DeviceType
+
+# The first pattern that occurs in a name decides; names are those of operators on a CPU, of kernels on a GPU.
+_PATTERNS: tuple[tuple[str, str], ...] = (
+    ("communication", r"gloo|nccl|c10d|all_?reduce|all_?to_?all|all_?gather|reduce_?scatter|broadcast_|allreduce"),
+    ("optimizer", r"adam|optimizer|multi_tensor|foreach"),
+    ("attention", r"scaled_dot_product|flash|fmha|attention|sdpa"),
+    ("cross-entropy", r"log_softmax|nll_loss|cross_entropy|LogSoftMax"),
+    ("GEMM", r"::mm|addmm|bmm|matmul|grouped_mm|mkldnn_linear|::linear|gemm|cutlass|cublas|nvjet|xmma"),
+)
+OTHER = "elementwise and other"
+CATEGORIES = (*(name for name, _ in _PATTERNS), OTHER)
+HOW = (
+    "Self times of one profiled rank, summed by name: operators on a CPU, kernels on a GPU. "
+    + "; ".join(f"{name}: `{pattern}`" for name, pattern in _PATTERNS).replace("|", "\\|")
+    + f"; {OTHER}: what is left, copies and routing too. The first match in this order counts. Communication runs "
+    "beside other work and its time includes waiting, so the sum can exceed a step."
+)
+
+
+def category(name: str) -> str:
+    """The category of an operator or kernel."""
+    return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
+    """Milliseconds of each category in one step.
+
+    Args:
+        events: `profiler.key_averages()`.
+        steps: steps that were profiled.
+    """
+    on_cpu = [(event.key, event.self_cpu_time_total) for event in events if event.device_type == DeviceType.CPU]
+    kernels = [
+        (event.key, event.self_device_time_total)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.key.startswith(("Optimizer.", "nccl:", "ProfilerStep"))
+    ]  # those left out are annotations, which span kernels that count themselves
+    sums = dict.fromkeys(CATEGORIES, 0.0)
+    for name, microseconds in kernels or on_cpu:
+        sums[category(name)] += microseconds / 1e3 / steps
+    return sums
+
+
+def markdown(milliseconds_of_sides: Mapping[str, Mapping[str, float]]) -> str:
+    """A table: for each side the share and the milliseconds a step of each category."""
+    sides = list(milliseconds_of_sides)
+    totals = {side: sum(milliseconds_of_sides[side].values()) or 1.0 for side in sides}
+    lines = [
+        "| category | " + " | ".join(f"{side}, share | {side}, ms" for side in sides) + " |",
+        "| --- |" + " ---: |" * (2 * len(sides)),
+    ]
+    for kind in CATEGORIES:
+        cells = [
+            f"{milliseconds_of_sides[side][kind] / totals[side]:.1%} | {milliseconds_of_sides[side][kind]:,.1f}"
+            for side in sides
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    lines.append("| sum | " + " | ".join(f"100 % | {totals[side]:,.1f}" for side in sides) + " |")
+    return "\n".join([*lines, "", HOW, ""])
