@@ -50,7 +50,9 @@ class StepMeter:
         member_TN = torch.zeros_like(logits_TN, dtype=torch.long).scatter_(1, selected_TK, 1)
         load_N = member_TN.sum(0) / selected_TK.numel()  # bincount would wait for the device
         ratio = norms_2[1] / norms_2[0].clamp_min(1e-20)
-        return torch.cat([torch.stack([entropy, ratio, count_distinct(selected_TK, self._num_experts).float()]), load_N])
+        return torch.cat(
+            [torch.stack([entropy, ratio, count_distinct(selected_TK, self._num_experts).float()]), load_N]
+        )
 
     def read(self) -> StepStatistics:
         """Average over micro-batches and ranks (collective) and start anew."""

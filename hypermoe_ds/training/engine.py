@@ -78,7 +78,6 @@ def build_engine(
     if config.router_aux_loss_scope == "data_parallel":
         model.sum_over_ranks = sum_over_ranks
     model.lm_head.fused_cross_entropy = _fused_cross_entropy()
-    overlap_hyper_experts(model, parallel.overlap_hyper_experts)
     for module in model.modules():
         if isinstance(module, HyperExperts):
             module.keeps_modules = False  # DeepSpeed writes parameters where no version counts it
@@ -92,6 +91,7 @@ def build_engine(
         lr_scheduler=lambda basic: build_schedule(basic, schedule, train.steps),
         config=ds_config,
     )
+    overlap_hyper_experts(model, parallel.overlap_hyper_experts)
     return engine
 
 

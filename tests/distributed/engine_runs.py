@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
+from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
 from hypermoe_ds.training.loop import optimizer_step
@@ -54,7 +55,9 @@ def engine_of(layout: Layout) -> Any:
     wake_hypernetwork()
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     schedule = ScheduleConfig(name="linear")
-    return build_engine(model_config(layout), ds_config_of(layout), optimizer, schedule, train_config(layout))
+    return build_engine(
+        model_config(layout), ds_config_of(layout), optimizer, schedule, train_config(layout), ParallelConfig()
+    )
 
 
 class Watcher:

@@ -19,6 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import SwiGLU
+from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine
 from hypermoe_ds.training.loop import optimizer_step
@@ -57,7 +58,7 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
     if side == "deepspeed_moe":
         engine = _deepspeed_moe(config, ds_config, train, settings["expert_parallel"])
     else:
-        engine = build_engine(config, ds_config, _OPTIMIZER, ScheduleConfig(name="constant"), train)
+        engine = build_engine(config, ds_config, _OPTIMIZER, ScheduleConfig(name="constant"), train, ParallelConfig())
     if side == "per_token":
         _force_per_token(engine.module)
     return engine.module, _engine_step(engine)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from hypermoe_ds import modeling
 from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export import hf
 from hypermoe_ds.export.hf import check_output, export, read_model
-from hypermoe_ds import modeling
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.helpers.corpus import stdlib_texts
 

@@ -135,14 +135,13 @@ def test_a_collapsed_router_shows(expert: int, layer: int) -> None:
 def test_distinct_selections_are_counted_as_sets_are(experts: int, chosen: int, tokens: int) -> None:
     generator = np.random.default_rng(tokens)
     scores = generator.normal(size=(tokens, experts)).argsort(-1)
-    member = torch.tensor(scores < chosen).long()
-    few = member[torch.tensor(generator.integers(0, max(1, tokens // 7), size=tokens))]  # each several times
-    # Rows that differ in a single far-off expert, in every word of the key.
-    near = torch.zeros(experts + 1, experts, dtype=torch.long)
-    near[1:] = torch.eye(experts, dtype=torch.long)
-    for rows in (member, few, near, torch.cat([near, member, near.flip(0)])):
-        expected = len({frozenset(row.nonzero().flatten().tolist()) for row in rows})
-        assert count_distinct(rows).item() == expected
+    selected = torch.tensor(scores[:, :chosen].copy())
+    few = selected[torch.tensor(generator.integers(0, max(1, tokens // 7), size=tokens))]  # each several times
+    # Sets that differ in a single far-off expert, in every word of the key.
+    near = torch.arange(chosen).repeat(experts - chosen + 1, 1)
+    near[:, -1] = torch.arange(chosen - 1, experts)
+    for rows in (selected, few, near, torch.cat([near, selected, near.flip(0).flip(1)])):
+        assert count_distinct(rows, experts).item() == len({frozenset(row) for row in rows.tolist()})
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 2), (70, 3)])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
+from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training import engine
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -46,7 +47,7 @@ def built_model(monkeypatch: pytest.MonkeyPatch) -> Any:
         vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=2
     )
     train = TrainConfig(steps=1, micro_batch_size=1, global_batch_size=1, precision="fp32")
-    build_engine(config, {}, OptimizerConfig(lr=1e-3), ScheduleConfig(), train)
+    build_engine(config, {}, OptimizerConfig(lr=1e-3), ScheduleConfig(), train, ParallelConfig())
     return given[0]
 
 

@@ -1,0 +1,280 @@
+"""HyperExperts beside one expert of the same model, and their exact forms beside each other: time and memory, forward
+and backward. Both sides of a ratio run in turn in one process; memory is that of a process of its own.
+
+    python tools/bench/hyper_experts.py [--dtype bf16] [--json FILE] [--plot FILE.png]
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.modeling.hyper_costs import cost_factored, cost_per_set
+from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
+from report import machine
+
+D, A, B, LAYERS, WIDTH = 768, 64, 128, 12, 128  # the published sizes at GPT-2 small's width
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRID = [(N, K, T) for N in (8, 16, 64) for K in (1, 2, 4, 8) for T in (512, 4096)]
+
+
+def main() -> None:
+    """Arguments and wiring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="default: fp32")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="counted runs of each side (default: 7)")
+    parser.add_argument("--skip-grid", action="store_true", help="leave out the comparison of the forms")
+    parser.add_argument("--calibrate", action="store_true", help="print the device's rates for the cost model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, seconds and bytes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the forms' cost (needs matplotlib)")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda", "there is no GPU", "leave it out")
+    where = {"device": given.device, "dtype": DTYPES[given.dtype]}
+    if given.memory_of:
+        print(added_memory(given.memory_of, where))
+        return
+
+    found: dict[str, Any] = {"machine": machine(given.device), "dtype": given.dtype, "threads": torch.get_num_threads()}
+    found["branch"] = [beside_an_expert(N, K, T, given.repeats, where) for N, K, T in shapes_of(given.dtype)]
+    found["memory"] = memory_ratio(given.device, given.dtype)
+    print(branch_table(found))
+    if not given.skip_grid:
+        bar = tqdm(GRID, "forms", unit="shape", leave=False)
+        found["forms"] = [forms_of(N, K, T, given.repeats, where) for N, K, T in bar]
+        print(forms_table(found["forms"]))
+    if given.calibrate:
+        print(calibration(found["forms"], where["dtype"]))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if given.plot:
+        plot(found, given.plot)
+
+
+def shapes_of(dtype: str) -> list[tuple[int, int, int]]:
+    """N, K and T of the comparisons with an expert; the published form takes gigabytes beyond them."""
+    return [(8, 1, 2048), (8, 1, 8192), (8, 2, 2048)] if dtype == "fp32" else [(8, 1, 2048), (8, 1, 8192)]
+
+
+def build(num_experts: int, layers: int, where: Mapping[str, Any]) -> tuple[list[HyperExperts], HyperNetwork]:
+    """The HyperExperts of some layers and the hypernetwork they share."""
+    hypernetwork = HyperNetwork(D, WIDTH, layers, 10, B, A)
+    branches = [HyperExperts(SelectionEncoder(num_experts, WIDTH, WIDTH, WIDTH), layer) for layer in range(layers)]
+    for module in (hypernetwork, *branches):
+        module.to(**where)
+    return branches, hypernetwork
+
+
+def selections(tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
+    """Evenly spread selections [T, K]."""
+    return torch.rand(tokens, num_experts, device=device).argsort(dim=1)[:, :top_k]
+
+
+def all_layers(
+    branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, selected_TK: Tensor, form: str
+) -> None:
+    """Forward and backward of the HyperExperts of all layers, as in one pass of a model."""
+    ahead = None
+    if form == "auto":
+        ahead = generate_ahead(branches, hypernetwork, x_TD.shape[0], selected_TK.shape[1])
+    outputs = [
+        branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
+        for branch, modules in zip(branches, ahead or [None] * len(branches), strict=True)
+    ]
+    torch.autograd.backward(outputs, [x_TD.detach()] * len(outputs))
+
+
+def expert(where: Mapping[str, Any]) -> nn.Module:
+    """One GELU expert of width 4D, as the published model's."""
+    return nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)).to(**where)
+
+
+def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each side; the sides run in turn, after two runs each that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats + 2):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: median(seconds[2:]) for name, seconds in times.items()}
+
+
+def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[[], None]:
+    """`run` with the gradients of the time before let go, as after an optimizer step."""
+
+    def clean() -> None:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        run()
+
+    return clean
+
+
+def beside_an_expert(N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The branch of a layer, the hypernetwork shared by 12, beside one expert and the published form."""
+    x_TD = torch.randn(T, D, **where).requires_grad_()
+    selected_TK = selections(T, N, K, where["device"])
+    single = expert(where)
+    branches, hypernetwork = build(N, LAYERS, where)
+    sides = {
+        "expert": without_gradients(lambda: single(x_TD).backward(x_TD.detach()), single),
+        "branch": without_gradients(
+            lambda: all_layers(branches, hypernetwork, x_TD, selected_TK, "auto"), hypernetwork, *branches
+        ),
+    }
+    if T <= 2048:
+        sides["per_token"] = without_gradients(
+            lambda: all_layers(branches[:1], hypernetwork, x_TD, selected_TK, "per_token"), hypernetwork
+        )
+    seconds = medians(sides, repeats, where["device"])
+    seconds["branch"] /= LAYERS
+    return {"N": N, "K": K, "T": T, "seconds": seconds}
+
+
+def forms_of(N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The forms and `auto` in one layer by itself."""
+    x_TD = torch.randn(T, D, **where).requires_grad_()
+    selected_TK = selections(T, N, K, where["device"])
+    branches, hypernetwork = build(N, 1, where)
+    sides = {
+        form: without_gradients(
+            lambda form=form: all_layers(branches, hypernetwork, x_TD, selected_TK, form), hypernetwork, *branches
+        )
+        for form in ("per_set", "factored", "auto")
+    }
+    sets = len({frozenset(row) for row in selected_TK.tolist()})
+    sets = math.comb(N, K) if branches[0].knows_sets(T, K, hypernetwork.sizes) else sets
+    seconds = medians(sides, max(3, repeats // 2), where["device"])
+    return {"N": N, "K": K, "T": T, "sets": sets, "seconds": seconds}
+
+
+def added_memory(side: str, where: Mapping[str, Any]) -> int:
+    """Most bytes that a side of 12 layers holds beside its parameters and input, N=8, K=1, T=2048."""
+    x_TD, selected_TK = torch.randn(2048, D, **where).requires_grad_(), selections(2048, 8, 1, where["device"])
+    torch.autograd.backward([expert(where)(x_TD[:64])], [x_TD[:64].detach()])  # what libraries allocate once
+    if side == "branch":
+        branches, hypernetwork = build(8, LAYERS, where)
+        base = held(where["device"])
+        all_layers(branches, hypernetwork, x_TD, selected_TK, "auto")
+    else:
+        experts = [expert(where) for _ in range(LAYERS)]
+        base = held(where["device"])
+        outputs = [each(x_TD) for each in experts]
+        torch.autograd.backward(outputs, [x_TD.detach()] * LAYERS)
+    return held(where["device"]) - base
+
+
+def held(device: str) -> int:
+    """Most bytes held so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()  # not getrusage, which counts the parent's peak too
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def memory_ratio(device: str, dtype: str) -> dict[str, int]:
+    """`added_memory` of both sides, each in a process of its own."""
+    command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of"]
+    return {side: int(subprocess.check_output([*command, side])) for side in ("expert", "branch")}
+
+
+def branch_table(found: Mapping[str, Any]) -> str:
+    """Ratios first."""
+    rows = [
+        "| N, K, T | branch / expert | published / branch | expert, ms | branch, ms | published, ms |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for case in found["branch"]:
+        t = case["seconds"]
+        numbers = [t["branch"] / t["expert"], math.nan, t["expert"] * 1e3, t["branch"] * 1e3, math.nan]
+        if "per_token" in t:
+            numbers[1], numbers[4] = t["per_token"] / t["branch"], t["per_token"] * 1e3
+        shown = [form.format(number) for form, number in zip(("{:.3f}", *["{:.1f}"] * 4), numbers, strict=True)]
+        rows.append(f"| {case['N']}, {case['K']}, {case['T']} | {' | '.join(shown)} |".replace("nan", "-"))
+    memory = found["memory"]
+    rows += [
+        "",
+        f"memory added, branch / expert: {memory['branch'] / memory['expert']:.3f} "
+        f"({memory['branch'] / 2**20:.0f} / {memory['expert'] / 2**20:.0f} MiB for {LAYERS} layers)",
+        f"{found['dtype']}, D={D} A={A} B={B}, generation shared by {LAYERS} layers, threads {found['threads']} | "
+        + " | ".join(f"{key} {value}" for key, value in found["machine"].items()),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def forms_table(forms: list[dict[str, Any]]) -> str:
+    """`auto` beside the best form for each shape."""
+    rows = ["| N | K | T | sets | auto / best | per_set, ms | factored, ms | auto, ms |", "|" + " ---: |" * 8]
+    for case in forms:
+        t = case["seconds"]
+        rows.append(
+            f"| {case['N']} | {case['K']} | {case['T']} | {case['sets']} | "
+            f"{t['auto'] / min(t['per_set'], t['factored']):.2f} | "
+            + " | ".join(f"{t[form] * 1e3:.1f}" for form in ("per_set", "factored", "auto"))
+            + " |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def calibration(forms: list[dict[str, Any]], dtype: torch.dtype) -> str:
+    """Rates that fit the forms' times best, by least squares of the relative error, none negative."""
+    sizes = build(2, 1, {"device": "cpu", "dtype": dtype})[1].sizes
+    rows, times = [], []
+    for case in forms:
+        for form, cost in (
+            ("per_set", cost_per_set(case["T"], case["sets"], sizes)),
+            ("factored", cost_factored(case["T"], sizes)),
+        ):
+            rows.append([cost.flops, cost.elements * dtype.itemsize, cost.products])
+            times.append(case["seconds"][form])
+    seconds = torch.tensor(times, dtype=torch.float64)
+    scaled = torch.tensor(rows, dtype=torch.float64) / seconds.unsqueeze(1)
+    size = scaled.norm(dim=0)
+    share = torch.zeros(3, dtype=torch.float64)
+    step = 1 / torch.linalg.matrix_norm(scaled / size, 2) ** 2
+    for _ in range(20000):  # projected gradient
+        share = (share - step * (scaled / size).T @ (scaled / size @ share - 1)).clamp_min(0)
+    flops, moved, start = (share / size).tolist()
+    return f"flops {1 / max(flops, 1e-30):.3g}/s, bytes {1 / max(moved, 1e-30):.3g}/s, start {start:.3g} s"
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """Seconds of each form against the number of sets, one picture for each T."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        raise UserError("--plot", "matplotlib is not installed", "pip install matplotlib") from None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    lengths = sorted({case["T"] for case in found["forms"]})
+    for axes, length in zip(figure.subplots(1, len(lengths)), lengths, strict=True):
+        cases = sorted((case for case in found["forms"] if case["T"] == length), key=lambda case: case["sets"])
+        for form, style in (("per_set", "o-"), ("factored", "s-"), ("auto", "k--")):
+            milliseconds = [case["seconds"][form] * 1e3 for case in cases]
+            axes.plot([case["sets"] for case in cases], milliseconds, style, label=form)
+        for case in cases:
+            axes.annotate(f"{case['N']}/{case['K']}", (case["sets"], case["seconds"]["auto"] * 1e3), fontsize=7)
+        axes.set(xscale="log", yscale="log", xlabel="sets generated", ylabel="forward and backward, ms")
+        axes.set_title(f"T = {length}, {found['dtype']} (labels: N/K)")
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
