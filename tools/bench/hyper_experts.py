@@ -7,6 +7,7 @@ and backward. Both sides of a ratio run in turn in one process; memory is that o
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -90,11 +91,10 @@ def all_layers(
     ahead = None
     if form == "auto":
         ahead = generate_ahead(branches, hypernetwork, x_TD.shape[0], selected_TK.shape[1])
-    outputs = [
-        branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
-        for branch, modules in zip(branches, ahead or [None] * len(branches), strict=True)
-    ]
-    torch.autograd.backward(outputs, [x_TD.detach()] * len(outputs))
+    y_TD = x_TD
+    for branch, modules in zip(branches, ahead or [None] * len(branches), strict=True):
+        y_TD = y_TD + branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
+    y_TD.backward(x_TD.detach())
 
 
 def expert(where: Mapping[str, Any]) -> nn.Module:
@@ -105,8 +105,10 @@ def expert(where: Mapping[str, Any]) -> nn.Module:
 def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
     """Median seconds of each side; the sides run in turn, after two runs each that do not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides.items())
     for _ in range(repeats + 2):
-        for name, run in sides.items():
+        order.append(order.pop(0))  # else one side always finds what a large one has left of the caches
+        for name, run in order:
             began = time.perf_counter()
             run()
             if device == "cuda":
@@ -175,8 +177,10 @@ def added_memory(side: str, where: Mapping[str, Any]) -> int:
     else:
         experts = [expert(where) for _ in range(LAYERS)]
         base = held(where["device"])
-        outputs = [each(x_TD) for each in experts]
-        torch.autograd.backward(outputs, [x_TD.detach()] * LAYERS)
+        y_TD = x_TD
+        for each in experts:
+            y_TD = y_TD + each(x_TD)
+        y_TD.backward(x_TD.detach())
     return held(where["device"]) - base
 
 
@@ -189,9 +193,13 @@ def held(device: str) -> int:
 
 
 def memory_ratio(device: str, dtype: str) -> dict[str, int]:
-    """`added_memory` of both sides, each in a process of its own."""
+    """`added_memory` of both sides, each in a process of its own.
+
+    There every tensor is mapped by itself, so that live tensors are counted and not the holes of a heap.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of"]
-    return {side: int(subprocess.check_output([*command, side])) for side in ("expert", "branch")}
+    return {side: int(subprocess.check_output([*command, side], env=environment)) for side in ("expert", "branch")}
 
 
 def branch_table(found: Mapping[str, Any]) -> str:
