@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
+from hypermoe_ds.modeling import hyper_experts
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
@@ -53,6 +54,8 @@ def ds_config_of(layout: Layout) -> dict[str, Any]:
 
 def engine_of(layout: Layout) -> Any:
     wake_hypernetwork()
+    if layout.form is not None:
+        hyper_experts.cheaper_form = lambda *_: layout.form  # this process runs nothing else
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     schedule = ScheduleConfig(name="linear")
     return build_engine(

@@ -64,6 +64,7 @@ class Layout:
         accumulation: micro-batches of a rank in a step.
         recompute: activation checkpointing.
         precision: of weights and activations.
+        form: of the HyperExperts; None leaves it to the cost, which at these sizes says "factored".
         model: fields of the model that differ from `SMALL`.
     """
 
@@ -73,6 +74,7 @@ class Layout:
     accumulation: int = 1
     recompute: bool = False
     precision: str = "fp32"
+    form: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -16,6 +16,8 @@ from small_runs import CLIP, MOST_RANKS, SMALL, STEPS, Layout, PlainRun, model_c
 from tests.helpers.ranks import run_on_ranks
 
 TOP_1 = {"num_experts_per_tok": 1}
+ROUTE = {"hyper_conditioning": "route"}
+WIDE = {"num_experts": 16, "adapter_size": 16}  # more modules than fit
 BARE = {"shared_expert_size": 0, "first_dense_layers": 0, "norm_topk_prob": False}
 
 LAYOUTS = {
@@ -36,6 +38,13 @@ LAYOUTS = {
     "top-1, EP 2": Layout(expert=2, model=TOP_1),
     "bare, EP 2": Layout(expert=2, model=BARE),
     "bare top-1, EP 2": Layout(expert=2, model=BARE | TOP_1),
+    "top-1, at once, EP 2": Layout(expert=2, model=TOP_1, form="per_set"),
+    "top-1, at once, EP 2, accumulation": Layout(expert=2, model=TOP_1, form="per_set", accumulation=2),
+    "top-1, at once, ZeRO 3, recomputed": Layout(expert=2, stage=3, recompute=True, model=TOP_1, form="per_set"),
+    "by layer, ZeRO 3": Layout(expert=2, stage=3, model=WIDE, form="per_set"),
+    "by layer, EP 2, recomputed": Layout(expert=2, recompute=True, model=WIDE, form="per_set"),
+    "route, EP 2": Layout(expert=2, model=ROUTE, form="per_set"),
+    "route, ZeRO 3": Layout(expert=2, stage=3, model=ROUTE, form="per_set"),
     "no hypernetwork, EP 2": Layout(expert=2, model={"hypernetwork": False}),
     "all experts, untied, EP 2": Layout(expert=2, model={"num_experts_per_tok": 4, "tie_word_embeddings": False}),
     "loads of each micro-batch, EP 2": Layout(
