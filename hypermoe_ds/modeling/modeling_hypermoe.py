@@ -196,7 +196,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         Only what reads no parameter runs there: their gradients are gathered and reduced on the main stream.
         """
         assert self.hyper_experts is not None
-        run = partial(
+        run: Callable[[], Tensor] = partial(
             self.hyper_experts,
             hidden_TD,
             routing.selected_TK,
@@ -204,14 +204,14 @@ class DecoderLayer(GradientCheckpointingLayer):
             gates_TK=routing.gates_TK,
             generated=weights,
         )
-        stream = None if weights is None or routing.gates_TK is None else self.hyper_stream
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-            for tensor in (hidden_TD, routing.selected_TK, routing.gates_TK, *(weights or ())):
-                tensor.record_stream(stream)  # the backward pass reads them there again
-        with torch.cuda.stream(stream):  # of None: the current one
-            output: Tensor = run()
-        return output
+        stream = self.hyper_stream
+        if stream is None or weights is None or routing.gates_TK is None:
+            return run()
+        stream.wait_stream(torch.cuda.current_stream())
+        for tensor in (hidden_TD, routing.selected_TK, routing.gates_TK, *weights):
+            tensor.record_stream(stream)  # the backward pass reads them there again
+        with torch.cuda.stream(stream):
+            return run()
 
 
 def _hyper_experts(config: HyperMoEConfig, layer_idx: int) -> HyperExperts | BakedHyperExperts:

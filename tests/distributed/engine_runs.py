@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.modeling import hyper_experts
+from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine

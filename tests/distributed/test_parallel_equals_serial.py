@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import RankRun, train_on_rank
-from small_runs import CLIP, MOST_RANKS, SMALL, STEPS, Layout, PlainRun, model_config, plain_run
+from small_runs import CLIP, MOST_RANKS, STEPS, Layout, PlainRun, model_config, plain_run
 
 from tests.helpers.ranks import run_on_ranks
 
@@ -121,7 +121,7 @@ def test_the_weights_are_those_of_one_process_on_every_rank(name: str, runs: dic
 def converted(parameters: dict[str, Any], layout: Layout, rank: int) -> dict[str, Any]:
     """The plain model's weights under the names and in the cut of the expert-parallel one."""
     width = model_config(layout).moe_intermediate_size
-    own = SMALL["num_experts"] // layout.expert
+    own = model_config(layout).num_experts // layout.expert
     mine = slice(rank % layout.expert * own, (rank % layout.expert + 1) * own)
     result = {}
     for name, value in parameters.items():

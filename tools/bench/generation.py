@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import machine
 
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
+from report import machine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,7 +43,9 @@ def main() -> None:
                 seconds[name].append(taken)
     print(table(seconds, given.batch * given.new))
     where = machine(device)
-    print(f"{given.preset}, {given.dtype}, batch {given.batch}, prompt {given.prompt}, {given.new} new tokens, ", end="")
+    print(
+        f"{given.preset}, {given.dtype}, batch {given.batch}, prompt {given.prompt}, {given.new} new tokens, ", end=""
+    )
     print(f"threads {torch.get_num_threads()} | " + " | ".join(f"{key} {value}" for key, value in where.items()))
     if given.json:
         given.json.write_text(json.dumps({"seconds": seconds, "machine": where}, indent=1) + "\n", encoding="utf-8")
