@@ -119,7 +119,7 @@ def test_the_settings_as_run_are_kept_whole(whole_run: Path, recipe: Path) -> No
     settings = yaml.safe_load((resolved / "config.yaml").read_text())
     given = yaml.safe_load(recipe.read_text())
     assert settings["run"]["dir"] == str(whole_run)
-    assert settings["parallel"] == {"expert": 2}
+    assert settings["parallel"] == {"expert": 2, "overlap_hyper_experts": True}
     assert settings["optimizer"] == {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     assert given["train"].items() <= settings["train"].items()
     ds_config = json.loads((resolved / "deepspeed.json").read_text())
