@@ -15,6 +15,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("GEMM", r"::mm|addmm|bmm|matmul|grouped_mm|mkldnn_linear|::linear|gemm|cutlass|cublas|nvjet|xmma"),
 )
 OTHER = "elementwise and other"
+_LARGEST = 8  # operators of it that are named
 CATEGORIES = (*(name for name, _ in _PATTERNS), OTHER)
 HOW = (
     "Self times of one profiled rank, summed by name: operators on a CPU, kernels on a GPU. "
@@ -30,7 +31,7 @@ def category(name: str) -> str:
 
 
 def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
-    """Milliseconds of each category in one step.
+    """Milliseconds of each category in one step, and of the largest operators that are in none.
 
     Args:
         events: `profiler.key_averages()`.
@@ -43,24 +44,27 @@ def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
         if event.device_type == DeviceType.CUDA and not event.key.startswith(("Optimizer.", "nccl:", "ProfilerStep"))
     ]  # those left out are annotations, which span kernels that count themselves
     sums = dict.fromkeys(CATEGORIES, 0.0)
+    largest: dict[str, float] = {}
     for name, microseconds in kernels or on_cpu:
-        sums[category(name)] += microseconds / 1e3 / steps
-    return sums
+        kind = category(name)
+        sums[kind] += microseconds / 1e3 / steps
+        if kind == OTHER:
+            largest[f"{OTHER}: {name[:60]}"] = microseconds / 1e3 / steps
+    return sums | dict(sorted(largest.items(), key=lambda item: -item[1])[:_LARGEST])
 
 
 def markdown(milliseconds_of_sides: Mapping[str, Mapping[str, float]]) -> str:
     """A table: for each side the share and the milliseconds a step of each category."""
     sides = list(milliseconds_of_sides)
-    totals = {side: sum(milliseconds_of_sides[side].values()) or 1.0 for side in sides}
+    totals = {side: sum(milliseconds_of_sides[side][kind] for kind in CATEGORIES) or 1.0 for side in sides}
+    named = dict.fromkeys(name for side in sides for name in milliseconds_of_sides[side] if name not in CATEGORIES)
     lines = [
         "| category | " + " | ".join(f"{side}, share | {side}, ms" for side in sides) + " |",
         "| --- |" + " ---: |" * (2 * len(sides)),
     ]
-    for kind in CATEGORIES:
-        cells = [
-            f"{milliseconds_of_sides[side][kind] / totals[side]:.1%} | {milliseconds_of_sides[side][kind]:,.1f}"
-            for side in sides
-        ]
+    for kind in (*CATEGORIES, *named):
+        values = [(milliseconds_of_sides[side].get(kind, 0.0), totals[side]) for side in sides]
+        cells = [f"{value / total:.1%} | {value:,.1f}" for value, total in values]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     lines.append("| sum | " + " | ".join(f"100 % | {totals[side]:,.1f}" for side in sides) + " |")
     return "\n".join([*lines, "", HOW, ""])
