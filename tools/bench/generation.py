@@ -36,8 +36,10 @@ def main() -> None:
     vocabulary = sides["moe"].config.vocab_size
     prompt = torch.randint(0, vocabulary, (given.batch, given.prompt), device=device)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides.items())
     for repeat in range(given.repeats + 1):
-        for name, model in sides.items():
+        order.append(order.pop(0))
+        for name, model in order:
             taken = generate(model, prompt, given.new)
             if repeat:
                 seconds[name].append(taken)

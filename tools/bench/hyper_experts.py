@@ -107,7 +107,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
     for _ in range(repeats + 2):
-        order.append(order.pop(0))  # else one side always finds what a large one has left of the caches
+        order.reverse()  # else the same side always follows a large one, and finds what that left of the caches
         for name, run in order:
             began = time.perf_counter()
             run()
@@ -162,7 +162,7 @@ def forms_of(N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> 
     }
     sets = len({frozenset(row) for row in selected_TK.tolist()})
     sets = math.comb(N, K) if branches[0].knows_sets(T, K, hypernetwork.sizes) else sets
-    seconds = medians(sides, max(3, repeats // 2), where["device"])
+    seconds = medians(sides, max(5, repeats // 2), where["device"])
     return {"N": N, "K": K, "T": T, "sets": sets, "seconds": seconds}
 
 
@@ -267,7 +267,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
-        raise UserError("--plot", "matplotlib is not installed", "pip install matplotlib") from None
+        raise UserError("--plot", "matplotlib is not installed", "bash launch/setup.sh bench") from None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     lengths = sorted({case["T"] for case in found["forms"]})
     for axes, length in zip(figure.subplots(1, len(lengths)), lengths, strict=True):

@@ -388,6 +388,17 @@ def test_only_as_many_modules_are_kept_as_there_is_room_for() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("tokens", "J"), [(1, 1), (4, 1), (1, 3), (2, 2), (5, 1)])
+def test_the_few_rows_of_a_step_of_generation_get_what_many_get(tokens: int, J: int, gated: bool) -> None:
+    weights = HyperExpertWeights(*(torch.randn(6, *shape) for shape in ((16, 8), (8,), (8, 16), (16,))))
+    x, sets, gates = torch.randn(9, 16), torch.randint(0, 6, (9, J)), torch.rand(9, J)
+    everything = generated.apply_generated(x.requires_grad_(), Taken(sets, gates if gated else None), weights)
+    with torch.no_grad():
+        taken = Taken(sets[:tokens], gates[:tokens] if gated else None)
+        assert distance(generated.apply_generated(x[:tokens], taken, weights), everything[:tokens]) < 1e-6
+
+
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("J", [1, 3])
 def test_grouped_products_and_a_loop_over_sets_give_the_same(J: int, gated: bool, monkeypatch: Any) -> None:
     width, adapter, sets = 16, 8, 6
