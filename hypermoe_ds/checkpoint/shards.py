@@ -1,0 +1,145 @@
+"""The tensors of a checkpoint: each rank writes the ranges it holds, and any range can be read by anyone.
+
+A folder has one safetensors file a shard. Of each parameter a shard holds at most one range, flattened, under
+`KIND/NAME`; the manifest says where it belongs. So what is read does not depend on how many ranks wrote it, nor on how
+the parameters were cut.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hypermoe_ds.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Piece,
+    TensorEntry,
+    Verify,
+    file_entry,
+    sync_folder,
+)
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def shard_name(shard: int) -> str:
+    """File of a shard."""
+    return f"shard_{shard:05d}.safetensors"
+
+
+def write_shard(folder: Path, shard: int, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write one shard, durably.
+
+    Args:
+        folder: the checkpoint.
+        shard: its number.
+        tensors: contiguous tensors on the CPU by `KIND/NAME`.
+    """
+    path = folder / shard_name(shard)
+    save_file(dict(tensors), path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return file_entry(path)
+
+
+def write_weights(
+    folder: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    settings: dict[str, Any],
+    state: dict[str, Any],
+    shard_bytes: int,
+) -> None:
+    """Write a checkpoint of step 0 that holds weights alone, from one process and a shard at a time.
+
+    Args:
+        folder: a folder that exists and is empty.
+        weights: parameters by the training model's names, each whole; written in fp32.
+        settings: the recipe.
+        state: position of the run.
+        shard_bytes: most bytes of a shard of more than one parameter.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    files: dict[str, FileEntry] = {}
+    shard: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if shard:
+            files[shard_name(len(files))] = write_shard(folder, len(files), shard)
+            shard.clear()
+
+    for name, tensor in weights:
+        if shard and sum(part.nbytes for part in shard.values()) + 4 * tensor.numel() > shard_bytes:
+            flush()
+        tensors[name] = TensorEntry(tuple(tensor.shape), (Piece(len(files), 0, tensor.numel()),))
+        shard[f"{WEIGHT}/{name}"] = tensor.detach().to(torch.float32).flatten().contiguous()
+    flush()
+    Manifest(0, state, settings, tensors, (WEIGHT,), files).write(folder)
+    sync_folder(folder)
+
+
+class CheckpointReader:
+    """Reads a checkpoint, each range when it is asked for; a context manager, since it keeps files open.
+
+    Args:
+        folder: the checkpoint.
+        verify: what is compared with the manifest before anything is read.
+
+    Attributes:
+        manifest: what the checkpoint is made of.
+
+    Raises:
+        UserError: a file is missing or differs from what was written.
+    """
+
+    def __init__(self, folder: Path, verify: Verify = "sizes") -> None:
+        self.manifest = Manifest.read(folder)
+        self.manifest.check_files(folder, verify)
+        self._folder = folder
+        self._open = ExitStack()
+        self._shards: dict[int, Any] = {}
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._shards.clear()
+        self._open.close()
+
+    def read(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """A whole parameter, or moment of one, in fp32 and its shape."""
+        entry = self.manifest.tensors[name]
+        return self.read_range(name, 0, torch.Size(entry.shape).numel(), kind).view(entry.shape)
+
+    def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
+        """Elements `start` to `stop` of a flattened parameter, or moment of one, in fp32; [stop - start]."""
+        values = torch.empty(stop - start)
+        for piece in self.manifest.tensors[name].pieces:
+            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                stored = self._shard(piece.shard).get_slice(f"{kind}/{name}")
+                values[first - start : last - start] = stored[first - piece.start : last - piece.start]
+        return values
+
+    def extra(self, shard: int, name: str) -> Tensor | None:
+        """A tensor beside the parameters, such as a rank's random state; None where that shard has none."""
+        if shard_name(shard) not in self.manifest.files:
+            return None
+        file = self._shard(shard)
+        tensor: Tensor | None = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (no dict)
+        return tensor
+
+    def _shard(self, shard: int) -> Any:
+        if shard not in self._shards:
+            self._shards[shard] = self._open.enter_context(safe_open(self._folder / shard_name(shard), "pt"))
+        return self._shards[shard]
