@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,26 @@ class FileEntry:
     sha256: str
 
 
+def versions_now() -> dict[str, str]:
+    """Git commit of the code and versions of the packages that matter."""
+    found = {"git_commit": _git_commit()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _git_commit() -> str:
+    """Commit of the checkout that this file belongs to, "unknown" outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Content of a checkpoint.
@@ -78,7 +99,7 @@ class Manifest:
     tensors: dict[str, TensorEntry]
     kinds: tuple[str, ...]
     files: dict[str, FileEntry]
-    written_by: dict[str, str] = field(default_factory=lambda: written_by())
+    written_by: dict[str, str] = field(default_factory=versions_now)
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, durably."""
@@ -166,33 +187,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def written_by() -> dict[str, str]:
-    """Git commit of the code and versions of the packages that matter."""
-    found = {"git_commit": _git_commit()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def _git_commit() -> str:
-    """Commit that this file's checkout stands at, "unknown" outside one."""
-    repository = Path(__file__).parents[2] / ".git"
-    try:
-        head = (repository / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        reference = head.removeprefix("ref: ")
-        if (repository / reference).is_file():
-            return (repository / reference).read_text().strip()
-        packed = (repository / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in packed if line.endswith(f" {reference}")), "unknown")
-    except OSError:
-        return "unknown"
 
 
 def _digest(content: dict[str, Any]) -> str:
