@@ -35,10 +35,8 @@ def main() -> None:
 
     rank, world_size = start_ranks()
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
-    if config.checkpoint.resume == "auto":
-        folder.check_same_layout(ds_config)
     engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
-    checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, model.parameter_counts().total)
+    checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, config.model_dump(mode="json"))
     checkpoints.check_room()
     saved = checkpoints.resume()
     state = TrainState.from_dict(saved) if saved else TrainState()

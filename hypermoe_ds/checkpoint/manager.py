@@ -1,22 +1,33 @@
-"""Saves and loads a run's checkpoints through DeepSpeed, and keeps the last of them.
+"""Saves and resumes a run: all ranks together, whole or not at all, beside the training."""
 
-RUN_DIR/checkpoints/step_00000100/ is one checkpoint; `latest` beside them names the newest whole
-one and is written last.
-"""
-
+import logging
 import os
-import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from threading import Thread
+from typing import Any, Literal, TypeVar
 
+import torch
 import torch.distributed
 from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor
 
+from hypermoe_ds.checkpoint import store
+from hypermoe_ds.checkpoint.engine_state import EngineState, Held
+from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, sync_folder
+from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader, shard_name, write_shard
 from hypermoe_ds.config import Settings
 from hypermoe_ds.errors import UserError
 
-_BYTES_OF_STATE = 12  # of a parameter: fp32 weight and two moments
+_LOGGER = logging.getLogger(__name__)
+_BYTES_OF_PARAMETER = 4 * (1 + len(MOMENTS))
+_RANDOM_STATE = "random_state/cpu"
+_RANDOM_STATE_OF_GPU = "random_state/cuda"
+
+Value = TypeVar("Value")
 
 
 class CheckpointConfig(Settings):
@@ -24,101 +35,111 @@ class CheckpointConfig(Settings):
 
     interval: int = Field(1000, ge=1, description="steps between two checkpoints; one more is written at the end")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="steps whose multiples are kept for good; null keeps none")
     resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
-
-
-def step_name(step: int) -> str:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a folder in `checkpoints`, oldest first."""
-    found = [re.fullmatch(r"step_(\d+)", path.name) for path in checkpoints.glob("step_*")]
-    return sorted(int(match[1]) for match in found if match)
-
-
-def latest_step(checkpoints: Path) -> int | None:
-    """Step of the newest whole checkpoint, None if there is none."""
-    latest = checkpoints / "latest"
-    if not latest.exists():
-        return None
-    match = re.fullmatch(r"step_(\d+)", latest.read_text().strip())
-    if match is None or not (checkpoints / match[0]).is_dir():
-        raise UserError(str(latest), "names no checkpoint beside it", "write the name of a step_ folder into it")
-    return int(match[1])
-
-
-def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
-    """Folder of the checkpoint of `step`, or of the newest one for None.
-
-    Raises:
-        UserError: there is none.
-    """
-    step = latest_step(checkpoints) if step is None else step
-    if step is None:
-        raise UserError(str(checkpoints), "holds no checkpoint", "train first, or give another run folder")
-    folder = checkpoints / step_name(step)
-    if not folder.is_dir():
-        known = ", ".join(map(str, saved_steps(checkpoints))) or "none"
-        raise UserError(str(folder), "does not exist", f"choose a saved step: {known}")
-    return folder
+    verify: Verify = Field("sizes", description="compared with the manifest at a resume: sizes, or full (hashes too)")
+    asynchronous: bool = Field(
+        True, description="write while training goes on, from a copy in host memory (12 bytes a parameter of a rank)"
+    )
 
 
 class CheckpointManager:
-    """Checkpoints of one run.
+    """Checkpoints of one run. Building it, saving and resuming are collective.
 
     Args:
         engine: the DeepSpeed engine to save and load.
         checkpoints: RUN_DIR/checkpoints.
         config: when to save and what to keep.
-        parameters: parameters of the model, for the disk check.
+        settings: the recipe as run, kept in each checkpoint.
     """
 
-    def __init__(self, engine: Any, checkpoints: Path, config: CheckpointConfig, parameters: int) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, checkpoints: Path, config: CheckpointConfig, settings: dict[str, Any]) -> None:
+        self._state = EngineState(engine)
         self._folder = checkpoints
         self._config = config
-        bytes_of_weight = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
-        self._size = parameters * (_BYTES_OF_STATE + bytes_of_weight)
+        self._settings = settings
+        self._device = engine.device
+        # Of its own: its messages come from another thread, and never meet those of the training.
+        self._group = torch.distributed.new_group(backend="gloo")
+        self._rank = torch.distributed.get_rank()
+        self._ranks = torch.distributed.get_world_size()
+        self._tensors = _whole_tensors(self._gather(self._state.held))
+        self._size = _BYTES_OF_PARAMETER * sum(torch.Size(entry.shape).numel() for entry in self._tensors.values())
+        self._writer: Thread | None = None
+        self._failure: UserError | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`."""
         return step % self._config.interval == 0
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint (collective).
+        """Load the newest good checkpoint, whatever layout wrote it.
+
+        Damaged ones are named and set aside.
 
         Returns:
-            The state saved with it, None if there is none.
+            The run's state saved with it, None if there is no checkpoint.
 
         Raises:
-            UserError: there are checkpoints and `checkpoint.resume` is "none".
+            UserError: there are checkpoints, and `checkpoint.resume` is "none" or none of them is good.
         """
-        step = latest_step(self._folder)
+        if self._rank == 0 and self._folder.is_dir():
+            store.remove_unfinished(self._folder)
+        step = self._told(lambda: store.latest_step(self._folder))
         if step is None:
             return None
         if self._config.resume == "none":
             raise UserError(
                 str(self._folder), "holds checkpoints", "choose another run.dir or set checkpoint.resume=auto"
             )
-        _, state = self._engine.load_checkpoint(str(self._folder), tag=step_name(step))
-        return dict(state)
+        step = self._newest_good(step)
+        with CheckpointReader(self._folder / store.step_name(step)) as reader:
+            saved = reader.manifest.state
+            self._state.load(reader, saved.get("engine", {}))
+            if saved.get("ranks") == self._ranks:
+                self._take_random_state(reader)
+        run: dict[str, Any] = saved["run"]
+        return run
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint after `step` (collective), then remove the oldest beyond `keep_last`.
+        """Write a checkpoint after `step`, then remove old ones. Training may go on before it is on disk.
+
+        Args:
+            step: optimizer steps taken.
+            state: position of the run, as JSON.
 
         Raises:
-            UserError: the disk has no room for it.
+            UserError: the disk has no room for it or fails. Of a checkpoint written beside the training that is told
+                at once in the log; the next one is then written while training waits.
         """
+        began = time.perf_counter()
+        self._join()
+        failed, self._failure = self._failure, None
         self.check_room()
-        self._engine.save_checkpoint(str(self._folder), tag=step_name(step), client_state=state)
-        if torch.distributed.get_rank() == 0:
-            self._remove_old(step)
-        torch.distributed.barrier()
+        tensors = {name: self._on_host(tensor) for name, tensor in self._state.tensors()} | _random_state()
+        saved = {"run": state, "engine": self._state.counters(), "ranks": self._ranks}
+        if self._config.asynchronous and failed is None:
+            self._writer = Thread(target=self._write_beside, args=(step, tensors, saved, began), daemon=True)
+            self._writer.start()
+            if self._rank == 0:
+                _LOGGER.info("checkpoint of step %d: training waited %.2f s", step, time.perf_counter() - began)
+        else:
+            self._write(step, tensors, saved)
+            if self._rank == 0:
+                _LOGGER.info("checkpoint of step %d: written in %.2f s", step, time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._join()
+        if self._failure is not None:
+            raise self._failure
 
     def check_room(self) -> None:
-        """Refuse to start a checkpoint that the disk cannot hold (collective). Writes nothing.
+        """Refuse to start a checkpoint that the disk cannot hold. Writes nothing.
 
         Raises:
             UserError: less is free than a checkpoint takes, or the folder cannot be written to.
@@ -127,9 +148,7 @@ class CheckpointManager:
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise UserError(f"run.dir={self._folder.parent}", "cannot be written to", "choose another run.dir")
         # The least over the ranks, taken before any of them writes: all go on, or none does.
-        least = torch.tensor(shutil.disk_usage(place).free, device=self._engine.device)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-        free = int(least)
+        free = min(self._gather(shutil.disk_usage(place).free))
         if free < self._size:
             raise UserError(
                 str(self._folder),
@@ -137,9 +156,130 @@ class CheckpointManager:
                 "free some disk or choose another run.dir",
             )
 
-    def _remove_old(self, newest: int) -> None:
-        """Keep the newest ones; one of a later step was cut off while it was written, before a resume."""
-        steps = saved_steps(self._folder)
-        whole = [step for step in steps if step <= newest]
-        for step in {*steps} - {*whole[-self._config.keep_last :]}:
-            shutil.rmtree(self._folder / step_name(step))
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """On the CPU, and a copy where the training would write into it before it is on disk."""
+        return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+    def _write_beside(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], began: float) -> None:
+        try:
+            self._write(step, tensors, saved)
+        except UserError as error:
+            self._failure = error
+            if self._rank == 0:
+                _LOGGER.error("error: %s", error)
+            return
+        if self._rank == 0:
+            _LOGGER.info("checkpoint of step %d: on disk after %.2f s", step, time.perf_counter() - began)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        self._told(lambda: store.begin(self._folder, step))
+        partial = store.partial_folder(self._folder, step)
+        entries = self._all_or_none(lambda: write_shard(partial, self._rank, tensors))
+        self._told(lambda: self._publish(step, saved, entries))
+
+    def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry]) -> None:
+        partial = store.partial_folder(self._folder, step)
+        files = {shard_name(rank): entry for rank, entry in enumerate(entries)}
+        kinds = (WEIGHT, *MOMENTS) if saved["engine"]["optimizer_steps"] else (WEIGHT,)
+        Manifest(step, saved, self._settings, self._tensors, kinds, files).write(partial)
+        sync_folder(partial)
+        store.publish(self._folder, step)
+        store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
+
+    def _newest_good(self, newest: int) -> int:
+        """The newest step up to `newest` whose files are what was written."""
+        tried: list[UserError] = []
+        while True:
+            steps = self._told(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
+            if not steps:
+                raise UserError(
+                    str(self._folder), f"holds no good checkpoint ({tried[0]})", "restore one or choose another run.dir"
+                )
+            error = self._damage(steps[-1])
+            if error is None:
+                return steps[-1]
+            tried.append(error)
+            aside = self._told(lambda step=steps[-1]: str(store.set_aside(self._folder, step)))  # type: ignore[misc]
+            if self._rank == 0:
+                _LOGGER.warning("warning: %s (set aside as %s)", error, aside)
+
+    def _damage(self, step: int) -> UserError | None:
+        """What is wrong with a checkpoint; each rank looks at a part of its files."""
+        folder = self._folder / store.step_name(step)
+
+        def look() -> UserError | None:
+            try:
+                manifest = Manifest.read(folder)
+                manifest.check_files(folder, self._config.verify, list(manifest.files)[self._rank :: self._ranks])
+            except UserError as error:
+                return error
+            return None
+
+        return next((error for error in self._gather(look()) if error is not None), None)
+
+    def _take_random_state(self, reader: CheckpointReader) -> None:
+        cpu = reader.beside_parameters(self._rank, _RANDOM_STATE)
+        cuda = reader.beside_parameters(self._rank, _RANDOM_STATE_OF_GPU)
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self._device)
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _gather(self, value: Value) -> list[Value]:
+        """Everybody's value, on every rank."""
+        values: list[Any] = [None] * self._ranks
+        torch.distributed.all_gather_object(values, value, self._group)
+        return values
+
+    def _told(self, action: Callable[[], Value]) -> Value:
+        """What rank 0 finds or does, told to all; so is its failure."""
+        [first, *_] = self._gather(self._tried(action) if self._rank == 0 else None)
+        if isinstance(first, UserError):
+            raise first
+        return first  # type: ignore[return-value]
+
+    def _all_or_none(self, action: Callable[[], Value]) -> list[Value]:
+        """What each rank does; a failure of one is one of all."""
+        outcomes = self._gather(self._tried(action))
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+        return outcomes  # type: ignore[return-value]
+
+    def _tried(self, action: Callable[[], Value]) -> Value | UserError:
+        try:
+            return action()
+        except UserError as error:
+            return error
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            return UserError(str(self._folder), f"cannot be written ({reason})", "mend that and start again")
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {_RANDOM_STATE: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[_RANDOM_STATE_OF_GPU] = torch.cuda.get_rng_state()
+    return states
+
+
+def _whole_tensors(held: list[dict[str, Held]]) -> dict[str, TensorEntry]:
+    """Where each parameter lies, from what each rank holds of it.
+
+    Raises:
+        RuntimeError: the parts do not make up the whole.
+    """
+    tensors = {}
+    for name, (shape, _, _) in held[0].items():
+        parts = [Piece(rank, *of_rank[name][1:]) for rank, of_rank in enumerate(held)]
+        pieces = tuple(sorted((part for part in parts if part.numel), key=lambda piece: piece.start))
+        ends = [0, *(piece.start + piece.numel for piece in pieces)]
+        if ends[:-1] != [piece.start for piece in pieces] or ends[-1] != torch.Size(shape).numel():
+            raise RuntimeError(f"the ranks' parts of {name} do not make up the whole: {pieces}")
+        tensors[name] = TensorEntry(tuple(shape), pieces)
+    return tensors

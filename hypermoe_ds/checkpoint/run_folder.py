@@ -88,24 +88,6 @@ class RunFolder:
                     "choose another run.dir or the model of that run",
                 )
 
-    def check_same_layout(self, ds_config: Mapping[str, Any]) -> None:
-        """Refuse to load checkpoints that other ranks wrote: DeepSpeed's own cannot be cut anew.
-
-        Raises:
-            UserError: there are checkpoints, and the ranks, expert parallelism or ZeRO stage differ.
-        """
-        if not (self.checkpoints / "latest").exists():
-            return
-        ours, theirs = _layout(ds_config), _layout(json.loads(self.ds_config.read_text()))
-        for key, value in ours.items():
-            if value != theirs[key]:
-                how = f"on {theirs[key]} ranks" if key == "ranks" else f"with {key}={theirs[key]}"
-                raise UserError(
-                    f"{key}={value}",
-                    f"the checkpoints of {self.path} were written {how}",
-                    f"start it {how}, or choose another run.dir",
-                )
-
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
@@ -116,16 +98,6 @@ class RunFolder:
         model.save_pretrained(self.model)
         if tokenizer.resolve() != self.tokenizer.resolve():
             shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
-
-
-def _layout(ds_config: Mapping[str, Any]) -> dict[str, int]:
-    """What decides how DeepSpeed cuts a checkpoint, by the name a user knows it under."""
-    at_once = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
-    return {
-        "ranks": ds_config["train_batch_size"] // at_once,
-        "parallel.expert": ds_config.get("expert_parallel", {}).get("autoep_size", 1),
-        "zero_optimization.stage": ds_config.get("zero_optimization", {}).get("stage", 0),
-    }
 
 
 def _facts(config: HyperMoEConfig) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class CheckpointReader:
                 values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
 
-    def extra(self, shard: int, name: str) -> Tensor | None:
+    def beside_parameters(self, shard: int, name: str) -> Tensor | None:
         """A tensor beside the parameters, such as a rank's random state; None where that shard has none."""
         if shard_name(shard) not in self.manifest.files:
             return None

@@ -2,19 +2,17 @@
 
 import json
 import re
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.manager import find_checkpoint
 from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.shards import CheckpointReader
+from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 
-_MODEL_STATES = "mp_rank_00_model_states.pt"
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<part>w[123])(?:\.(?P<index>\d+))?")
 
@@ -50,30 +48,9 @@ def _precision(run: RunFolder) -> torch.dtype:
 
 
 def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights under the training model's names; experts still as DeepSpeed cuts them."""
-    if not (checkpoint / _MODEL_STATES).exists():
-        return _read_partitioned_weights(checkpoint)
-    weights: dict[str, Tensor] = _load(checkpoint / _MODEL_STATES)["module"]
-    for file in checkpoint.glob("layer_*_expert_*_model_states.pt"):
-        weights.update(_load(file))
-    return weights
-
-
-def _read_partitioned_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Of ZeRO-3, which cuts every parameter over the ranks: through the universal form."""
-    # Beside DeepSpeed's other imports: only ZeRO-3 checkpoints need it here.
-    from hypermoe_ds.checkpoint.universal import convert_to_universal  # noqa: PLC0415
-
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix="universal_") as folder:
-        # In a folder of its own: DeepSpeed writes a `latest_universal` beside it.
-        parameters = convert_to_universal(checkpoint, Path(folder) / "whole")
-        contents = {path.parent.name: _load(path) for path in parameters.glob("*/fp32.pt")}
-    # Experts come as {"param": [N, ...]}, everything else as a flat tensor.
-    return {name: content["param"] if isinstance(content, dict) else content for name, content in contents.items()}
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """Weights under the training model's names, in fp32."""
+    with CheckpointReader(checkpoint) as reader:
+        return {name: reader.read(name) for name in reader.manifest.tensors}
 
 
 def join_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:

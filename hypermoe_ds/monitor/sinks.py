@@ -1,6 +1,7 @@
 """Where a run's numbers go: the console, metrics.jsonl and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,7 +25,7 @@ class MetricsFile:
         """Remove records of steps that a resumed run will take again."""
         if not self._path.exists():
             return
-        kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
         beside = self._path.with_suffix(".tmp")
         beside.write_text("".join(f"{line}\n" for line in kept))
         os.replace(beside, self._path)
@@ -33,6 +34,14 @@ class MetricsFile:
         """Add one record, flushed."""
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Step of a record; later than any for a line that was cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 class Sinks:

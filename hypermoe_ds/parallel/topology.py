@@ -28,19 +28,24 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, w
     """
     at_once = micro_batch_size * world_size
     if global_batch_size % at_once:
+        share = global_batch_size // world_size
+        fitting = [str(size) for size in range(1, share + 1) if share % size == 0]
+        remedy = f"choose a global batch that is a multiple of {at_once}"
+        if global_batch_size % world_size == 0:
+            remedy = f"on {world_size} ranks these micro-batches fit: {', '.join(fitting)}"
         raise UserError(
-            f"train.global_batch_size={global_batch_size}",
-            f"not a multiple of train.micro_batch_size={micro_batch_size} times {world_size} ranks",
-            f"choose a multiple of {at_once}, such as {-(-global_batch_size // at_once) * at_once}",
+            f"train.micro_batch_size={micro_batch_size}",
+            f"times {world_size} ranks does not divide train.global_batch_size={global_batch_size}",
+            remedy,
         )
     return global_batch_size // at_once
 
 
-def check_expert_parallel(expert: int, num_experts: int, world_size: int, zero_stage: int) -> None:
-    """Refuse a layout that cannot be built or does not train alike.
+def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> None:
+    """Refuse a layout that cannot be built.
 
     Raises:
-        UserError: `expert` divides neither the experts nor the ranks, or ZeRO is off.
+        UserError: `expert` divides neither the experts nor the ranks.
     """
     where = f"parallel.expert={expert}"
     both = [n for n in range(1, min(num_experts, world_size) + 1) if num_experts % n == 0 and world_size % n == 0]
@@ -49,10 +54,3 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int, zero_s
         raise UserError(where, f"does not divide model.num_experts={num_experts}", remedy)
     if world_size % expert:
         raise UserError(where, f"does not divide the {world_size} ranks", remedy)
-    if zero_stage == 0 and expert > 1:
-        # Seen with DeepSpeed 0.19.8: without ZeRO the clip norm depends on EP (0.563 and 0.551).
-        raise UserError(
-            "zero_optimization.stage=0",
-            f"clips gradients differently under {where}",
-            "set the stage to 1, 2 or 3",
-        )

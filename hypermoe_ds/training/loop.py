@@ -48,6 +48,7 @@ def train(
                 recorder.record_validation(state.step, validate())
             if ending or checkpoints.is_due(state.step):
                 checkpoints.save(state.step, state.to_dict())
+    checkpoints.finish()
 
 
 def optimizer_step(engine: Any, batches: Iterator[dict[str, Tensor]], recorder: Recorder | None) -> int:

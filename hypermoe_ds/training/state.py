@@ -1,6 +1,6 @@
 """Where a run stands."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -20,8 +20,8 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Read it out of a checkpoint's state, which holds more."""
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        """Read it out of a checkpoint."""
+        return cls(**saved)
 
     def advance(self, samples: int) -> None:
         """Count one optimizer step over `samples` sequences."""

@@ -162,18 +162,21 @@ def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ..
     engine, run = engine_of(layout), RunFolder(folder)
     batches = batches_of_rank(layout, rank)
     steps_on(engine, batches, SAVED_STEP)
-    manager_of(engine, run, layout).save(SAVED_STEP, {"step": SAVED_STEP})
+    checkpoints = manager_of(engine, run)
+    checkpoints.save(SAVED_STEP, {"step": SAVED_STEP})
     if rank == 0:
         run.write_settings({}, ds_config_of(layout), model_config(layout), tokenizer)
     saved = logits_of(engine, rank)
-    return saved, steps_on(engine, batches, STEPS - SAVED_STEP), logits_of(engine, rank)
+    steps = steps_on(engine, batches, STEPS - SAVED_STEP)
+    checkpoints.finish()
+    return saved, steps, logits_of(engine, rank)
 
 
 def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
     """The same from the checkpoint on."""
     rank = torch.distributed.get_rank()
     engine = engine_of(layout)
-    state = manager_of(engine, RunFolder(folder), layout).resume()
+    state = manager_of(engine, RunFolder(folder)).resume()
     assert state is not None
     batches = batches_of_rank(layout, rank)
     for _ in range(state["step"] * layout.accumulation):
@@ -182,6 +185,5 @@ def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
     return loaded, steps_on(engine, batches, STEPS - SAVED_STEP), logits_of(engine, rank)
 
 
-def manager_of(engine: Any, run: RunFolder, layout: Layout) -> CheckpointManager:
-    parameters = model_config(layout).parameter_counts().total
-    return CheckpointManager(engine, run.checkpoints, CheckpointConfig(), parameters)
+def manager_of(engine: Any, run: RunFolder) -> CheckpointManager:
+    return CheckpointManager(engine, run.checkpoints, CheckpointConfig(), {})

@@ -1,0 +1,60 @@
+"""One job at a time in a run folder."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from hypermoe_ds.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class RunLock:
+    """Holds a run folder for this process; a context manager.
+
+    The system lets go of the lock when the process ends, however it ends, also on another host of a shared file
+    system. Child processes do not hold it.
+
+    Args:
+        folder: the run folder; made if it is missing.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run.dir={folder}", f"cannot be written to ({error.strerror})", "choose another run.dir"
+            ) from None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                _LOGGER.warning("warning: %s cannot be locked (%s): start one job at a time", path, error.strerror)
+                return
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"run.dir={folder}", f"{holder} is training in it", "end that job or choose another run.dir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._file.close()
