@@ -37,7 +37,7 @@ def main() -> None:
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
     engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
     checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, config.model_dump(mode="json"))
-    checkpoints.check_room()
+    checkpoints.claim_folder()
     saved = checkpoints.resume()
     state = TrainState.from_dict(saved) if saved else TrainState()
     if rank == 0:

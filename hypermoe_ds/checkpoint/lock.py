@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 from pathlib import Path
-from types import TracebackType
 
 from hypermoe_ds.errors import UserError
 
@@ -14,7 +13,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds a run folder for this process; a context manager.
+    """Holds a run folder for this process.
 
     The system lets go of the lock when the process ends, however it ends, also on another host of a shared file
     system. Child processes do not hold it.
@@ -50,11 +49,3 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._file.close()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hypermoe_ds.checkpoint import store
 from hypermoe_ds.checkpoint.engine_state import EngineState, Held
+from hypermoe_ds.checkpoint.lock import RunLock
 from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, sync_folder
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader, shard_name, write_shard
 from hypermoe_ds.config import Settings
@@ -65,6 +66,7 @@ class CheckpointManager:
         self._ranks = torch.distributed.get_world_size()
         self._tensors = _whole_tensors(self._gather(self._state.held))
         self._size = _BYTES_OF_PARAMETER * sum(torch.Size(entry.shape).numel() for entry in self._tensors.values())
+        self._lock: RunLock | None = None
         self._writer: Thread | None = None
         self._failure: UserError | None = None
 
@@ -115,7 +117,7 @@ class CheckpointManager:
         began = time.perf_counter()
         self._join()
         failed, self._failure = self._failure, None
-        self.check_room()
+        self._check_room()
         tensors = {name: self._on_host(tensor) for name, tensor in self._state.tensors()} | _random_state()
         saved = {"run": state, "engine": self._state.counters(), "ranks": self._ranks}
         if self._config.asynchronous and failed is None:
@@ -138,7 +140,20 @@ class CheckpointManager:
         if self._failure is not None:
             raise self._failure
 
-    def check_room(self) -> None:
+    def claim_folder(self) -> None:
+        """Take the run folder for this job, until it ends.
+
+        Raises:
+            UserError: another job trains in it, it cannot be written to, or has no room for a checkpoint.
+        """
+        self._check_room()
+
+        def lock() -> None:
+            self._lock = RunLock(self._folder.parent)
+
+        self._told(lock)
+
+    def _check_room(self) -> None:
         """Refuse to start a checkpoint that the disk cannot hold. Writes nothing.
 
         Raises:
@@ -172,10 +187,15 @@ class CheckpointManager:
             _LOGGER.info("checkpoint of step %d: on disk after %.2f s", step, time.perf_counter() - began)
 
     def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
-        self._told(lambda: store.begin(self._folder, step))
         partial = store.partial_folder(self._folder, step)
-        entries = self._all_or_none(lambda: write_shard(partial, self._rank, tensors))
-        self._told(lambda: self._publish(step, saved, entries))
+        try:
+            self._told(lambda: store.begin(self._folder, step))
+            entries = self._all_or_none(lambda: write_shard(partial, self._rank, tensors))
+            self._told(lambda: self._publish(step, saved, entries))
+        except UserError:
+            if self._rank == 0:  # what it holds may be what the disk lacks
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry]) -> None:
         partial = store.partial_folder(self._folder, step)

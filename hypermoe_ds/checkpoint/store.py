@@ -6,7 +6,6 @@ RUN_DIR/checkpoints/step_00000100/ is one checkpoint: a folder under such a name
 
 import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.manifest import sync_folder, write_durably
@@ -53,12 +52,10 @@ def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
     return folder
 
 
-def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint in; what earlier tries have left is removed."""
+def begin(checkpoints: Path, step: int) -> None:
+    """Make an empty folder to write a checkpoint in; what earlier tries have left is removed."""
     remove_unfinished(checkpoints)
-    partial = partial_folder(checkpoints, step)
-    partial.mkdir(parents=True)
-    return partial
+    partial_folder(checkpoints, step).mkdir(parents=True)
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
@@ -104,12 +101,9 @@ def set_aside(checkpoints: Path, step: int) -> Path:
 def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
     """Keep the last ones up to the newest, and for good those of every `keep_every` steps."""
     upto = [step for step in saved_steps(checkpoints) if step <= newest]
-    _remove_all(checkpoints, [step for step in upto[:-keep_last] if not keep_every or step % keep_every])
-
-
-def _remove_all(checkpoints: Path, steps: Collection[int]) -> None:
-    for step in steps:
-        _remove(checkpoints / step_name(step))
+    for step in upto[:-keep_last]:
+        if not keep_every or step % keep_every:
+            _remove(checkpoints / step_name(step))
 
 
 def _remove(folder: Path) -> None:

@@ -65,22 +65,10 @@ def process_group(world_size: int) -> Iterator[list[Environment]]:
 
 def run_in_processes(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call `function(*arguments)` in one fresh process for each environment; end all when one fails."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, CPU):
+    with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(environments))]
-        processes = [
-            context.Process(target=_main, args=(environment, result, function, arguments))
-            for environment, result in zip(environments, results, strict=True)
-        ]
-        for process in processes:
-            process.start()
-        try:
+        with _started(environments, results, function, arguments) as processes:
             _await_all(processes)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
         outcomes = [pickle.loads(result.read_bytes()) for result in results if result.exists()]
     for outcome in outcomes:
         if outcome.failure is not None:
@@ -88,6 +76,36 @@ def run_in_processes(environments: list[Environment], function: Callable[..., An
     if len(outcomes) < len(environments):
         raise RuntimeError(f"ranks ended without a result: exit codes {[process.exitcode for process in processes]}")
     return [outcome.value for outcome in outcomes]
+
+
+@contextmanager
+def ranks_of(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> Iterator[list[Any]]:
+    """Processes of a group that call `function(*arguments)`, killed at the end; what they return is let go."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / str(number) for number in range(len(environments))]
+        with _started(environments, results, _joined, (function, *arguments)) as processes:
+            yield processes
+
+
+@contextmanager
+def _started(
+    environments: list[Environment], results: list[Path], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Iterator[list[Any]]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    processes = [
+        context.Process(target=_main, args=(environment, result, function, arguments))
+        for environment, result in zip(environments, results, strict=True)
+    ]
+    with mock.patch.dict(os.environ, CPU):
+        for process in processes:
+            process.start()
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""What the ranks do in the tests of elastic resume: a run saved under one layout goes on under others."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_runs import engine_of, logits_of, manager_of, steps_on
+from small_runs import GLOBAL_BATCH, Layout, S, random_tokens
+from torch import Tensor
+
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+
+BEFORE, AFTER = 4, 10
+SPREADS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))  # ranks, expert parallelism
+STAGES = (1, 2, 3)
+LAYOUTS = tuple(Layout(ranks=ranks, expert=expert, stage=stage) for ranks, expert in SPREADS for stage in STAGES)
+
+
+def name_of(layout: Layout) -> str:
+    """A layout in a few characters."""
+    return f"{layout.ranks} ranks EP {layout.expert} ZeRO {layout.stage}"
+
+
+def batches_from(layout: Layout, rank: int, step: int) -> Iterator[dict[str, Tensor]]:
+    """A rank's micro-batches from `step` on; the same sequences of a step under any layout."""
+    for tokens in random_tokens(5, BEFORE + AFTER, GLOBAL_BATCH, S + 1)[step:]:
+        for block in tokens.chunk(layout.accumulation):
+            own = block.chunk(layout.ranks)[rank]
+            yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
+
+
+def save_and_go_on(layout: Layout, folder: Path) -> tuple[list[tuple[float, float]], Tensor]:
+    """Train, save beside the training, go on: the losses and gradient norms after, the last logits."""
+    rank = torch.distributed.get_rank()
+    engine = engine_of(layout)
+    checkpoints = manager_of(engine, RunFolder(folder))
+    batches = batches_from(layout, rank, 0)
+    steps_on(engine, batches, BEFORE)
+    checkpoints.save(BEFORE, {"step": BEFORE})
+    steps = steps_on(engine, batches, AFTER)
+    checkpoints.finish()
+    return steps, logits_of(engine, 0)
+
+
+def resume_each(layout: Layout, folders: list[Path], again: list[Path]) -> list[Any]:
+    """Resume each run under this layout, save it at once elsewhere, go on as above."""
+    return [_resume(layout, folder, other) for folder, other in zip(folders, again, strict=True)]
+
+
+def _resume(layout: Layout, folder: Path, other: Path) -> tuple[list[tuple[float, float]], Tensor]:
+    rank = torch.distributed.get_rank()
+    engine = engine_of(layout)
+    assert manager_of(engine, RunFolder(folder)).resume() == {"step": BEFORE}
+    copy = manager_of(engine, RunFolder(other))
+    copy.save(BEFORE, {"step": BEFORE})
+    copy.finish()
+    steps = steps_on(engine, batches_from(layout, rank, BEFORE), AFTER)
+    logits = logits_of(engine, 0)
+    engine.destroy()
+    return steps, logits
+
+
+def accumulating(layout: Layout) -> Layout:
+    """The same in two micro-batches a step."""
+    return replace(layout, accumulation=2)

@@ -1,0 +1,103 @@
+"""What the ranks do in the trials of faults: they save tensors of their own, an engine's stand-in."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from hypermoe_ds.checkpoint import manager
+from hypermoe_ds.checkpoint.engine_state import Held
+from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
+from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT
+from hypermoe_ds.errors import UserError
+
+NUMEL = 200_000
+
+
+class Part:
+    """A rank's half of one parameter; its values say which step wrote them."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, _engine: Any) -> None:
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.values = torch.zeros(NUMEL)
+        self.held = {"weight": Held((ranks * NUMEL,), rank * NUMEL, NUMEL)}
+
+    def tensors(self) -> Any:
+        for kind in (WEIGHT, *MOMENTS):
+            yield f"{kind}/weight", self.values
+
+    def counters(self) -> dict[str, int]:
+        return {"optimizer_steps": 1}
+
+    def load(self, reader: Any, _counters: Any) -> None:
+        _, start, numel = self.held["weight"]
+        self.values.copy_(reader.read_range("weight", start, start + numel))
+
+
+def manager_of(folder: Path, **config: Any) -> tuple[CheckpointManager, Part]:
+    """A manager of this rank's part."""
+    manager.EngineState = Part  # type: ignore[assignment,misc] (this process runs nothing else)
+    checkpoints = CheckpointManager(Part(None), folder / "checkpoints", CheckpointConfig(**config), {})
+    part: Part = checkpoints._state  # type: ignore[assignment]
+    return checkpoints, part
+
+
+def save_without_end(folder: Path, asynchronous: bool) -> None:
+    """Resume, then save step after step until killed; rank 0 notes the steps whose save has ended."""
+    checkpoints, part = manager_of(folder, asynchronous=asynchronous, verify="full")
+    state = checkpoints.resume()
+    step = 0 if state is None else state["step"]
+    assert bool((part.values == step).all())
+    with (folder / f"saved_by_{torch.distributed.get_rank()}").open("a") as notes:
+        while True:
+            step += 1
+            part.values.fill_(step)
+            checkpoints.save(step, {"step": step})
+            if asynchronous:
+                checkpoints.finish()
+            notes.write(f"{step}\n")
+            notes.flush()
+
+
+def save_steps(folder: Path, last: int, config: dict[str, Any]) -> tuple[int, str | None]:
+    """Resume and save up to step `last`; the step resumed from, and what went wrong."""
+    checkpoints, part = manager_of(folder, **config)
+    resumed = 0
+    try:
+        state = checkpoints.resume()
+        resumed = 0 if state is None else state["step"]
+        assert bool((part.values == resumed).all())
+        for step in range(resumed + 1, last + 1):
+            part.values.fill_(step)
+            checkpoints.save(step, {"step": step})
+        checkpoints.finish()
+    except UserError as error:
+        return resumed, str(error)
+    return resumed, None
+
+
+def save_on_full_disk(folder: Path) -> list[str]:
+    """Save until the disk is full although it was said to have room; then once more with room made."""
+    manager.shutil.disk_usage = lambda _: _Plenty  # type: ignore[attr-defined]
+    checkpoints, part = manager_of(folder, asynchronous=False, keep_last=9)
+    told = []
+    for step in range(1, 9):
+        part.values.fill_(step)
+        try:
+            checkpoints.save(step, {"step": step})
+        except UserError as error:
+            told.append(str(error))
+            break
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        (folder / "ballast").unlink()
+    torch.distributed.barrier()
+    checkpoints.save(20, {"step": 20})
+    return told
+
+
+class _Plenty:
+    free = 2**60

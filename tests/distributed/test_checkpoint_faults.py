@@ -1,0 +1,147 @@
+"""Whatever happens while a checkpoint is written, those before it stay, and a run goes on from the newest good one."""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_runs import save_on_full_disk, save_steps, save_without_end
+
+from hypermoe_ds.checkpoint.manifest import MANIFEST
+from hypermoe_ds.checkpoint.shards import CheckpointReader, shard_name
+from hypermoe_ds.checkpoint.store import latest_step, saved_steps, step_name
+from tests.helpers.ranks import process_group, ranks_of, run_on_ranks
+
+RANKS = 2
+KILLS = 20
+
+
+def newest(folder: Path) -> int:
+    """The step that `latest` names, all of it read and compared; 0 where there is none."""
+    step = latest_step(folder / "checkpoints")
+    if step is None:
+        return 0
+    with CheckpointReader(folder / "checkpoints" / step_name(step), "full") as reader:
+        for kind in reader.manifest.kinds:
+            assert reader.read("weight", kind).unique().tolist() == [step]
+        assert reader.manifest.state["run"] == {"step": step}
+    return step
+
+
+def noted(folder: Path) -> int:
+    """The last step whose save a rank saw end."""
+    notes = [path.read_text().split() for path in folder.glob("saved_by_*")]
+    return max((int(steps[-1]) for steps in notes if steps), default=0)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killing_ranks_at_random_moments_of_saving_loses_no_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+    moments = random.Random(int(asynchronous))
+    before = 0
+    for _ in range(KILLS // 2):
+        with (
+            process_group(RANKS) as environments,
+            ranks_of(environments, save_without_end, tmp_path, asynchronous) as ranks,
+        ):
+            while noted(tmp_path) < before + 2:
+                assert all(rank.is_alive() for rank in ranks)
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.1))  # into some save
+            ranks[moments.randrange(RANKS)].kill()
+        assert newest(tmp_path) >= noted(tmp_path)
+        before = newest(tmp_path)
+    assert before >= KILLS // 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("file", [MANIFEST, shard_name(0), shard_name(1)])
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, file: str, damage: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = {"verify": "full", "keep_last": 3}
+    assert run_on_ranks(RANKS, save_steps, tmp_path, 3, config) == [(0, None)] * RANKS
+    damage(tmp_path / "checkpoints" / step_name(3) / file)
+    assert run_on_ranks(RANKS, save_steps, tmp_path, 4, config) == [(2, None)] * RANKS
+    told = capfd.readouterr().out
+    assert f"{step_name(3)}/{file}" in told
+    assert f"(set aside as {tmp_path}/checkpoints/{step_name(3)}.damaged)" in told
+    assert newest(tmp_path) == 4
+    assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
+
+
+def test_a_run_stops_where_no_checkpoint_is_good(tmp_path: Path) -> None:
+    run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
+    for step in (1, 2):
+        cut(tmp_path / "checkpoints" / step_name(step) / shard_name(1))
+    for _, error in run_on_ranks(RANKS, save_steps, tmp_path, 3, {}):
+        assert error is not None
+        assert "holds no good checkpoint" in error
+        assert f"{step_name(2)}/{shard_name(1)}" in error
+        assert error.endswith("restore one or choose another run.dir")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() or mount is None:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_save_on_all_ranks_and_nothing_that_was_saved(small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(b"0" * 7 * 2**20)  # leaves room for one checkpoint of 4.6 MiB, not for two
+    first, second = run_on_ranks(RANKS, save_on_full_disk, small_disk)
+    assert first == second
+    [told] = first
+    assert "checkpoints: cannot be written (" in told
+    assert "No space left" in told or "StorageFull" in told
+    assert saved_steps(small_disk / "checkpoints") == [1, 20]
+    assert newest(small_disk) == 20
+    assert not list((small_disk / "checkpoints").glob(".step*"))
+
+
+def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
+    run_on_ranks(RANKS, save_steps, small_disk, 1, {})
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    results = run_on_ranks(RANKS, save_steps, small_disk, 2, {"asynchronous": False})
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    for resumed, error in results:
+        assert resumed == 1
+        assert error is not None
+        assert error.endswith("cannot be written to; choose another run.dir")
+    assert newest(small_disk) == 1
+
+
+def test_a_failed_save_beside_the_training_is_followed_by_one_that_waits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    blocked = tmp_path / "checkpoints" / f".{step_name(2)}.partial"
+    blocked.parent.mkdir()
+    blocked.touch()  # a file where a folder is to be made
+    assert run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}) == [(0, None)] * RANKS
+    told = capfd.readouterr().out
+    assert told.count("error: ") == 1
+    assert newest(tmp_path) == 3
+    assert saved_steps(tmp_path / "checkpoints") == [1, 3]

@@ -1,0 +1,53 @@
+"""One process holds a run folder, as long as it lives."""
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.checkpoint.lock import RunLock
+from hypermoe_ds.errors import UserError
+
+
+def hold(folder: Path, told: Connection, until: Connection) -> None:
+    lock = RunLock(folder)
+    child = multiprocessing.get_context("fork").Process(target=until.recv)  # as a data worker
+    child.start()
+    told.send((os.getpid(), child.pid))
+    until.recv()
+    del lock
+
+
+def test_a_second_process_is_refused_with_the_first_ones_name_until_that_is_killed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    told, tells = context.Pipe()
+    ends, until = context.Pipe()
+    holder = context.Process(target=hold, args=(tmp_path / "run", tells, until))
+    holder.start()
+    pid, child = told.recv()
+    try:
+        with pytest.raises(UserError) as refused:
+            RunLock(tmp_path / "run")
+        assert str(refused.value) == (
+            f"run.dir={tmp_path / 'run'}: process {pid} on {socket.gethostname()} is training in it; "
+            "end that job or choose another run.dir"
+        )
+        holder.kill()
+        holder.join()
+        os.kill(child, 0)  # its child lives on
+        lock = RunLock(tmp_path / "run")
+        del lock
+        assert (tmp_path / "run" / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    finally:
+        holder.kill()
+        os.kill(child, 9)
+        ends.close()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run.dir=.*file/run: cannot be written to \(.*\); choose another run.dir$"):
+        RunLock(tmp_path / "file" / "run")

@@ -1,0 +1,116 @@
+"""The folder of checkpoints: what is found in it, what appears, what is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.checkpoint import store
+from hypermoe_ds.checkpoint.store import find_checkpoint, latest_step, saved_steps, step_name
+from hypermoe_ds.errors import UserError
+
+
+def make(folder: Path, *steps: int, latest: str | None = None) -> Path:
+    for step in steps:
+        (folder / step_name(step)).mkdir(parents=True)
+        (folder / step_name(step) / "content").write_text(str(step))
+    if latest is not None:
+        (folder / "latest").write_text(latest)
+    return folder
+
+
+def test_folders_sort_as_their_steps_do(tmp_path: Path) -> None:
+    steps = [1, 9, 10, 99, 12345678]
+    assert sorted(map(step_name, steps)) == [step_name(step) for step in steps]
+    assert saved_steps(make(tmp_path, *reversed(steps))) == steps
+
+
+def test_only_folders_named_by_a_step_count(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    for name in (".step_00000007.partial", "step_00000008.damaged", "step_", "step_x"):
+        (tmp_path / name).mkdir()
+    assert saved_steps(tmp_path) == [5]
+    assert saved_steps(tmp_path / "none") == []
+
+
+def test_the_newest_is_the_one_that_latest_names_and_not_the_highest(tmp_path: Path) -> None:
+    assert latest_step(tmp_path) is None
+    make(tmp_path, 10, 20, latest="step_00000010\n")
+    assert latest_step(tmp_path) == 10
+    assert find_checkpoint(tmp_path, None) == tmp_path / "step_00000010"
+    assert find_checkpoint(tmp_path, 20) == tmp_path / "step_00000020"
+
+
+def test_checkpoints_without_a_latest_are_no_fresh_start(tmp_path: Path) -> None:
+    assert latest_step(make(tmp_path, 10, 20)) == 20
+
+
+@pytest.mark.parametrize("latest", ["step_00000030", "step_10", "", "global_step10", "../step_00000010"])
+def test_a_latest_that_names_nothing_is_refused(tmp_path: Path, latest: str) -> None:
+    make(tmp_path, 10, latest=latest)
+    with pytest.raises(UserError, match=r"latest: names no checkpoint beside it; write the name of a step_ folder"):
+        latest_step(tmp_path)
+
+
+def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path: Path) -> None:
+    make(tmp_path, 10, 20, latest="step_00000020")
+    with pytest.raises(UserError, match=r"step_00000015: does not exist; choose a saved step: 10, 20$"):
+        find_checkpoint(tmp_path, 15)
+    with pytest.raises(UserError, match=r"choose a saved step: none$"):
+        find_checkpoint(tmp_path / "none", 15)
+    with pytest.raises(UserError, match="none: holds no checkpoint; train first"):
+        find_checkpoint(tmp_path / "none", None)
+
+
+def test_a_checkpoint_appears_under_its_name_when_it_is_published(tmp_path: Path) -> None:
+    make(tmp_path, 10, latest="step_00000010")
+    store.begin(tmp_path, 20)
+    (store.partial_folder(tmp_path, 20) / "content").write_text("whole")
+    assert saved_steps(tmp_path) == [10]
+    assert latest_step(tmp_path) == 10
+    store.publish(tmp_path, 20)
+    assert latest_step(tmp_path) == 20
+    assert (tmp_path / step_name(20) / "content").read_text() == "whole"
+    assert not store.partial_folder(tmp_path, 20).exists()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path, 10, latest="step_00000010")
+    store.begin(tmp_path, 10)
+    (store.partial_folder(tmp_path, 10) / "content").write_text("again")
+    store.publish(tmp_path, 10)
+    assert (tmp_path / step_name(10) / "content").read_text() == "again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", step_name(10)]
+
+
+def test_what_was_cut_off_is_removed_before_the_next_is_begun(tmp_path: Path) -> None:
+    for step in (10, 20):
+        store.begin(tmp_path, step)
+    assert [path.name for path in tmp_path.iterdir()] == [".step_00000020.partial"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [
+        (1, None, [50]),
+        (2, None, [40, 50]),
+        (9, None, [10, 20, 30, 40, 50]),
+        (1, 20, [20, 40, 50]),
+        (2, 30, [30, 40, 50]),
+    ],
+)
+def test_the_last_ones_are_kept_and_every_so_many_steps_one_for_good(
+    tmp_path: Path, keep_last: int, keep_every: int | None, kept: list[int]
+) -> None:
+    make(tmp_path, 10, 20, 30, 40, 50, 90)
+    store.remove_old(tmp_path, 50, keep_last, keep_every)
+    assert saved_steps(tmp_path) == [*kept, 90], "one of a later step is of a run taken back: it is not touched"
+    assert all(path.name.startswith("step_") for path in tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_never_in_the_way(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        make(tmp_path, 10)
+        names.append(store.set_aside(tmp_path, 10).name)
+    assert names == ["step_00000010.damaged", "step_00000010.damaged2", "step_00000010.damaged3"]
+    assert saved_steps(tmp_path) == []
