@@ -1,5 +1,7 @@
 """What the ranks do in the trials of faults: they save tensors of their own, an engine's stand-in."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,17 @@ def save_without_end(folder: Path, asynchronous: bool) -> None:
             notes.flush()
 
 
-def save_steps(folder: Path, last: int, config: dict[str, Any]) -> tuple[int, str | None]:
-    """Resume and save up to step `last`; the step resumed from, and what went wrong."""
+def save_steps(folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None) -> tuple[int, str | None]:
+    """Resume and save up to step `last`, on rank 1 without success at `fails_at`; the step resumed from, any error."""
     checkpoints, part = manager_of(folder, **config)
+    write = manager.write_shard
+
+    def write_or_fail(partial: Path, rank: int, tensors: Any) -> Any:
+        if rank == 1 and f"{fails_at}.partial" in partial.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(partial, rank, tensors)
+
+    manager.write_shard = write_or_fail
     resumed = 0
     try:
         state = checkpoints.resume()

@@ -137,11 +137,9 @@ def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
 def test_a_failed_save_beside_the_training_is_followed_by_one_that_waits(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    blocked = tmp_path / "checkpoints" / f".{step_name(2)}.partial"
-    blocked.parent.mkdir()
-    blocked.touch()  # a file where a folder is to be made
-    assert run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}) == [(0, None)] * RANKS
+    assert run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}, 2) == [(0, None)] * RANKS
     told = capfd.readouterr().out
     assert told.count("error: ") == 1
+    assert f"error: {tmp_path}/checkpoints: cannot be written (No space left on device); " in told
     assert newest(tmp_path) == 3
     assert saved_steps(tmp_path / "checkpoints") == [1, 3]
