@@ -56,7 +56,9 @@ def main() -> None:
     if not given.skip_grid:
         bar = tqdm(GRID, "forms", unit="shape", leave=False)
         found["forms"] = [forms_of(N, K, T, given.repeats, where) for N, K, T in bar]
-        print(forms_table(found["forms"]))
+        # The published form makes weights for each token: neither N nor K changes what it costs.
+        found["per_token"] = {T: per_token(T, given.repeats, where) for T in sorted({T for _, _, T in GRID})}
+        print(forms_table(found["forms"], found["per_token"]))
     if given.calibrate:
         print(calibration(found["forms"], where["dtype"]))
     if given.json:
@@ -166,6 +168,14 @@ def forms_of(N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> 
     return {"N": N, "K": K, "T": T, "sets": sets, "seconds": seconds}
 
 
+def per_token(T: int, repeats: int, where: Mapping[str, Any]) -> float:
+    """Median seconds of the published form in one layer by itself."""
+    x_TD, selected_TK = torch.randn(T, D, **where).requires_grad_(), selections(T, 8, 1, where["device"])
+    branches, hypernetwork = build(8, 1, where)
+    run = without_gradients(lambda: all_layers(branches, hypernetwork, x_TD, selected_TK, "per_token"), hypernetwork)
+    return medians({"per_token": run}, max(3, repeats // 2), where["device"])["per_token"]
+
+
 def added_memory(side: str, where: Mapping[str, Any]) -> int:
     """Most bytes that a side of 12 layers holds beside its parameters and input, N=8, K=1, T=2048."""
     x_TD, selected_TK = torch.randn(2048, D, **where).requires_grad_(), selections(2048, 8, 1, where["device"])
@@ -226,16 +236,19 @@ def branch_table(found: Mapping[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def forms_table(forms: list[dict[str, Any]]) -> str:
+def forms_table(forms: list[dict[str, Any]], published: Mapping[int, float]) -> str:
     """`auto` beside the best form for each shape."""
-    rows = ["| N | K | T | sets | auto / best | per_set, ms | factored, ms | auto, ms |", "|" + " ---: |" * 8]
+    rows = [
+        "| N | K | T | sets | auto / best | auto, ms | per_set, ms | factored, ms | per_token, ms |",
+        "|" + " ---: |" * 9,
+    ]
     for case in forms:
         t = case["seconds"]
         rows.append(
             f"| {case['N']} | {case['K']} | {case['T']} | {case['sets']} | "
             f"{t['auto'] / min(t['per_set'], t['factored']):.2f} | "
-            + " | ".join(f"{t[form] * 1e3:.1f}" for form in ("per_set", "factored", "auto"))
-            + " |"
+            + " | ".join(f"{t[form] * 1e3:.1f}" for form in ("auto", "per_set", "factored"))
+            + f" | {published[case['T']] * 1e3:.0f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -275,8 +288,11 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         for form, style in (("per_set", "o-"), ("factored", "s-"), ("auto", "k--")):
             milliseconds = [case["seconds"][form] * 1e3 for case in cases]
             axes.plot([case["sets"] for case in cases], milliseconds, style, label=form)
+        axes.axhline(found["per_token"][length] * 1e3, color="tab:red", label="per_token")
         for case in cases:
-            axes.annotate(f"{case['N']}/{case['K']}", (case["sets"], case["seconds"]["auto"] * 1e3), fontsize=7)
+            axes.annotate(
+                f"{case['N']}/{case['K']}", (case["sets"], case["seconds"]["auto"] * 1e3), fontsize=7, rotation=45
+            )
         axes.set(xscale="log", yscale="log", xlabel="sets generated", ylabel="forward and backward, ms")
         axes.set_title(f"T = {length}, {found['dtype']} (labels: N/K)")
         axes.legend()
