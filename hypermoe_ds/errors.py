@@ -20,7 +20,11 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
-        super().__init__(f"{where}: {problem}; {remedy}")
+        super().__init__(where, problem, remedy)  # its arguments, so that it can be sent to other ranks
+
+    def __str__(self) -> str:
+        where, problem, remedy = self.args
+        return f"{where}: {problem}; {remedy}"
 
 
 def _speaks_for_its_host() -> bool:

@@ -68,7 +68,7 @@ class CheckpointManager:
         self._size = _BYTES_OF_PARAMETER * sum(torch.Size(entry.shape).numel() for entry in self._tensors.values())
         self._lock: RunLock | None = None
         self._writer: Thread | None = None
-        self._failure: UserError | None = None
+        self._failure: Exception | None = None  # of the save beside the training
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`."""
@@ -117,6 +117,8 @@ class CheckpointManager:
         began = time.perf_counter()
         self._join()
         failed, self._failure = self._failure, None
+        if failed is not None and not isinstance(failed, UserError):
+            raise failed
         self._check_room()
         tensors = {name: self._on_host(tensor) for name, tensor in self._state.tensors()} | _random_state()
         saved = {"run": state, "engine": self._state.counters(), "ranks": self._ranks}
@@ -178,9 +180,9 @@ class CheckpointManager:
     def _write_beside(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], began: float) -> None:
         try:
             self._write(step, tensors, saved)
-        except UserError as error:
+        except Exception as error:
             self._failure = error
-            if self._rank == 0:
+            if self._rank == 0 and isinstance(error, UserError):
                 _LOGGER.error("error: %s", error)
             return
         if self._rank == 0:

@@ -62,6 +62,7 @@ def _resume(layout: Layout, folder: Path, other: Path) -> tuple[list[tuple[float
     return steps, logits
 
 
-def accumulating(layout: Layout) -> Layout:
-    """The same in two micro-batches a step."""
-    return replace(layout, accumulation=2)
+def with_one_micro_batch(layout: Layout) -> Layout:
+    """The same in micro-batches of two sequences, where experts' loads are counted; accumulation follows the ranks."""
+    accumulation = GLOBAL_BATCH // layout.ranks // 2
+    return replace(layout, accumulation=accumulation, model={"router_aux_loss_scope": "micro_batch"})

@@ -1,6 +1,7 @@
 """What the ranks do in the trials of faults: they save tensors of their own, an engine's stand-in."""
 
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def save_without_end(folder: Path, asynchronous: bool) -> None:
             notes.flush()
 
 
-def save_steps(folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None) -> tuple[int, str | None]:
-    """Resume and save up to step `last`, on rank 1 without success at `fails_at`; the step resumed from, any error."""
+def save_steps(
+    folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None
+) -> tuple[int, str | None, list[str]]:
+    """Resume and save up to `last`, on rank 1 without success at `fails_at`; the step resumed from, an error, the log."""
     checkpoints, part = manager_of(folder, **config)
     write = manager.write_shard
 
@@ -75,6 +78,10 @@ def save_steps(folder: Path, last: int, config: dict[str, Any], fails_at: int | 
         return write(partial, rank, tensors)
 
     manager.write_shard = write_or_fail
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hypermoe_ds").addHandler(listener)
     resumed = 0
     try:
         state = checkpoints.resume()
@@ -85,8 +92,8 @@ def save_steps(folder: Path, last: int, config: dict[str, Any], fails_at: int | 
             checkpoints.save(step, {"step": step})
         checkpoints.finish()
     except UserError as error:
-        return resumed, str(error)
-    return resumed, None
+        return resumed, str(error), told
+    return resumed, None, told
 
 
 def save_on_full_disk(folder: Path) -> list[str]:
@@ -105,6 +112,7 @@ def save_on_full_disk(folder: Path) -> list[str]:
     if torch.distributed.get_rank() == 0:
         (folder / "ballast").unlink()
     torch.distributed.barrier()
+    part.values.fill_(20)
     checkpoints.save(20, {"step": 20})
     return told
 

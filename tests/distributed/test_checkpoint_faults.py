@@ -71,15 +71,16 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("file", [MANIFEST, shard_name(0), shard_name(1)])
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
-    tmp_path: Path, file: str, damage: Any, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, file: str, damage: Any
 ) -> None:
     config = {"verify": "full", "keep_last": 3}
-    assert run_on_ranks(RANKS, save_steps, tmp_path, 3, config) == [(0, None)] * RANKS
+    run_on_ranks(RANKS, save_steps, tmp_path, 3, config)
     damage(tmp_path / "checkpoints" / step_name(3) / file)
-    assert run_on_ranks(RANKS, save_steps, tmp_path, 4, config) == [(2, None)] * RANKS
-    told = capfd.readouterr().out
-    assert f"{step_name(3)}/{file}" in told
-    assert f"(set aside as {tmp_path}/checkpoints/{step_name(3)}.damaged)" in told
+    (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 4, config)
+    assert (resumed, error) == (2, None)
+    [warning] = [line for line in told if line.startswith("warning: ")]
+    assert f"{step_name(3)}/{file}" in warning
+    assert warning.endswith(f"(set aside as {tmp_path}/checkpoints/{step_name(3)}.damaged)")
     assert newest(tmp_path) == 4
     assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
 
@@ -88,7 +89,7 @@ def test_a_run_stops_where_no_checkpoint_is_good(tmp_path: Path) -> None:
     run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
     for step in (1, 2):
         cut(tmp_path / "checkpoints" / step_name(step) / shard_name(1))
-    for _, error in run_on_ranks(RANKS, save_steps, tmp_path, 3, {}):
+    for _, error, _ in run_on_ranks(RANKS, save_steps, tmp_path, 3, {}):
         assert error is not None
         assert "holds no good checkpoint" in error
         assert f"{step_name(2)}/{shard_name(1)}" in error
@@ -127,7 +128,7 @@ def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     results = run_on_ranks(RANKS, save_steps, small_disk, 2, {"asynchronous": False})
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
-    for resumed, error in results:
+    for resumed, error, _ in results:
         assert resumed == 1
         assert error is not None
         assert error.endswith("cannot be written to; choose another run.dir")
@@ -135,11 +136,12 @@ def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
 
 
 def test_a_failed_save_beside_the_training_is_followed_by_one_that_waits(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
-    assert run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}, 2) == [(0, None)] * RANKS
-    told = capfd.readouterr().out
-    assert told.count("error: ") == 1
-    assert f"error: {tmp_path}/checkpoints: cannot be written (No space left on device); " in told
+    (_, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}, 2)
+    assert error is None
+    assert [line for line in told if line.startswith("error: ")] == [
+        f"error: {tmp_path}/checkpoints: cannot be written (No space left on device); mend that and start again"
+    ]
     assert newest(tmp_path) == 3
     assert saved_steps(tmp_path / "checkpoints") == [1, 3]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_runs import BEFORE, LAYOUTS, SPREADS, STAGES, accumulating, name_of, resume_each, save_and_go_on
+from elastic_runs import BEFORE, LAYOUTS, SPREADS, STAGES, name_of, resume_each, save_and_go_on, with_one_micro_batch
 from small_runs import Layout
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -66,10 +66,11 @@ def test_a_run_goes_on_under_another_layout_with_the_same_moments_and_losses(
     assert (last_logits - logits).abs().max() <= 1e-3 * logits.abs().max()
 
 
-def test_accumulation_may_change_with_the_layout(saved: Any, tmp_path: Path) -> None:
-    source, target = LAYOUTS[0], accumulating(LAYOUTS[6])
-    folder, (steps, _) = saved(source)
-    again, _ = run_on_ranks(target.ranks, resume_each, target, [folder], [tmp_path])[0][0]
+def test_the_same_micro_batch_on_fewer_ranks_accumulates_and_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    source, target = with_one_micro_batch(LAYOUTS[6]), with_one_micro_batch(LAYOUTS[0])
+    assert (source.accumulation, target.accumulation) == (2, 4)
+    steps, _ = run_on_ranks(source.ranks, save_and_go_on, source, tmp_path / "run")[0]
+    again, _ = run_on_ranks(target.ranks, resume_each, target, [tmp_path / "run"], [tmp_path / "copy"])[0][0]
     assert largest_difference(again, steps) <= 1e-4
 
 
