@@ -68,7 +68,7 @@ def save_without_end(folder: Path, asynchronous: bool) -> None:
 def save_steps(
     folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None
 ) -> tuple[int, str | None, list[str]]:
-    """Resume and save up to `last`, on rank 1 without success at `fails_at`; the step resumed from, an error, the log."""
+    """Resume and save up to `last`, on rank 1 without success at `fails_at`; the step resumed from, an error, a log."""
     checkpoints, part = manager_of(folder, **config)
     write = manager.write_shard
 
