@@ -169,6 +169,9 @@ def merge(
     if stage not in (1, 2, 3):
         # Seen with DeepSpeed 0.19.8: without ZeRO the clip norm depends on EP (0.563 and 0.551).
         raise UserError(f"zero_optimization.stage={stage}", "is not supported", "set it to 1, 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        if ds_json["zero_optimization"].get(part, {}).get("device") == "nvme":
+            raise UserError(f"zero_optimization.{part}.device=nvme", "cannot be saved", "set it to cpu")
     if model.moe_layers:
         check_expert_parallel(expert_parallel_size, model.num_experts, world_size)
     accumulation = gradient_accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)

@@ -139,7 +139,7 @@ def check(sides: Sequence[str], config: HyperMoEConfig, settings: Mapping[str, A
     rounds = given.in_turns if given.in_turns is not None else _ROUNDS
     if given.steps < rounds:
         raise UserError(f"--steps {given.steps}", f"fewer than --in-turns {rounds}", "give more steps")
-    check_expert_parallel(settings["expert_parallel"], config.num_experts, given.ranks, _ZERO_STAGE)
+    check_expert_parallel(settings["expert_parallel"], config.num_experts, given.ranks)
     gpus = torch.cuda.device_count()
     if gpus and given.ranks > gpus:
         raise UserError(f"--ranks {given.ranks}", f"this machine has {gpus} GPUs", f"give at most {gpus}")
