@@ -183,8 +183,8 @@ def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]
     """Names of the stacked expert weights [N, ...] of each MoE block that has more than one expert."""
     blocks: dict[str, list[str]] = {}
     for name in sorted(shapes, key=_by_layer):
-        match = re.fullmatch(r"(.*)\.experts\.w[123]", name)
-        if match and shapes[name][0] > 1:
+        match = re.fullmatch(r"(.*)\.experts\.(w[123]|gate_up_proj|down_proj)", name)
+        if match and len(shapes[name]) == 3 and shapes[name][0] > 1:
             blocks.setdefault(match[1], []).append(name)
     return blocks
 

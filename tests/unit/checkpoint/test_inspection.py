@@ -133,6 +133,19 @@ def test_a_single_expert_is_compared_with_none(tmp_path: Path) -> None:
     assert "cosine" not in "\n".join(inspection_lines(seen))
 
 
+def test_the_experts_of_another_model_are_as_alike_as_their_stacks_say(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    with open_source(tmp_path) as source:
+        ours = inspect(source).similarity
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
+    with open_source(tmp_path) as source:
+        assert f"{FIRST}.experts.gate_up_proj" in source.shapes
+        theirs = inspect(source).similarity
+    assert [(layer.block, layer.pair) for layer in theirs] == [(layer.block, layer.pair) for layer in ours]
+    assert [layer.mean for layer in theirs] == pytest.approx([layer.mean for layer in ours], abs=1e-6)
+
+
 def test_progress_reaches_the_number_of_elements_announced(tmp_path: Path) -> None:
     write_cut_checkpoint(tmp_path / "cut", training_weights(small_model()), moments=True)
     read: list[int] = []
