@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs HyperMoE-DS into a virtual environment; a call that finds nothing to do takes well under a second.
 #
-#   bash launch/setup.sh [EXTRA ...]     EXTRA: dev (the checks), bench (plots), mpi (mpirun), gpu (CUDA
+#   bash launch/setup.sh [EXTRA ...]     EXTRA: dev (the checks), bench (plots), eval
+#                                        (lm-evaluation-harness), mpi (mpirun), gpu (CUDA
 #                                        kernels; added by itself where nvidia-smi lists a GPU). Extras installed earlier stay.
 #   HYPERMOE_VENV=DIR                    the environment to make or use (default: .venv in the repository)
 set -euo pipefail
@@ -71,8 +72,8 @@ check_extras() {
     local extra
     for extra in "$@"; do
         case $extra in
-            bench | dev | gpu | mpi) ;;
-            *) die "no extra '$extra'; known: bench, dev, gpu, mpi" ;;
+            bench | dev | eval | gpu | mpi) ;;
+            *) die "no extra '$extra'; known: bench, dev, eval, gpu, mpi" ;;
         esac
     done
 }

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_hypermoe import HyperMoEConfig
 from .generated import HyperExpertWeights
@@ -376,7 +377,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S].
-            attention_mask: [B, S], 0 at padding.
+            attention_mask: [B, S], 0 at padding, which takes no part in any loss.
             position_ids: [B, S]; counted from the cache's length when left out.
             past_key_values: keys and values of earlier tokens.
             inputs_embeds: [B, S, D] in the place of input_ids.
@@ -408,13 +409,14 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             output.selected_experts = tuple(routing.selected_TK for routing in decoded.routing)
             output.branch_norms = decoded.branch_norms
         if shift_labels is not None:
+            routing, shift_labels = _without_padding(decoded.routing, shift_labels, attention_mask)
             output.lm_loss = self._language_loss(hidden_BSD, logits, shift_labels)
             output.loss = output.lm_loss
-            if decoded.routing:
-                output.aux_loss, output.z_loss = self._routing_losses(decoded.routing)
+            if routing:
+                output.aux_loss, output.z_loss = self._routing_losses(routing)
                 weighted = self.config.router_aux_loss_coef * output.aux_loss
                 weighted = weighted + self.config.z_loss_coef * output.z_loss
-                output.loss = output.lm_loss + len(decoded.routing) * weighted
+                output.loss = output.lm_loss + len(routing) * weighted
         return output
 
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
@@ -430,5 +432,26 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         return torch.stack(balance).mean(), torch.stack([router_z_loss(r.logits_TN) for r in routing]).mean()
 
 
+def _without_padding(
+    routing: tuple[Routing, ...], labels_BS: Tensor, attention_mask: Tensor | None
+) -> tuple[tuple[Routing, ...], Tensor]:
+    """The routing of the tokens alone, and labels that ask nothing of padding. Training has no mask and waits for none.
+
+    Args:
+        routing: of all B * S positions.
+        labels_BS: the next tokens.
+        attention_mask: [B, S] or, with a cache, more; of any other shape it names no padding.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return routing, labels_BS
+    token_BS = attention_mask[:, -labels_BS.shape[1] :].bool()
+    token_T = token_BS.flatten()
+    kept = tuple(Routing(r.logits_TN[token_T], r.selected_TK[token_T]) for r in routing)
+    return kept, labels_BS.masked_fill(~token_BS, -100)
+
+
 HyperMoEConfig.register_for_auto_class()
 HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# Here, and so in exports too: the Trainer's label smoothing (are labels to be shifted?), `transformers serve` and
+# lm-evaluation-harness ask this table what kind of model a name is. `AutoModel.register` does not write it.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEForCausalLM.__name__

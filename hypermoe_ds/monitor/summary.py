@@ -25,6 +25,15 @@ class RunSummary:
     valid_loss: float
 
 
+def validation_at(metrics: Path, step: int) -> float | None:
+    """Validation loss of the weights after `step`, in nats per token; None where there was no validation."""
+    if not metrics.is_file():
+        return None
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [record["valid_loss"] for record in records if record["step"] == step and "valid_loss" in record]
+    return losses[-1] if losses else None
+
+
 def summarize(metrics: Path) -> RunSummary:
     """Summarise a metrics.jsonl.
 

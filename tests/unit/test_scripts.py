@@ -78,7 +78,7 @@ def test_setup_with_python_misses_the_compiler_alone(bare_path: Path, tmp_path: 
 
 def test_setup_refuses_an_unknown_extra(bare_path: Path, tmp_path: Path) -> None:
     result = setup(bare_path, tmp_path / "venv", "dev", "gpus")
-    assert result.stderr == "setup: no extra 'gpus'; known: bench, dev, gpu, mpi\n"
+    assert result.stderr == "setup: no extra 'gpus'; known: bench, dev, eval, gpu, mpi\n"
     assert result.returncode == 1
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.monitor.summary import summarize
+from hypermoe_ds.monitor.summary import summarize, validation_at
 
 RECORDS = [
     {"step": 1, "tokens_per_second": 1.0, "consumed_samples": 8},
@@ -35,3 +35,9 @@ def test_a_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str)
         summarize(path)
     with pytest.raises(UserError, match="no such file"):
         summarize(tmp_path / "none.jsonl")
+
+
+def test_a_step_has_the_loss_of_its_own_validation_or_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "metrics.jsonl", RECORDS)
+    assert [validation_at(path, step) for step in (1, 5, 6, 9)] == [None, 3.0, None, 2.5]
+    assert validation_at(tmp_path / "none.jsonl", 9) is None

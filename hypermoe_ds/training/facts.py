@@ -1,0 +1,27 @@
+"""What a run folder says of how a checkpoint was trained, for the model card of its export."""
+
+from hypermoe_ds.checkpoint.manifest import Manifest
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.store import find_checkpoint
+from hypermoe_ds.export.model_card import TrainingFacts, training_facts
+from hypermoe_ds.monitor.summary import validation_at
+
+
+def facts_of(run: RunFolder, step: int | None = None) -> TrainingFacts:
+    """Data, tokens and, if that very step was validated, its loss.
+
+    Args:
+        run: the run folder.
+        step: which checkpoint; None takes the newest.
+
+    Raises:
+        UserError: no such checkpoint, or one that is damaged.
+    """
+    manifest = Manifest.read(find_checkpoint(run.checkpoints, step))
+    return training_facts(
+        run.read_settings() if run.settings.is_file() else {},
+        manifest.step,
+        manifest.state["run"].get("consumed_samples"),
+        validation_at(run.path / "metrics.jsonl", manifest.step),
+        manifest.written_by,
+    )

@@ -1,0 +1,20 @@
+"""A folder as `tools/convert_to_hf.py` makes it, for the tests of how others use it."""
+
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.data.tokenizer import train_tokenizer
+from hypermoe_ds.export.hf import export
+from tests.helpers.checkpoints import small_model
+from tests.helpers.corpus import stdlib_texts
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied and with large weights, so that a model that has not been trained does not repeat one token for ever."""
+    folder = tmp_path_factory.mktemp("exported")
+    train_tokenizer(stdlib_texts(1), 400, folder / "tokenizer")
+    model = small_model(vocab_size=400, tie_word_embeddings=False, initializer_range=0.2, max_position_embeddings=64)
+    export(model, folder / "tokenizer", folder / "model")
+    return folder / "model"

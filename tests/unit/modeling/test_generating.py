@@ -1,0 +1,140 @@
+"""What Transformers' ways to generate rely on: masks, positions and caches change no token."""
+
+from typing import Any
+
+import pytest
+import torch
+from model_references import PATHS, VARIANTS, build, distance, tokens
+from torch import Tensor
+
+NEW = {"max_new_tokens": 8, "pad_token_id": 0}
+PROMPTS = (9, 4, 7)
+
+
+def left_padded(prompts: list[Tensor], filling: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts [1, S] in one batch, with its mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.full((len(prompts), longest), filling)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - prompt.shape[1] :] = prompt
+        mask[row, longest - prompt.shape[1] :] = 1
+    return ids, mask
+
+
+def untied(variant: str = "plain") -> Any:
+    """An untrained model with tied embeddings repeats one token for ever."""
+    return build(**{**VARIANTS[variant], "tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_batch_padded_on_the_left_generates_what_each_prompt_generates_alone(
+    how: dict[str, Any], use_cache: bool
+) -> None:
+    model, prompts = untied(), [tokens(1, length) for length in PROMPTS]
+    ids, mask = left_padded(prompts)
+    together = model.generate(ids, attention_mask=mask, use_cache=use_cache, **how, **NEW)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, use_cache=use_cache, **how, **NEW)
+        assert torch.equal(together[row, ids.shape[1] :], alone[0, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("variant", PATHS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": False, "num_beams": 3},
+    ],
+    ids=str,
+)
+def test_sampling_and_beams_are_the_same_with_every_cache_and_with_none(variant: str, how: dict[str, Any]) -> None:
+    model = untied(variant)
+    ids, mask = left_padded([tokens(1, length) for length in PROMPTS])
+
+    def generate(seed: int, **caching: Any) -> Tensor:
+        torch.manual_seed(seed)
+        text: Tensor = model.generate(ids, attention_mask=mask, **caching, **how, **NEW)
+        return text
+
+    plain = generate(1, use_cache=False)
+    assert torch.equal(generate(1, use_cache=True), plain)
+    assert torch.equal(generate(1, cache_implementation="static"), plain)
+    if how["do_sample"]:
+        assert not torch.equal(generate(2, use_cache=True), plain)
+
+
+def test_tokens_guessed_and_taken_back_do_not_change_the_text() -> None:
+    model, ids = untied(), tokens(1, 6).repeat(1, 3)  # repetitive, so that guesses come up and some are wrong
+    plain = model.generate(ids, do_sample=False, **NEW)
+    assert torch.equal(model.generate(ids, do_sample=False, prompt_lookup_num_tokens=3, **NEW), plain)
+    assert torch.equal(model.generate(ids, do_sample=False, assistant_model=build(seed=1), **NEW), plain)
+
+
+@pytest.mark.parametrize("variant", PATHS)
+def test_a_mask_needs_no_positions_beside_it(variant: str) -> None:
+    model = untied(variant)
+    prompts = [tokens(1, length) for length in PROMPTS]
+    with torch.no_grad():
+        for filling in (0, 5):
+            ids, mask = left_padded(prompts, filling)
+            together = model(input_ids=ids, attention_mask=mask).logits
+            assert together.isfinite().all()
+            for row, prompt in enumerate(prompts):
+                alone = model(input_ids=prompt).logits
+                assert distance(together[row, -prompt.shape[1] :], alone[0]) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations_agree_on_padded_batches(attention: str) -> None:
+    model = untied()
+    ids, mask = left_padded([tokens(1, length) for length in PROMPTS])
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        model.set_attn_implementation(attention)
+        other = model(input_ids=ids, attention_mask=mask).logits
+    assert distance(other[mask.bool()], expected[mask.bool()]) < 1e-5
+
+
+def test_logits_are_kept_of_the_positions_asked_for() -> None:
+    model, ids = untied(), tokens(2, 8)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        kept = torch.tensor([1, 5, 6])
+        assert distance(model(input_ids=ids, logits_to_keep=kept).logits, whole[:, kept]) < 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_loss_and_no_gradient(side: str) -> None:
+    """The routing losses are means over tokens: padding is no token."""
+    model, ids = untied(), tokens(1, 9)
+    padding = torch.full((1, 5), 3)
+    parts = [(padding, torch.zeros_like(padding), -100), (ids, torch.ones_like(ids), None)]
+    parts = parts if side == "left" else parts[::-1]
+    labels = [part if filling is None else torch.full_like(part, filling) for part, _, filling in parts]
+
+    def losses_and_gradient(**batch: Tensor) -> tuple[list[float], Tensor]:
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return [loss.item() for loss in (output.loss, output.lm_loss, output.aux_loss, output.z_loss)], gradient
+
+    alone, expected = losses_and_gradient(input_ids=ids, labels=ids)
+    padded, gradient = losses_and_gradient(
+        input_ids=torch.cat([part for part, _, _ in parts], dim=1),
+        attention_mask=torch.cat([mask for _, mask, _ in parts], dim=1),
+        labels=torch.cat(labels, dim=1),
+    )
+    assert padded == pytest.approx(alone, rel=1e-5)
+    assert distance(gradient, expected) < 1e-4

@@ -1,0 +1,56 @@
+"""Tell what a run's checkpoint or a Hugging Face folder holds, or how two of them differ.
+
+Exit code 1: a tensor holds NaN or Inf.
+"""
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hypermoe_ds.checkpoint.differences import compare, elements_to_compare
+from hypermoe_ds.checkpoint.inspection import elements_to_inspect, inspect
+from hypermoe_ds.checkpoint.inspection_report import difference_lines, inspection_lines, write_json
+from hypermoe_ds.checkpoint.sources import check_step, open_source
+from hypermoe_ds.errors import one_line_errors
+
+
+def main() -> None:
+    """Arguments and wiring."""
+    arguments = parse_arguments()
+    paths = [path for path in (arguments.path, arguments.other) if path is not None]
+    check_step(arguments.step, paths)
+    with ExitStack() as opened:
+        sources = [opened.enter_context(open_source(path, arguments.step)) for path in paths]
+        pairs = [(sources[0], sources[1])] if len(sources) == 2 else []
+        elements = sum(map(elements_to_inspect, sources)) + sum(elements_to_compare(*pair) for pair in pairs)
+        with tqdm(total=elements, desc="read", unit=" elements", unit_scale=True, leave=False, disable=None) as bar:
+            inspections = [inspect(source, bar.update) for source in sources]
+            differences = [compare(*pair, bar.update) for pair in pairs]
+
+    for seen in inspections:
+        print(*inspection_lines(seen), "", sep="\n")
+    for found in differences:
+        print(*difference_lines(found), sep="\n")
+    if arguments.json:
+        write_json(arguments.json, inspections, differences)
+    sys.exit(1 if any(seen.not_finite() for seen in inspections) else 0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, metavar="PATH", help="run, checkpoint or Hugging Face folder")
+    parser.add_argument("other", nargs="?", type=Path, metavar="PATH2", help="another one, to tell the differences")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint; the newest if left out"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, of each tensor too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
