@@ -40,7 +40,7 @@ def start_ranks() -> tuple[int, int]:
         # Each environment keeps the operators it compiled: in the user's one cache two of them rebuild in turn.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
+    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())

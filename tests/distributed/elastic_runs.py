@@ -11,6 +11,7 @@ from small_runs import GLOBAL_BATCH, Layout, S, random_tokens
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.modeling import HyperMoEForCausalLM
 
 BEFORE, AFTER = 4, 10
 SPREADS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))  # ranks, expert parallelism
@@ -60,6 +61,36 @@ def _resume(layout: Layout, folder: Path, other: Path) -> tuple[list[tuple[float
     logits = logits_of(engine, 0)
     engine.destroy()
     return steps, logits
+
+
+def save_untrained_and_train(layout: Layout, folder: Path) -> list[tuple[float, float]]:
+    """Save the model as it is built, weights alone, then train: the losses and gradient norms."""
+    engine = engine_of(layout)
+    checkpoints = manager_of(engine, RunFolder(folder))
+    checkpoints.save(0, {"step": 0})
+    checkpoints.finish()
+    return steps_on(engine, batches_from(layout, torch.distributed.get_rank(), 0), AFTER)
+
+
+def train_untrained(layout: Layout, folder: Path) -> list[tuple[float, float]]:
+    """The same from the checkpoint, in an engine that was built with other weights."""
+    engine = build_engine_with_other_weights(layout)
+    assert manager_of(engine, RunFolder(folder)).resume() == {"step": 0}
+    return steps_on(engine, batches_from(layout, torch.distributed.get_rank(), 0), AFTER)
+
+
+def build_engine_with_other_weights(layout: Layout) -> Any:
+    """Every weight is one and a half times what it would be."""
+    initialise = HyperMoEForCausalLM.__init__
+
+    def larger(model: HyperMoEForCausalLM, *arguments: Any) -> None:
+        initialise(model, *arguments)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+
+    HyperMoEForCausalLM.__init__ = larger  # type: ignore[method-assign] (this process runs nothing else)
+    return engine_of(layout)
 
 
 def with_one_micro_batch(layout: Layout) -> Layout:

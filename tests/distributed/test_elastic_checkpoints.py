@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_runs import BEFORE, LAYOUTS, SPREADS, STAGES, name_of, resume_each, save_and_go_on, with_one_micro_batch
+from elastic_runs import (
+    BEFORE,
+    LAYOUTS,
+    SPREADS,
+    STAGES,
+    name_of,
+    resume_each,
+    save_and_go_on,
+    save_untrained_and_train,
+    train_untrained,
+    with_one_micro_batch,
+)
 from small_runs import Layout
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -72,6 +83,16 @@ def test_the_same_micro_batch_on_fewer_ranks_accumulates_and_goes_on_with_the_sa
     steps, _ = run_on_ranks(source.ranks, save_and_go_on, source, tmp_path / "run")[0]
     again, _ = run_on_ranks(target.ranks, resume_each, target, [tmp_path / "run"], [tmp_path / "copy"])[0][0]
     assert largest_difference(again, steps) <= 1e-4
+
+
+@pytest.mark.parametrize("target", [LAYOUTS[8], LAYOUTS[4], LAYOUTS[0]], ids=name_of)
+def test_weights_alone_are_trained_on_as_a_model_just_built(tmp_path: Path, target: Layout) -> None:
+    source = LAYOUTS[3]
+    built = run_on_ranks(source.ranks, save_untrained_and_train, source, tmp_path)[0]
+    with CheckpointReader(RunFolder(tmp_path).checkpoints / step_name(0)) as reader:
+        assert reader.manifest.kinds == (WEIGHT,)
+    loaded = run_on_ranks(target.ranks, train_untrained, target, tmp_path)[0]
+    assert largest_difference(loaded, built) <= 1e-4
 
 
 def test_the_covering_pairs_cover() -> None:

@@ -50,6 +50,21 @@ def stopped_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def moved_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, begun on two ranks under ZeRO-1, gone on with alone under ZeRO-3 and ended on two ranks again."""
+    run = tmp_path_factory.mktemp("moved") / "run"
+    run_script(
+        TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, "train.stop_at_step=3"), folder=run.parent, ranks=RANKS
+    )
+    alone = run_script(
+        TRAIN, *arguments_of(recipe, f"run.dir={run}", "train.stop_at_step=6", stage=3), folder=run.parent
+    )
+    assert alone.returncode == 0, alone.told()
+    run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, stage=2), folder=run.parent, ranks=RANKS)
+    return run
+
+
+@pytest.fixture(scope="session")
 def zero3_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 steps under ZeRO-3, top-1 routing, untied embeddings."""
     run = tmp_path_factory.mktemp("zero3") / "run"

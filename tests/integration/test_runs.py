@@ -40,6 +40,21 @@ def test_a_stopped_and_resumed_run_saves_what_a_whole_one_does_to_the_bit(whole_
         assert whole.manifest.kinds == ("weight", "exp_avg", "exp_avg_sq")
 
 
+def test_a_run_moved_to_other_ranks_and_stages_logs_what_a_whole_one_does(whole_run: Path, moved_run: Path) -> None:
+    pairs = list(zip(training_records(moved_run), training_records(whole_run), strict=True))
+    assert len(pairs) == STEPS
+    for moved, whole in pairs:
+        assert (moved["step"], moved["consumed_samples"]) == (whole["step"], whole["consumed_samples"])
+        for name in ("loss", "aux_loss", "z_loss", "total_loss", "grad_norm"):
+            assert moved[name] == pytest.approx(whole[name], rel=1e-4), (moved["step"], name)
+        assert moved["lr"] == whole["lr"]
+    moved_losses, whole_losses = (
+        [record["valid_loss"] for record in records(run) if "valid_loss" in record and record["step"] in (4, 8)]
+        for run in (moved_run, whole_run)
+    )
+    assert moved_losses == pytest.approx(whole_losses, rel=1e-4)
+
+
 def test_the_newest_checkpoints_are_kept(whole_run: Path, stopped_run: Path) -> None:
     for run in (whole_run, stopped_run):
         folder = run / "checkpoints"
