@@ -31,8 +31,10 @@ def main() -> None:
         "validation loss": f"{summary.valid_loss:.3f} nats per token",
         "unigram loss": f"{unigram:.3f} nats per token: the model is {unigram - summary.valid_loss:.3f} better",
         "run folder": str(folder.path),
-        "TensorBoard": f"{Path(sys.executable).with_name('tensorboard')} --logdir {folder.path / 'tensorboard'}",
     }
+    board = folder.path / "tensorboard"
+    if board.is_dir():
+        rows["TensorBoard"] = f"{Path(sys.executable).with_name('tensorboard')} --logdir {board}"
     for name, value in rows.items():
         print(f"{name:<16} {value}")
 

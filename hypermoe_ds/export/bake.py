@@ -23,7 +23,7 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     try:
         baked_config = HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
     except ValueError as error:
-        raise UserError("--bake", str(error).partition(": ")[2].partition(";")[0], "leave it out") from None
+        raise UserError("--bake", *str(error).partition(": ")[2].split("; ")) from None
     with torch.device("meta"):
         baked = HyperMoEForCausalLM(baked_config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in baked.state_dict()}

@@ -210,8 +210,8 @@ class HyperMoEConfig(PreTrainedConfig):
             )
         if self.baked_hyper_experts and self.hyper_sets > self.num_experts:
             raise ValueError(
-                f"baked_hyper_experts=True: {self.hyper_sets:,} HyperExperts a layer are too many to hold; bake a "
-                f"model with num_experts_per_tok=1 or hyper_conditioning=route"
+                f"baked_hyper_experts=True: {self.hyper_sets:,} HyperExperts a layer are more than its "
+                f"{self.num_experts} experts; bake a model with num_experts_per_tok=1 or hyper_conditioning=route"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -3,7 +3,6 @@
 Shape legend: T tokens, D hidden size, A adapter size, B bottleneck, U sets, J HyperExperts of a token, R = T * J rows.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -69,10 +68,10 @@ class Rates:
 
 RATES: Mapping[tuple[str, torch.dtype], Rates] = MappingProxyType(
     {
-        # 2 cores of an EPYC with AVX-512 (24 shapes, 2026-11-24): beside its products, traffic took no time of its own.
-        # Least squares give 80 to 90 us in fp32; with the thousands of sets where both forms cost the same it is more.
-        ("cpu", torch.float32): Rates(flops=190e9, bytes=math.inf, start=100e-6),
-        ("cpu", torch.bfloat16): Rates(flops=650e9, bytes=math.inf, start=78e-6),
+        # 2 cores of an EPYC with AVX-512: 42 shapes at two sizes of the hypernetwork, 2026-11-24. Traffic is this slow
+        # because much of it is to memory that was just mapped.
+        ("cpu", torch.float32): Rates(flops=250e9, bytes=5.5e9, start=8e-6),
+        ("cpu", torch.bfloat16): Rates(flops=940e9, bytes=7.4e9, start=29e-6),
         # Not measured: 40 % of the H100's published 989 TFLOP/s and 80 % of its 3.35 TB/s.
         ("cuda", torch.bfloat16): Rates(flops=400e12, bytes=2.7e12, start=0.0),
     }

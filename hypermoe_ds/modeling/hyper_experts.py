@@ -252,7 +252,7 @@ class HyperExperts(nn.Module):
         if generated is None and keeps:
             generated = self._keep_all(set_size, hypernetwork)
         if generated is not None:
-            self._announce("per_set", len(generated.up_bias), tokens, "generated beforehand")
+            self._announce("per_set", len(generated.up_bias), tokens, "generated with those of all layers")
             return apply_generated(x_TD, self._take(selected_TK, gates_TK), generated)
         if self.knows_sets(tokens, set_size, hypernetwork.sizes):
             z_UH, taken = self.encode_all(set_size), self._take(selected_TK, gates_TK)
@@ -267,7 +267,8 @@ class HyperExperts(nn.Module):
         if form == "auto":
             weight = hypernetwork.trunk.weight
             form = cheaper_form(taken.sets_TJ.numel(), len(z_UH), hypernetwork.sizes, weight.device.type, weight.dtype)
-            self._announce(form, len(z_UH), tokens, "generated again in the backward pass" if recompute else "kept")
+            kept = "generated again in the backward pass" if recompute else "kept for the backward pass"
+            self._announce(form, len(z_UH), tokens, kept if form == "per_set" else "none are made")
         output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, taken, form, recompute)
         return output
 
@@ -328,7 +329,7 @@ class HyperExperts(nn.Module):
     def _announce(self, form: str, sets: int, tokens: int, how: str) -> None:
         if not self._announced:
             _LOGGER.info(
-                f"HyperExperts of MoE layer {self.layer_index}: {form}, {sets} sets for {tokens} tokens, modules {how}"
+                f"HyperExperts of MoE layer {self.layer_index}: {form}, {sets} sets for {tokens} tokens; modules: {how}"
             )
             self._announced = True
 

@@ -14,7 +14,7 @@ import torch
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
-from report import machine
+from report import check_arguments, machine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="counted runs of each side (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of every run")
     given = parser.parse_args()
+    check_arguments(given, dict.fromkeys(("prompt", "new", "batch", "repeats"), 1), given.json)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sides = models(given.preset, device, _DTYPES[given.dtype])

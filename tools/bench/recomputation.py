@@ -17,7 +17,7 @@ from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.modeling.generated import Taken
 from hypermoe_ds.modeling.hyper_costs import modules_fit
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork
-from report import machine
+from report import check_arguments, machine
 
 _TOKENS, _SETS = 2048, (8, 16, 31, 64, 128, 256)
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, seconds and bytes")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    check_arguments(given, {"repeats": 1}, given.json)
     where = {"device": "cpu", "dtype": DTYPES[given.dtype]}
     if given.memory_of == "expert":
         print(added_memory("expert", where))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -9,10 +10,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
 # Dense bf16 FLOP/s of tensor cores, without sparsity: NVIDIA's data sheets of the H100 and the H200.
 _PEAK_FLOPS = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12))
+
+
+def check_arguments(given: Namespace, at_least: Mapping[str, int], *outputs: Path | None) -> None:
+    """Refuse before anything is measured.
+
+    Raises:
+        UserError: a number is less than `at_least` says for its name, or an output's folder does not exist.
+    """
+    for name, least in at_least.items():
+        value = getattr(given, name)
+        if isinstance(value, int) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {least}")
+    for path in outputs:
+        if path is not None and not path.parent.is_dir():
+            raise UserError(str(path), "its folder does not exist", "make the folder")
 
 
 def baseline_of(sides: Sequence[str]) -> str:

@@ -24,12 +24,12 @@ from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.parallel.topology import check_expert_parallel
 from op_shares import markdown
 from rank_processes import Ranks, answers_of, ask, started
-from report import result, text
+from report import check_arguments, result, text
 
 SIDES = ("hypermoe", "moe", "mixtral", "deepspeed_moe", "per_token")
 _AT_LEAST = dict.fromkeys(("ranks", "expert_parallel", "sequence_length", "steps", "threads", "micro_batch_size"), 1)
 _AT_LEAST |= {"warmup": 0, "in_turns": 0}
-_PROFILED_STEPS, _LARGEST_MICRO_BATCH, _ZERO_STAGE, _ROUNDS = 3, 64, 1, 2
+_PROFILED_STEPS, _LARGEST_MICRO_BATCH, _ROUNDS = 3, 64, 2
 
 
 def main() -> None:
@@ -132,10 +132,7 @@ def check(sides: Sequence[str], config: HyperMoEConfig, settings: Mapping[str, A
             raise UserError(f"--sides {side}", "no such side", closest(side, SIDES))
     if len(set(sides)) < len(sides):
         raise UserError(f"--sides {','.join(sides)}", "a side is named twice", "name each once")
-    for name, least in _AT_LEAST.items():
-        value = getattr(given, name)
-        if value not in ("auto", None) and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {least}")
+    check_arguments(given, _AT_LEAST, given.json, given.profile)
     rounds = given.in_turns if given.in_turns is not None else _ROUNDS
     if given.steps < rounds:
         raise UserError(f"--steps {given.steps}", f"fewer than --in-turns {rounds}", "give more steps")
@@ -145,9 +142,6 @@ def check(sides: Sequence[str], config: HyperMoEConfig, settings: Mapping[str, A
         raise UserError(f"--ranks {given.ranks}", f"this machine has {gpus} GPUs", f"give at most {gpus}")
     if given.micro_batch_size == "auto" and (not gpus or given.ranks > 1):
         raise UserError("--micro-batch-size auto", "is found on one GPU rank alone", "give a number of sequences")
-    for path in (given.json, given.profile):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(str(path), "its folder does not exist", "make the folder")
 
 
 def settings_of(given: argparse.Namespace) -> dict[str, Any]:
