@@ -20,10 +20,13 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     config = model.config
     if model.model.hypernetwork is None:
         raise UserError("--bake", "the model has no hypernetwork", "leave it out")
-    try:
-        baked_config = HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
-    except ValueError as error:
-        raise UserError("--bake", *str(error).partition(": ")[2].split("; ")) from None
+    if config.hyper_sets > config.num_experts:
+        raise UserError(
+            "--bake",
+            f"{config.hyper_sets:,} HyperExperts a layer are more than its {config.num_experts} experts",
+            "bake a model with num_experts_per_tok=1 or hyper_conditioning=route",
+        )
+    baked_config = HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
     with torch.device("meta"):
         baked = HyperMoEForCausalLM(baked_config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in baked.state_dict()}
