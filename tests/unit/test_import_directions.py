@@ -25,7 +25,6 @@ DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
     "hypermoe_ds/parallel/expert_parallel.py",
     "hypermoe_ds/training/engine.py",
     "hypermoe_ds/checkpoint/manager.py",
-    "hypermoe_ds/checkpoint/universal.py",
     "hypermoe_ds/monitor/sinks.py",
 }
 DEEPSPEED_PEERS = "tools/bench/"  # beside them: a comparison with DeepSpeed's own layers needs the library itself
