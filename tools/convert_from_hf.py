@@ -7,15 +7,13 @@ With --upcycle a dense Llama, Mistral or Qwen3 becomes a Mixture of Experts that
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hypermoe_ds.checkpoint.new_run import write_new_run
 from hypermoe_ds.checkpoint.weights import PRECISIONS
 from hypermoe_ds.config import apply_overrides, validate
+from hypermoe_ds.data.output import check_output
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.export.foreign import notes_on
 from hypermoe_ds.export.from_hf import OPEN_FIELDS, open_folder
-from hypermoe_ds.export.hf import check_output
 from hypermoe_ds.export.upcycle import Upcycling
 from hypermoe_ds.run_config import ModelSection, model_section
 from hypermoe_ds.training.state import TrainState
@@ -30,9 +28,8 @@ def main() -> None:
     weights = open_folder(given.model, upcycling, fields, given.seed)
     [precision] = [name for name, dtype in PRECISIONS.items() if dtype == weights.dtype]
     settings = {"model": model_section(weights.config), "train": {"precision": precision}}
-    tensors = ((name, weights.read(name)) for name in tqdm(weights.shapes, "convert", unit="tensor", leave=False))
     tokenizer = given.tokenizer or given.model
-    run = write_new_run(given.output, weights.config, tensors, tokenizer, settings, TrainState().to_dict())
+    run = write_new_run(given.output, weights.config, weights.tensors(), tokenizer, settings, TrainState().to_dict())
     for note in notes_on(given.model):
         print(f"note: {note}")
     counts = weights.config.parameter_counts()

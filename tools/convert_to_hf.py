@@ -5,9 +5,10 @@ from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import PRECISIONS, open_weights
+from hypermoe_ds.data.output import check_output
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.bake import bake_weights
-from hypermoe_ds.export.hf import check_output, export, shard_bytes_of
+from hypermoe_ds.export.hf import export, shard_bytes_of
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """A run that has not taken a step yet, written from weights that come from elsewhere."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from hypermoe_ds.checkpoint.manifest import write_durably
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import write_weights
 from hypermoe_ds.checkpoint.weights import training_weights
-from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.output import check_output, check_room, scratch_beside
 from hypermoe_ds.data.tokenizer import copy_tokenizer
-from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
 _SHARD_BYTES = 10**8  # held in memory while it is written
@@ -42,15 +40,9 @@ def write_new_run(
     Raises:
         UserError: the place is taken or has no room, or there is no tokenizer.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(str(output), "exists already", "remove it or choose another folder")
-    needed = 4 * config.parameter_counts().total
+    check_output(output)
     with scratch_beside(output) as scratch:
-        free = shutil.disk_usage(scratch).free
-        if free < needed:
-            raise UserError(
-                str(output), f"needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free", "free some disk"
-            )
+        check_room(output, scratch, 4 * config.parameter_counts().total)
         run = RunFolder(scratch / output.name)
         copy_tokenizer(tokenizer, run.tokenizer)
         config.save_pretrained(run.model)

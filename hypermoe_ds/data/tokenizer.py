@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.output import check_output, scratch_beside
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
 
@@ -66,8 +66,7 @@ def train_tokenizer(
             not suit the text.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(str(output), "exists already", "remove it or choose another folder")
+    check_output(output)
     if vocab_size <= 0:
         raise UserError(f"vocab_size={vocab_size}", "is no number of tokens", "give a positive number such as 32000")
     files = expand_inputs(inputs)

@@ -1,7 +1,7 @@
 """What other models' config.json says, as a HyperMoE configuration: every key is carried over, checked, or refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
 
 DENSE = ("llama", "mistral", "qwen3")
 MOE = ("mixtral", "olmoe", "qwen3_moe")
@@ -72,6 +73,7 @@ _WITHOUT_EFFECT = (
     "transformers_version",
     "unk_token_id",
     "use_cache",
+    "_model_name_or_path",
     "_name_or_path",
 )
 # Settings of training that mean something else here.
@@ -84,7 +86,7 @@ def model_type(folder: Path) -> str:
     Raises:
         UserError: there is no config.json, or it names none.
     """
-    kind = _read(folder).get("model_type")
+    kind = read_config(folder).get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{folder / 'config.json'}: model_type={kind!r}", "is no model", "give a Hugging Face folder")
     return kind
@@ -99,7 +101,7 @@ def shape_of(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a key that cannot be carried over, with its value.
     """
-    raw, kind = _read(folder), model_type(folder)
+    raw, kind = read_config(folder), model_type(folder)
     if kind == "qwen2":
         raise _refused(folder, "model_type", kind, "has biases in its attention, for which HyperMoE has no place")
     if kind not in (*DENSE, *MOE):
@@ -121,13 +123,20 @@ def shape_of(folder: Path) -> dict[str, Any]:
 
 def notes_on(folder: Path) -> list[str]:
     """What of a foreign config.json is left to the run, for the user to know."""
-    raw = _read(folder)
+    raw = read_config(folder)
+    if raw.get("model_type") == HyperMoEConfig.model_type:
+        return []
     return [
         f"{key}={raw[key]!r} is not carried over: it is a setting of training" for key in _LEFT_TO_THE_RUN if key in raw
     ]
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        UserError: there is none, or it is no mapping.
+    """
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -181,10 +190,18 @@ def _check(folder: Path, raw: Mapping[str, Any], config: PreTrainedConfig) -> No
         )
     if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
         raise _refused(folder, "norm_topk_prob", True, "with K = 1 the gates of HyperMoE are never renormalised")
+    refuse_unknown(folder, raw, {*_CARRIED, *_CARRIED_IN_OTHER_WORDS, *_NEUTRAL, *_LEFT_TO_THE_RUN})
+
+
+def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse keys that nobody looks at, but for those without effect and what every configuration has.
+
+    Raises:
+        UserError: the first of them.
+    """
     general = PreTrainedConfig().to_dict()
-    known = {*_CARRIED, *_CARRIED_IN_OTHER_WORDS, *_NEUTRAL, *_WITHOUT_EFFECT, *_LEFT_TO_THE_RUN}
     for key, value in raw.items():
-        if key not in known and not (key in general and general[key] == value):
+        if key not in known and key not in _WITHOUT_EFFECT and not (key in general and general[key] == value):
             raise UserError(
                 f"{folder / 'config.json'}: {key}={value!r}",
                 "is unknown, and to drop it might change the model",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.folder import FolderWeights
-from hypermoe_ds.export.foreign import DENSE, model_type, shape_of
+from hypermoe_ds.export.foreign import DENSE, model_type, read_config, refuse_unknown, shape_of
 from hypermoe_ds.export.fresh import fresh_hyper_experts
 from hypermoe_ds.export.source import LazyWeights
 from hypermoe_ds.export.upcycle import Upcycling
@@ -129,15 +129,16 @@ def _refuse_options(upcycling: Upcycling | None, fields: Mapping[str, Any] | Non
 
 def _hypermoe(folder: Path) -> LazyWeights:
     """A model of our own, as it is."""
-    config = HyperMoEConfig.from_pretrained(folder)
-    if config.baked_hyper_experts:
+    raw = read_config(folder)
+    refuse_unknown(folder, raw, HyperMoEConfig.__annotations__.keys())
+    if raw.get("baked_hyper_experts"):
         raise UserError(
             f"{folder / 'config.json'}: baked_hyper_experts=True",
             "there is no hypernetwork left to train",
             "give a folder that was exported without --bake",
         )
     # As a recipe gives the model: these are the tokenizer's and the export's.
-    config = _config({key: value for key, value in config.to_dict().items() if key in _FIELDS})
+    config = _config({key: value for key, value in raw.items() if key in _FIELDS})
     taken = _Taken(FolderWeights(folder))
     readers = {name: taken.reader(name, shape) for name, shape in stored_shapes(config).items()}
     taken.refuse_the_rest(config)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
-from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.output import check_output, check_room, scratch_beside
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.folder import INDEX, FolderWeights
 from hypermoe_ds.export.source import LazyWeights, WeightSource
@@ -48,11 +48,7 @@ def export(
     model = _with_tokens_of(tokenizer, skeleton(source.config).to(source.dtype))
     needed = sum(shape.numel() for shape in source.shapes.values()) * source.dtype.itemsize
     with scratch_beside(output) as scratch:
-        free = shutil.disk_usage(scratch).free
-        if free < needed:
-            raise UserError(
-                str(output), f"needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free", "free some disk"
-            )
+        check_room(output, scratch, needed)
         folder = scratch / output.name
         shutil.copytree(tokenizer, folder)
         _write_config_and_code(model, folder)
@@ -89,16 +85,6 @@ def read_model(folder: Path) -> HyperMoEForCausalLM:
     model: HyperMoEForCausalLM = HyperMoEForCausalLM.from_pretrained(folder)
     model.eval()
     return model
-
-
-def check_output(output: Path) -> None:
-    """Refuse a place that is taken.
-
-    Raises:
-        UserError: it is a file or a folder with something in it.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(str(output), "exists already", "remove it or choose another folder")
 
 
 def _with_tokens_of(tokenizer: Path, model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:

@@ -1,12 +1,13 @@
 """Where the tensors of a model come from: each is read, or made, when it is asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, stored_shapes
 
@@ -56,6 +57,11 @@ class LazyWeights:
     def read(self, name: str) -> Tensor:
         """A tensor, in `dtype`."""
         return self.readers[name]().to(self.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of them in turn, with a progress bar."""
+        for name in tqdm(self.shapes, "convert", unit="tensor", leave=False):
+            yield name, self.read(name)
 
 
 def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:

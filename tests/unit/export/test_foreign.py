@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.foreign import DENSE, MOE, notes_on, shape_of
+from hypermoe_ds.modeling import HyperMoEConfig
 from tests.unit.export.folders import SIZES, their_model
 
 
@@ -104,4 +105,6 @@ def test_what_is_no_configuration_is_refused(content: str | None, tmp_path: Path
 
 def test_settings_of_training_that_are_not_carried_over_are_told(tmp_path: Path) -> None:
     their_model("olmoe", num_experts=2, num_experts_per_tok=1).to(torch.bfloat16).save_pretrained(tmp_path)
+    HyperMoEConfig().save_pretrained(tmp_path / "ours")
+    assert notes_on(tmp_path / "ours") == []
     assert notes_on(tmp_path) == ["router_aux_loss_coef=0.01 is not carried over: it is a setting of training"]

@@ -101,6 +101,15 @@ def test_a_baked_folder_is_no_model_to_train(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_a_key_that_nobody_knows_is_not_dropped(tmp_path: Path) -> None:
+    HyperMoEConfig().save_pretrained(tmp_path)
+    edit(tmp_path, rope_scaling={"rope_type": "linear"})
+    with pytest.raises(
+        UserError, match=r"config.json: rope_scaling={'rope_type': 'linear'}: is unknown, and to drop it"
+    ):
+        open_folder(tmp_path)
+
+
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hypermoe_ds import modeling
+from hypermoe_ds.data.output import check_output
 from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export import hf
-from hypermoe_ds.export.hf import check_output, export, read_model, shard_bytes_of
+from hypermoe_ds.export.bake import bake_weights
+from hypermoe_ds.export.hf import export, read_model, shard_bytes_of
 from hypermoe_ds.export.source import LazyWeights, weights_of
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.helpers.corpus import stdlib_texts
@@ -140,6 +142,20 @@ def test_a_folder_that_computes_something_else_leaves_nothing_behind(
     with pytest.raises(RuntimeError, match="does not give the logits of the model"):
         export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baked_model_is_held_to_the_logits_of_the_model_with_its_hypernetwork(
+    model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        source = weights_of(model.to(dtype))
+        export(bake_weights(source), tokenizer, tmp_path / str(dtype), WHOLE, source)
+        assert read_model(tmp_path / str(dtype)).config.baked_hyper_experts
+    torch.manual_seed(2)
+    other = weights_of(HyperMoEForCausalLM(model.config).to(torch.bfloat16))
+    with pytest.raises(RuntimeError, match="does not give the logits of the model"):
+        export(bake_weights(source), tokenizer, tmp_path / "other", WHOLE, other)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_model_with_what_is_not_a_number_is_written_as_it_is(
