@@ -46,6 +46,11 @@ def _model_docs() -> str:
 ModelSection = create_model("ModelSection", __base__=Settings, **_model_fields())
 
 
+def model_section(config: HyperMoEConfig) -> dict[str, Any]:
+    """The section of a recipe that gives this model, with every field."""
+    return {key: getattr(config, key) for key in ModelSection.model_fields if key != "preset"}
+
+
 class RunConfig(Settings):
     """A recipe."""
 

@@ -21,7 +21,8 @@ def main() -> None:
     run = RunFolder(arguments.checkpoint)
     if run.exists():
         model, tokenizer = load_model(run, arguments.step), run.tokenizer
-        length = run.read_settings()["data"]["sequence_length"]
+        started = run.settings.exists()  # not yet where only weights from elsewhere lie
+        length = run.read_settings()["data"]["sequence_length"] if started else model.config.max_position_embeddings
     elif not (arguments.checkpoint / "config.json").is_file():
         where = f"--checkpoint={arguments.checkpoint}"
         raise UserError(where, "is neither a run folder nor a Hugging Face folder", "give a run.dir or an export")

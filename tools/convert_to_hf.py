@@ -1,13 +1,18 @@
 """Write a run's model as a Hugging Face folder."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.weights import load_model
+from hypermoe_ds.checkpoint.weights import PRECISIONS, open_weights
+from hypermoe_ds.data.output import check_output
 from hypermoe_ds.errors import one_line_errors
-from hypermoe_ds.export.bake import bake
-from hypermoe_ds.export.hf import check_output, export
+from hypermoe_ds.export.bake import bake_weights
+from hypermoe_ds.export.hf import export, shard_bytes_of
+from hypermoe_ds.export.model_card import write_model_card
+from hypermoe_ds.training.facts import facts_of
 
 
 def main() -> None:
@@ -20,16 +25,23 @@ def main() -> None:
     parser.add_argument(
         "--bake", action="store_true", help="write N adapters a layer in the place of the hypernetwork (K = 1 or route)"
     )
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="precision to write; the run's if left out")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="most of one file, such as 200MB (default: 5GB)"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
     arguments = parser.parse_args()
 
     check_output(arguments.output)
+    shard_bytes = shard_bytes_of(arguments.max_shard_size)
     run = RunFolder(arguments.checkpoint)
-    model = load_model(run, arguments.step)
-    model = bake(model) if arguments.bake else model
-    export(model, run.tokenizer, arguments.output)
-    parameters = model.config.parameter_counts().total
-    print(f"{arguments.output}: {parameters / 1e6:,.1f} M parameters in {str(model.dtype).removeprefix('torch.')}")
+    with open_weights(run, arguments.step, PRECISIONS.get(arguments.dtype)) as weights:
+        written = bake_weights(weights) if arguments.bake else weights
+        export(written, run.tokenizer, arguments.output, shard_bytes, weights if arguments.bake else None)
+    command = f"python {shlex.join(sys.argv)}"
+    write_model_card(arguments.output, written.config, facts_of(run, arguments.step), command)
+    parameters = written.config.parameter_counts().total
+    print(f"{arguments.output}: {parameters / 1e6:,.1f} M parameters in {str(written.dtype).removeprefix('torch.')}")
 
 
 if __name__ == "__main__":

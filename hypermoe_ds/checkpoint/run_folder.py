@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "resolved" / "model"
 
     @property
+    def model_section(self) -> Path:
+        """The model as a recipe's `model` section, of a run whose weights came from elsewhere."""
+        return self.path / "resolved" / "model.yaml"
+
+    @property
     def tokenizer(self) -> Path:
         """Copy of the tokenizer's folder."""
         return self.path / "resolved" / "tokenizer"

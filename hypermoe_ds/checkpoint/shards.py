@@ -94,7 +94,8 @@ class CheckpointReader:
         verify: what is compared with the manifest before anything is read.
 
     Attributes:
-        manifest: what the checkpoint is made of.
+        folder: the checkpoint.
+        manifest: what it is made of.
 
     Raises:
         UserError: a file is missing or differs from what was written.
@@ -103,7 +104,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, verify: Verify = "sizes") -> None:
         self.manifest = Manifest.read(folder)
         self.manifest.check_files(folder, verify)
-        self._folder = folder
+        self.folder = folder
         self._open = ExitStack()
         self._shards: dict[int, Any] = {}
 
@@ -113,6 +114,10 @@ class CheckpointReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Close the files, and with them the memory they are mapped to; what is read next opens them again."""
         self._shards.clear()
         self._open.close()
 
@@ -141,5 +146,5 @@ class CheckpointReader:
 
     def _shard(self, shard: int) -> Any:
         if shard not in self._shards:
-            self._shards[shard] = self._open.enter_context(safe_open(self._folder / shard_name(shard), "pt"))
+            self._shards[shard] = self._open.enter_context(safe_open(self.folder / shard_name(shard), "pt"))
         return self._shards[shard]

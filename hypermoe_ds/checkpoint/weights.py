@@ -1,20 +1,103 @@
-"""Reads a run's model out of its checkpoint, on one process and whatever the ranks were."""
+"""Reads a run's model out of its checkpoint, tensor by tensor, on one process and whatever the ranks were.
 
-import json
-import re
+Shape legend: D hidden size, N experts, F expert width.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
 from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEForCausalLM
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton, stored_shapes
 
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<part>w[123])(?:\.(?P<index>\d+))?")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+_MAPPED_BYTES = 2**26  # files are mapped into memory as they are read: let go of them after so much
+
+
+class CheckpointWeights:
+    """The tensors of the Transformers model, each read out of a checkpoint when it is asked for.
+
+    Args:
+        reader: the checkpoint.
+        config: the run's model.
+        dtype: precision of the tensors; None takes the run's, in which they are bit for bit the training weights.
+
+    Attributes:
+        config: the run's model.
+        dtype: precision of the tensors.
+        shapes: their names and shapes, in the model's order.
+
+    Raises:
+        UserError: the checkpoint does not hold this model.
+    """
+
+    def __init__(self, reader: CheckpointReader, config: HyperMoEConfig, dtype: torch.dtype | None = None) -> None:
+        self.config = config
+        self.dtype = dtype or PRECISIONS[reader.manifest.settings["train"]["precision"]]
+        self.shapes = stored_shapes(config)
+        self._reader = reader
+        self._mapped = 0
+        stored = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
+        for name, shape in self.shapes.items():
+            for part, of_part in _parts(name, shape).items():
+                if stored.get(part) != tuple(of_part):
+                    found = f"has {part} as {list(stored[part])}" if part in stored else f"has no {part}"
+                    raise _broken(reader.folder, f"{found}, the run's model as {list(of_part)}")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in `dtype`. No more than it and a part of it in fp32 are held.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        shape = self.shapes[name]
+        tensor = torch.empty(shape, dtype=self.dtype)
+        try:
+            for part, of_part in _parts(name, shape).items():
+                self._read_into(_place(tensor, part), part, of_part)
+        except (OSError, SafetensorError) as error:
+            raise _broken(self._reader.folder, str(error)) from None
+        return tensor
+
+    def _read_into(self, target: Tensor, part: str, shape: torch.Size) -> None:
+        """Row by row of the first dimension, or expert by expert, where that is much."""
+        size = shape.numel()
+        rows = len(shape) == 3
+        step = size // shape[0] if rows else size
+        for index, start in enumerate(range(0, size, step)):
+            piece = self._reader.read_range(part, start, start + step)
+            (target[index] if rows else target).copy_(piece.view(shape[1:] if rows else shape))
+            self._mapped += piece.nbytes
+            if self._mapped > _MAPPED_BYTES:
+                self._reader.release()
+                self._mapped = 0
+
+
+@contextmanager
+def open_weights(
+    run: RunFolder, step: int | None = None, dtype: torch.dtype | None = None
+) -> Iterator[CheckpointWeights]:
+    """The tensors of a run's model.
+
+    Args:
+        run: the run folder.
+        step: which checkpoint; None takes the newest.
+        dtype: precision of the tensors; None takes the run's.
+
+    Raises:
+        UserError: no such checkpoint, or one that is not whole or of another model.
+    """
+    config = run.model_config()
+    with CheckpointReader(find_checkpoint(run.checkpoints, step)) as reader:
+        yield CheckpointWeights(reader, config, dtype)
 
 
 def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
@@ -25,56 +108,45 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
         step: which checkpoint; None takes the newest.
 
     Raises:
-        UserError: no such checkpoint, or one that is not whole.
+        UserError: no such checkpoint, or one that is not whole or of another model.
     """
-    config = run.model_config()
-    checkpoint = find_checkpoint(run.checkpoints, step)
-    model: HyperMoEForCausalLM = HyperMoEForCausalLM(config).to(_precision(run))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    try:
-        weights = join_experts(_read_weights(checkpoint))
-        if config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        model.load_state_dict({name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in weights.items()})
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(str(checkpoint), f"is not a whole checkpoint ({error})", "choose another --step") from None
-    model.eval()
+    with open_weights(run, step) as weights:
+        model = skeleton(weights.config)
+        tensors = {name: weights.read(name) for name in weights.shapes}
+    if weights.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
     return model
 
 
-def _precision(run: RunFolder) -> torch.dtype:
-    ds_config = json.loads(run.ds_config.read_text())
-    return next((dtype for name, dtype in _PRECISIONS.items() if ds_config[name]["enabled"]), torch.float32)
+def training_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The Transformers model's tensors under the training model's names, as a checkpoint holds them."""
+    for name, tensor in weights:
+        for part in _parts(name, tensor.shape):
+            yield part, _place(tensor, part)
 
 
-def _read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights under the training model's names, in fp32."""
-    with CheckpointReader(checkpoint) as reader:
-        return {name: reader.read(name) for name in reader.manifest.tensors}
+def _parts(name: str, shape: torch.Size) -> dict[str, torch.Size]:
+    """What a tensor of the Transformers model is in a checkpoint: names and shapes.
 
-
-def join_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the experts of all ranks together, under the names of the Transformers model.
-
-    Args:
-        weights: `BLOCK.experts.w1|w2|w3` [N, ...] or, cut by expert, `BLOCK.experts.w1.INDEX` [...].
-            w1 is the gate, w3 the up and w2 the down projection.
-
-    Returns:
-        All weights, with `BLOCK.experts.gate_up_proj` [N, 2F, D] and `.down_proj` [N, D, F].
+    `BLOCK.experts.gate_up_proj` [N, 2F, D] is w1 (gate) and w3 (up), each [N, F, D]; `.down_proj` [N, D, F] is w2.
     """
-    joined: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, dict[int, Tensor]]] = {}
-    for name, tensor in weights.items():
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            joined[name] = tensor
-        elif match["index"] is None:
-            parts.setdefault(match["block"], {})[match["part"]] = dict(enumerate(tensor))
-        else:
-            parts.setdefault(match["block"], {}).setdefault(match["part"], {})[int(match["index"])] = tensor
-    for block, part in parts.items():
-        w1, w2, w3 = (torch.stack([part[name][i] for i in range(len(part[name]))]) for name in ("w1", "w2", "w3"))
-        joined[f"{block}.gate_up_proj"] = torch.cat([w1, w3], dim=1)
-        joined[f"{block}.down_proj"] = w2
-    return joined
+    if name.endswith(_GATE_UP):
+        half = torch.Size((shape[0], shape[1] // 2, shape[2]))
+        return {name.removesuffix("gate_up_proj") + part: half for part in ("w1", "w3")}
+    if name.endswith(_DOWN):
+        return {name.removesuffix("down_proj") + "w2": shape}
+    return {name: shape}
+
+
+def _place(tensor: Tensor, part: str) -> Tensor:
+    """The part of a Transformers model's tensor that has this name in a checkpoint; a view."""
+    if part.endswith((".experts.w1", ".experts.w3")):
+        gate_NFD, up_NFD = tensor.chunk(2, dim=1)
+        return gate_NFD if part.endswith("w1") else up_NFD
+    return tensor
+
+
+def _broken(checkpoint: Path, problem: str) -> UserError:
+    return UserError(str(checkpoint), f"is not a whole checkpoint of this run ({problem})", "choose another --step")

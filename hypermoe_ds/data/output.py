@@ -9,6 +9,34 @@ from tempfile import TemporaryDirectory
 from hypermoe_ds.errors import UserError
 
 
+def check_output(output: Path) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        UserError: it is a file or a folder with something in it.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(str(output), "exists already", "remove it or choose another folder")
+
+
+def check_room(output: Path, beside: Path, needed: int) -> None:
+    """Refuse to write what the disk cannot hold.
+
+    Args:
+        output: what is to be written, for the message.
+        beside: a folder that exists on its file system.
+        needed: its bytes.
+
+    Raises:
+        UserError: less is free.
+    """
+    free = shutil.disk_usage(beside).free
+    if free < needed:
+        raise UserError(
+            str(output), f"needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free", "free some disk"
+        )
+
+
 @contextmanager
 def writing_to(target: Path) -> Iterator[None]:
     """Turn a failure of the disk into a `UserError` that names `target`."""

@@ -4,13 +4,14 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.output import check_output, scratch_beside
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
 
@@ -30,6 +31,13 @@ _VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
+)
+_FILES_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
 )
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
@@ -58,8 +66,7 @@ def train_tokenizer(
             not suit the text.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(str(output), "exists already", "remove it or choose another folder")
+    check_output(output)
     if vocab_size <= 0:
         raise UserError(f"vocab_size={vocab_size}", "is no number of tokens", "give a positive number such as 32000")
     files = expand_inputs(inputs)
@@ -178,6 +185,20 @@ def load_tokenizer(folder: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(str(folder), "its tokenizer has no eos_token to end a document", "name one in its config")
     return tokenizer
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copy the files of a tokenizer out of a folder that may hold a model too.
+
+    Raises:
+        UserError: there is no tokenizer in it, or one that does not load or has no end-of-sequence token.
+    """
+    vocabulary_file(folder)
+    target.mkdir(parents=True)
+    for name in (*_VOCABULARY_FILES, *_FILES_BESIDE):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, target)
+    load_tokenizer(target)
 
 
 def vocabulary_file(folder: str | Path) -> Path:

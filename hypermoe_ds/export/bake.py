@@ -1,13 +1,16 @@
 """Puts each layer's generated HyperExperts in the place of the hypernetwork."""
 
+from functools import lru_cache, partial
+
 import torch
+from torch import Tensor, nn
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.export.source import LazyWeights, WeightSource, weights_of
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton, stored_shapes
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
-@torch.no_grad()
 def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     """The same function with N adapters a layer as parameters and no hypernetwork.
 
@@ -17,8 +20,61 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     Raises:
         UserError: it has no hypernetwork, or more HyperExperts than experts.
     """
-    config = model.config
-    if model.model.hypernetwork is None:
+    weights = bake_weights(weights_of(model))
+    baked = skeleton(weights.config)
+    tensors = {name: weights.read(name) for name in weights.shapes}
+    if model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    baked.load_state_dict(tensors, assign=True)
+    baked.generation_config = model.generation_config
+    baked.tie_weights()
+    return baked
+
+
+def bake_weights(source: WeightSource) -> LazyWeights:
+    """The tensors of the baked model; one layer's adapters are held at a time.
+
+    Raises:
+        UserError: the model has no hypernetwork, or more HyperExperts than experts.
+    """
+    config = _baked_config(source.config)
+    generators = skeleton(source.config)
+
+    def load(part: nn.Module, prefix: str) -> None:
+        names = part.state_dict()
+        part.load_state_dict({name: source.read(f"{prefix}.{name}") for name in names}, assign=True)
+
+    @lru_cache(maxsize=1)
+    def hypernetwork() -> nn.Module:
+        part: nn.Module = generators.get_submodule("model.hypernetwork")
+        load(part, "model.hypernetwork")
+        return part
+
+    @lru_cache(maxsize=1)
+    def adapters(layer: int) -> dict[str, Tensor]:
+        branch = generators.get_submodule(f"model.layers.{layer}.hyper_experts")
+        assert isinstance(branch, HyperExperts)
+        load(branch, f"model.layers.{layer}.hyper_experts")
+        with torch.no_grad():
+            encoded = branch.encode_all(source.config.hyper_set_size)
+            layers = torch.full((len(encoded),), branch.layer_index, device=encoded.device)
+            generated: dict[str, Tensor] = hypernetwork()(encoded, layers)._asdict()
+        branch.to("meta")
+        return generated
+
+    def adapter(layer: int, part: str) -> Tensor:
+        return adapters(layer)[part]
+
+    readers = {}
+    for name in stored_shapes(config):
+        block, _, part = name.rpartition(".hyper_experts.")
+        layer = block.removeprefix("model.layers.")
+        readers[name] = partial(adapter, int(layer), part) if block else partial(source.read, name)
+    return LazyWeights(config, source.dtype, readers)
+
+
+def _baked_config(config: HyperMoEConfig) -> HyperMoEConfig:
+    if not config.hypernetwork or not config.moe_layers or config.baked_hyper_experts:
         raise UserError("--bake", "the model has no hypernetwork", "leave it out")
     if config.hyper_sets > config.num_experts:
         raise UserError(
@@ -26,19 +82,4 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
             f"{config.hyper_sets:,} HyperExperts a layer are more than its {config.num_experts} experts",
             "bake a model with num_experts_per_tok=1 or hyper_conditioning=route",
         )
-    baked_config = HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
-    with torch.device("meta"):
-        baked = HyperMoEForCausalLM(baked_config)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name in baked.state_dict()}
-    for index, layer in enumerate(model.model.layers):
-        if isinstance(layer.hyper_experts, HyperExperts):
-            encoded = layer.hyper_experts.encode_all(config.hyper_set_size)
-            layers = torch.full((len(encoded),), layer.hyper_experts.layer_index, device=encoded.device)
-            generated = model.model.hypernetwork(encoded, layers)._asdict()
-            weights |= {f"model.layers.{index}.hyper_experts.{name}": part for name, part in generated.items()}
-    baked.load_state_dict(weights, assign=True)
-    baked.generation_config = model.generation_config
-    if config.tie_word_embeddings:
-        baked.tie_weights()
-    baked.eval()
-    return baked
+    return HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})

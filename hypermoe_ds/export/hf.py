@@ -1,49 +1,75 @@
 """Writes a model as a Hugging Face folder that loads where this package is absent."""
 
+import json
+import re
 import shutil
-import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import custom_object_save
 
+from hypermoe_ds.data.output import check_output, check_room, scratch_beside
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEForCausalLM
+from hypermoe_ds.export.folder import INDEX, FolderWeights
+from hypermoe_ds.export.source import LazyWeights, WeightSource
+from hypermoe_ds.export.streaming import streamed_logits
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_TOKENS_TO_CHECK = 16
 
 
-def export(model: HyperMoEForCausalLM, tokenizer: Path, output: Path) -> None:
+def export(
+    source: WeightSource, tokenizer: Path, output: Path, shard_bytes: int, same_function: WeightSource | None = None
+) -> None:
     """Write weights (safetensors), config, modeling files and tokenizer.
 
-    The folder is written beside its place, read back and compared, and only then renamed.
+    The folder is written beside its place, read back and compared, and only then renamed. In memory at once are the
+    tensors of one file of weights or, in the comparison, one layer of the model.
 
     Args:
-        model: the model, in the precision to write.
+        source: the model's tensors, in the precision to write.
         tokenizer: its tokenizer's folder.
         output: folder to make.
+        shard_bytes: most bytes of a file of more than one tensor.
+        same_function: the model whose logits the folder must give up to rounding; None takes the source's own bits.
 
     Raises:
         UserError: the folder exists and is not empty, or the disk has no room.
+        RuntimeError: what was written does not read back; nothing is left then.
     """
     check_output(output)
-    ids = AutoTokenizer.from_pretrained(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(ids, name))
-        setattr(model.generation_config, name, getattr(ids, name))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise UserError(
-            str(output), f"needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free", "free some disk"
-        )
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}_") as beside:
-        folder = Path(beside) / output.name
+    model = _with_tokens_of(tokenizer, skeleton(source.config).to(source.dtype))
+    needed = sum(shape.numel() for shape in source.shapes.values()) * source.dtype.itemsize
+    with scratch_beside(output) as scratch:
+        check_room(output, scratch, needed)
+        folder = scratch / output.name
         shutil.copytree(tokenizer, folder)
-        model.save_pretrained(folder)
-        _compare(model, folder)
+        _write_config_and_code(model, folder)
+        _write_weights(source, model, folder, shard_bytes)
+        _compare_tensors(source, folder)
+        _compare_logits(source, folder, same_function)
         if output.exists():
             output.rmdir()
         folder.rename(output)
+
+
+def shard_bytes_of(size: str) -> int:
+    """Bytes of a size such as "200MB", with the units of Transformers: 1 MB is 10^6 bytes.
+
+    Raises:
+        UserError: it is no such size.
+    """
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--max-shard-size={size}", "is no size", "give a number and a unit, such as 200MB or 5GB")
+    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def read_model(folder: Path) -> HyperMoEForCausalLM:
@@ -61,18 +87,72 @@ def read_model(folder: Path) -> HyperMoEForCausalLM:
     return model
 
 
-def check_output(output: Path) -> None:
-    """Refuse a place that is taken.
-
-    Raises:
-        UserError: it is a file or a folder with something in it.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(str(output), "exists already", "remove it or choose another folder")
+def _with_tokens_of(tokenizer: Path, model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
+    ids = AutoTokenizer.from_pretrained(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(ids, name))
+        setattr(model.generation_config, name, getattr(ids, name))
+    return model
 
 
-def _compare(model: HyperMoEForCausalLM, folder: Path) -> None:
-    written = read_model(folder).state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(written[name], tensor):
+def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def _write_weights(source: WeightSource, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
+    """The files, and their index where they are several, as Transformers would cut and name them."""
+    empty = {name: torch.empty(shape, dtype=source.dtype, device="meta") for name, shape in source.shapes.items()}
+    split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
+    with tqdm(total=len(empty), desc="write", unit="tensor", leave=False) as progress:
+        for file, names in split.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                tensors[name] = source.read(name).cpu().contiguous()
+                progress.update()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            del tensors
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_back(folder: Path) -> LazyWeights:
+    """The tensors of a folder that was written here, with the configuration it carries."""
+    files = FolderWeights(folder)
+    config = HyperMoEConfig.from_pretrained(folder)
+    return LazyWeights(config, files.dtype, {name: partial(files.read, name) for name in files.shapes})
+
+
+def _compare_tensors(source: WeightSource, folder: Path) -> None:
+    """Bit for bit, so that what is not a number counts too."""
+    back = read_back(folder)
+    if back.readers.keys() != source.shapes.keys():
+        raise RuntimeError(f"{folder} holds other tensors than were written")
+    for name in tqdm(source.shapes, "compare", unit="tensor", leave=False):
+        if not _same_bits(back.read(name), source.read(name).cpu()):
             raise RuntimeError(f"{name} does not read back as it was written")
+
+
+def _compare_logits(source: WeightSource, folder: Path, same_function: WeightSource | None) -> None:
+    """On a few tokens, both models by the same code; to the bit, or to rounding where they are computed otherwise."""
+    ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
+    found = streamed_logits(read_back(folder), ids_BS)
+    expected = streamed_logits(source if same_function is None else same_function, ids_BS)
+    if same_function is None:
+        agree = _same_bits(found, expected)
+    else:
+        # Generated modules are rounded to the precision of the folder; so may be the choice of an expert.
+        tolerance = 1e-4 if source.dtype == torch.float32 else 0.1
+        agree = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
+    if not agree:
+        raise RuntimeError(f"{folder} does not give the logits of the model that was written")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

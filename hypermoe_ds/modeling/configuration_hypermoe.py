@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 RouterAuxLossScope = Literal["micro_batch", "data_parallel"]
 HyperConditioning = Literal["selection", "route"]
+QKNormScope = Literal["head", "all_heads"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -101,7 +102,8 @@ class HyperMoEConfig(PreTrainedConfig):
         head_dim: width of a head; 0 means hidden_size / num_attention_heads.
         max_position_embeddings: longest sequence the model is meant for, in tokens.
         rope_theta: base of the rotary position embedding.
-        qk_norm: RMS-normalise queries and keys per head before the rotation.
+        qk_norm: RMS-normalise queries and keys before the rotation.
+        qk_norm_scope: each head by itself, with one weight for all of them, or all heads of a layer together.
         rms_norm_eps: added to the mean square in every RMSNorm.
         intermediate_size: width of the SwiGLU of dense layers; 0 means 4 * hidden_size.
         first_dense_layers: this many first layers have a dense SwiGLU.
@@ -147,6 +149,7 @@ class HyperMoEConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     qk_norm: bool = False
+    qk_norm_scope: QKNormScope = "head"
     rms_norm_eps: float = 1e-5
     intermediate_size: int = 0
     first_dense_layers: int = 0
@@ -203,6 +206,10 @@ class HyperMoEConfig(PreTrainedConfig):
                 f"hyper_conditioning={self.hyper_conditioning}: unknown; choose one of "
                 f"{', '.join(get_args(HyperConditioning))}"
             )
+        if self.qk_norm_scope not in get_args(QKNormScope):
+            raise ValueError(
+                f"qk_norm_scope={self.qk_norm_scope}: unknown; choose one of {', '.join(get_args(QKNormScope))}"
+            )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok}: more than num_experts={self.num_experts}; "
@@ -256,7 +263,8 @@ class HyperMoEConfig(PreTrainedConfig):
         """Parameters of the model that this configuration describes, by formula."""
         D, N, K = self.hidden_size, self.num_experts, self.num_experts_per_tok
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        attention = 2 * D * queries + 2 * D * keys + (2 * self.head_dim if self.qk_norm else 0)
+        norms = 2 * self.head_dim if self.qk_norm_scope == "head" else queries + keys
+        attention = 2 * D * queries + 2 * D * keys + (norms if self.qk_norm else 0)
         expert = 3 * D * self.moe_intermediate_size
         moe_layers, layers = len(self.moe_layers), self.num_hidden_layers
 

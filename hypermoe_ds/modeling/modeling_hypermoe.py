@@ -106,8 +106,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = ResidualLinear(queries, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.norm_widths = (self.head_dim, self.head_dim) if config.qk_norm_scope == "head" else (queries, keys)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            for width in self.norm_widths
+        )
 
     def forward(
         self,
@@ -118,8 +121,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, S, _ = x_BSD.shape
         heads = (B, S, -1, self.head_dim)
-        q_BhSd = rotate(self.q_norm(self.q_proj(x_BSD).view(heads)).transpose(1, 2), rotary)
-        k_BhSd = rotate(self.k_norm(self.k_proj(x_BSD).view(heads)).transpose(1, 2), rotary)
+        over_queries, over_keys = ((B, S, -1, width) for width in self.norm_widths)
+        q_BShd = self.q_norm(self.q_proj(x_BSD).view(over_queries)).view(heads)
+        k_BShd = self.k_norm(self.k_proj(x_BSD).view(over_keys)).view(heads)
+        q_BhSd, k_BhSd = rotate(q_BShd.transpose(1, 2), rotary), rotate(k_BShd.transpose(1, 2), rotary)
         v_BhSd = self.v_proj(x_BSD).view(heads).transpose(1, 2)
         if past_key_values is not None:
             k_BhSd, v_BhSd = past_key_values.update(k_BhSd, v_BhSd, self.layer_idx)

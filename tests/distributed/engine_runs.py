@@ -186,4 +186,5 @@ def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
 
 
 def manager_of(engine: Any, run: RunFolder) -> CheckpointManager:
-    return CheckpointManager(engine, run.checkpoints, CheckpointConfig(), {})
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[engine.module.dtype]
+    return CheckpointManager(engine, run.checkpoints, CheckpointConfig(), {"train": {"precision": precision}})

@@ -1,5 +1,6 @@
-"""Experts of all ranks are put together, against a construction expert by expert."""
+"""The model is read out of a checkpoint bit for bit, however its tensors were cut, and nothing else is taken for it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,105 +8,134 @@ import pytest
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint import weights
+from hypermoe_ds.checkpoint.manifest import Manifest, Piece, TensorEntry
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.weights import join_experts, load_model
+from hypermoe_ds.checkpoint.shards import shard_name, write_shard, write_weights
+from hypermoe_ds.checkpoint.weights import load_model, open_weights, training_weights
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 
-N, F, D = 12, 3, 5
-BLOCKS = ("model.layers.0.mlp.experts", "model.layers.10.mlp.experts")
+N, F, D = 3, 4, 8
+BLOCK = "model.layers.1.mlp.experts"
 
 
-def expert(block: int, index: int, part: str) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * block + 10 * index + int(part[1]))
-    return torch.randn((D, F) if part == "w2" else (F, D), generator=generator)
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_experts_are_joined_in_order_gate_before_up(cut: bool) -> None:
-    weights: dict[str, Tensor] = {"model.norm.weight": torch.ones(D)}
-    for number, block in enumerate(BLOCKS):
-        for part in ("w1", "w2", "w3"):
-            if cut:  # in an order of their own, as files are found
-                order = sorted(range(N), key=str, reverse=True)
-                weights |= {f"{block}.{part}.{index}": expert(number, index, part) for index in order}
-            else:
-                weights[f"{block}.{part}"] = torch.stack([expert(number, index, part) for index in range(N)])
-    joined = join_experts(weights)
-    names = {f"{block}.{name}" for block in BLOCKS for name in ("gate_up_proj", "down_proj")}
-    assert joined.keys() == {"model.norm.weight", *names}
-    for number, block in enumerate(BLOCKS):
-        for index in range(N):
-            gate_up = joined[f"{block}.gate_up_proj"][index]
-            assert torch.equal(gate_up[:F], expert(number, index, "w1"))
-            assert torch.equal(gate_up[F:], expert(number, index, "w3"))
-            assert torch.equal(joined[f"{block}.down_proj"][index], expert(number, index, "w2"))
-
-
-def test_what_is_no_expert_of_the_mixture_is_left_alone() -> None:
-    names = ["model.layers.0.mlp.shared_experts.up_proj.weight", "model.layers.0.hyper_experts.encoder.mlp.0.weight"]
-    weights = {name: torch.ones(1) for name in names}
-    assert join_experts(weights) == weights
-
-
-def small() -> HyperMoEConfig:
+def small(**overrides: Any) -> HyperMoEConfig:
     sizes: dict[str, Any] = dict.fromkeys(
         ("expert_embedding_size", "selection_hidden_size", "hypernetwork_input_size", "bottleneck_size"), 2
     )
-    return HyperMoEConfig(
-        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        moe_intermediate_size=4, num_experts=2, adapter_size=2, **sizes,
-    )  # fmt: skip
+    return HyperMoEConfig(**{
+        "vocab_size": 16, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "moe_intermediate_size": F, "num_experts": N, "adapter_size": 2, "first_dense_layers": 1,
+        "shared_expert_size": 4, **sizes, **overrides,
+    })  # fmt: skip
 
 
-def saved_run(folder: Path) -> RunFolder:
-    """A run folder with a checkpoint as ZeRO-1 on one rank leaves it, the experts cut out."""
-    run, tokenizer = RunFolder(folder / "run"), folder / "tokenizer"
-    tokenizer.mkdir()
-    ds_config = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
-    run.write_settings({}, ds_config, small(), tokenizer)
-    checkpoint = run.checkpoints / "step_00000001"
+def as_trained(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
+    """Parameters by the training model's names, the experts put together one by one."""
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    gate_up, down = tensors.pop(f"{BLOCK}.gate_up_proj"), tensors.pop(f"{BLOCK}.down_proj")
+    tensors[f"{BLOCK}.w1"] = torch.stack([gate_up[expert, :F] for expert in range(N)])
+    tensors[f"{BLOCK}.w3"] = torch.stack([gate_up[expert, F:] for expert in range(N)])
+    tensors[f"{BLOCK}.w2"] = torch.stack([down[expert] for expert in range(N)])
+    return tensors
+
+
+def run_of(folder: Path, config: HyperMoEConfig) -> tuple[RunFolder, Path]:
+    """A run folder with an empty checkpoint of step 0."""
+    run = RunFolder(folder / "run")
+    config.save_pretrained(run.model)
+    checkpoint = run.checkpoints / "step_00000000"
     checkpoint.mkdir(parents=True)
     (run.checkpoints / "latest").write_text(checkpoint.name)
-    torch.manual_seed(3)
-    weights = HyperMoEForCausalLM(small()).state_dict()
-    block = "model.layers.0.mlp.experts"
-    gate_up, down = weights.pop(f"{block}.gate_up_proj"), weights.pop(f"{block}.down_proj")
-    for index in range(2):
-        parts = {"w1": gate_up[index, :4], "w3": gate_up[index, 4:], "w2": down[index]}
-        content = {f"{block}.{part}.{index}": tensor.clone() for part, tensor in parts.items()}
-        torch.save(content, checkpoint / f"layer_0_expert_{index}_mp_rank_00_model_states.pt")
-    torch.save({"module": dict(weights)}, checkpoint / "mp_rank_00_model_states.pt")
-    return run
+    return run, checkpoint
 
 
-def test_a_model_comes_back_weight_for_weight(tmp_path: Path) -> None:
-    run = saved_run(tmp_path)
+def saved_run(folder: Path, precision: str = "fp32", **overrides: Any) -> tuple[RunFolder, HyperMoEForCausalLM]:
+    run, checkpoint = run_of(folder, small(**overrides))
     torch.manual_seed(3)
-    expected = HyperMoEForCausalLM(small()).state_dict()
-    loaded = load_model(run).state_dict()
-    assert loaded.keys() == expected.keys()
+    model = HyperMoEForCausalLM(small(**overrides))
+    write_weights(checkpoint, as_trained(model).items(), {"train": {"precision": precision}}, {}, shard_bytes=2000)
+    return run, model
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(loaded[name], tensor), name
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "no module"])
-def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path, damage: str) -> None:
-    run = saved_run(tmp_path)
-    file = run.checkpoints / "step_00000001" / "mp_rank_00_model_states.pt"
-    if damage == "no module":
-        torch.save({}, file)
-    else:
-        file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
-    with pytest.raises(UserError, match=r"step_00000001: is not a whole checkpoint .*; choose another --step$"):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_model_comes_back_weight_for_weight_in_the_runs_precision(tmp_path: Path, precision: str, tied: bool) -> None:
+    run, model = saved_run(tmp_path, precision, tie_word_embeddings=tied)
+    loaded = load_model(run)
+    assert not loaded.training
+    assert_same(loaded.state_dict(), model.to(weights.PRECISIONS[precision]).state_dict())
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_the_view_names_what_a_file_of_the_model_holds_and_reads_it_in_any_precision(tmp_path: Path) -> None:
+    run, model = saved_run(tmp_path, "fp32")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    with open_weights(run, dtype=torch.bfloat16) as view:
+        assert set(view.shapes) == set(model.state_dict()) - {"lm_head.weight"}
+        expected = {name: model.state_dict()[name] for name in view.shapes}
+        assert_same({name: view.read(name) for name in view.shapes}, expected)
+        assert {name: tensor.shape for name, tensor in expected.items()} == view.shapes
+
+
+def test_files_that_are_let_go_of_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 1)
+    run, model = saved_run(tmp_path)
+    assert_same(load_model(run).state_dict(), model.state_dict())
+
+
+def test_parameters_cut_over_many_shards_are_put_together(tmp_path: Path) -> None:
+    run, checkpoint = run_of(tmp_path, small())
+    torch.manual_seed(5)
+    model, ranks = HyperMoEForCausalLM(small()), 4
+    shards: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    entries = {}
+    for name, tensor in as_trained(model).items():
+        ends = [*sorted(torch.randint(0, tensor.numel() + 1, (ranks - 1,)).tolist()), tensor.numel()]
+        pieces, start = [], 0
+        for rank, end in zip(torch.randperm(ranks).tolist(), ends, strict=True):
+            if end > start:
+                shards[rank][f"weight/{name}"] = tensor.flatten()[start:end].clone()
+                pieces.append(Piece(rank, start, end - start))
+            start = end
+        entries[name] = TensorEntry(tuple(tensor.shape), tuple(pieces))
+    files = {shard_name(rank): write_shard(checkpoint, rank, shard) for rank, shard in enumerate(shards)}
+    Manifest(0, {}, {"train": {"precision": "fp32"}}, entries, ("weight",), files).write(checkpoint)
+    assert_same(load_model(run).state_dict(), model.state_dict())
+
+
+def test_tensors_under_the_training_models_names_are_those_put_together_expert_by_expert() -> None:
+    torch.manual_seed(1)
+    model = HyperMoEForCausalLM(small())
+    assert_same(dict(training_weights(model.named_parameters())), as_trained(model))
+
+
+def test_a_damaged_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    run, _ = saved_run(tmp_path)
+    file = run.checkpoints / "step_00000000" / shard_name(1)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"shard_00001.safetensors: has 100 bytes and was written with \d+; choose"):
         load_model(run)
 
 
-def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
-    run = saved_run(tmp_path)
-    (run.checkpoints / "step_00000001" / "layer_0_expert_0_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        load_model(run)
-    (run.checkpoints / "step_00000001" / "layer_0_expert_1_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"hypernetwork": True, "tie_word_embeddings": False}, r"has no lm_head.weight, the run's model as \[16, 8\]"),
+        ({"num_experts": 5}, r"has model.layers.1.mlp.router.gate.weight as \[3, 8\], the run's model as \[5, 8\]"),
+        ({"first_dense_layers": 0}, r"has no model.layers.0.mlp.router.gate.weight"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:
+    run, _ = saved_run(tmp_path)
+    small(**overrides).save_pretrained(run.model)
+    with pytest.raises(UserError, match=rf"step_00000000: is not a whole checkpoint of this run \({says}.*; choose"):
         load_model(run)

@@ -2,22 +2,30 @@
 
 import json
 import shutil
+import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hypermoe_ds import modeling
+from hypermoe_ds.data.output import check_output
 from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export import hf
-from hypermoe_ds.export.hf import check_output, export, read_model
+from hypermoe_ds.export.bake import bake_weights
+from hypermoe_ds.export.hf import export, read_model, shard_bytes_of
+from hypermoe_ds.export.source import LazyWeights, weights_of
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.helpers.corpus import stdlib_texts
 
 VOCABULARY = 300
+WHOLE = 10**9
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +53,7 @@ def test_a_model_comes_back_to_the_bit_in_its_precision(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     output = tmp_path / "new" / "hf"
-    export(model.to(dtype), tokenizer, output)
+    export(weights_of(model.to(dtype)), tokenizer, output, WHOLE)
     back = read_model(output)
     assert back.dtype == dtype
     assert not back.training
@@ -54,11 +62,30 @@ def test_a_model_comes_back_to_the_bit_in_its_precision(
     assert [path.name for path in output.parent.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize("shard_bytes", [WHOLE, 2000, 1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_files_and_their_index_are_those_that_transformers_writes(
+    model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, shard_bytes: int, tied: bool
+) -> None:
+    if not tied:
+        model = HyperMoEForCausalLM(HyperMoEConfig(**{**model.config.to_dict(), "tie_word_embeddings": False}))
+    export(weights_of(model), tokenizer, tmp_path / "ours", shard_bytes)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(read_model(tmp_path / "ours").config, name))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
+    theirs = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == theirs | {path.name for path in tokenizer.iterdir()}
+    assert (shard_bytes == WHOLE) == ("model.safetensors" in theirs)
+    for name in theirs:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
 def test_a_folder_holds_weights_code_and_tokenizer_and_names_the_tokens(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "hf"
-    export(model, tokenizer, output)
+    export(weights_of(model), tokenizer, output, WHOLE)
     names = {path.name for path in output.iterdir()}
     code = {path.name for path in Path(modeling.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert names >= code | {"config.json", "generation_config.json", "model.safetensors"}
@@ -87,36 +114,101 @@ def test_a_taken_place_is_refused_before_anything_is_written(
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "thesis").write_text("years of work")
     with pytest.raises(UserError, match="exists already"):
-        export(model, tokenizer, tmp_path / "hf")
+        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
     assert [path.name for path in tmp_path.rglob("*")] == ["hf", "thesis"]
 
 
 def test_weights_that_do_not_read_back_leave_nothing_behind(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def corrupted(folder: Path) -> HyperMoEForCausalLM:
-        back = read_model(folder)
-        with torch.no_grad():
-            back.model.layers[1].mlp.experts.down_proj[1, 0, 0].mul_(1.001)
-        return back
+    def corrupted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        name = "model.layers.1.mlp.experts.down_proj"
+        save_file(tensors | {name: tensors[name] * 1.001}, file, metadata)
 
-    monkeypatch.setattr(hf, "read_model", corrupted)
+    monkeypatch.setattr(hf, "save_file", corrupted)
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.experts\.down_proj does not read back"):
-        export(model, tokenizer, tmp_path / "hf")
+        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_write_that_fails_leaves_nothing_behind(
+def test_a_folder_that_computes_something_else_leaves_nothing_behind(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: Path) -> None:
-        (Path(folder) / "half").touch()
+    def forgetful(config: HyperMoEConfig, folder: Path, **arguments: Any) -> None:
+        write(HyperMoEConfig(**{**config.to_dict(), "rope_theta": 5.0}), folder, **arguments)
+
+    write = HyperMoEConfig.save_pretrained
+    monkeypatch.setattr(HyperMoEConfig, "save_pretrained", forgetful)
+    with pytest.raises(RuntimeError, match="does not give the logits of the model"):
+        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baked_model_is_held_to_the_logits_of_the_model_with_its_hypernetwork(
+    model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        source = weights_of(model.to(dtype))
+        export(bake_weights(source), tokenizer, tmp_path / str(dtype), WHOLE, source)
+        assert read_model(tmp_path / str(dtype)).config.baked_hyper_experts
+    torch.manual_seed(2)
+    other = weights_of(HyperMoEForCausalLM(model.config).to(torch.bfloat16))
+    with pytest.raises(RuntimeError, match="does not give the logits of the model"):
+        export(bake_weights(source), tokenizer, tmp_path / "other", WHOLE, other)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_with_what_is_not_a_number_is_written_as_it_is(
+    model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = torch.nan
+    export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+    assert read_model(tmp_path / "hf").model.layers[0].mlp.experts.down_proj.isnan().sum() == 1
+
+
+def test_a_write_that_fails_is_told_in_one_line_and_leaves_nothing_behind(
+    model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        file.touch()
         raise OSError("disk is gone")
 
-    monkeypatch.setattr(model, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk is gone"):
-        export(model, tokenizer, tmp_path / "hf")
+    monkeypatch.setattr(hf, "save_file", fail)
+    with pytest.raises(UserError, match=r"hf: cannot be written \(disk is gone\)"):
+        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_are_read_one_file_at_a_time(model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal most
+        tensor = model.state_dict()[name].clone()
+        alive[:] = [reference for reference in alive if reference() is not None]
+        most = max(most, sum(reference().nbytes for reference in alive))  # type: ignore[union-attr]
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    source = LazyWeights(model.config, model.dtype, {name: partial(read, name) for name in weights_of(model).shapes})
+    export(source, tokenizer, tmp_path / "hf", 2000)
+    largest = max(tensor.nbytes for tensor in model.state_dict().values())
+    assert most <= largest + 2000 < sum(tensor.nbytes for tensor in model.state_dict().values()) / 2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("5GB", 5 * 10**9), ("200MB", 2 * 10**8), ("64 kb", 64000), ("1TB", 10**12)]
+)
+def test_sizes_are_read_as_transformers_reads_them(size: str, expected: int) -> None:
+    assert shard_bytes_of(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "5", "GB", "5GiB", "-5GB", "0MB", "1.5GB"])
+def test_what_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(UserError, match=rf"--max-shard-size={size}: is no size; give a number and a unit"):
+        shard_bytes_of(size)
 
 
 def test_an_export_asks_for_the_room_of_its_weights(
@@ -125,7 +217,7 @@ def test_an_export_asks_for_the_room_of_its_weights(
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(UserError, match=r"hf: needs 0.00 GiB and 0.00 are free; free some disk"):
-        export(model, tokenizer, tmp_path / "hf")
+        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,11 +45,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
     "untied, wide heads": {"tie_word_embeddings": False, "head_dim": 10},
+    "normalised over all heads": {"qk_norm": True, "qk_norm_scope": "all_heads", "head_dim": 10},
     "no hypernetwork": {"hypernetwork": False},
     "all experts": {"num_experts_per_tok": 4},
 }
 # Variants whose attention, blocks and branch between them take every path.
-PATHS = ["plain", "top-1", "renormalised, qk-norm", "dense and shared", "untied, wide heads", "no hypernetwork"]
+PATHS = [
+    "plain",
+    "top-1",
+    "renormalised, qk-norm",
+    "dense and shared",
+    "untied, wide heads",
+    "normalised over all heads",
+    "no hypernetwork",
+]
 
 
 def tokens(*shape: int) -> Tensor:
@@ -165,10 +174,12 @@ def attention(model: HyperMoEForCausalLM, layer: int, x_SD: Tensor) -> Tensor:
     """Causal attention, query by query and head by head, for one sequence."""
     config, attn = model.config, model.model.layers[layer].self_attn
     d, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    queries, keys, values = (
-        (x_SD @ linear.weight.T).unflatten(-1, (-1, d)) for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-    )
-    if config.qk_norm:
+    queries, keys, values = (x_SD @ linear.weight.T for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if config.qk_norm and config.qk_norm_scope == "all_heads":
+        queries = rms_norm(queries, attn.q_norm.weight, config.rms_norm_eps)
+        keys = rms_norm(keys, attn.k_norm.weight, config.rms_norm_eps)
+    queries, keys, values = (x_SH.unflatten(-1, (-1, d)) for x_SH in (queries, keys, values))
+    if config.qk_norm and config.qk_norm_scope == "head":
         queries = rms_norm(queries, attn.q_norm.weight, config.rms_norm_eps)
         keys = rms_norm(keys, attn.k_norm.weight, config.rms_norm_eps)
     rows = []

@@ -19,6 +19,7 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
     "all dense": {"first_dense_layers": 3},
     "shared expert": {"shared_expert_size": 13},
     "qk-norm": {"qk_norm": True},
+    "qk-norm over all heads": {"qk_norm": True, "qk_norm_scope": "all_heads", "head_dim": 6},
     "untied": {"tie_word_embeddings": False},
     "plain": {"hypernetwork": False, "num_experts_per_tok": 1},
     "one key head": {"num_key_value_heads": 1},
@@ -158,6 +159,7 @@ def test_flops_by_formula_are_the_matrix_products_that_a_forward_pass_does(
         ("num_attention_heads", 6, {"num_key_value_heads": 3}),
         ("num_attention_heads", 64, {}),
         ("router_aux_loss_scope", "global", {}),
+        ("qk_norm_scope", "layer", {}),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_its_remedy(key: str, value: Any, others: dict[str, Any]) -> None:

@@ -1,0 +1,213 @@
+"""What other models' config.json says, as a HyperMoE configuration: every key is carried over, checked, or refused."""
+
+import json
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+
+DENSE = ("llama", "mistral", "qwen3")
+MOE = ("mixtral", "olmoe", "qwen3_moe")
+
+# By the names that Transformers' own configurations use.
+_CARRIED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+_CARRIED_IN_OTHER_WORDS = (
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+)
+# Values under which a key changes nothing: this model has no place for others.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "router_jitter_noise": (0, None),
+    "clip_qkv": (None,),
+    "mlp_only_layers": ([], None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "pretraining_tp": (1, None),
+    "quantization_config": (None,),
+}
+# They say nothing about weights or outputs. The ids of control tokens are the tokenizer's.
+_WITHOUT_EFFECT = (
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "is_llama_config",
+    "model_type",
+    "output_router_logits",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+    "_model_name_or_path",
+    "_name_or_path",
+)
+# Settings of training that mean something else here.
+_LEFT_TO_THE_RUN = ("router_aux_loss_coef",)
+
+
+def model_type(folder: Path) -> str:
+    """The kind of model that a folder's config.json names.
+
+    Raises:
+        UserError: there is no config.json, or it names none.
+    """
+    kind = read_config(folder).get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{folder / 'config.json'}: model_type={kind!r}", "is no model", "give a Hugging Face folder")
+    return kind
+
+
+def shape_of(folder: Path) -> dict[str, Any]:
+    """Fields of `HyperMoEConfig` for what a foreign model is but for its experts: those of a dense model are `width`.
+
+    Returns:
+        The fields; of a dense model with `intermediate_size`, of a Mixture of Experts with all that the experts need.
+
+    Raises:
+        UserError: a key that cannot be carried over, with its value.
+    """
+    raw, kind = read_config(folder), model_type(folder)
+    if kind == "qwen2":
+        raise _refused(folder, "model_type", kind, "has biases in its attention, for which HyperMoE has no place")
+    if kind not in (*DENSE, *MOE):
+        known = ", ".join(("hypermoe", *DENSE, *MOE))
+        raise UserError(f"{folder / 'config.json'}: model_type={kind!r}", "is unknown", f"give one of {known}")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(str(folder / "config.json"), f"is not valid ({reason})", "mend that key") from None
+    _check(folder, raw, config)
+    fields = {key: getattr(config, key) for key in _CARRIED}
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields["rope_theta"] = float(config.rope_parameters["rope_theta"])
+    fields["qk_norm"] = kind in ("qwen3", "qwen3_moe", "olmoe")
+    fields["qk_norm_scope"] = "all_heads" if kind == "olmoe" else "head"
+    return fields | _experts(kind, config)
+
+
+def notes_on(folder: Path) -> list[str]:
+    """What of a foreign config.json is left to the run, for the user to know."""
+    raw = read_config(folder)
+    if raw.get("model_type") == HyperMoEConfig.model_type:
+        return []
+    return [
+        f"{key}={raw[key]!r} is not carried over: it is a setting of training" for key in _LEFT_TO_THE_RUN if key in raw
+    ]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        UserError: there is none, or it is no mapping.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "give a Hugging Face folder") from None
+    if not isinstance(content, dict):
+        raise UserError(str(path), "holds no mapping", "give a Hugging Face folder")
+    return content
+
+
+def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
+    if kind in DENSE:
+        return {"intermediate_size": config.intermediate_size}
+    own_width = kind == "qwen3_moe"  # which has dense layers beside
+    return {
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size if own_width else config.intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": kind == "mixtral" or config.norm_topk_prob,
+        "moe_every": config.decoder_sparse_step if own_width else 1,
+    }
+
+
+def _check(folder: Path, raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Refuse what would be dropped."""
+    for key, neutral in _NEUTRAL.items():
+        value = getattr(config, key, neutral[0])
+        if value not in neutral:
+            raise _refused(folder, key, value, f"HyperMoE has {neutral[0]!r} there")
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise _refused(
+            folder, "rope_parameters.rope_type", rope["rope_type"], "HyperMoE does not scale its rotary angles"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _refused(folder, "partial_rotary_factor", rope["partial_rotary_factor"], "HyperMoE rotates whole heads")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise UserError(
+            f"{folder / 'config.json'}: sliding_window={window}",
+            "HyperMoE attends to the whole sequence",
+            f"set max_position_embeddings to at most {window} there: up to that the model is the same",
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if layer_types:
+        raise _refused(folder, "layer_types", sorted(layer_types), "HyperMoE attends to the whole sequence")
+    if config.model_type == "mixtral" and config.num_experts_per_tok == 1:
+        raise _refused(
+            folder, "num_experts_per_tok", 1, "gates are renormalised there to 1, in HyperMoE with K = 1 never"
+        )
+    if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
+        raise _refused(folder, "norm_topk_prob", True, "with K = 1 the gates of HyperMoE are never renormalised")
+    refuse_unknown(folder, raw, {*_CARRIED, *_CARRIED_IN_OTHER_WORDS, *_NEUTRAL, *_LEFT_TO_THE_RUN})
+
+
+def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse keys that nobody looks at, but for those without effect and what every configuration has.
+
+    Raises:
+        UserError: the first of them.
+    """
+    general = PreTrainedConfig().to_dict()
+    for key, value in raw.items():
+        if key not in known and key not in _WITHOUT_EFFECT and not (key in general and general[key] == value):
+            raise UserError(
+                f"{folder / 'config.json'}: {key}={value!r}",
+                "is unknown, and to drop it might change the model",
+                "take it out of that file if it changes nothing",
+            )
+
+
+def _refused(folder: Path, key: str, value: Any, reason: str) -> UserError:
+    return UserError(f"{folder / 'config.json'}: {key}={value!r}", reason, "choose a model without it")

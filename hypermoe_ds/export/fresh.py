@@ -1,0 +1,32 @@
+"""HyperExperts for a model that had none: they start as a pretraining does, but for an output that is exactly zero."""
+
+import torch
+from torch import Tensor
+
+from hypermoe_ds.modeling import HyperMoEConfig, skeleton
+from hypermoe_ds.modeling.hyper_experts import HyperNetwork, SelectionEncoder
+
+# Of a HyperExpert's relu(x W_down + b_down) W_up + b_up: without these two it is zero, and they have gradients.
+_ZERO = ("up_weight", "up_bias")
+
+
+def fresh_hyper_experts(config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
+    """Tensors of the hypernetwork and of every layer's selection encoder, in fp32."""
+    parts = {
+        prefix: part
+        for prefix, part in skeleton(config).named_modules()
+        if isinstance(part, HyperNetwork | SelectionEncoder)
+    }
+    tensors: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for prefix, part in parts.items():
+            part.to_empty(device="cpu")
+            for module in part.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in part.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name.split(".")[-2] in _ZERO:
+            tensor.zero_()
+    return tensors

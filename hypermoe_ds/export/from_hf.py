@@ -1,0 +1,214 @@
+"""Reads a Hugging Face folder as the model of a run: HyperMoE itself, a Mixture of Experts, or a dense model upcycled.
+
+Shape legend: D hidden size, N experts, F expert width.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.export.folder import FolderWeights
+from hypermoe_ds.export.foreign import DENSE, model_type, read_config, refuse_unknown, shape_of
+from hypermoe_ds.export.fresh import fresh_hyper_experts
+from hypermoe_ds.export.source import LazyWeights
+from hypermoe_ds.export.upcycle import Upcycling
+from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
+
+# Fields that the weights of a model without HyperExperts leave open.
+OPEN_FIELDS = (
+    "router_aux_loss_coef",
+    "router_aux_loss_scope",
+    "z_loss_coef",
+    "hypernetwork",
+    "hyper_conditioning",
+    "expert_embedding_size",
+    "selection_hidden_size",
+    "hypernetwork_input_size",
+    "layer_embedding_size",
+    "bottleneck_size",
+    "adapter_size",
+)
+_FIELDS = set(HyperMoEConfig.__annotations__) - {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # kept by old versions; computed from rope_theta
+_EXPERTS = re.compile(
+    r"(?P<layer>model\.layers\.\d+)\.mlp\.(?P<part>experts\.gate_up_proj|experts\.down_proj|router\.gate\.weight)"
+)
+_MIXTRAL = ("block_sparse_moe", "w1", "w3", "w2")
+_OTHERS = ("mlp", "gate_proj", "up_proj", "down_proj")
+
+Reader = Callable[[], Tensor]
+
+
+def open_folder(
+    folder: Path, upcycling: Upcycling | None = None, fields: Mapping[str, Any] | None = None, seed: int = 0
+) -> LazyWeights:
+    """The tensors of a run's model, from a folder of safetensors.
+
+    Args:
+        folder: a Hugging Face folder.
+        upcycling: how a dense model becomes a Mixture of Experts; None for what is one already.
+        fields: values for `OPEN_FIELDS`, for a model without HyperExperts.
+        seed: seed of the HyperExperts of a Mixture of Experts that has none.
+
+    Raises:
+        UserError: a model that HyperMoE cannot express, by the key and value or by the tensor.
+    """
+    kind = model_type(folder)
+    if kind == "hypermoe":
+        _refuse_options(upcycling, fields)
+        return _hypermoe(folder)
+    shape = shape_of(folder)
+    if kind in DENSE and upcycling is None:
+        raise UserError(f"{folder}: model_type={kind!r}", "is dense", "give --upcycle --experts N --top-k K")
+    if kind not in DENSE and upcycling is not None:
+        raise UserError("--upcycle", f"{folder} has experts already (model_type={kind!r})", "leave it out")
+    for key in fields or {}:
+        if key not in OPEN_FIELDS:
+            raise UserError(
+                f"{key}={(fields or {})[key]!r}", "is what the weights say", f"open are {', '.join(OPEN_FIELDS)}"
+            )
+    made = upcycling.fields(shape["intermediate_size"]) if upcycling is not None else {}
+    config = _config({**shape, **made, **(fields or {})})
+    taken = _Taken(FolderWeights(folder))
+    readers = _readers(taken, config, upcycling, _MIXTRAL if kind == "mixtral" else _OTHERS)
+    taken.refuse_the_rest(config)
+    fresh = fresh_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
+    readers |= {name: partial(fresh.__getitem__, name) for name in fresh}
+    return LazyWeights(config, taken.files.dtype, readers)
+
+
+class _Taken:
+    """Tensors of a folder, and which of them were asked for: none may be left over."""
+
+    def __init__(self, files: FolderWeights) -> None:
+        self.files = files
+        self._names: set[str] = set()
+
+    def holds(self, name: str) -> bool:
+        return name in self.files.shapes
+
+    def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
+        """What reads a tensor of this shape."""
+        if not self.holds(name):
+            raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
+        found = tuple(self.files.shapes[name])
+        if found != tuple(shape):
+            raise UserError(
+                f"{self.files.folder}: {name}",
+                f"is {list(found)}, by config.json it is {list(shape)}",
+                "mend config.json",
+            )
+        self._names.add(name)
+        return partial(self.files.read, name)
+
+    def refuse_the_rest(self, config: HyperMoEConfig) -> None:
+        """Nothing is dropped without a word."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        for name in self.files.shapes:
+            if name in self._names or _DERIVED.fullmatch(name):
+                continue
+            tied = name == head and config.tie_word_embeddings
+            if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
+                continue
+            reason = "differs from the embedding it is tied to" if tied else "has no place in HyperMoE"
+            raise UserError(f"{self.files.folder}: {name}", reason, "choose a model without it")
+
+
+def _refuse_options(upcycling: Upcycling | None, fields: Mapping[str, Any] | None) -> None:
+    if upcycling is not None:
+        raise UserError("--upcycle", "this is a HyperMoE model already", "leave it out")
+    for key, value in (fields or {}).items():
+        raise UserError(f"{key}={value!r}", "this is a HyperMoE model already", "leave it out")
+
+
+def _hypermoe(folder: Path) -> LazyWeights:
+    """A model of our own, as it is."""
+    raw = read_config(folder)
+    refuse_unknown(folder, raw, HyperMoEConfig.__annotations__.keys())
+    if raw.get("baked_hyper_experts"):
+        raise UserError(
+            f"{folder / 'config.json'}: baked_hyper_experts=True",
+            "there is no hypernetwork left to train",
+            "give a folder that was exported without --bake",
+        )
+    # As a recipe gives the model: these are the tokenizer's and the export's.
+    config = _config({key: value for key, value in raw.items() if key in _FIELDS})
+    taken = _Taken(FolderWeights(folder))
+    readers = {name: taken.reader(name, shape) for name, shape in stored_shapes(config).items()}
+    taken.refuse_the_rest(config)
+    return LazyWeights(config, taken.files.dtype, readers)
+
+
+def _config(fields: Mapping[str, Any]) -> HyperMoEConfig:
+    try:
+        return HyperMoEConfig(**fields)
+    except ValueError as error:
+        where, _, rest = str(error).partition(": ")
+        problem, _, remedy = rest.partition("; ")
+        raise UserError(where, problem, remedy) from None
+
+
+def _readers(
+    taken: _Taken, config: HyperMoEConfig, upcycling: Upcycling | None, words: tuple[str, str, str, str]
+) -> dict[str, Reader]:
+    """What gives each tensor but the HyperExperts'."""
+    readers: dict[str, Reader] = {}
+    for name, shape in stored_shapes(config).items():
+        if ".hyper_experts." in name or name.startswith("model.hypernetwork."):
+            continue
+        match = _EXPERTS.fullmatch(name)
+        if match is None:
+            readers[name] = taken.reader(name, shape)
+        elif upcycling is not None:
+            readers[name] = _upcycled(taken, config, upcycling, name, match)
+        elif match["part"] == "router.gate.weight":
+            block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else words[0]
+            readers[name] = taken.reader(f"{match['layer']}.{block}.gate.weight", shape)
+        elif taken.holds(name):  # as Transformers has them in memory
+            readers[name] = taken.reader(name, shape)
+        else:
+            readers[name] = _one_by_one(taken, f"{match['layer']}.{words[0]}.experts", match["part"], words, shape)
+    return readers
+
+
+def _upcycled(taken: _Taken, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]) -> Reader:
+    """A tensor of a layer's router or experts, out of the dense MLP."""
+    D, width = config.hidden_size, config.intermediate_size
+
+    def dense(projection: str) -> Reader:
+        shape = (D, width) if projection == "down_proj" else (width, D)
+        return taken.reader(f"{match['layer']}.mlp.{projection}.weight", shape)
+
+    if match["part"] == "experts.gate_up_proj":
+        return partial(upcycling.gate_up, name, dense("gate_proj"), dense("up_proj"))
+    if match["part"] == "experts.down_proj":
+        return partial(upcycling.down, name, dense("down_proj"))
+    return partial(upcycling.router, name, config)
+
+
+def _one_by_one(
+    taken: _Taken, block: str, part: str, words: tuple[str, str, str, str], shape: tuple[int, ...]
+) -> Reader:
+    """Experts that are stored one by one, put together: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
+    N, rows, columns = shape
+    _, gate, up, down = words
+    halves = [gate, up] if part == "experts.gate_up_proj" else [down]
+    readers = [
+        [taken.reader(f"{block}.{expert}.{half}.weight", (rows // len(halves), columns)) for half in halves]
+        for expert in range(N)
+    ]
+
+    def read() -> Tensor:
+        whole = torch.empty(shape, dtype=taken.files.dtype)
+        for expert, of_expert in enumerate(readers):
+            for place, half in zip(whole[expert].chunk(len(halves)), of_expert, strict=True):
+                place.copy_(half())
+        return whole
+
+    return read

@@ -1,0 +1,71 @@
+"""Where the tensors of a model come from: each is read, or made, when it is asked for."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, stored_shapes
+
+
+class WeightSource(Protocol):
+    """The tensors of a model, one at a time.
+
+    Attributes:
+        config: the model.
+        dtype: precision of the tensors.
+        shapes: names and shapes of what a file of the model holds, in the model's order.
+    """
+
+    @property
+    def config(self) -> HyperMoEConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]: ...
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in `dtype`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LazyWeights:
+    """A source whose tensors each come from a function.
+
+    Attributes:
+        config: the model.
+        dtype: precision of the tensors.
+        readers: by name what gives a tensor, in whatever precision.
+    """
+
+    config: HyperMoEConfig
+    dtype: torch.dtype
+    readers: Mapping[str, Callable[[], Tensor]]
+
+    @cached_property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Names and shapes, in the model's order."""
+        return stored_shapes(self.config)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in `dtype`."""
+        return self.readers[name]().to(self.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of them in turn, with a progress bar."""
+        for name in tqdm(self.shapes, "convert", unit="tensor", leave=False):
+            yield name, self.read(name)
+
+
+def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:
+    """The tensors of a model in memory; they are not copied."""
+    tensors = model.state_dict()
+    readers = {name: partial(tensors.__getitem__, name) for name in stored_shapes(model.config)}
+    return LazyWeights(model.config, model.dtype, readers)

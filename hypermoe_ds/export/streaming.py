@@ -1,0 +1,43 @@
+"""Runs a model whose tensors are read while it runs, so that one layer at a time is in memory."""
+
+import torch
+from torch import Tensor, nn
+
+from hypermoe_ds.export.source import WeightSource
+from hypermoe_ds.modeling import skeleton
+from hypermoe_ds.modeling.hyper_experts import HyperExperts
+
+
+@torch.no_grad()
+def streamed_logits(source: WeightSource, ids_BS: Tensor) -> Tensor:
+    """Logits_BSV of a model, by its own code and layer by layer.
+
+    In memory at once are the parts of one layer, the hypernetwork and the selection encoders.
+    """
+    model = skeleton(source.config).to(source.dtype)
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def load(module: nn.Module, *_: object) -> None:
+        tensors = {}
+        for name in module.state_dict():
+            whole = f"{names[id(module)]}.{name}"
+            # A tied output projection is the embedding.
+            tensors[name] = source.read(whole if whole in source.shapes else "model.embed_tokens.weight")
+        module.load_state_dict(tensors, assign=True)
+
+    def unload(module: nn.Module, *_: object) -> None:
+        module.to("meta")
+
+    streamed: list[nn.Module] = [model.model.embed_tokens, model.model.norm, model.lm_head]
+    resident = [model.model.hypernetwork] if model.model.hypernetwork is not None else []
+    for layer in model.model.layers:
+        for part in layer.children():
+            # The encoders and the hypernetwork are also read from outside their own forward pass.
+            (resident if isinstance(part, HyperExperts) else streamed).append(part)
+    for part in resident:
+        load(part)
+    for part in streamed:
+        part.register_forward_pre_hook(load)
+        part.register_forward_hook(unload)
+    logits_BSV: Tensor = model(input_ids=ids_BS).logits
+    return logits_BSV

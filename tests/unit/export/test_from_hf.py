@@ -1,0 +1,185 @@
+"""A folder becomes the model of a run that computes the same: against Transformers' own classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.export.from_hf import open_folder
+from hypermoe_ds.export.source import weights_of
+from hypermoe_ds.export.streaming import streamed_logits
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from tests.unit.export.folders import EXPERTS, SMALL_HYPER, ids, largest_difference, saved, their_logits, their_model
+
+ROUTED: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "mixtral tied": {"num_local_experts": 6, "num_experts_per_tok": 3, "tie_word_embeddings": True, "head_dim": 16},
+    "olmoe": EXPERTS,
+    "olmoe normalised": EXPERTS | {"norm_topk_prob": True, "num_key_value_heads": 4},
+    "olmoe top-1": EXPERTS | {"num_experts_per_tok": 1},
+    "qwen3_moe": EXPERTS | {"norm_topk_prob": True, "moe_intermediate_size": 16, "head_dim": 16},
+    "qwen3_moe sparse": EXPERTS | {"moe_intermediate_size": 16, "decoder_sparse_step": 2, "num_hidden_layers": 5},
+}
+
+
+@pytest.mark.parametrize("in_memory_form", [False, True])
+@pytest.mark.parametrize("case", ROUTED)
+def test_a_mixture_of_experts_gives_the_logits_of_its_own_class(
+    case: str, in_memory_form: bool, tmp_path: Path
+) -> None:
+    theirs = their_model(
+        case.partition(" ")[0], **ROUTED[case], rope_parameters={"rope_type": "default", "rope_theta": 5e4}
+    )
+    saved(theirs, tmp_path, save_original_format=not in_memory_form, max_shard_size="20KB")
+    weights = open_folder(tmp_path, fields=SMALL_HYPER)
+    assert weights.config.hypernetwork
+    assert weights.config.rope_theta == 5e4
+    assert largest_difference(weights, theirs) < 1e-4 < 0.01 * float(their_logits(theirs).abs().max())
+
+
+def test_experts_stay_in_their_order_and_routers_are_carried_over(tmp_path: Path) -> None:
+    theirs = their_model("mixtral", **ROUTED["mixtral"])
+    weights = open_folder(saved(theirs, tmp_path))
+    of_layer = dict(theirs.model.layers[1].mlp.named_parameters())
+    names = {"experts.gate_up_proj": "experts.gate_up_proj", "experts.down_proj": "experts.down_proj"}
+    for ours, name in (names | {"router.gate.weight": "gate.weight"}).items():
+        assert torch.equal(weights.read(f"model.layers.1.mlp.{ours}"), of_layer[name])
+
+
+def test_hyper_experts_of_an_imported_model_start_at_zero_and_can_learn(tmp_path: Path) -> None:
+    theirs = their_model("mixtral", **ROUTED["mixtral"])
+    weights = open_folder(saved(theirs, tmp_path), fields=SMALL_HYPER, seed=1)
+    model = HyperMoEForCausalLM(weights.config)
+    model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=False)
+    output = model.train()(input_ids=ids(), labels=ids(), output_router_logits=True)
+    assert [float(norms[1]) for norms in output.branch_norms] == [0.0, 0.0]
+    output.loss.backward()
+    assert float(model.model.hypernetwork.up_weight.weight.grad.norm()) > 0
+    embedding = model.model.layers[0].hyper_experts.encoder.expert_embedding.weight
+    assert 0.5 < float(embedding.detach().std()) < 1.5
+    other = open_folder(tmp_path, fields=SMALL_HYPER, seed=2)
+    name = "model.hypernetwork.trunk.weight"
+    assert torch.equal(open_folder(tmp_path, fields=SMALL_HYPER, seed=1).read(name), weights.read(name))
+    assert not torch.equal(other.read(name), weights.read(name))
+
+
+def test_it_may_go_on_without_hyper_experts(tmp_path: Path) -> None:
+    theirs = their_model("olmoe", **EXPERTS)
+    weights = open_folder(saved(theirs, tmp_path), fields={"hypernetwork": False})
+    assert not any("hyper" in name for name in weights.shapes)
+    assert largest_difference(weights, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hypermoe_folder_comes_back_bit_for_bit_and_as_a_recipe_gives_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = HyperMoEConfig(
+        vocab_size=67, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        moe_intermediate_size=8, num_experts=4, first_dense_layers=1, eos_token_id=5, bos_token_id=1, **SMALL_HYPER,
+    )  # fmt: skip
+    model = HyperMoEForCausalLM(config).to(dtype).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    weights = open_folder(tmp_path)
+    assert weights.dtype == dtype
+    assert (weights.config.eos_token_id, weights.config.bos_token_id) == (None, None)
+    for name, tensor in model.state_dict().items():
+        assert name == "lm_head.weight" or torch.equal(weights.read(name), tensor), name
+    assert torch.equal(streamed_logits(weights, ids()), streamed_logits(weights_of(model), ids()))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_baked_folder_is_no_model_to_train(tmp_path: Path) -> None:
+    HyperMoEConfig(baked_hyper_experts=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="baked_hyper_experts=True: there is no hypernetwork left to train; give a"):
+        open_folder(tmp_path)
+
+
+def test_a_key_that_nobody_knows_is_not_dropped(tmp_path: Path) -> None:
+    HyperMoEConfig().save_pretrained(tmp_path)
+    edit(tmp_path, rope_scaling={"rope_type": "linear"})
+    with pytest.raises(
+        UserError, match=r"config.json: rope_scaling={'rope_type': 'linear'}: is unknown, and to drop it"
+    ):
+        open_folder(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    expected = (
+        r"pytorch_model.bin: is a pickle, which can run any code when it is read; save the model as safetensors: "
+    )
+    with pytest.raises(UserError, match=expected):
+        open_folder(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"holds no weights \(neither model.safetensors nor "):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("missing", r"model.layers.1.block_sparse_moe.experts.5.w3.weight: is missing; copy"),
+        ("more", r"model.layers.0.self_attn.q_proj.bias: has no place in HyperMoE; choose"),
+        ("shape", r"model.norm.weight: is \[31\], by config.json it is \[32\]; mend"),
+        ("type", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused_by_name(damage: str, says: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
+    saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if damage == "missing":
+        del tensors["model.layers.1.block_sparse_moe.experts.5.w3.weight"]
+    elif damage == "more":
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    else:
+        norm = tensors["model.norm.weight"]
+        tensors["model.norm.weight"] = norm[:31].clone() if damage == "shape" else norm.double()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=says):
+        open_folder(tmp_path)
+
+
+def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
+    saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path, max_shard_size="20KB")
+    [first, second, *_] = sorted(tmp_path.glob("model-*.safetensors"))
+    second.write_bytes(second.read_bytes()[:50])
+    with pytest.raises(UserError, match=rf"{second.name}: cannot be read"):
+        open_folder(tmp_path)
+    first.unlink()
+    with pytest.raises(UserError, match=rf"{first.name}: cannot be read"):
+        open_folder(tmp_path)
+
+
+def test_an_output_projection_that_is_stored_though_tied_must_be_the_embedding(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
+    theirs = their_model("mixtral", **ROUTED["mixtral"], tie_word_embeddings=True)
+    tensors = load_file(saved(theirs, tmp_path) / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert largest_difference(open_folder(tmp_path, fields=SMALL_HYPER), theirs) < 1e-4
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight: differs from the embedding it is tied to"):
+        open_folder(tmp_path)
+
+
+def test_options_that_do_not_belong_to_the_folder_are_refused(tmp_path: Path) -> None:
+    saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path / "mixtral")
+    saved(their_model("llama"), tmp_path / "llama")
+    with pytest.raises(UserError, match=r"model_type='llama': is dense; give --upcycle --experts N --top-k K"):
+        open_folder(tmp_path / "llama")
+    with pytest.raises(UserError, match=r"hidden_size=5: is what the weights say; open are router_aux_loss_coef, "):
+        open_folder(tmp_path / "mixtral", fields={"hidden_size": 5})
+    with pytest.raises(UserError, match=r"adapter_size=0: too small; give at least 1"):
+        open_folder(tmp_path / "mixtral", fields={"adapter_size": 0})

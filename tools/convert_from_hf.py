@@ -1,0 +1,84 @@
+"""Make a run folder from a Hugging Face folder, to train on from its weights at step 0.
+
+HyperMoE folders come back as they were exported. Mixtral, OLMoE and Qwen3-MoE get HyperExperts that start at zero.
+With --upcycle a dense Llama, Mistral or Qwen3 becomes a Mixture of Experts that starts as the same function.
+"""
+
+import argparse
+from pathlib import Path
+
+from hypermoe_ds.checkpoint.new_run import write_new_run
+from hypermoe_ds.checkpoint.weights import PRECISIONS
+from hypermoe_ds.config import apply_overrides, validate
+from hypermoe_ds.data.output import check_output
+from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.export.foreign import notes_on
+from hypermoe_ds.export.from_hf import OPEN_FIELDS, open_folder
+from hypermoe_ds.export.upcycle import Upcycling
+from hypermoe_ds.run_config import ModelSection, model_section
+from hypermoe_ds.training.state import TrainState
+
+
+def main() -> None:
+    """Arguments and wiring."""
+    given = parse_arguments()
+    check_output(given.output)
+    upcycling = upcycling_of(given)
+    fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
+    weights = open_folder(given.model, upcycling, fields, given.seed)
+    [precision] = [name for name, dtype in PRECISIONS.items() if dtype == weights.dtype]
+    settings = {"model": model_section(weights.config), "train": {"precision": precision}}
+    tokenizer = given.tokenizer or given.model
+    run = write_new_run(given.output, weights.config, weights.tensors(), tokenizer, settings, TrainState().to_dict())
+    for note in notes_on(given.model):
+        print(f"note: {note}")
+    counts = weights.config.parameter_counts()
+    print(f"{run.path}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, at step 0")
+    print(f"recipe: `model` of {run.model_section}, data.tokenizer={run.tokenizer} (token files made with it)")
+    print(
+        f"start: deepspeed pretrain/train.py --config RECIPE.yaml --deepspeed_config ds_configs/zero1.json "
+        f"run.dir={run.path} train.precision={precision}"
+    )
+
+
+def upcycling_of(given: argparse.Namespace) -> Upcycling | None:
+    """The options of --upcycle, which belong together."""
+    if given.upcycle:
+        if given.experts is None or given.top_k is None:
+            raise UserError("--upcycle", "lacks --experts or --top-k", "give both")
+        return Upcycling(given.experts, given.top_k, given.granularity, given.noise, given.seed)
+    for name, default in (("experts", None), ("top_k", None), ("granularity", 1), ("noise", 0.0)):
+        if (value := getattr(given, name)) != default:
+            raise UserError(f"--{name.replace('_', '-')}={value}", "belongs to --upcycle", "give that too")
+    return None
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="Hugging Face folder with safetensors")
+    parser.add_argument("--output", required=True, type=Path, metavar="RUN_DIR", help="run folder to make")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder; --model if left out")
+    parser.add_argument("--upcycle", action="store_true", help="make experts out of a dense model's MLPs")
+    parser.add_argument("--experts", type=int, metavar="N", help="experts in each layer")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token")
+    parser.add_argument(
+        "--granularity", type=int, default=1, metavar="G", help="slices an MLP is cut into; divides N, K (default: 1)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0, metavar="STD",
+        help="noise on each expert, in standard deviations of the dense weights (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: 0)")
+    parser.add_argument(
+        "fields",
+        nargs="*",
+        metavar="key=value",
+        help=f"of the model, where it has no HyperExperts: {', '.join(OPEN_FIELDS)}",
+    )
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
