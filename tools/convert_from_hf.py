@@ -46,8 +46,8 @@ def upcycling_of(given: argparse.Namespace) -> Upcycling | None:
     if given.upcycle:
         if given.experts is None or given.top_k is None:
             raise UserError("--upcycle", "lacks --experts or --top-k", "give both")
-        return Upcycling(given.experts, given.top_k, given.granularity, given.noise, given.seed)
-    for name, default in (("experts", None), ("top_k", None), ("granularity", 1), ("noise", 0.0)):
+        return Upcycling(given.experts, given.top_k, given.granularity, given.noise, given.seed, given.router_std)
+    for name, default in (("experts", None), ("top_k", None), ("granularity", 1), ("noise", 0.0), ("router_std", None)):
         if (value := getattr(given, name)) != default:
             raise UserError(f"--{name.replace('_', '-')}={value}", "belongs to --upcycle", "give that too")
     return None
@@ -68,6 +68,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="STD",
         help="noise on each expert, in standard deviations of the dense weights (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router-std", type=float, metavar="STD",
+        help="standard deviation of the router's logits for inputs of mean square 1; for K = 1 a larger router is "
+        "steadier and changes the function more (default: 1e-4 for K = 1, else initializer_range * sqrt(hidden_size))",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: 0)")
     parser.add_argument(

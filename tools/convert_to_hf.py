@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -37,9 +38,13 @@ def main() -> None:
     run = RunFolder(arguments.checkpoint)
     with open_weights(run, arguments.step, PRECISIONS.get(arguments.dtype)) as weights:
         written = bake_weights(weights) if arguments.bake else weights
-        export(written, run.tokenizer, arguments.output, shard_bytes, weights if arguments.bake else None)
-    command = f"python {shlex.join(sys.argv)}"
-    write_model_card(arguments.output, written.config, facts_of(run, arguments.step), command)
+        card = partial(
+            write_model_card,
+            config=written.config,
+            training=facts_of(run, arguments.step),
+            command=shlex.join(["python", *sys.argv]),
+        )
+        export(written, run.tokenizer, arguments.output, shard_bytes, weights if arguments.bake else None, card)
     parameters = written.config.parameter_counts().total
     print(f"{arguments.output}: {parameters / 1e6:,.1f} M parameters in {str(written.dtype).removeprefix('torch.')}")
 

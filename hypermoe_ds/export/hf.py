@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,12 @@ _TOKENS_TO_CHECK = 16
 
 
 def export(
-    source: WeightSource, tokenizer: Path, output: Path, shard_bytes: int, same_function: WeightSource | None = None
+    source: WeightSource,
+    tokenizer: Path,
+    output: Path,
+    shard_bytes: int,
+    same_function: WeightSource | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Write weights (safetensors), config, modeling files and tokenizer.
 
@@ -39,6 +45,7 @@ def export(
         output: folder to make.
         shard_bytes: most bytes of a file of more than one tensor.
         same_function: the model whose logits the folder must give up to rounding; None takes the source's own bits.
+        add: writes what else the folder shall hold, such as a model card.
 
     Raises:
         UserError: the folder exists and is not empty, or the disk has no room.
@@ -55,6 +62,8 @@ def export(
         _write_weights(source, model, folder, shard_bytes)
         _compare_tensors(source, folder)
         _compare_logits(source, folder, same_function)
+        if add is not None:
+            add(folder)
         if output.exists():
             output.rmdir()
         folder.rename(output)

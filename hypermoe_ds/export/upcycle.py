@@ -8,7 +8,8 @@ Every expert starts as the dense MLP, or as one of G equal slices of it. What co
   gate: the down projections start G times as large.
 - K = 1: the gate is the router's probability p, never 1. The router starts so small that p is 1 / N to about 1e-4,
   and the down projections N times as large. Which expert is chosen depends on the direction of the router's rows
-  alone, so tokens are spread as by a larger one. The function is the same up to that 1e-4.
+  alone, so tokens are spread as by a larger one, until the first steps move it. The function is the same up to that
+  1e-4; a larger router is steadier and changes it more (`router_std`).
 
 Shape legend: D hidden size, N experts, G slices, F width of an expert.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
-_LOGITS_OF_ONE_EXPERT = 1e-4  # standard deviation of the router's logits for K = 1, for inputs of mean square 1
+_ROUTER_STD_OF_ONE_EXPERT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Upcycling:
         granularity: G, slices that an MLP is cut into.
         noise: normal noise on every expert's weights, in standard deviations of the dense tensor.
         seed: seed of the router, the noise and the HyperExperts.
+        router_std: standard deviation of the router's logits for inputs of mean square 1; None takes 1e-4 for K = 1
+            and otherwise that of a pretraining's start.
 
     Raises:
         UserError: numbers that do not fit each other.
@@ -47,6 +50,7 @@ class Upcycling:
     granularity: int = 1
     noise: float = 0.0
     seed: int = 0
+    router_std: float | None = None
 
     def __post_init__(self) -> None:
         for key, value in (("--experts", self.experts), ("--top-k", self.top_k), ("--granularity", self.granularity)):
@@ -61,6 +65,10 @@ class Upcycling:
                     f"is no multiple of --granularity={self.granularity}, so that a token cannot take whole MLPs",
                     "give a multiple",
                 )
+        if self.router_std is not None and self.router_std <= 0:
+            raise UserError(
+                f"--router-std={self.router_std}", "would send every token to the same experts", "give more than 0"
+            )
         if self.noise < 0:
             raise UserError(f"--noise={self.noise}", "is negative", "give 0 or more standard deviations")
 
@@ -94,8 +102,8 @@ class Upcycling:
     def router(self, name: str, config: HyperMoEConfig) -> Tensor:
         """The router's weight [N, D]: small and random, alike for the experts that together are the MLP."""
         std = config.initializer_range
-        if self.top_k == 1:
-            std = _LOGITS_OF_ONE_EXPERT / config.hidden_size**0.5
+        if self.router_std is not None or self.top_k == 1:
+            std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / config.hidden_size**0.5
         groups = self.experts // self.granularity
         rows_ND = torch.randn(groups, config.hidden_size, generator=self._generator(name)) * std
         return rows_ND.repeat_interleave(self.granularity, dim=0)

@@ -6,6 +6,7 @@ import pytest
 
 from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.export.hf import export
+from hypermoe_ds.export.source import weights_of
 from tests.helpers.checkpoints import small_model
 from tests.helpers.corpus import stdlib_texts
 
@@ -16,5 +17,5 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     train_tokenizer(stdlib_texts(1), 400, folder / "tokenizer")
     model = small_model(vocab_size=400, tie_word_embeddings=False, initializer_range=0.2, max_position_embeddings=64)
-    export(model, folder / "tokenizer", folder / "model")
+    export(weights_of(model), folder / "tokenizer", folder / "model", shard_bytes=10**9)
     return folder / "model"

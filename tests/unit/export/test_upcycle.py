@@ -56,6 +56,16 @@ def test_slices_of_the_dense_mlp_give_its_logits(experts: int, top_k: int, granu
     assert largest_difference(weights, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_larger_router_gives_logits_of_the_size_asked_for_and_for_one_expert_another_function(
+    top_k: int, tmp_path: Path
+) -> None:
+    theirs = their_model("llama")
+    weights = upcycled(theirs, tmp_path, 8, top_k, router_std=0.5)
+    assert float(weights.read(ROUTER).std()) == pytest.approx(0.5 / 32**0.5, rel=0.15)
+    assert (largest_difference(weights, theirs) < 1e-4) == (top_k == 2)
+
+
 def selections(weights: LazyWeights) -> Tensor:
     """Experts of every token in every layer, [layers, T, K]."""
     model = HyperMoEForCausalLM(weights.config).eval()
@@ -105,6 +115,7 @@ def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp
         ((6, 2, 4), r"--experts=6: is no multiple of --granularity=4, .*; give a multiple"),
         ((8, 2, 4), r"--top-k=2: is no multiple of --granularity=4"),
         ((4, 2, 1, -0.5), r"--noise=-0.5: is negative"),
+        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: would send every token to the same experts; give more than 0"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(numbers: tuple[Any, ...], says: str) -> None:
