@@ -32,32 +32,39 @@ def batches_from(layout: Layout, rank: int, step: int) -> Iterator[dict[str, Ten
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
 
 
-def save_and_go_on(layout: Layout, folder: Path) -> tuple[list[tuple[float, float]], Tensor]:
-    """Train, save beside the training, go on: the losses and gradient norms after, the last logits."""
-    rank = torch.distributed.get_rank()
+Ended = tuple[list[tuple[float, float]], Tensor]  # losses and gradient norms after the checkpoint, the last logits
+
+
+def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
+    """Under each layout, of the same ranks: train, save beside the training, go on."""
+    return [_save(layout, folder) for layout, folder in zip(layouts, folders, strict=True)]
+
+
+def _save(layout: Layout, folder: Path) -> Ended:
     engine = engine_of(layout)
     checkpoints = manager_of(engine, RunFolder(folder))
-    batches = batches_from(layout, rank, 0)
+    batches = batches_from(layout, torch.distributed.get_rank(), 0)
     steps_on(engine, batches, BEFORE)
     checkpoints.save(BEFORE, {"step": BEFORE})
     steps = steps_on(engine, batches, AFTER)
     checkpoints.finish()
-    return steps, logits_of(engine, 0)
+    logits = logits_of(engine, 0)
+    engine.destroy()
+    return steps, logits
 
 
-def resume_each(layout: Layout, folders: list[Path], again: list[Path]) -> list[Any]:
-    """Resume each run under this layout, save it at once elsewhere, go on as above."""
-    return [_resume(layout, folder, other) for folder, other in zip(folders, again, strict=True)]
+def resume_each(layouts: list[Layout], folders: list[Path], again: list[Path]) -> list[Ended]:
+    """Resume each run under its new layout, of the same ranks, save it at once elsewhere, go on as above."""
+    return [_resume(*run) for run in zip(layouts, folders, again, strict=True)]
 
 
-def _resume(layout: Layout, folder: Path, other: Path) -> tuple[list[tuple[float, float]], Tensor]:
-    rank = torch.distributed.get_rank()
+def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
     engine = engine_of(layout)
     assert manager_of(engine, RunFolder(folder)).resume() == {"step": BEFORE}
     copy = manager_of(engine, RunFolder(other))
     copy.save(BEFORE, {"step": BEFORE})
     copy.finish()
-    steps = steps_on(engine, batches_from(layout, rank, BEFORE), AFTER)
+    steps = steps_on(engine, batches_from(layout, torch.distributed.get_rank(), BEFORE), AFTER)
     logits = logits_of(engine, 0)
     engine.destroy()
     return steps, logits

@@ -1,9 +1,8 @@
 """A run goes on under any number of ranks, expert parallelism and ZeRO stage as if it had never stopped."""
 
 import json
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,13 @@ from elastic_runs import (
     STAGES,
     name_of,
     resume_each,
-    save_and_go_on,
+    save_each,
     save_untrained_and_train,
     train_untrained,
     with_one_micro_batch,
 )
 from small_runs import Layout
+from torch import Tensor
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader
@@ -34,16 +34,32 @@ COVERING = [
 ]
 
 
+@dataclass
+class Saved:
+    """A run that was saved and went on.
+
+    Attributes:
+        folder: its folder.
+        steps: losses and gradient norms after the checkpoint.
+        logits: the last ones.
+    """
+
+    folder: Path
+    steps: list[tuple[float, float]]
+    logits: Tensor
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs by their layout, each made once: its folder, its losses after the checkpoint, its last logits."""
-
-    @cache
-    def of(index: int) -> tuple[Path, Any]:
-        folder = tmp_path_factory.mktemp("run")
-        return folder, run_on_ranks(LAYOUTS[index].ranks, save_and_go_on, LAYOUTS[index], folder)[0]
-
-    return lambda layout: of(LAYOUTS.index(layout))
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+    """Runs by the names of their layouts."""
+    runs = {}
+    for ranks, expert in SPREADS:
+        layouts = [layout for layout in LAYOUTS if (layout.ranks, layout.expert) == (ranks, expert)]
+        folders = [tmp_path_factory.mktemp("run") for _ in layouts]
+        ended = run_on_ranks(ranks, save_each, layouts, folders)[0]
+        for layout, folder, end in zip(layouts, folders, ended, strict=True):
+            runs[name_of(layout)] = Saved(folder, *end)
+    return runs
 
 
 def assert_same_content(one: Path, other: Path) -> None:
@@ -66,22 +82,32 @@ def largest_difference(steps: list[tuple[float, float]], others: list[tuple[floa
     return float(((one - other) / other).abs().max())
 
 
-@pytest.mark.parametrize(("source", "target"), COVERING, ids=lambda layout: name_of(layout).replace(" ", ""))
+def differences_after_resuming(saved: dict[str, Saved], pairs: list[tuple[Layout, Layout]], place: Path) -> list[float]:
+    """Of each run from those that it would have had; moments and weights are compared to the bit on the way."""
+    runs = [saved[name_of(source)] for source, _ in pairs]
+    targets = [target for _, target in pairs]
+    copies = [place / str(number) for number in range(len(pairs))]
+    ended = run_on_ranks(targets[0].ranks, resume_each, targets, [run.folder for run in runs], copies)[0]
+    for run, copy, (_, logits) in zip(runs, copies, ended, strict=True):
+        assert_same_content(run.folder, copy)
+        assert (logits - run.logits).abs().max() <= 1e-3 * run.logits.abs().max()
+    return [largest_difference(steps, run.steps) for run, (steps, _) in zip(runs, ended, strict=True)]
+
+
+@pytest.mark.parametrize("spread", SPREADS, ids=lambda spread: f"onto {spread[0]} ranks EP {spread[1]}")
 def test_a_run_goes_on_under_another_layout_with_the_same_moments_and_losses(
-    saved: Any, tmp_path: Path, source: Layout, target: Layout
+    saved: dict[str, Saved], tmp_path: Path, spread: tuple[int, int]
 ) -> None:
-    folder, (steps, logits) = saved(source)
-    again, last_logits = run_on_ranks(target.ranks, resume_each, target, [folder], [tmp_path])[0][0]
-    assert_same_content(folder, tmp_path)
-    assert largest_difference(again, steps) <= 1e-4
-    assert (last_logits - logits).abs().max() <= 1e-3 * logits.abs().max()
+    pairs = [pair for pair in COVERING if (pair[1].ranks, pair[1].expert) == spread]
+    assert len(pairs) == len(STAGES)
+    assert max(differences_after_resuming(saved, pairs, tmp_path)) <= 1e-4
 
 
 def test_the_same_micro_batch_on_fewer_ranks_accumulates_and_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     source, target = with_one_micro_batch(LAYOUTS[6]), with_one_micro_batch(LAYOUTS[0])
     assert (source.accumulation, target.accumulation) == (2, 4)
-    steps, _ = run_on_ranks(source.ranks, save_and_go_on, source, tmp_path / "run")[0]
-    again, _ = run_on_ranks(target.ranks, resume_each, target, [tmp_path / "run"], [tmp_path / "copy"])[0][0]
+    [(steps, _)] = run_on_ranks(source.ranks, save_each, [source], [tmp_path / "run"])[0]
+    [(again, _)] = run_on_ranks(target.ranks, resume_each, [target], [tmp_path / "run"], [tmp_path / "copy"])[0]
     assert largest_difference(again, steps) <= 1e-4
 
 
@@ -96,22 +122,21 @@ def test_weights_alone_are_trained_on_as_a_model_just_built(tmp_path: Path, targ
 
 
 def test_the_covering_pairs_cover() -> None:
-    assert {source for source, _ in COVERING} == set(LAYOUTS) == {target for _, target in COVERING}
+    everything = {name_of(layout) for layout in LAYOUTS}
+    assert {name_of(source) for source, _ in COVERING} == everything == {name_of(target) for _, target in COVERING}
     assert len({(source.stage, target.stage) for source, target in COVERING}) == 9
     assert all(source != target for source, target in COVERING)
 
 
 @pytest.mark.slow
-def test_every_layout_goes_on_under_every_other(saved: Any, tmp_path: Path) -> None:
+def test_every_layout_goes_on_under_every_other(saved: dict[str, Saved], tmp_path: Path) -> None:
     """Prints the table of docs/CHECKPOINTS.md: largest relative difference of ten losses and gradient norms."""
     table = {}
-    for target in LAYOUTS:
-        sources = [saved(source) for source in LAYOUTS]
-        copies = [tmp_path / f"{LAYOUTS.index(target)}_{number}" for number in range(len(LAYOUTS))]
-        folders = [folder for folder, _ in sources]
-        resumed = run_on_ranks(target.ranks, resume_each, target, folders, copies)[0]
-        for source, (folder, (steps, _)), copy, (again, _) in zip(LAYOUTS, sources, copies, resumed, strict=True):
-            assert_same_content(folder, copy)
-            table[f"{name_of(source)} -> {name_of(target)}"] = largest_difference(again, steps)
+    for number, target in enumerate(LAYOUTS):
+        pairs = [(source, target) for source in LAYOUTS]
+        for (source, _), difference in zip(
+            pairs, differences_after_resuming(saved, pairs, tmp_path / str(number)), strict=True
+        ):
+            table[f"{name_of(source)} -> {name_of(target)}"] = difference
     print(json.dumps(table, indent=1))
     assert max(table.values()) <= 1e-4
