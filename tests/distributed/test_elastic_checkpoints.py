@@ -28,8 +28,8 @@ from tests.helpers.ranks import run_on_ranks
 
 # Every layout is left once and taken up once, and every pair of stages occurs.
 COVERING = [
-    (LAYOUTS[3 * spread + stage], LAYOUTS[3 * ((spread + 1 + stage) % len(SPREADS)) + (stage + spread) % len(STAGES)])
-    for spread in range(len(SPREADS))
+    (LAYOUTS[3 * ((onto - 1 - stage) % len(SPREADS)) + stage], LAYOUTS[3 * onto + (stage + onto) % len(STAGES)])
+    for onto in range(len(SPREADS))
     for stage in range(len(STAGES))
 ]
 
