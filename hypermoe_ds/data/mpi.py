@@ -35,11 +35,6 @@ class Communicator(Protocol):
         """What rank 0 sent."""
 
 
-class _OtherRankError(UserError):
-    def __init__(self, message: str) -> None:
-        Exception.__init__(self, message)
-
-
 def preprocess_here_or_on_ranks(job: Job) -> str | None:
     """Tokenise on all ranks if mpirun started this process with others, else in this process.
 
@@ -144,14 +139,14 @@ def _join(job: Job, source: TokenizerSource, scratch: Path, parts: Sequence[Writ
 
 def _together(comm: Communicator, work: Callable[[], Result]) -> Result:
     """Do `work` on every rank; if it fails on one, all stop and rank 0 tells why."""
-    error: str | None = None
+    error: UserError | None = None
     try:
         result = work()
     except UserError as failure:
-        error = str(failure)
-    messages = [message for message in comm.allgather(error) if message is not None]
-    if not messages:
+        error = failure
+    errors = [failure for failure in comm.allgather(error) if failure is not None]
+    if not errors:
         return result
     if comm.Get_rank() == 0:
-        raise _OtherRankError(messages[0])
+        raise errors[0]
     sys.exit(_FAILED)
