@@ -42,7 +42,7 @@ def main() -> None:
             write_model_card,
             config=written.config,
             training=facts_of(run, arguments.step),
-            command=shlex.join(["python", *sys.argv]),
+            command=shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         )
         export(written, run.tokenizer, arguments.output, shard_bytes, weights if arguments.bake else None, card)
     parameters = written.config.parameter_counts().total

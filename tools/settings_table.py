@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.run_config import settings_table
 
@@ -43,6 +43,8 @@ def main() -> None:
     if path is None:
         print(presets_table(), settings_table(), sep="\n", end="")
     else:
+        if not path.is_file():
+            raise UserError(f"--write {path}", "no such file", "give a page that has the markers")
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

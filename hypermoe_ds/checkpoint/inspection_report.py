@@ -38,7 +38,9 @@ def difference_lines(differences: Differences) -> Iterator[str]:
     for kind, tensors in differences.tensors.items():
         yield ""
         yield f"{kind}: ||second - first|| / ||first||, of {_count(len(tensors), 'tensor')} in both"
-        if all(distance.difference == 0 for distance in tensors.values()):
+        if not tensors:
+            yield "  nothing to compare"
+        elif all(distance.difference == 0 for distance in tensors.values()):
             yield "  no difference"
             continue
         for name, distance in differences.groups(kind).items():

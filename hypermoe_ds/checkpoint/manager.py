@@ -218,6 +218,8 @@ class CheckpointManager:
                     str(self._folder), f"holds no good checkpoint ({tried[0]})", "restore one or choose another run.dir"
                 )
             error = self._damage(steps[-1])
+            if error is None and tried:
+                self._told(lambda step=steps[-1]: store.name_latest(self._folder, step))  # type: ignore[misc]
             if error is None:
                 return steps[-1]
             tried.append(error)

@@ -44,7 +44,7 @@ def write_new_run(
         check_room(output, scratch, 4 * config.parameter_counts().total)
         run = RunFolder(scratch / output.name)
         copy_tokenizer(tokenizer, run.tokenizer)
-        config.save_pretrained(run.model)
+        run.write_model(config)
         section = yaml.safe_dump({"model": settings["model"]}, sort_keys=False)
         run.model_section.write_text(section, encoding="utf-8")
         checkpoint = run.checkpoints / step_name(0)

@@ -93,6 +93,11 @@ class RunFolder:
                     "choose another run.dir or the model of that run",
                 )
 
+    def write_model(self, config: HyperMoEConfig) -> None:
+        """Write the model's config.json; no code goes with it."""
+        self.model.mkdir(parents=True, exist_ok=True)
+        config.to_json_file(self.model / "config.json")
+
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
@@ -100,7 +105,7 @@ class RunFolder:
         self.settings.parent.mkdir(parents=True, exist_ok=True)
         self.settings.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
         self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n")
-        model.save_pretrained(self.model)
+        self.write_model(model)
         if tokenizer.resolve() != self.tokenizer.resolve():
             shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
 

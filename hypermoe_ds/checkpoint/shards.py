@@ -46,6 +46,7 @@ def write_shard(folder: Path, shard: int, tensors: Mapping[str, Tensor]) -> File
     """
     path = folder / shard_name(shard)
     save_file(dict(tensors), path)
+    path.chmod(0o666 & folder.stat().st_mode)  # as other new files there; safetensors leaves it to the user alone
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return file_entry(path)

@@ -26,13 +26,25 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def latest_step(checkpoints: Path) -> int | None:
-    """Step of the newest checkpoint, None if there is none."""
+    """Step of the newest checkpoint, None if there is none.
+
+    Raises:
+        UserError: `latest` names none, or there are damaged ones alone.
+    """
     latest, saved = checkpoints / _LATEST, saved_steps(checkpoints)
+    damaged = sorted(path.name for path in checkpoints.glob("step_*.damaged*"))
+    if damaged and not saved:
+        raise UserError(
+            str(checkpoints),
+            f"holds damaged checkpoints alone ({', '.join(damaged)})",
+            "restore one, or choose another run.dir",
+        )
     if not latest.exists():
         return saved[-1] if saved else None
     match = re.fullmatch(r"step_(\d+)", latest.read_text().strip())
     if match is None or not (checkpoints / match[0]).is_dir():
-        raise UserError(str(latest), "names no checkpoint beside it", "write the name of a step_ folder into it")
+        known = ", ".join(map(step_name, saved)) or "there is none: remove it"
+        raise UserError(str(latest), "names no checkpoint beside it", f"write the name of one into it ({known})")
     return int(match[1])
 
 

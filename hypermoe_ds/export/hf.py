@@ -48,7 +48,7 @@ def export(
         add: writes what else the folder shall hold, such as a model card.
 
     Raises:
-        UserError: the folder exists and is not empty, or the disk has no room.
+        UserError: the folder exists and is not empty, the disk has no room, or the model's logits are no numbers.
         RuntimeError: what was written does not read back; nothing is left then.
     """
     check_output(output)
@@ -124,6 +124,7 @@ def _write_weights(source: WeightSource, model: HyperMoEForCausalLM, folder: Pat
                 tensors[name] = source.read(name).cpu().contiguous()
                 progress.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them to the user alone
             del tensors
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
@@ -152,6 +153,8 @@ def _compare_logits(source: WeightSource, folder: Path, same_function: WeightSou
     """On a few tokens, both models by the same code; to the bit, or to rounding where they are computed otherwise."""
     ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
+    if not found.isfinite().all():
+        raise UserError("the model", "gives logits that are NaN or Inf", "see tools/inspect_checkpoint.py")
     expected = streamed_logits(source if same_function is None else same_function, ids_BS)
     if same_function is None:
         agree = _same_bits(found, expected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, stored_shapes
 
 
@@ -59,9 +60,16 @@ class LazyWeights:
         return self.readers[name]().to(self.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them in turn, with a progress bar."""
+        """All of them in turn, with a progress bar.
+
+        Raises:
+            UserError: one holds NaN or Inf.
+        """
         for name in tqdm(self.shapes, "convert", unit="tensor", leave=False):
-            yield name, self.read(name)
+            tensor = self.read(name)
+            if not tensor.isfinite().all():
+                raise UserError(name, "holds NaN or Inf", "choose a model that does not")
+            yield name, tensor
 
 
 def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:

@@ -14,6 +14,7 @@ Every expert starts as the dense MLP, or as one of G equal slices of it. What co
 Shape legend: D hidden size, N experts, G slices, F width of an expert.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,12 +66,14 @@ class Upcycling:
                     f"is no multiple of --granularity={self.granularity}, so that a token cannot take whole MLPs",
                     "give a multiple",
                 )
-        if self.router_std is not None and self.router_std <= 0:
+        if self.router_std is not None and not 0 < self.router_std < math.inf:
             raise UserError(
-                f"--router-std={self.router_std}", "would send every token to the same experts", "give more than 0"
+                f"--router-std={self.router_std}",
+                "is no spread of a router's logits",
+                "give more than 0",
             )
-        if self.noise < 0:
-            raise UserError(f"--noise={self.noise}", "is negative", "give 0 or more standard deviations")
+        if not 0 <= self.noise < math.inf:
+            raise UserError(f"--noise={self.noise}", "is no number of standard deviations", "give 0 or more")
 
     def fields(self, width: int) -> dict[str, Any]:
         """Fields of `HyperMoEConfig` for experts made of an MLP of this width.

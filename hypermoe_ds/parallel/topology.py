@@ -49,7 +49,7 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> Non
     """
     where = f"parallel.expert={expert}"
     both = [n for n in range(1, min(num_experts, world_size) + 1) if num_experts % n == 0 and world_size % n == 0]
-    remedy = f"choose one of {', '.join(map(str, both))}"
+    remedy = f"on {world_size} ranks choose one of {', '.join(map(str, both))}"
     if num_experts % expert:
         raise UserError(where, f"does not divide model.num_experts={num_experts}", remedy)
     if world_size % expert:

@@ -85,6 +85,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
 
 
+def test_what_was_used_in_place_of_a_damaged_one_is_the_newest_from_then_on(tmp_path: Path) -> None:
+    run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 3})
+    cut(tmp_path / "checkpoints" / step_name(3) / shard_name(0))
+    assert [resumed for resumed, *_ in run_on_ranks(RANKS, save_steps, tmp_path, 0, {})] == [2, 2]
+    assert newest(tmp_path) == 2
+
+
 def test_a_run_stops_where_no_checkpoint_is_good(tmp_path: Path) -> None:
     run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
     for step in (1, 2):

@@ -47,7 +47,9 @@ def test_checkpoints_without_a_latest_are_no_fresh_start(tmp_path: Path) -> None
 @pytest.mark.parametrize("latest", ["step_00000030", "step_10", "", "global_step10", "../step_00000010"])
 def test_a_latest_that_names_nothing_is_refused(tmp_path: Path, latest: str) -> None:
     make(tmp_path, 10, latest=latest)
-    with pytest.raises(UserError, match=r"latest: names no checkpoint beside it; write the name of a step_ folder"):
+    with pytest.raises(
+        UserError, match=r"names no checkpoint beside it; write the name of one into it \(step_00000010\)$"
+    ):
         latest_step(tmp_path)
 
 
@@ -114,3 +116,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_in_the_way(tmp_path: Path) 
         names.append(store.set_aside(tmp_path, 10).name)
     assert names == ["step_00000010.damaged", "step_00000010.damaged2", "step_00000010.damaged3"]
     assert saved_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("latest", [None, "step_00000010"])
+def test_damaged_checkpoints_alone_are_no_fresh_start(tmp_path: Path, latest: str | None) -> None:
+    make(tmp_path, 10, latest=latest)
+    store.set_aside(tmp_path, 10)
+    with pytest.raises(UserError, match=r"holds damaged checkpoints alone \(step_00000010.damaged\); restore one, or"):
+        latest_step(tmp_path)
+    make(tmp_path, 5, latest="step_00000005")
+    assert latest_step(tmp_path) == 5

@@ -183,3 +183,13 @@ def test_options_that_do_not_belong_to_the_folder_are_refused(tmp_path: Path) ->
         open_folder(tmp_path / "mixtral", fields={"hidden_size": 5})
     with pytest.raises(UserError, match=r"adapter_size=0: too small; give at least 1"):
         open_folder(tmp_path / "mixtral", fields={"adapter_size": 0})
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    theirs = their_model("mixtral", **ROUTED["mixtral"])
+    with torch.no_grad():
+        theirs.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    saved(theirs, tmp_path)
+    weights = open_folder(tmp_path, fields=SMALL_HYPER)
+    with pytest.raises(UserError, match=r"^model.layers.1.self_attn.q_proj.weight: holds NaN or Inf; "):
+        list(weights.tensors())

@@ -158,13 +158,25 @@ def test_a_baked_model_is_held_to_the_logits_of_the_model_with_its_hypernetwork(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_with_what_is_not_a_number_is_written_as_it_is(
+def test_a_model_whose_logits_are_no_numbers_is_refused_and_nothing_left(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     with torch.no_grad():
-        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = torch.nan
+        model.model.norm.weight[0] = torch.nan
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"gives logits that are NaN or Inf; see tools/inspect_checkpoint\.py$"):
+        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_of_weights_may_be_read_by_whoever_may_read_the_others(
+    model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
+) -> None:
     export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
-    assert read_model(tmp_path / "hf").model.layers[0].mlp.experts.down_proj.isnan().sum() == 1
+    assert (
+        len({path.stat().st_mode for path in (tmp_path / "hf").iterdir() if path.suffix in (".safetensors", ".json")})
+        == 1
+    )
 
 
 def test_a_write_that_fails_is_told_in_one_line_and_leaves_nothing_behind(

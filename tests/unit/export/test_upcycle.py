@@ -114,8 +114,9 @@ def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp
         ((4, 5), r"--top-k=5: more than --experts=4"),
         ((6, 2, 4), r"--experts=6: is no multiple of --granularity=4, .*; give a multiple"),
         ((8, 2, 4), r"--top-k=2: is no multiple of --granularity=4"),
-        ((4, 2, 1, -0.5), r"--noise=-0.5: is negative"),
-        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: would send every token to the same experts; give more than 0"),
+        ((4, 2, 1, -0.5), r"--noise=-0.5: is no number of standard deviations"),
+        ((4, 2, 1, float("nan")), r"--noise=nan: is no number of standard deviations"),
+        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: is no spread of a router.s logits; give more than 0"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(numbers: tuple[Any, ...], says: str) -> None:
