@@ -80,24 +80,31 @@ travelling_names() {
     compgen -e | grep -E -f "$repo/launch/travelling.txt" | LC_ALL=C sort
 }
 
-# write_environment: sets environment, NAME=VALUE of the user's .deepspeed_env and of what travels, and environment_file,
-# which holds them as DeepSpeed reads them (DS_ENV_FILE). The file's name has a checksum of it: jobs that start at the
-# same time do not overwrite each other's.
+# write_environment: sets environment, NAME=VALUE of what travels and over it that of the user's .deepspeed_env, home
+# and working directory, and environment_file, which holds them as DeepSpeed reads them (DS_ENV_FILE). The file's name
+# has a checksum of it: jobs that start at the same time do not overwrite each other's.
 write_environment() {
-    local own name
-    own=${DS_ENV_FILE:-.deepspeed_env}
-    environment=()
-    if [ -f "$own" ]; then mapfile -t environment < <(grep -E '^[A-Za-z_][A-Za-z_0-9]*=' "$own"); fi
+    local file name value
+    local -A values=()
     for name in $(travelling_names); do
         [[ ${!name} != *$'\n'* ]] || fail "$name: has more than one line and cannot travel to other hosts; unset it"
-        if [ -n "${!name}" ] && [[ " ${environment[*]}" != *" $name="* ]]; then environment+=("$name=${!name}"); fi
+        if [ -n "${!name}" ]; then values[$name]=${!name}; fi
     done
+    for file in "${HOME:-.}/.deepspeed_env" "${DS_ENV_FILE:-.deepspeed_env}"; do
+        if [ ! -f "$file" ]; then continue; fi
+        while IFS='=' read -r name value || [ -n "$name" ]; do
+            [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "$file: '$name' is no variable; write NAME=VALUE, one a line"
+            values[$name]=$value
+        done <"$file"
+    done
+    environment=()
+    for name in $(printf '%s\n' "${!values[@]}" | LC_ALL=C sort); do environment+=("$name=${values[$name]}"); done
     environment_file=$repo/build/launch/environment.$(printf '%s\n' "${environment[@]}" | cksum | cut -d ' ' -f 1)
     if $dry_run; then
         printf "# $environment_file: %s\n" "${environment[@]}"
     else
         mkdir -p "$repo/build/launch"
-        printf '%s\n' "${environment[@]}" >"$environment_file"
+        (umask 077 && printf '%s\n' "${environment[@]}" >"$environment_file")
     fi
 }
 

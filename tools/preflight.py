@@ -23,6 +23,7 @@ from hypermoe_ds.parallel.preflight import Starter, ask_hosts, judge, judge_link
 from hypermoe_ds.run_config import RunConfig, load_run_config
 
 REPOSITORY = Path(__file__).parents[1]
+DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 
 
 def main() -> None:
@@ -62,9 +63,9 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
 
 def environment_of(file: Path | None) -> dict[str, str]:
     """What the hosts' processes get: what a job would get, and this checkout before other installations."""
-    own = Path(".deepspeed_env")
     given = travelling(REPOSITORY / "launch/travelling.txt", os.environ)
-    given |= read_environment(file or own) if file or own.is_file() else {}
+    for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
+        given |= read_environment(own) if file or own.is_file() else {}
     return given | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), given.get("PYTHONPATH"))))}
 
 
@@ -103,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     where.add_argument("--slurm", action="store_true", help="the hosts of the Slurm job that this runs in")
     parser.add_argument("--environment", type=Path, metavar="FILE",
-                        help="NAME=VALUE lines, set on the hosts (default: .deepspeed_env, if present)")  # fmt: skip
+                        help="NAME=VALUE lines, set on the hosts (default: each .deepspeed_env there is)")  # fmt: skip
     parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="what each rank sends, in MiB (64)")
     parser.add_argument("--least", type=float, default=0.0, metavar="X",
                         help="GB/s that each pair of hosts must reach (default: 0, any)")  # fmt: skip

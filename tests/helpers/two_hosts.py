@@ -24,6 +24,7 @@ NAMES = ("left", "right")
 _ADDRESSES = {"left": "10.213.7.1", "right": "10.213.7.2"}
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _COMMANDS = {"sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2", "unshare": "util-linux"}
+_APART = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
 _UP_SECONDS = 20
 
 _CLIENT = """
@@ -67,10 +68,18 @@ def why_not(*commands: str) -> str | None:
         packages = [_COMMANDS.get(name, name) for name in missing]
         return f"needs {', '.join(missing)}: apt-get install {' '.join(packages)}"
     trial = f"hm{os.getpid()}try"
-    made = subprocess.run(["ip", "netns", "add", trial], capture_output=True, text=True, check=False)
-    if made.returncode:
-        return f"no network namespaces here: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", trial], check=True)
+    steps = [
+        ["ip", "netns", "add", trial],
+        ["ip", "-n", trial, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"],
+        ["ip", "netns", "exec", trial, *_APART, "mount", "-t", "proc", "proc", "/proc"],
+    ]
+    try:
+        for step in steps:
+            tried = subprocess.run(step, capture_output=True, text=True, check=False)
+            if tried.returncode:
+                return f"no namespaces here: {tried.stderr.strip() or shlex.join(step)}"
+    finally:
+        _remove(trial)
     return None
 
 
@@ -156,10 +165,9 @@ def _write_configuration(folder: Path) -> None:
 def _booted(folder: Path, name: str, namespace: str) -> Iterator[None]:
     sshd = shutil.which("sshd", path=_search_path())
     script = textwrap.dedent(_BOOT).format(folder=shlex.quote(str(folder)), name=name, sshd=sshd)
-    apart = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, *apart, "bash", "-c", script],
+            ["ip", "netns", "exec", namespace, *_APART, "bash", "-c", script],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:

@@ -104,8 +104,24 @@ PASSED = {
 
 def test_what_matters_travels_and_nothing_else(folder: Path) -> None:
     (folder / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nOWN=value=1\n")
-    environment = {**PASSED, "SECRET_TOKEN": "x", "NCCL_EMPTY": "", "LANG": "C", "MY_NCCL_X": "1"}
-    expected = {**PASSED, "NCCL_DEBUG": "WARN", "OWN": "value=1", "PATH": SYSTEM, "MASTER_PORT": "29500"}
+    (folder / "home").mkdir()
+    (folder / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=TRACE\nHOME_TOO=1")
+    environment = {
+        **PASSED,
+        "HOME": str(folder / "home"),
+        "SECRET_TOKEN": "x",
+        "NCCL_EMPTY": "",
+        "LANG": "C",
+        "MY_NCCL_X": "1",
+    }
+    expected = {
+        **PASSED,
+        "NCCL_DEBUG": "WARN",
+        "OWN": "value=1",
+        "HOME_TOO": "1",
+        "PATH": SYSTEM,
+        "MASTER_PORT": "29500",
+    }
     expected |= {"HYPERMOE_SSH_OPTIONS": SSH, "HYPERMOE_VENV": str(folder / "none")}
     [start] = commands("openmpi.sh", "--no-preflight", "--config", "r.yaml", folder=folder, **environment)
     assert variables(start) == expected
@@ -157,6 +173,11 @@ def test_a_bad_line_of_a_hostfile_is_named(folder: Path, line: str) -> None:
     [
         ("pdsh.sh", {"HYPERMOE_HOSTFILE": "none"}, "none: no such hostfile; copy launch/hostfile.example"),
         ("pdsh.sh", {"NCCL_X": "1\n2"}, "NCCL_X: has more than one line and cannot travel to other hosts"),
+        (
+            "pdsh.sh",
+            {"DS_ENV_FILE": "hostfile"},
+            "hostfile: '# two hosts' is no variable; write NAME=VALUE, one a line",
+        ),
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
     ],
 )
