@@ -23,7 +23,14 @@ from tests.helpers.jobs import Done
 NAMES = ("left", "right")
 _ADDRESSES = {"left": "10.213.7.1", "right": "10.213.7.2"}
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_COMMANDS = {"sshd": "openssh-server", "ssh": "openssh-client", "ip": "iproute2", "unshare": "util-linux"}
+_NEEDED = ("sshd", "ssh", "ip", "unshare")
+_PACKAGES = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "mpirun": "openmpi-bin",
+}
 _APART = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
 _UP_SECONDS = 20
 
@@ -63,9 +70,9 @@ def why_not(*commands: str) -> str | None:
     """Why there can be no two hosts here, or why they lack a command; None if nothing is missing."""
     if os.geteuid() != 0:
         return "needs root, for namespaces"
-    missing = [name for name in (*_COMMANDS, *commands) if shutil.which(name, path=_search_path()) is None]
+    missing = [name for name in (*_NEEDED, *commands) if shutil.which(name, path=_search_path()) is None]
     if missing:
-        packages = [_COMMANDS.get(name, name) for name in missing]
+        packages = [_PACKAGES.get(name, name) for name in missing]
         return f"needs {', '.join(missing)}: apt-get install {' '.join(packages)}"
     trial = f"hm{os.getpid()}try"
     steps = [
