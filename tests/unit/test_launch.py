@@ -228,11 +228,17 @@ def test_slurm_starts_a_task_for_each_gpu(folder: Path) -> None:
     assert (folder / "asked").read_text() == "show hostnames n[1-2]\n"
 
 
-def slurm_job(folder: Path, ranks: str) -> tuple[subprocess.Popen[str], Path]:
-    """The script as Slurm would run it, with `ranks` in the place of srun; it has started when this returns."""
+def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Popen[str], Path]:
+    """The script as Slurm would run it, with `ranks` in the place of srun; it has started when this returns.
+
+    On a signal the ranks end with `code`.
+    """
     stub(folder / "bin" / "scontrol", 'if [ "$1" = show ]; then echo n1; else echo "$*" >> calls; fi')
-    stub(folder / "bin" / "srun", f'trap "echo saved >> calls; exit 0" USR1; echo $MASTER_ADDR $MASTER_PORT; {ranks}')
+    stub(
+        folder / "bin" / "srun", f'trap "echo saved >> calls; exit $CODE" USR1; echo $MASTER_ADDR $MASTER_PORT; {ranks}'
+    )
     given = {**JOB, "PATH": f"{folder}/bin:{SYSTEM}", "SLURM_SUBMIT_DIR": str(REPOSITORY), "HOME": str(folder)}
+    given["CODE"] = str(code)
     process = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch", "--no-preflight", "--config", "r.yaml"],
         env=given, cwd=folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
@@ -249,6 +255,14 @@ def test_before_its_time_is_up_a_slurm_job_saves_and_goes_back_into_the_queue(fo
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
     assert calls.read_text() == "saved\nrequeue 123\n"
+    assert process.returncode == 0
+
+
+def test_a_slurm_job_whose_last_step_was_done_as_its_time_was_up_is_not_queued_again(folder: Path) -> None:
+    process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done", code=0)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert calls.read_text() == "saved\n"
     assert process.returncode == 0
 
 
