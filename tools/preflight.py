@@ -18,7 +18,15 @@ import torch
 
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.parallel.host_facts import Asked
-from hypermoe_ds.parallel.hosts import Host, read_environment, read_hostfile, slurm_hosts, this_host, travelling
+from hypermoe_ds.parallel.hosts import (
+    Host,
+    meeting_place,
+    read_environment,
+    read_hostfile,
+    slurm_hosts,
+    this_host,
+    travelling,
+)
 from hypermoe_ds.parallel.preflight import Starter, ask_hosts, judge, judge_links, links_line, measure_links, table
 from hypermoe_ds.run_config import RunConfig, load_run_config
 
@@ -38,10 +46,8 @@ def main() -> None:
     print(table(answers), flush=True)
     failures = judge(answers, asked, needed_gib(config))
     if not failures:
-        first = "127.0.0.1" if hosts[0].reach == "here" else hosts[0].name
-        port = int(os.environ.get("MASTER_PORT", "29500"))
         try:
-            links = measure_links(hosts, starter, os.environ.get("MASTER_ADDR", first), port, arguments.mebibytes)
+            links = measure_links(hosts, starter, *meeting_place(hosts, os.environ), arguments.mebibytes)
         except UserError as error:
             failures = [error]
         else:
@@ -57,7 +63,7 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
     if arguments.slurm:
         return slurm_hosts(os.environ)
     if arguments.slots is not None:
-        return this_host(max(1, torch.cuda.device_count()) if arguments.slots == "gpu" else int(arguments.slots))
+        return this_host(arguments.slots, torch.cuda.device_count())
     return read_hostfile(arguments.hostfile)
 
 

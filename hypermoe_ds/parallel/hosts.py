@@ -3,8 +3,9 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +89,38 @@ def slurm_hosts(environment: Mapping[str, str]) -> list[Host]:
     return [Host(name, int(tasks), "srun") for name in shown.stdout.split()]
 
 
-def this_host(slots: int) -> list[Host]:
-    """This machine alone."""
-    return [Host(_HERE, slots, "here")]
+def this_host(slots: str, gpus: int) -> list[Host]:
+    """This machine alone.
+
+    Args:
+        slots: number of ranks; "gpu" or "auto" is one for each GPU.
+        gpus: how many it has.
+
+    Raises:
+        UserError: `slots` is neither.
+    """
+    if slots in {"gpu", "auto"}:
+        return [Host(_HERE, max(1, gpus), "here")]
+    if not slots.isdecimal() or int(slots) == 0:
+        raise UserError(f"slots={slots}", "is no number of ranks", "give a number, or gpu for one on each GPU")
+    return [Host(_HERE, int(slots), "here")]
+
+
+def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port at which ranks of these hosts meet: those of the job, but on one host alone a free port.
+
+    There other hosts of the job may already knock at the job's port.
+
+    Raises:
+        UserError: MASTER_PORT is no number.
+    """
+    if hosts[0].reach == "here":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            return "127.0.0.1", free.getsockname()[1]
+    port = environment.get("MASTER_PORT", "29500")
+    if not port.isdecimal():
+        raise UserError(f"MASTER_PORT={port}", "is no number", "set it to a free port")
+    return environment.get("MASTER_ADDR", hosts[0].name), int(port)
 
 
 def travelling(patterns: Path, environment: Mapping[str, str]) -> dict[str, str]:

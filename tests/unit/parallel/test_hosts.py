@@ -10,6 +10,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.hosts import (
     Host,
+    meeting_place,
     read_environment,
     read_hostfile,
     shell_line,
@@ -67,7 +68,7 @@ def test_a_line_of_shell_keeps_every_word_whatever_is_in_it(tmp_path: Path) -> N
     folder = tmp_path / "a folder's"
     folder.mkdir()
     line = shell_line(["printf", r"%s\n", "$X", 'a "b"'], {"X": "it's $HOME; #1"}, folder)
-    [host] = this_host(1)
+    [host] = this_host("1", 0)
     done = subprocess.run(host.command(f"{line}"), capture_output=True, text=True, check=True)
     assert done.stdout == '$X\na "b"\n'
     line = shell_line(["bash", "-c", 'echo "$X"; pwd'], {"X": "it's $HOME; #1"}, folder)
@@ -107,6 +108,29 @@ def test_a_host_is_reached_by_ssh_or_srun_or_directly(
     command = Host("n1", 8, reach).command("true")
     assert command[: len(expected)] == expected
     assert command[-1] == "true"
+
+
+@pytest.mark.parametrize(
+    ("slots", "gpus", "ranks"),
+    [("3", 0, 3), ("gpu", 8, 8), ("auto", 2, 2), ("gpu", 0, 1), ("0", 1, None), ("x", 1, None)],
+)
+def test_this_machine_has_as_many_ranks_as_asked_or_as_gpus(slots: str, gpus: int, ranks: int | None) -> None:
+    if ranks is None:
+        with pytest.raises(UserError, match=rf"^slots={slots}: is no number of ranks; give a number, or gpu"):
+            this_host(slots, gpus)
+    else:
+        assert [host.slots for host in this_host(slots, gpus)] == [ranks]
+
+
+def test_ranks_meet_where_the_jobs_will_but_on_one_host_alone_apart_from_it() -> None:
+    hosts, job = [Host("n1", 8), Host("n2", 8)], {"MASTER_ADDR": "ib1", "MASTER_PORT": "4000"}
+    assert meeting_place(hosts, job) == ("ib1", 4000)
+    assert meeting_place(hosts, {}) == ("n1", 29500)
+    address, port = meeting_place(this_host("8", 0), job)
+    assert address == "127.0.0.1"
+    assert port != 4000
+    with pytest.raises(UserError, match=r"^MASTER_PORT=x: is no number"):
+        meeting_place(hosts, {"MASTER_PORT": "x"})
 
 
 def test_a_file_of_variables_is_read_as_deepspeed_does_and_a_bad_line_is_named(tmp_path: Path) -> None:

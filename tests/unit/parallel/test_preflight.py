@@ -185,7 +185,7 @@ def starter(folder: Path, **environment: str) -> Starter:
 
 
 def test_a_host_answers_with_its_facts_and_the_time_between_clocks(asked: Asked, tmp_path: Path) -> None:
-    [answer] = ask_hosts(this_host(2), asked, starter(tmp_path))
+    [answer] = ask_hosts(this_host("2", 0), asked, starter(tmp_path))
     assert answer.facts is not None, answer.trouble
     assert answer.facts.sees_run_folder
     assert abs(answer.clock_ahead) < 5
@@ -196,7 +196,7 @@ def test_a_host_without_the_package_tells_why_it_cannot_answer(asked: Asked, tmp
     broken = tmp_path / "hypermoe_ds"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise ImportError('not for this host')")
-    [answer] = ask_hosts(this_host(1), asked, starter(tmp_path, PYTHONPATH=str(tmp_path)))
+    [answer] = ask_hosts(this_host("1", 0), asked, starter(tmp_path, PYTHONPATH=str(tmp_path)))
     assert answer.facts is None
     assert "not for this host" in answer.trouble
 
