@@ -58,7 +58,7 @@ class HostFacts:
         memory_gib: free in /dev/shm.
         disk_gib: free where the run folder is.
         sees_run_folder: the asker's file is there.
-        address: what the host's own name resolves to.
+        address: the interface that gloo is told to use (GLOO_SOCKET_IFNAME), or what the host's own name resolves to.
         clock: seconds since the epoch, at the end.
     """
 
@@ -143,7 +143,7 @@ def _free_gib(path: Path) -> float:
 
 def _own_address() -> str:
     try:
-        return socket.gethostbyname(socket.gethostname())
+        return os.environ.get("GLOO_SOCKET_IFNAME") or socket.gethostbyname(socket.gethostname())
     except OSError:
         return "unknown"
 

@@ -87,6 +87,25 @@ def test_two_hosts_that_are_fit_for_a_job_are_told_with_the_speed_between_them(
     assert not (folder / "run").exists()
 
 
+def test_a_host_with_a_run_folder_and_a_recipe_of_its_own_is_told_both(
+    hosts: TwoHosts, folder: Path, recipe: Path
+) -> None:
+    run, shared, own = folder / "unlike", folder / "recipe.yaml", folder / "own.yaml"
+    run.mkdir()
+    shared.write_text(recipe.read_text())
+    own.write_text(recipe.read_text().replace("steps: 8", "steps: 9"))
+    for mount in (["-t", "tmpfs", "tmpfs", run], ["--bind", own, shared]):  # in the namespace of that host alone
+        done = hosts.run("right", "mount", *mount, folder=folder)
+        assert done.returncode == 0, done.told()
+    words = ["python", REPOSITORY / "tools/preflight.py", *arguments_of(shared, f"run.dir={run}")]
+    done = start(hosts, *words, folder=folder)
+    assert done.returncode == 2
+    settings, storage = done.stderr.splitlines()
+    assert settings.startswith(("error: right: settings: is ", "error: left: settings: is "))
+    assert storage.startswith(f"error: right: run.dir={run}: is not the folder that this machine sees there; ")
+    assert "all-reduce" not in done.stdout
+
+
 def test_a_host_whose_cable_is_out_keeps_a_job_from_starting(hosts: TwoHosts, folder: Path, recipe: Path) -> None:
     words = ["bash", REPOSITORY / "launch/openmpi.sh", *arguments_of(recipe, f"run.dir={folder / 'cut'}")]
     hosts.cut("right")

@@ -174,6 +174,8 @@ def test_this_machine_tells_what_it_has(asked: Asked, monkeypatch: pytest.Monkey
     assert facts.python == ".".join(map(str, sys.version_info[:3]))
     assert (facts.devices, facts.sees_run_folder) == (None, True)
     assert facts.disk_gib > 0
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert facts_here(asked).address == "ib0"
     assert not facts_here(replace(asked, token=".other")).sees_run_folder
     assert facts_here(replace(asked, run_dir=f"{asked.run_dir}/not/yet")).disk_gib == pytest.approx(
         facts.disk_gib, rel=0.1
