@@ -27,8 +27,10 @@ class UserError(Exception):
         return f"{where}: {problem}; {remedy}"
 
 
-def _speaks_for_its_host() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+def local_rank() -> int:
+    """This process's number among the ranks of its host, as its launcher tells it; 0 without a launcher."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")  # deepspeed and torchrun, mpirun, srun
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def _leave_the_word_to_local_rank_zero() -> None:
@@ -47,7 +49,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not _speaks_for_its_host():
+        if local_rank() != 0:
             _leave_the_word_to_local_rank_zero()
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr, flush=True)

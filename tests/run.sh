@@ -37,7 +37,7 @@ parse_scripts() {
 }
 
 # Files not yet added count too; names of files already removed do not.
-mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' .ci/run |
+mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' '*.sbatch' .ci/run |
     while read -r file; do if [ -f "$file" ]; then echo "$file"; fi; done)
 
 check "ruff check" ruff check .

@@ -12,11 +12,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hypermoe_ds.errors import UserError
+from hypermoe_ds.errors import UserError, local_rank
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
@@ -29,11 +30,14 @@ from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, Train
 def start_ranks() -> tuple[int, int]:
     """Join the process group that the launcher describes (NCCL with GPUs, gloo without).
 
+    Launchers are deepspeed, torchrun, srun and mpirun; where none names MASTER_ADDR, mpi4py finds the ranks.
+
     Returns:
         This rank and the number of ranks.
 
     Raises:
-        UserError: the ranks cannot meet at the launcher's address, most often because its port is taken.
+        UserError: the ranks cannot meet at the launcher's address, most often because its port is taken; mpi4py is
+            needed and missing, or does not see the launcher's ranks.
     """
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
     if os.access(sys.prefix, os.W_OK):
@@ -41,18 +45,43 @@ def start_ranks() -> tuple[int, int]:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
     # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
     warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _name_ranks()
+    launched = os.environ.get("WORLD_SIZE")
+    get_accelerator().set_device(local_rank())
     try:
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+        deepspeed.init_distributed(
+            dist_backend=get_accelerator().communication_backend_name(),
+            distributed_port=int(os.environ.get("MASTER_PORT", str(TORCH_DISTRIBUTED_DEFAULT_PORT))),
+        )
+    except ImportError as error:
+        remedy = "bash launch/setup.sh mpi, or set MASTER_ADDR and MASTER_PORT"
+        raise UserError("mpi4py", f"must find the ranks, for no launcher named MASTER_ADDR ({error})", remedy) from None
     except torch.distributed.DistNetworkError as error:
         port = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
         remedy = "another job may hold it: give `deepspeed --master_port N` a free one"
         raise UserError(port, f"the ranks cannot meet there ({str(error).splitlines()[0][:120]})", remedy) from None
+    found = torch.distributed.get_world_size()
+    if launched is not None and found != int(launched):
+        remedy = "set MASTER_ADDR, or make the launcher and the library that mpi4py loads those of one MPI"
+        raise UserError("mpi4py", f"sees {found} of the {launched} ranks of the launcher", remedy)
     if torch.distributed.get_rank() == 0:
         ours = logging.getLogger("hypermoe_ds")
         ours.addHandler(logging.StreamHandler(sys.stdout))
         ours.setLevel(logging.INFO)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return torch.distributed.get_rank(), found
+
+
+def _name_ranks() -> None:
+    """Put what mpirun and srun tell their processes into the words of deepspeed and torchrun, which come first."""
+    words = {
+        "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
+        "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
+        "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
+    }
+    for name, theirs in words.items():
+        told = next((os.environ[key] for key in theirs if key in os.environ), None)
+        if told is not None:
+            os.environ.setdefault(name, told)
 
 
 def build_engine(

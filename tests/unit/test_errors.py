@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.errors import UserError, local_rank, one_line_errors
 
 REPOSITORY = Path(__file__).parents[2]
 LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
@@ -21,11 +21,11 @@ with errors.one_line_errors():
 """
 
 
-def start(code: str, local_rank: str | None) -> subprocess.Popen[str]:
+def start(code: str, rank: str | None) -> subprocess.Popen[str]:
     """A Python process that has reached its error: it prints `up` right before."""
     environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
-    if local_rank is not None:
-        environment["LOCAL_RANK"] = local_rank
+    if rank is not None:
+        environment["LOCAL_RANK"] = rank
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,
@@ -43,11 +43,32 @@ def test_the_message_names_place_problem_and_remedy() -> None:
     assert str(UserError("a.b=1", "is odd", "use 2")) == "a.b=1: is odd; use 2"
 
 
-@pytest.mark.parametrize("local_rank", [None, "0"])
-def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(local_rank: str | None) -> None:
-    process = start(RAISE.format(before=""), local_rank)
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(rank: str | None) -> None:
+    process = start(RAISE.format(before=""), rank)
     out, err = process.communicate(timeout=20)
     assert (out, err, process.returncode) == ("", LINE, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "3"}, 3),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "2"}, 2),
+        ({"SLURM_LOCALID": "1"}, 1),
+        ({"SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, 2),
+        ({"SLURM_LOCALID": "0", "LOCAL_RANK": "3"}, 3),
+    ],
+)
+def test_each_launcher_says_which_rank_of_its_host_one_is(
+    environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert local_rank() == rank
 
 
 def test_a_message_of_many_lines_is_told_in_one(

@@ -1,5 +1,6 @@
 """Where the ranks meet, and what is built on them."""
 
+import os
 import socket
 import sys
 from types import ModuleType
@@ -16,6 +17,7 @@ from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training import engine
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from tests.helpers.ranks import process_group, run_in_processes
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +34,57 @@ def test_a_port_that_is_taken_is_told_in_one_line(monkeypatch: pytest.MonkeyPatc
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=rf"^port {port} of 127.0.0.1: .*--master_port"):
             start_ranks()
+
+
+MPIRUN = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
+SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def joined() -> tuple[int, int, str]:
+    return *start_ranks(), os.environ["LOCAL_RANK"]
+
+
+@pytest.mark.parametrize("theirs", [MPIRUN, SRUN], ids=["mpirun", "srun"])
+def test_the_ranks_of_another_launcher_join_one_group(theirs: dict[str, str]) -> None:
+    with process_group(2) as usual:
+        environments = [{theirs.get(name, name): value for name, value in one.items()} for one in usual]
+        assert run_in_processes(environments, joined) == [(0, 2, "0"), (1, 2, "1")]
+
+
+def test_a_launcher_inside_an_allocation_is_believed_before_the_allocation() -> None:
+    """As where `deepspeed` or `torchrun` is started by a Slurm job's script."""
+    outside = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
+    with process_group(2) as usual:
+        assert run_in_processes([outside | one for one in usual], joined) == [(0, 2, "0"), (1, 2, "1")]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", *MPIRUN, *MPIRUN.values(), *SRUN.values()):
+        monkeypatch.setenv(name, "")  # so that it is put back after the test
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_ranks_that_mpi_does_not_see_are_told_rather_than_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
+    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    with pytest.raises(UserError, match=r"^mpi4py: sees 1 of the 8 ranks of the launcher; set MASTER_ADDR"):
+        start_ranks()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_without_mpi4py_the_way_to_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(
+        UserError, match=r"^mpi4py: must find the ranks, .*; bash launch/setup\.sh mpi, or set MASTER_ADDR"
+    ):
+        start_ranks()
 
 
 def built_model(monkeypatch: pytest.MonkeyPatch) -> Any:

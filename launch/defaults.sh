@@ -1,0 +1,127 @@
+# shellcheck shell=bash
+# What the launch scripts share: defaults, their command line, the variables that travel to other hosts. Sourced by them.
+# A value set in the environment wins over the default here.
+
+repo=${HYPERMOE_REPOSITORY:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+venv=${HYPERMOE_VENV:-$repo/.venv}
+if [ -d "$venv/bin" ]; then export PATH="$venv/bin:$PATH"; fi
+
+: "${HYPERMOE_HOSTFILE:=hostfile}"                           # hosts and slots (ranks) of each
+: "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # where the command line names none
+: "${MASTER_PORT:=29500}"                                    # where the ranks meet; one job a port
+export MASTER_PORT
+# Without keepalive the launcher never returns when a cable is out.
+: "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
+export HYPERMOE_SSH_OPTIONS
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+# usage TEXT: what --help prints before the options that all share.
+usage() {
+    cat <<TEXT
+usage: $1
+
+  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)
+  --dry-run               print the commands, run nothing
+  --no-preflight          start without looking at the hosts first
+  --help                  this
+
+Everything else goes to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
+and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) say where the ranks meet. More: docs/CLUSTERS.md
+TEXT
+}
+
+# read_command_line USAGE ARGUMENT...: sets hostfile, dry_run, with_preflight and train, the arguments of train.py.
+read_command_line() {
+    local text=$1
+    shift
+    hostfile=$HYPERMOE_HOSTFILE dry_run=false with_preflight=true train=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --help) usage "$text" && exit 0 ;;
+            --dry-run) dry_run=true ;;
+            --no-preflight) with_preflight=false ;;
+            --hostfile)
+                [ $# -gt 1 ] || fail "--hostfile: no file is named; add its path"
+                hostfile=$2
+                shift
+                ;;
+            --hostfile=*) hostfile=${1#*=} ;;
+            *) train+=("$1") ;;
+        esac
+        shift
+    done
+    [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; name a recipe, such as one of pretrain/recipes"
+    if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then
+        train=(--deepspeed_config "$HYPERMOE_DEEPSPEED_CONFIG" "${train[@]}")
+    fi
+}
+
+# read_hostfile: sets ranks, the sum of all slots.
+read_hostfile() {
+    [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and name your hosts"
+    local odd
+    odd=$(grep -vnE '^[[:space:]]*(#.*)?$|^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$' "$hostfile") &&
+        fail "$hostfile: line ${odd%%$'\n'*} is none of a hostfile; write 'host slots=RANKS'"
+    ranks=$(sed -nE 's/^[^#]*slots=([0-9]+).*/\1/p' "$hostfile" | awk '{ sum += $1 } END { print sum + 0 }')
+    [ "$ranks" -gt 0 ] || fail "$hostfile: names no host; write 'host slots=RANKS'"
+}
+
+# needs COMMAND PACKAGE...: a command that this launcher cannot do without.
+needs() {
+    $dry_run || command -v "$1" >/dev/null || fail "$1: not found; install $2"
+}
+
+# travelling_names: the names of the variables that are set and travel.
+travelling_names() {
+    compgen -e | grep -E -f "$repo/launch/travelling.txt" | LC_ALL=C sort
+}
+
+# write_environment: sets environment, NAME=VALUE of what travels and over it that of the user's .deepspeed_env, home
+# and working directory, and environment_file, which holds them as DeepSpeed reads them (DS_ENV_FILE). The file's name
+# has a checksum of it: jobs that start at the same time do not overwrite each other's.
+write_environment() {
+    local file name value
+    local -A values=()
+    for name in $(travelling_names); do
+        [[ ${!name} != *$'\n'* ]] || fail "$name: has more than one line and cannot travel to other hosts; unset it"
+        if [ -n "${!name}" ]; then values[$name]=${!name}; fi
+    done
+    for file in "${HOME:-.}/.deepspeed_env" "${DS_ENV_FILE:-.deepspeed_env}"; do
+        if [ ! -f "$file" ]; then continue; fi
+        while IFS='=' read -r name value || [ -n "$name" ]; do
+            [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "$file: '$name' is no variable; write NAME=VALUE, one a line"
+            values[$name]=$value
+        done <"$file"
+    done
+    environment=()
+    for name in $(printf '%s\n' "${!values[@]}" | LC_ALL=C sort); do environment+=("$name=${values[$name]}"); done
+    environment_file=$repo/build/launch/environment.$(printf '%s\n' "${environment[@]}" | cksum | cut -d ' ' -f 1)
+    if $dry_run; then
+        printf "# $environment_file: %s\n" "${environment[@]}"
+    else
+        mkdir -p "$repo/build/launch"
+        (umask 077 && printf '%s\n' "${environment[@]}" >"$environment_file")
+    fi
+}
+
+# run [exec] COMMAND...: prints a command as it can be typed, and runs it unless only asked what it would be.
+run() {
+    local how=()
+    if [ "$1" = exec ]; then
+        how=(exec)
+        shift
+    fi
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+    $dry_run || "${how[@]}" "$@"
+}
+
+# preflight ARGUMENT...: looks at the hosts before the job starts; a failed check ends the script.
+preflight() {
+    if $with_preflight; then run python "$repo/tools/preflight.py" "$@" "${train[@]}"; fi
+}

@@ -1,0 +1,213 @@
+"""Two pretend hosts on one machine, for launches over ssh.
+
+A host is a network namespace whose one link leads to the other host, with PID, mount, UTS and IPC namespaces of its
+own and an sshd as its first process. So it has a name, /etc/hosts, /etc/ssh and /dev/shm of its own and sees its own
+processes only; the disk is shared, as over NFS. Nothing appears on the machine's own network.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.helpers.jobs import Done
+
+NAMES = ("left", "right")
+_ADDRESSES = {"left": "10.213.7.1", "right": "10.213.7.2"}
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_NEEDED = ("sshd", "ssh", "ip", "unshare")
+_PACKAGES = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "mpirun": "openmpi-bin",
+}
+_APART = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
+_UP_SECONDS = 20
+
+_CLIENT = """
+    Host *
+      IdentityFile {ssh}/key
+      IdentitiesOnly yes
+      StrictHostKeyChecking no
+      UserKnownHostsFile /dev/null
+      LogLevel ERROR
+    """
+_SERVER = """
+    HostKey {ssh}/host_key
+    AuthorizedKeysFile {ssh}/key.pub
+    PermitRootLogin prohibit-password
+    PasswordAuthentication no
+    StrictModes no
+    UsePAM no
+    PidFile none
+    MaxStartups 100
+    SetEnv PATH={path}
+    """
+# Runs as the first process of a host; sshd then takes its place and its number, and the kernel ends all with it.
+_BOOT = """
+    set -e
+    mount -t proc proc /proc
+    mount -t tmpfs tmpfs /dev/shm
+    mount --bind {folder}/hosts /etc/hosts
+    mount --bind {folder}/ssh /etc/ssh
+    mkdir -p /run/sshd
+    hostname {name}
+    exec {sshd} -D -e -f {folder}/ssh/sshd_config
+    """
+
+
+def why_not(*commands: str) -> str | None:
+    """Why there can be no two hosts here, or why they lack a command; None if nothing is missing."""
+    if os.geteuid() != 0:
+        return "needs root, for namespaces"
+    missing = [name for name in (*_NEEDED, *commands) if shutil.which(name, path=_search_path()) is None]
+    if missing:
+        packages = [_PACKAGES.get(name, name) for name in missing]
+        return f"needs {', '.join(missing)}: apt-get install {' '.join(packages)}"
+    trial = f"hm{os.getpid()}try"
+    steps = [
+        ["ip", "netns", "add", trial],
+        ["ip", "-n", trial, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"],
+        ["ip", "netns", "exec", trial, *_APART, "mount", "-t", "proc", "proc", "/proc"],
+    ]
+    try:
+        for step in steps:
+            tried = subprocess.run(step, capture_output=True, text=True, check=False)
+            if tried.returncode:
+                return f"no namespaces here: {tried.stderr.strip() or shlex.join(step)}"
+    finally:
+        _remove(trial)
+    return None
+
+
+@dataclass(frozen=True)
+class TwoHosts:
+    """The hosts `left` and `right`.
+
+    Attributes:
+        folder: their configuration.
+        namespaces: name of each host's network namespace.
+    """
+
+    folder: Path
+    namespaces: Mapping[str, str]
+
+    def run(self, host: str, *words: object, folder: Path, seconds: int = 120, **environment: str) -> Done:
+        """A command on a host, with these variables, through ssh."""
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        line = shlex.join(["env", *variables, *map(str, words)])
+        done = subprocess.run(
+            [*self._ssh(host), f"cd {shlex.quote(str(folder))} && exec {line}"],
+            capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def cut(self, host: str) -> None:
+        """Take the host's cable out."""
+        _ip("-n", self.namespaces[host], "link", "set", "eth0", "down")
+
+    def mend(self, host: str) -> None:
+        """Put the cable back."""
+        _ip("-n", self.namespaces[host], "link", "set", "eth0", "up")
+
+    def _ssh(self, host: str) -> list[str]:
+        inside = ["ip", "netns", "exec", self.namespaces[host]]
+        return [*inside, "ssh", "-F", str(self.folder / "ssh" / "ssh_config"), _ADDRESSES[host]]
+
+    def answers(self, host: str) -> bool:
+        """Whether its sshd lets one in."""
+        asked = subprocess.run(
+            [*self._ssh(host), "true"], capture_output=True, timeout=_UP_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+        return asked.returncode == 0
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[TwoHosts]:
+    """Both hosts, up, with a cable between them; all their processes and namespaces end with the context.
+
+    Args:
+        folder: a new folder for their configuration.
+    """
+    hosts = TwoHosts(folder, {name: f"hm{os.getpid()}{name}" for name in NAMES})
+    with ExitStack() as stack:
+        _write_configuration(folder)
+        for namespace in hosts.namespaces.values():
+            stack.callback(_remove, namespace)
+            _ip("netns", "add", namespace)
+        left, right = hosts.namespaces.values()
+        _ip("-n", left, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", right)
+        for name, namespace in hosts.namespaces.items():
+            _ip("-n", namespace, "address", "add", f"{_ADDRESSES[name]}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                _ip("-n", namespace, "link", "set", link, "up")
+            stack.enter_context(_booted(folder, name, namespace))
+        _await(hosts)
+        yield hosts
+
+
+def _write_configuration(folder: Path) -> None:
+    ssh = folder / "ssh"
+    ssh.mkdir(parents=True)
+    for key in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ssh / key], check=True)
+    # /etc/ssh of a host is this folder.
+    for name, text in (("ssh_config", _CLIENT), ("sshd_config", _SERVER)):
+        (ssh / name).write_text(textwrap.dedent(text).format(ssh=ssh, path=_PATH))
+    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in _ADDRESSES.items())]
+    (folder / "hosts").write_text("\n".join(lines) + "\n")
+
+
+@contextmanager
+def _booted(folder: Path, name: str, namespace: str) -> Iterator[None]:
+    sshd = shutil.which("sshd", path=_search_path())
+    script = textwrap.dedent(_BOOT).format(folder=shlex.quote(str(folder)), name=name, sshd=sshd)
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, *_APART, "bash", "-c", script],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _await(hosts: TwoHosts) -> None:
+    for name in NAMES:
+        end = time.monotonic() + _UP_SECONDS
+        while not hosts.answers(name):
+            if time.monotonic() > end:
+                raise RuntimeError(f"host {name} does not come up: {(hosts.folder / f'{name}.log').read_text()}")
+            time.sleep(0.05)
+
+
+def _remove(namespace: str) -> None:
+    """End what is left in a network namespace, and it; its end of the cable goes with it."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
+    left = []
+    for number in listed.stdout.split():
+        with suppress(psutil.NoSuchProcess):
+            left.append(psutil.Process(int(number)))
+            left[-1].kill()
+    psutil.wait_procs(left, timeout=_UP_SECONDS)
+    subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def _search_path() -> str:
+    return f"{os.environ['PATH']}{os.pathsep}{_PATH}"

@@ -1,0 +1,219 @@
+"""What is found wrong with hosts before a job starts, each in one line with its remedy."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.parallel import preflight
+from hypermoe_ds.parallel.host_facts import Asked, HostFacts, facts_here, settings_digest, source_digest
+from hypermoe_ds.parallel.hosts import Host, this_host
+from hypermoe_ds.parallel.links import Links
+from hypermoe_ds.parallel.preflight import (
+    Starter,
+    Told,
+    ask_hosts,
+    judge,
+    judge_links,
+    links_line,
+    measure_links,
+    table,
+)
+
+REPOSITORY = Path(__file__).parents[3]
+ASKED = Asked("/runs/a", ".preflight-1", "r.yaml", "z.json", ())
+GOOD = HostFacts(
+    python="3.11.7", torch="2.13.0", deepspeed="0.19.8", project="abc def", settings="123", devices=["H100"] * 8,
+    memory_gib=100.0, disk_gib=500.0, sees_run_folder=True, address="10.0.0.1", clock=0.0,
+)  # fmt: skip
+
+
+def told(**changed: object) -> list[Told]:
+    """Three hosts, of which the second differs in this."""
+    answers = [Told(Host(f"n{number}", 8), GOOD) for number in range(3)]
+    ahead = float(str(changed.pop("clock_ahead", 0.0)))
+    answers[1] = Told(Host("n1", 8), replace(GOOD, **changed), clock_ahead=ahead)  # type: ignore[arg-type]
+    return answers
+
+
+def lines(failures: list[UserError]) -> list[str]:
+    return [str(failure) for failure in failures]
+
+
+def test_hosts_that_are_alike_and_have_enough_pass() -> None:
+    assert judge(told(clock_ahead=-4.9), ASKED, 499.0) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"python": "3.12.1"}, "n1: python: is 3.12.1, elsewhere 3.11.7; make the environment anew there"),
+        ({"torch": "2.12.0"}, "n1: torch: is 2.12.0, elsewhere 2.13.0; run there: bash launch/setup.sh"),
+        ({"deepspeed": "missing"}, "n1: deepspeed: is missing, elsewhere 0.19.8; run there: bash launch/setup.sh"),
+        ({"project": "abc xyz"}, "n1: project: is abc xyz, elsewhere abc def; check out the same commit there"),
+        ({"settings": "9"}, "n1: settings: is 9, elsewhere 123; put the same recipe and DeepSpeed JSON there"),
+        ({"devices": ["A100"] * 8}, "n1: devices: is 8 x A100, elsewhere 8 x H100; take hosts with the same GPUs"),
+        ({"memory_gib": 0.9}, "n1: /dev/shm: 0.90 GiB free, 8 ranks need 1.00; enlarge it"),
+        ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.0 GiB free, checkpoints need 40.0; free space"),
+        ({"sees_run_folder": False}, "n1: run.dir=/runs/a: is not the folder that this machine sees there; choose one"),
+        ({"clock_ahead": 7.0}, "n1: clock: is +7 s off this machine's; set it by NTP"),
+        ({"clock_ahead": -61.2}, "n1: clock: is -61 s off this machine's; set it by NTP"),
+    ],
+)
+def test_a_host_that_differs_or_lacks_something_is_named_with_the_remedy(changed: dict[str, object], line: str) -> None:
+    [failure] = lines(judge(told(**changed), ASKED, 40.0))
+    assert failure.startswith(line)
+
+
+def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
+    failures = lines(judge(told(devices=["H100"] * 7), ASKED, 40.0))
+    assert [line.partition(";")[0] for line in failures] == [
+        "n1: devices: is 7 x H100, elsewhere 8 x H100",
+        "n1: slots=8: it has 7 GPUs",
+    ]
+
+
+def test_settings_that_no_host_can_read_are_told_once() -> None:
+    answers = [Told(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
+    [line] = lines(judge(answers, ASKED, 1.0))
+    assert line.startswith("settings: unreadable: r.yaml: is gone; put the same recipe")
+
+
+def test_a_host_that_names_itself_loopback_is_told_on_cpus_unless_it_is_alone() -> None:
+    facts = replace(GOOD, devices=None, address="127.0.1.1")
+    pair = [Told(Host("n0", 1), facts), Told(Host("n1", 1), replace(facts, address="10.0.0.2"))]
+    [line] = lines(judge(pair, ASKED, 1.0))
+    assert line.startswith("n0: its own name: means 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET")
+    assert judge(pair[:1], ASKED, 1.0) == []
+
+
+@pytest.mark.parametrize(("reach", "remedy"), [("ssh", "make `ssh n1 true` work"), ("srun", "see `sinfo`")])
+def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, remedy: str) -> None:
+    answers = told()
+    answers[1] = Told(Host("n1", 8, reach), None, "ssh: connect to host n1 port 22: No route to host")
+    [line] = lines(judge(answers, ASKED, 1.0))
+    assert line.startswith(f"n1: does not answer (ssh: connect to host n1 port 22: No route to host); {remedy}")
+    assert [row.split()[0] for row in table(answers).splitlines()] == ["host", "n0", "n1", "n2"]
+    assert "no answer" in table(answers).splitlines()[2]
+
+
+HOSTS = [Host(f"n{number}", 8) for number in range(4)]
+
+
+def links(**slow: float) -> Links:
+    pairs = [(a, b, slow.get(f"p{a}{b}", 10.0)) for a in range(4) for b in range(a + 1, 4)]
+    return Links(9.0, 5.0, pairs, [])
+
+
+def test_a_link_much_slower_than_the_others_is_told() -> None:
+    assert judge_links(links(p13=3.4), HOSTS, 0.0) == []
+    [line] = lines(judge_links(links(p13=3.3), HOSTS, 0.0))
+    assert line.startswith("n1 - n3: 3.30 GB/s, between others 10.00; look at the cables")
+
+
+def test_a_link_slower_than_wanted_is_told() -> None:
+    [line] = lines(judge_links(links(p02=8.0), HOSTS, 9.0))
+    assert line.startswith("n0 - n2: 8.00 GB/s, wanted are 9.00; look at")
+
+
+def test_a_wrong_result_is_told_once() -> None:
+    [line] = lines(judge_links(replace(links(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
+    assert line.startswith("all-reduce: gave a wrong result; ")
+
+
+def test_the_slowest_pair_is_named() -> None:
+    line = links_line(links(p12=7.25), HOSTS, 64)
+    assert line == "64 MiB a rank: all-reduce 9.00 GB/s, all-to-all 5.00 GB/s, slowest pair n1 - n2 7.25 GB/s"
+
+
+# What a host tells of itself
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Asked:
+    (tmp_path / "r.yaml").write_text("train:\n  steps: 3\n")
+    (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".token").touch()
+    return Asked(str(tmp_path / "runs"), ".token", str(tmp_path / "r.yaml"), str(tmp_path / "z.json"), ["a.b=1"])
+
+
+def test_settings_differ_by_what_they_say_not_by_how_they_are_written(asked: Asked, tmp_path: Path) -> None:
+    def digest(recipe: str, own: str, *overrides: str) -> str:
+        (tmp_path / "x.yaml").write_text(recipe)
+        (tmp_path / "x.json").write_text(own)
+        return settings_digest(str(tmp_path / "x.yaml"), str(tmp_path / "x.json"), overrides)
+
+    usual = digest("a: {b: 1}\nc: {d: 2}\n", '{"x": 1, "y": 2}')
+    assert digest("# why\nc:\n  d: 2\na:\n  b: 1\n", '{"y": 2,\n "x": 1}') == usual
+    assert digest("c: {d: 2}\n", '{"x": 1, "y": 2}', "a.b=1") == usual
+    others = {digest("a: {b: 3}\nc: {d: 2}\n", '{"x": 1, "y": 2}'), digest("a: {b: 1}\nc: {d: 2}\n", '{"x": 1}')}
+    assert len(others | {usual}) == 3
+    assert digest("a: [", "{}").startswith("unreadable: ")
+    assert settings_digest(asked.config, str(tmp_path / "none.json"), ()).startswith("unreadable: ")
+
+
+def test_an_edit_of_a_source_changes_the_project(tmp_path: Path) -> None:
+    for name in ("hypermoe_ds/a.py", "pretrain/train.py", "tools/b.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x = 1\n")
+    before = source_digest(tmp_path)
+    (tmp_path / "tools/b.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) == before, "tools do not train"
+    (tmp_path / "hypermoe_ds/a.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) != before
+
+
+def test_this_machine_tells_what_it_has(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    facts = facts_here(asked)
+    assert facts.python == ".".join(map(str, sys.version_info[:3]))
+    assert (facts.devices, facts.sees_run_folder) == (None, True)
+    assert facts.disk_gib > 0
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert facts_here(asked).address == "ib0"
+    assert not facts_here(replace(asked, token=".other")).sees_run_folder
+    assert facts_here(replace(asked, run_dir=f"{asked.run_dir}/not/yet")).disk_gib == pytest.approx(
+        facts.disk_gib, rel=0.1
+    )
+
+
+def starter(folder: Path, **environment: str) -> Starter:
+    return Starter({"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", **environment}, folder)
+
+
+def test_a_host_answers_with_its_facts_and_the_time_between_clocks(asked: Asked, tmp_path: Path) -> None:
+    [answer] = ask_hosts(this_host("2", 0), asked, starter(tmp_path))
+    assert answer.facts is not None, answer.trouble
+    assert answer.facts.sees_run_folder
+    assert abs(answer.clock_ahead) < 5
+    assert judge([answer], asked, 0.0) == []
+
+
+def test_a_host_without_the_package_tells_why_it_cannot_answer(asked: Asked, tmp_path: Path) -> None:
+    broken = tmp_path / "hypermoe_ds"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('not for this host')")
+    [answer] = ask_hosts(this_host("1", 0), asked, starter(tmp_path, PYTHONPATH=str(tmp_path)))
+    assert answer.facts is None
+    assert "not for this host" in answer.trouble
+
+
+def test_ranks_that_cannot_meet_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Starter, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
+        text = "Traceback\nRuntimeError: connect [10.0.0.1]:29500: No route to host\nended"
+        return subprocess.Popen(["bash", "-c", f"echo '{text}'; exit 1"], stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(preflight.Starter, "start", fails)
+    with pytest.raises(UserError, match=r"port 29500 of n0: the ranks do not exchange \(n0: .*No route") as error:
+        measure_links(HOSTS[:2], starter(tmp_path), "n0", 29500, 1)
+    assert "GLOO_SOCKET_IFNAME" in str(error.value)
+
+
+def test_facts_survive_the_way_as_json() -> None:
+    again = HostFacts(**json.loads(json.dumps(GOOD.__dict__)))
+    assert again == GOOD

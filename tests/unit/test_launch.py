@@ -1,0 +1,387 @@
+"""The launch scripts: which command each starts from which input, and what they refuse."""
+
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hypermoe_ds.parallel.hosts import read_hostfile
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = REPOSITORY / "launch"
+TRAIN = f"{REPOSITORY}/pretrain/train.py"
+PREFLIGHT = f"{REPOSITORY}/tools/preflight.py"
+SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
+TWO = "# two hosts\nnode1 slots=8\n\nnode2   slots=4  # half\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "hostfile").write_text(TWO)
+    return tmp_path
+
+
+def launch(
+    script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A launch script in `folder`, with nothing in the environment but this."""
+    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "none"), **environment}
+    return subprocess.run(
+        ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
+        timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def commands(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
+    """The words of each command that the script would start."""
+    done = launch(script, "--dry-run", *arguments, folder=folder, **environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return [shlex.split(line.removeprefix("+")) for line in done.stdout.splitlines() if line.startswith("+")]
+
+
+def variables(words: list[str]) -> dict[str, str]:
+    """What stands behind `-x`."""
+    pairs = [words[number + 1] for number, word in enumerate(words) if word == "-x"]
+    return dict(pair.split("=", maxsplit=1) for pair in pairs)
+
+
+def plain(words: list[str]) -> list[str]:
+    """Words without `-x NAME=VALUE`."""
+    behind = {number + 1 for number, word in enumerate(words) if word == "-x"}
+    return [word for number, word in enumerate(words) if word != "-x" and number not in behind]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "options", "train"),
+    [
+        (["--config", "r.yaml"], {}, ["--master_port", "29500"], [*ZERO1, "--config", "r.yaml"]),
+        (["--config=r.yaml", "a.b=c d"], {"MASTER_ADDR": "ib1", "MASTER_PORT": "3"},
+         ["--master_addr", "ib1", "--master_port", "3"], [*ZERO1, "--config=r.yaml", "a.b=c d"]),
+        (["--config", "r.yaml", "--deepspeed_config=z.json"], {}, ["--master_port", "29500"],
+         ["--config", "r.yaml", "--deepspeed_config=z.json"]),
+    ],
+)  # fmt: skip
+def test_pdsh_starts_deepspeeds_launcher_after_a_look_at_the_hosts(
+    folder: Path, arguments: list[str], environment: dict[str, str], options: list[str], train: list[str]
+) -> None:
+    look, start = commands("pdsh.sh", *arguments, folder=folder, **environment)
+    [file] = [word.removeprefix("DS_ENV_FILE=") for word in start if word.startswith("DS_ENV_FILE=")]
+    assert start == [
+        "env", f"DS_ENV_FILE={file}", f"PDSH_SSH_ARGS_APPEND={SSH}",
+        "deepspeed", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
+    ]  # fmt: skip
+    assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file, *train]
+
+
+@pytest.mark.parametrize(
+    ("hostfile", "ranks"),
+    [("one slots=1\n", "1"), (TWO, "12"), ("# c slots=9\na slots=2\nb slots=3", "5")],
+)
+def test_mpirun_starts_a_rank_for_each_slot(folder: Path, hostfile: str, ranks: str) -> None:
+    (folder / "hosts").write_text(hostfile)
+    look, start = commands("openmpi.sh", "--hostfile", "hosts", "--config", "r.yaml", folder=folder)
+    assert plain(start) == [
+        "mpirun", "-n", ranks, "--hostfile", "hosts", "--bind-to", "none",
+        "--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "plm_rsh_args", SSH,
+        "python", "-u", TRAIN, *ZERO1, "--config", "r.yaml",
+    ]  # fmt: skip
+    assert look[:4] == ["python", PREFLIGHT, "--hostfile", "hosts"]
+    assert sum(host.slots for host in read_hostfile(folder / "hosts")) == int(ranks)
+
+
+PASSED = {
+    "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "HYPERMOE_DEEPSPEED_LOG_LEVEL": "INFO", "OMP_NUM_THREADS": "4",
+    "DS_ACCELERATOR": "cpu", "PYTHONPATH": "/a b", "LD_LIBRARY_PATH": "/lib",
+}  # fmt: skip
+
+
+def test_what_matters_travels_and_nothing_else(folder: Path) -> None:
+    (folder / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nOWN=value=1\n")
+    (folder / "home").mkdir()
+    (folder / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=TRACE\nHOME_TOO=1")
+    environment = {
+        **PASSED,
+        "HOME": str(folder / "home"),
+        "SECRET_TOKEN": "x",
+        "NCCL_EMPTY": "",
+        "LANG": "C",
+        "MY_NCCL_X": "1",
+    }
+    expected = {
+        **PASSED,
+        "NCCL_DEBUG": "WARN",
+        "OWN": "value=1",
+        "HOME_TOO": "1",
+        "PATH": SYSTEM,
+        "MASTER_PORT": "29500",
+    }
+    expected |= {"HYPERMOE_SSH_OPTIONS": SSH, "HYPERMOE_VENV": str(folder / "none")}
+    [start] = commands("openmpi.sh", "--no-preflight", "--config", "r.yaml", folder=folder, **environment)
+    assert variables(start) == expected
+    done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder, **environment)
+    lines = [line.split(": ", maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert dict(line.split("=", maxsplit=1) for line in lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "options"),
+    [
+        ({}, "--nnodes 1 --node_rank 0 --nproc_per_node gpu --master_addr 127.0.0.1 --master_port 29500"),
+        ({"NPROC_PER_NODE": "2", "MASTER_PORT": "7"},
+         "--nnodes 1 --node_rank 0 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port 7"),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"},
+         "--nnodes 2 --node_rank 1 --nproc_per_node gpu --master_addr a --master_port 29500"),
+        ({"PET_NNODES": "3", "PET_NODE_RANK": "2", "PET_NPROC_PER_NODE": "8", "PET_MASTER_ADDR": "m",
+          "PET_MASTER_PORT": "23456", "MASTER_ADDR": "m", "MASTER_PORT": "23456", "RANK": "2", "WORLD_SIZE": "24"},
+         "--nnodes 3 --node_rank 2 --nproc_per_node 8 --master_addr m --master_port 23456"),
+    ],
+)  # fmt: skip
+def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[str, str], options: str) -> None:
+    look, start = commands("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
+    assert start == ["torchrun", *options.split(), TRAIN, *ZERO1, "--config", "r.yaml"]
+    assert look[:3] == ["python", PREFLIGHT, "--slots"]
+
+
+@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(folder: Path, script: str) -> None:
+    told = launch(script, "--help", folder=folder)
+    assert told.stdout.startswith("usage: ")
+    assert "--dry-run" in told.stdout
+    assert told.returncode == 0
+    bare = launch(script, "--dry-run", folder=folder)
+    assert bare.stderr == f"{script}: --config: is missing; name a recipe, such as one of pretrain/recipes\n"
+    assert bare.returncode == 2
+
+
+@pytest.mark.parametrize("line", ["node1", "node1 slots=0", "node1 slots=two", "node1:8", "node1 slots=8 gpus"])
+def test_a_bad_line_of_a_hostfile_is_named(folder: Path, line: str) -> None:
+    (folder / "hostfile").write_text(f"node0 slots=8\n{line}\n")
+    done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder)
+    assert done.stderr == f"pdsh.sh: hostfile: line 2:{line} is none of a hostfile; write 'host slots=RANKS'\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "told"),
+    [
+        ("pdsh.sh", {"HYPERMOE_HOSTFILE": "none"}, "none: no such hostfile; copy launch/hostfile.example"),
+        ("pdsh.sh", {"NCCL_X": "1\n2"}, "NCCL_X: has more than one line and cannot travel to other hosts"),
+        (
+            "pdsh.sh",
+            {"DS_ENV_FILE": "hostfile"},
+            "hostfile: '# two hosts' is no variable; write NAME=VALUE, one a line",
+        ),
+        ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
+    ],
+)
+def test_what_a_launcher_cannot_start_with_is_told_in_one_line(
+    folder: Path, script: str, environment: dict[str, str], told: str
+) -> None:
+    done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **environment)
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{script}: {told}")
+    assert done.returncode == 2
+
+
+def test_a_failed_look_at_the_hosts_keeps_the_job_from_starting(folder: Path) -> None:
+    for name in ("python", "deepspeed", "pdsh", "ssh"):
+        stub(folder / "bin" / name, f'echo "{name} $1" >> calls; exit 2')
+    done = launch("pdsh.sh", "--config", "r.yaml", folder=folder, path=f"{folder}/bin:{SYSTEM}")
+    assert done.returncode == 2
+    assert (folder / "calls").read_text() == f"python {PREFLIGHT}\n"
+
+
+def test_the_example_is_a_hostfile() -> None:
+    assert [(host.name, host.slots) for host in read_hostfile(LAUNCH / "hostfile.example")] == [
+        ("node1", 8),
+        ("node2", 8),
+    ]
+
+
+# Slurm
+
+
+def stub(path: Path, body: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+def test_slurm_starts_a_task_for_each_gpu(folder: Path) -> None:
+    stub(folder / "bin" / "scontrol", 'echo "$*" > asked; printf "n1\\nn2\\n"')
+    arguments, path = ["--dry-run", "--config", "r.yaml"], f"{folder}/bin:{SYSTEM}"
+    done = launch("slurm.sbatch", *arguments, folder=folder, path=path, HYPERMOE_REPOSITORY=str(REPOSITORY), **JOB)
+    look, start = [shlex.split(line[1:]) for line in done.stdout.splitlines()]
+    train = [*ZERO1, "--config", "r.yaml"]
+    assert look == ["python", PREFLIGHT, "--slurm", *train]
+    assert start == ["srun", "--mpi=none", "--kill-on-bad-exit=1", "--export=ALL", "python", "-u", TRAIN, *train]
+    assert (folder / "asked").read_text() == "show hostnames n[1-2]\n"
+
+
+def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Popen[str], Path]:
+    """The script as Slurm would run it, with `ranks` in the place of srun; it has started when this returns.
+
+    On a signal the ranks end with `code`.
+    """
+    stub(folder / "bin" / "scontrol", 'if [ "$1" = show ]; then echo n1; else echo "$*" >> calls; fi')
+    stub(
+        folder / "bin" / "srun", f'trap "echo saved >> calls; exit $CODE" USR1; echo $MASTER_ADDR $MASTER_PORT; {ranks}'
+    )
+    given = {**JOB, "PATH": f"{folder}/bin:{SYSTEM}", "SLURM_SUBMIT_DIR": str(REPOSITORY), "HOME": str(folder)}
+    given["CODE"] = str(code)
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sbatch", "--no-preflight", "--config", "r.yaml"],
+        env=given, cwd=folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while (line := process.stdout.readline()).startswith("+"):
+        pass
+    assert line == f"n1 {20000 + 123}\n"
+    return process, folder / "calls"
+
+
+def test_before_its_time_is_up_a_slurm_job_saves_and_goes_back_into_the_queue(folder: Path) -> None:
+    process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert calls.read_text() == "saved\nrequeue 123\n"
+    assert process.returncode == 0
+
+
+def test_a_slurm_job_whose_last_step_was_done_as_its_time_was_up_is_not_queued_again(folder: Path) -> None:
+    process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done", code=0)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert calls.read_text() == "saved\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_slurm_job_that_ends_by_itself_is_not_queued_again(folder: Path, code: int) -> None:
+    process, calls = slurm_job(folder, f"exit {code}")
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not calls.exists()
+
+
+# Kubernetes: fields of the operators' definitions, PyTorchJob v1 (training-operator 1.9) and MPIJob v2beta1
+# (mpi-operator 0.8), as far as the manifests use them. A type, a set of values, a list's item or a mapping; "*" is any.
+
+CONTAINER = {
+    "name": str, "image": str, "command": [str], "args": [str], "env": [{"name": str, "value": str}],
+    "resources": {"limits": {"*": (int, str)}}, "volumeMounts": [{"name": str, "mountPath": str}],
+}  # fmt: skip
+VOLUME = {
+    "name": str,
+    "persistentVolumeClaim": {"claimName": str},
+    "emptyDir": {"medium": {"Memory", ""}, "sizeLimit": str},
+}
+POD = {
+    "terminationGracePeriodSeconds": int,
+    "securityContext": {"fsGroup": int},
+    "containers": [CONTAINER],
+    "volumes": [VOLUME],
+}
+REPLICAS = {
+    "replicas": int,
+    "restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"},
+    "template": {"spec": POD},
+}
+RUN_POLICY = {
+    "cleanPodPolicy": {"All", "Running", "None"},
+    "backoffLimit": int,
+    "ttlSecondsAfterFinished": int,
+    "activeDeadlineSeconds": int,
+}
+SCHEMAS: dict[str, Any] = {
+    "pytorchjob.yaml": {
+        "apiVersion": {"kubeflow.org/v1"}, "kind": {"PyTorchJob"}, "metadata": {"name": str},
+        "spec": {
+            "nprocPerNode": str, "runPolicy": RUN_POLICY,
+            "pytorchReplicaSpecs": {"Master": REPLICAS, "Worker": REPLICAS},
+        },
+    },
+    "mpijob.yaml": {
+        "apiVersion": {"kubeflow.org/v2beta1"}, "kind": {"MPIJob"}, "metadata": {"name": str},
+        "spec": {
+            "slotsPerWorker": int, "mpiImplementation": {"OpenMPI", "Intel", "MPICH"}, "sshAuthMountPath": str,
+            "launcherCreationPolicy": {"AtStartup", "WaitForWorkersReady"}, "runPolicy": RUN_POLICY,
+            "mpiReplicaSpecs": {"Launcher": REPLICAS, "Worker": REPLICAS},
+        },
+    },
+}  # fmt: skip
+
+
+def misfits(value: Any, schema: Any, where: str = "") -> list[str]:
+    """Places at which a manifest is not of a form."""
+    if isinstance(schema, set):
+        return [] if value in schema else [f"{where}: {value!r}"]
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return [f"{where}: no list"]
+        return [found for n, item in enumerate(value) for found in misfits(item, schema[0], f"{where}[{n}]")]
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return [f"{where}: no mapping"]
+        unknown = [f"{where}.{key}: unknown" for key in value if key not in schema and "*" not in schema]
+        known = [(key, schema.get(key, schema.get("*"))) for key in value if key in schema or "*" in schema]
+        return unknown + [found for key, form in known for found in misfits(value[key], form, f"{where}.{key}")]
+    return [] if isinstance(value, schema) else [f"{where}: {value!r}"]
+
+
+def manifest(name: str) -> Any:
+    return yaml.safe_load((LAUNCH / "k8s" / name).read_text())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_manifest_has_the_fields_of_its_operator(name: str) -> None:
+    assert misfits(manifest(name), SCHEMAS[name]) == []
+
+
+def test_a_field_that_an_operator_does_not_know_is_found() -> None:
+    wrong = manifest("pytorchjob.yaml")
+    wrong["spec"]["nprocPerNode"] = 8
+    wrong["spec"]["slots"] = 8
+    assert misfits(wrong, SCHEMAS["pytorchjob.yaml"]) == [".spec.slots: unknown", ".spec.nprocPerNode: 8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "starts", "slots"),
+    [
+        ("pytorchjob.yaml", "pytorchReplicaSpecs", "Master", "nprocPerNode"),
+        ("mpijob.yaml", "mpiReplicaSpecs", "Launcher", "slotsPerWorker"),
+    ],
+)
+def test_a_manifest_starts_a_launch_script_with_a_rank_for_each_gpu(
+    folder: Path, name: str, replicas: str, starts: str, slots: str
+) -> None:
+    spec = manifest(name)["spec"]
+    pods = {kind: part["template"]["spec"] for kind, part in spec[replicas].items()}
+    [container] = pods[starts]["containers"]
+    assert container["command"][0] == "bash"
+    script = Path(container["command"][1])
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    arguments = [word.replace("/etc/mpi/", "") for word in container["args"]]
+    start = commands(script.name, *arguments, folder=folder, **environment)[-1]
+    assert start[-3:] == [
+        "--config=/data/my.yaml",
+        "--deepspeed_config=ds_configs/zero1.json",
+        "run.dir=/data/runs/first",
+    ]
+    [worker] = pods["Worker"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == int(spec[slots])
+    for pod in pods.values():
+        mounted = {mount["name"] for part in pod["containers"] for mount in part["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+    assert "/dev/shm" in [mount["mountPath"] for mount in worker["volumeMounts"]]
+    assert os.access(REPOSITORY / script, os.X_OK)

@@ -1,0 +1,125 @@
+"""Look at the hosts of a job before it starts.
+
+python tools/preflight.py --hostfile hostfile --config R.yaml --deepspeed_config F.json [section.key=value ...]
+
+Prints what each host has, and measures the links between them; each failed check is one line on stderr with its remedy,
+and the exit code is then 2. The launch scripts call it.
+"""
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.parallel.host_facts import Asked
+from hypermoe_ds.parallel.hosts import (
+    Host,
+    meeting_place,
+    read_environment,
+    read_hostfile,
+    slurm_hosts,
+    this_host,
+    travelling,
+)
+from hypermoe_ds.parallel.preflight import Starter, ask_hosts, judge, judge_links, links_line, measure_links, table
+from hypermoe_ds.run_config import RunConfig, load_run_config
+
+REPOSITORY = Path(__file__).parents[1]
+DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
+
+
+def main() -> None:
+    """Ask, compare, measure."""
+    arguments = parse_arguments()
+    config = load_run_config(arguments.config, arguments.overrides)
+    hosts = hosts_of(arguments)
+    starter = Starter(environment_of(arguments.environment), Path.cwd())
+    with token_in(Path(config.run.dir)) as token:
+        asked = Asked(config.run.dir, token, arguments.config, arguments.deepspeed_config, arguments.overrides)
+        answers = ask_hosts(hosts, asked, starter)
+    print(table(answers), flush=True)
+    failures = judge(answers, asked, needed_gib(config))
+    if not failures:
+        try:
+            links = measure_links(hosts, starter, *meeting_place(hosts, os.environ), arguments.mebibytes)
+        except UserError as error:
+            failures = [error]
+        else:
+            print(links_line(links, hosts, arguments.mebibytes), flush=True)
+            failures = judge_links(links, hosts, arguments.least)
+    for failure in failures:
+        print(f"error: {' '.join(str(failure).split())}", file=sys.stderr)
+    sys.exit(2 if failures else 0)
+
+
+def hosts_of(arguments: argparse.Namespace) -> list[Host]:
+    """Those that the command line names."""
+    if arguments.slurm:
+        return slurm_hosts(os.environ)
+    if arguments.slots is not None:
+        return this_host(arguments.slots, torch.cuda.device_count())
+    return read_hostfile(arguments.hostfile)
+
+
+def environment_of(file: Path | None) -> dict[str, str]:
+    """What the hosts' processes get: what a job would get, and this checkout before other installations."""
+    given = travelling(REPOSITORY / "launch/travelling.txt", os.environ)
+    for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
+        given |= read_environment(own) if file or own.is_file() else {}
+    return given | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), given.get("PYTHONPATH"))))}
+
+
+@contextmanager
+def token_in(folder: Path) -> Iterator[str]:
+    """A file in the run folder that only a host with the same storage can see; its name."""
+    existed = folder.exists()
+    token = folder / f".preflight-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        problem = f"cannot be written to ({error.strerror})"
+        raise UserError(f"run.dir={folder}", problem, "choose another run.dir") from None
+    try:
+        yield token.name
+    finally:
+        token.unlink(missing_ok=True)
+        if not existed:
+            folder.rmdir()
+
+
+def needed_gib(config: RunConfig) -> float:
+    """Space for the checkpoints that are kept and the one being written: weights and two moments in fp32."""
+    one = 12 * config.architecture().parameter_counts().total / 2**30
+    return one * (config.checkpoint.keep_last + 1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, default=Path("hostfile"), help="lines of 'host slots=RANKS'")
+    where.add_argument(
+        "--slots", metavar="N", help="look at this machine alone, for N ranks or 'gpu', one for each GPU"
+    )
+    where.add_argument("--slurm", action="store_true", help="the hosts of the Slurm job that this runs in")
+    parser.add_argument("--environment", type=Path, metavar="FILE",
+                        help="NAME=VALUE lines, set on the hosts (default: each .deepspeed_env there is)")  # fmt: skip
+    parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="what each rank sends, in MiB (64)")
+    parser.add_argument("--least", type=float, default=0.0, metavar="X",
+                        help="GB/s that each pair of hosts must reach (default: 0, any)")  # fmt: skip
+    parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
+    parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
