@@ -19,6 +19,7 @@ PAGES = [
     "ds_configs/README.md",
     "docs/METHOD.md",
     "docs/ARCHITECTURE.md",
+    "docs/RELIABILITY.md",
 ]
 ROOMS = ("pretrain", "hypermoe_ds", "launch", "tools")
 

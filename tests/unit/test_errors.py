@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.errors import MachineError, UserError, one_line_errors
 
 REPOSITORY = Path(__file__).parents[2]
 LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
@@ -48,6 +48,16 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(local_rank: str | No
     process = start(RAISE.format(before=""), local_rank)
     out, err = process.communicate(timeout=20)
     assert (out, err, process.returncode) == ("", LINE, 2)
+
+
+def test_a_fault_of_a_machine_is_one_line_and_exit_code_76(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise MachineError("rank 3 is lost")
+    assert stop.value.code == 76
+    assert capsys.readouterr().err == "error: rank 3 is lost\n"
 
 
 def test_a_message_of_many_lines_is_told_in_one(
