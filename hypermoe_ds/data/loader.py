@@ -3,6 +3,7 @@
 Shapes: B samples of a micro-batch, S tokens of a sample.
 """
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.errors import UserError
 
+_PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # after which a rank finishes its step
 IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
 
@@ -159,7 +161,7 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         # 0.03 s for two: another start method imports all libraries in each worker, 8 s and more.
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
-        worker_init_fn=_outlive_stop_signals,
+        worker_init_fn=_live_as_long_as_the_rank,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         # Its own: a loader draws a seed, and would move the random numbers of the model.
@@ -168,18 +170,22 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
     return iter(loader)
 
 
-def _outlive_stop_signals(_worker: int) -> None:
-    """The launcher signals a rank's children too: they load on until the rank, which finishes its step, ends them."""
+def _live_as_long_as_the_rank(_worker: int) -> None:
+    """The launcher signals a rank's children too: they load on until the rank, which finishes its step, ends them.
+
+    When the rank dies they go with it: they hold copies of its connections, and as long as one is open no other rank
+    sees that it died (5 s, without this).
+    """
     rank = os.getppid()
 
     def listen() -> None:
-        while True:
-            signalled = signal.sigwaitinfo(STOP_SIGNALS)
-            if signalled.si_pid == rank or os.getppid() != rank:
-                os._exit(0)
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != rank:
+            pass
+        os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     Thread(target=listen, daemon=True).start()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

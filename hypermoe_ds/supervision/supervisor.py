@@ -86,7 +86,10 @@ class Supervisor:
         words = [word.replace(_HOSTS, str(self._hosts())) if _HOSTS in word else word for word in self._command]
         watch = _WatchFolder(self._run / "watch")
         began = time.time()
-        launcher = subprocess.Popen(words, start_new_session=True)
+        try:
+            launcher = subprocess.Popen(words, start_new_session=True)
+        except OSError as error:
+            raise UserError(words[0], f"cannot be started ({error.strerror})", "mend the command after --") from None
         self._wait(launcher, watch)
         _end_group(launcher.pid)
         code = launcher.returncode

@@ -18,9 +18,10 @@ FOUND = {
     "hangs": f"hangs, last heard of in step {LAST_GOOD}, waiting for data; ",
     "fails": f"ValueError: no such thing, last heard of in step {LAST_GOOD + 1}, forward and backward; ",
 }
+CASES = [*((kind, 1) for kind in FOUND), ("killed", 0), pytest.param("stopped", 0, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("kind", "lost"), [*((kind, 1) for kind in FOUND), ("killed", 0), ("stopped", 0)])
+@pytest.mark.parametrize(("kind", "lost"), CASES)
 def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, tmp_path: Path) -> None:
     with process_group(RANKS) as environments, ranks_of(environments, lose, tmp_path, kind, lost) as ranks:
         others = [rank for rank in range(RANKS) if rank != lost]

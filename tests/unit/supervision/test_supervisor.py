@@ -112,6 +112,17 @@ def test_the_hosts_of_each_try_are_what_the_command_prints(tmp_path: Path) -> No
     assert process.returncode == 0
 
 
+def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("run: {dir: run}")
+    command = [sys.executable, str(SUPERVISE), "--", "no-such-launcher", "train.py", "--config", "r.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: no-such-launcher: cannot be started (No such file or directory); mend the command after --\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
