@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_EXIT_CODE = 2  # what argparse uses for bad usage
+EXIT_BAD_INPUT = 2  # what argparse uses for bad usage
+EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command goes on
+EXIT_FAULT = 76  # a rank died or hung, or memory went wrong: the same command goes on from the last checkpoint
 _SILENT_SECONDS = 30
 
 
@@ -27,6 +29,10 @@ class UserError(Exception):
         return f"{where}: {problem}; {remedy}"
 
 
+class MachineError(Exception):
+    """What went wrong with a machine or a rank, told in one line; the last checkpoint is as good as it was."""
+
+
 def local_rank() -> int:
     """This process's number among the ranks of its host, as its launcher tells it; 0 without a launcher."""
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")  # deepspeed and torchrun, mpirun, srun
@@ -45,12 +51,12 @@ def _leave_the_word_to_local_rank_zero() -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2, without a traceback."""
+    """Turn a `UserError` or `MachineError` into one line on stderr and exit code 2 or 76, without a traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, MachineError) as error:
         if local_rank() != 0:
             _leave_the_word_to_local_rank_zero()
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(_EXIT_CODE)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAULT)

@@ -11,6 +11,7 @@ from pydantic import Field, create_model
 from hypermoe_ds.checkpoint.manager import CheckpointConfig
 from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.datasets import DataConfig
+from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.monitor.settings import MonitorConfig
@@ -70,6 +71,16 @@ class RunConfig(Settings):
         """Step after which this start ends."""
         return min(self.train.steps, self.train.stop_at_step or self.train.steps)
 
+    @property
+    def left_out(self) -> LeftOut:
+        """The samples that nobody trains on."""
+        return LeftOut(self.train.skip_samples)
+
+    @property
+    def samples(self) -> int:
+        """Places in the order of the training samples that the whole run needs."""
+        return self.train.steps * self.train.global_batch_size + self.left_out.total
+
     def architecture(self) -> HyperMoEConfig:
         """The model: the preset, if one is named, with the recipe's fields over it.
 
@@ -87,6 +98,15 @@ class RunConfig(Settings):
             problem, _, remedy = rest.partition("; ")
             raise UserError(f"model.{where}", problem, remedy) from None
 
+    def opening_line(self, world_size: int, step: int) -> str:
+        """What is about to run, from `step` on."""
+        counts = self.architecture().parameter_counts()
+        return (
+            f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, "
+            f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork | {world_size} ranks, "
+            f"expert parallelism {self.parallel.expert} | step {step} of {self.train.steps} | {self.run.dir}"
+        )
+
     def check(self) -> None:
         """Refuse sections that do not fit each other.
 
@@ -100,6 +120,9 @@ class RunConfig(Settings):
                 f"longer than model.max_position_embeddings={longest}",
                 "shorten the sequences or raise that limit",
             )
+        for first, last in self.train.skip_samples:
+            if first > last:
+                raise UserError(f"train.skip_samples=[[{first}, {last}]]", "ends before it begins", "give first, last")
         ramps = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramps > self.train.steps:
             raise UserError(

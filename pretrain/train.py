@@ -4,6 +4,7 @@ deepspeed [--hostfile F] pretrain/train.py --config R.yaml --deepspeed_config F.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -12,15 +13,17 @@ from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.datasets import build_datasets, check_sources
 from hypermoe_ds.data.loader import build_loader, validation_batches
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import EXIT_SAVED, one_line_errors
 from hypermoe_ds.monitor.sinks import Sinks
-from hypermoe_ds.run_config import RunConfig, load_run_config
+from hypermoe_ds.run_config import load_run_config
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
+from hypermoe_ds.training.guard import Guard
 from hypermoe_ds.training.loop import train
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.watchdog import Watchdog
 
 
 def main() -> None:
@@ -44,43 +47,42 @@ def main() -> None:
         folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
 
     sinks = Sinks(config.monitor, folder.path, rank, state.step)
-    sinks.say(opening_line(config, world_size, state))
+    sinks.say(config.opening_line(world_size, state.step))
     if state.step >= config.last_step:
         sinks.say("nothing to train: raise train.steps or train.stop_at_step to go on")
-    samples = config.train.steps * config.train.global_batch_size
-    train_set, valid_set = build_datasets(config.data, config.train.seed, samples, config.evaluation.max_samples)
+    train_set, valid_set = build_datasets(config.data, config.train.seed, config.samples, config.evaluation.max_samples)
     if state.follow(train_set.order_key):
         sinks.say("warning: data or train.steps changed the order of the samples: some come again, some never")
     micro_batch = config.train.micro_batch_size
+    watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, state.step)
 
     def validate() -> Evaluation:
         engine.eval()
-        result = evaluate(engine, validation_batches(valid_set, micro_batch, rank, world_size), engine.device)
+        batches = watchdog.each(validation_batches(valid_set, micro_batch, rank, world_size), "validating")
+        result = evaluate(engine, batches, engine.device)
         engine.train()
         return result
 
-    train(
-        engine=engine,
-        batches=build_loader(train_set, micro_batch, rank, world_size, state.consumed_samples, config.data.workers),
-        state=state,
-        last_step=config.last_step,
-        recorder=Recorder(sinks, config.monitor.interval, config.train.steps, model.num_experts),
-        checkpoints=checkpoints,
-        validate=validate if valid_set is not None else None,
-        validation_interval=config.evaluation.interval,
+    loader = build_loader(
+        train_set, micro_batch, rank, world_size, state.consumed_samples, config.data.workers, config.left_out
     )
+    guard = Guard(engine, config.train, config.parallel.expert, sinks.say, checkpoints.newest, train_set.origin)
+    with watchdog.watching():
+        stopped = train(
+            engine=engine,
+            batches=watchdog.each(loader, "forward and backward"),
+            state=state,
+            last_step=config.last_step,
+            recorder=Recorder(sinks, config.monitor.interval, config.train.steps, model.num_experts),
+            checkpoints=checkpoints,
+            validate=validate if valid_set is not None else None,
+            validation_interval=config.evaluation.interval,
+            guard=guard,
+            watchdog=watchdog,
+        )
     engine.destroy()
     torch.distributed.destroy_process_group()
-
-
-def opening_line(config: RunConfig, world_size: int, state: TrainState) -> str:
-    """What is about to run."""
-    counts = config.architecture().parameter_counts()
-    return (
-        f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, "
-        f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork | {world_size} ranks, "
-        f"expert parallelism {config.parallel.expert} | step {state.step} of {config.train.steps} | {config.run.dir}"
-    )
+    sys.exit(EXIT_SAVED if stopped else 0)
 
 
 def parse_arguments() -> argparse.Namespace:

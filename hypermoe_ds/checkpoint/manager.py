@@ -142,6 +142,11 @@ class CheckpointManager:
         if self._failure is not None:
             raise self._failure
 
+    def newest(self) -> str:
+        """The newest checkpoint on disk, in words."""
+        step = store.latest_step(self._folder)
+        return "none" if step is None else str(self._folder / store.step_name(step))
+
     def claim_folder(self) -> None:
         """Take the run folder for this job, until it ends.
 

@@ -32,6 +32,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def watch(self) -> Path:
+        """The ranks' signs of life, and the stacks of those that waited in vain."""
+        return self.path / "watch"
+
+    @property
     def settings(self) -> Path:
         """The recipe with all defaults and overrides."""
         return self.path / "resolved" / "config.yaml"

@@ -83,6 +83,16 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         sample = self._samples[index]
         return {"tokens": sample["tokens"], "labels": sample["labels"]}
 
+    def origin(self, index: int) -> str:
+        """Which documents of which token files a sample was cut from, in words."""
+        self[index]  # megatron-core reads its indices with the first sample
+        part, place = self._samples, index
+        if isinstance(part, BlendedDataset):
+            part, place = part.datasets[part.dataset_index[index]], part.dataset_sample_index[index]
+        _, documents = part._query_document_sample_shuffle_indices(place)
+        numbers = sorted({int(document) for document in documents})
+        return f"document {', '.join(map(str, numbers))} of {part.dataset.path_prefix}"
+
 
 @dataclass(frozen=True)
 class _TokenizerFacts:

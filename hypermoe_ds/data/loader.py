@@ -3,14 +3,21 @@
 Shapes: B samples of a micro-batch, S tokens of a sample.
 """
 
+import ctypes
+import os
+import signal
 from collections.abc import Iterator, Sequence
+from threading import Thread
 from typing import Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.errors import UserError
 
+_PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # after which a rank finishes its step
 IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
 
 
@@ -27,8 +34,8 @@ class SizedDataset(Protocol):
 class ResumableSampler(Sampler[list[int]]):
     """Which samples a rank takes, micro-batch by micro-batch, as arithmetic on consumed samples.
 
-    Micro-batch m of all ranks together is the block of `size * micro_batch_size` samples that starts at
-    `consumed_samples + m * size * micro_batch_size`; rank r takes the r-th run of `micro_batch_size` in
+    Micro-batch m of all ranks together is the m-th block of `size * micro_batch_size` samples from
+    `consumed_samples` on, those left out not counted; rank r takes the r-th run of `micro_batch_size` in
     it. The samples that all ranks take therefore depend on `consumed_samples` alone, and a run
     goes on with the same ones on another number of ranks. An incomplete last block is dropped.
 
@@ -36,27 +43,47 @@ class ResumableSampler(Sampler[list[int]]):
         ValueError: a number is out of range.
     """
 
-    def __init__(self, length: int, micro_batch_size: int, rank: int, size: int, consumed_samples: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        micro_batch_size: int,
+        rank: int,
+        size: int,
+        consumed_samples: int = 0,
+        left_out: LeftOut | None = None,
+    ) -> None:
         if micro_batch_size <= 0 or not 0 <= rank < size:
             raise ValueError(f"no such place: {micro_batch_size=}, {rank=}, {size=}")
         if not 0 <= consumed_samples <= length:
             raise ValueError(f"{consumed_samples=} of {length}")
-        self._first = consumed_samples + rank * micro_batch_size
+        self._start = consumed_samples
+        self._rank = rank
+        self._left_out = left_out or LeftOut()
         self._micro_batch_size = micro_batch_size
-        self._block = micro_batch_size * size
-        self._micro_batches = (length - consumed_samples) // self._block
+        self._size = size
+        self._micro_batches = self._left_out.kept(consumed_samples, length) // (micro_batch_size * size)
 
     def __len__(self) -> int:
         return self._micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         for number in range(self._micro_batches):
-            start = self._first + number * self._block
-            yield list(range(start, start + self._micro_batch_size))
+            yield self.micro_batch(number, self._rank)
+
+    def micro_batch(self, number: int, rank: int) -> list[int]:
+        """The samples that a rank takes as its micro-batch of that number, counted from 0."""
+        first = (number * self._size + rank) * self._micro_batch_size
+        return [self._left_out.nth(self._start, first + place) for place in range(self._micro_batch_size)]
 
 
 def build_loader(
-    dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, consumed_samples: int, workers: int
+    dataset: SizedDataset,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
+    consumed_samples: int,
+    workers: int,
+    left_out: LeftOut | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
 
@@ -67,6 +94,7 @@ def build_loader(
         size: number of data-parallel ranks.
         consumed_samples: samples that all ranks together have taken before.
         workers: processes that load; 0 loads in this one.
+        left_out: samples that nobody takes.
 
     Yields:
         `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory where there is a GPU.
@@ -75,7 +103,7 @@ def build_loader(
         UserError: samples are asked for beyond the end of the dataset.
         ValueError: a number is out of range.
     """
-    sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples)
+    sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, left_out)
     return _until_exhausted(_load(dataset, sampler, workers), len(dataset))
 
 
@@ -133,12 +161,31 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         # 0.03 s for two: another start method imports all libraries in each worker, 8 s and more.
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
+        worker_init_fn=_live_as_long_as_the_rank,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         # Its own: a loader draws a seed, and would move the random numbers of the model.
         generator=torch.Generator(),
     )
     return iter(loader)
+
+
+def _live_as_long_as_the_rank(_worker: int) -> None:
+    """The launcher signals a rank's children too: they load on until the rank, which finishes its step, ends them.
+
+    When the rank dies they go with it: they hold copies of its connections, and as long as one is open no other rank
+    sees that it died (5 s, without this).
+    """
+    rank = os.getppid()
+
+    def listen() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != rank:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    Thread(target=listen, daemon=True).start()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

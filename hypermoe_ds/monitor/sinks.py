@@ -31,9 +31,14 @@ class MetricsFile:
         os.replace(beside, self._path)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record, flushed."""
+        """Add one record, flushed; JSON has no NaN and no infinity, they become null."""
+        finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite) + "\n")
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: str) -> float:

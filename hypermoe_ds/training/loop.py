@@ -7,8 +7,10 @@ from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.training.evaluation import Evaluation
+from hypermoe_ds.training.guard import Guard
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.watchdog import Watchdog
 
 
 def train(
@@ -20,8 +22,10 @@ def train(
     checkpoints: CheckpointManager,
     validate: Callable[[], Evaluation] | None,
     validation_interval: int,
-) -> None:
-    """Train until `last_step`; log, validate and save when each is due, and at the end.
+    guard: Guard,
+    watchdog: Watchdog,
+) -> bool:
+    """Train until `last_step` or a signal; log, validate and save when each is due, and at the end.
 
     Args:
         engine: the DeepSpeed engine.
@@ -32,32 +36,52 @@ def train(
         checkpoints: saves the run.
         validate: runs the validation (collective); None has none.
         validation_interval: steps between two validations.
+        guard: moves `state` on, skips what went wrong, knows of signals.
+        watchdog: told what this rank begins.
+
+    Returns:
+        Whether a signal ended it before `last_step`. It then saves and does not validate: there may be little time.
     """
-    while state.step < last_step:
+    stopping = False
+    while state.step < last_step and not stopping:
         learning_rate = engine.get_lr()[0]
         observed = recorder.is_due(state.step + 1)
-        tokens = optimizer_step(engine, batches, recorder if observed else None)
-        state.advance(engine.train_batch_size())
+        watchdog.begin(state.step + 1, "beginning")
+        tokens = optimizer_step(engine, batches, recorder if observed else None, guard.watch)
+        stopping = guard.after_step(state) and state.step < last_step
         recorder.throughput.count(tokens)
         if observed:
-            recorder.record(state, learning_rate, float(engine.get_global_grad_norm()))
+            recorder.record(state, learning_rate, float(engine.get_global_grad_norm()), engine.skipped_steps)
 
         ending = state.step == last_step
         with recorder.throughput.paused():
-            if validate is not None and (ending or state.step % validation_interval == 0):
+            if validate is not None and not stopping and (ending or state.step % validation_interval == 0):
                 recorder.record_validation(state.step, validate())
-            if ending or checkpoints.is_due(state.step):
+            if ending or stopping or checkpoints.is_due(state.step):
+                watchdog.begin(state.step, "saving")
                 checkpoints.save(state.step, state.to_dict())
     checkpoints.finish()
+    watchdog.note_end(saved=stopping)
+    return stopping
 
 
-def optimizer_step(engine: Any, batches: Iterator[dict[str, Tensor]], recorder: Recorder | None) -> int:
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
+
+
+def optimizer_step(
+    engine: Any,
+    batches: Iterator[dict[str, Tensor]],
+    recorder: Recorder | None,
+    watch: Callable[[Tensor], Tensor] = _as_it_is,
+) -> int:
     """Run one optimizer step over its micro-batches.
 
     Args:
         engine: the DeepSpeed engine; it scales, accumulates, clips and steps.
         batches: this rank's micro-batches.
         recorder: takes the outputs of a step that is logged.
+        watch: sees each loss, and gives what its backward pass starts from.
 
     Returns:
         Tokens of the step over all ranks.
@@ -72,7 +96,7 @@ def optimizer_step(engine: Any, batches: Iterator[dict[str, Tensor]], recorder: 
             output_router_logits=recorder is not None,
             output_logits=False,
         )
-        engine.backward(output.loss)
+        engine.backward(watch(output.loss))
         engine.step()
         tokens += batch["input_ids"].numel()
         if recorder is not None:

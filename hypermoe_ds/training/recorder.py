@@ -34,7 +34,7 @@ class Recorder:
         """Take one micro-batch of a step that is logged."""
         self._meter.add(output)
 
-    def record(self, state: TrainState, lr: float, grad_norm: float) -> None:
+    def record(self, state: TrainState, lr: float, grad_norm: float, skipped_steps: int) -> None:
         """Log the step that was just taken (collective)."""
         statistics = self._meter.read()
         tokens_per_second, seconds_per_step = self.throughput.read()
@@ -45,6 +45,7 @@ class Recorder:
             "tokens_per_second": tokens_per_second,
             "peak_memory_gib": peak_memory_gib(),
             "consumed_samples": state.consumed_samples,
+            "skipped_steps": skipped_steps,
         }
         seconds_left = (self._steps - state.step) * seconds_per_step
         self._sinks.say(step_line(state.step, self._steps, scalars, seconds_left, statistics.load_MN))

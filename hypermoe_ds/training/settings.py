@@ -1,10 +1,12 @@
 """Settings of a training run that the YAML recipe owns."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from hypermoe_ds.config import Settings
+
+Stretch = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
 class TrainConfig(Settings):
@@ -18,6 +20,18 @@ class TrainConfig(Settings):
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="precision of weights and activations")
     clip_grad_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
+    collective_timeout: float = Field(
+        1800, gt=0, description="seconds without progress of this rank after which a lost or hanging rank ends the job"
+    )
+    max_bad_steps: int = Field(
+        20, ge=0, description="steps in a row that are skipped for a NaN or Inf in loss or gradient; one more stops"
+    )
+    skip_samples: list[Stretch] = Field(
+        [], description="`[first, last]` places in the order of the training samples that are left out"
+    )
+    consistency_interval: int | None = Field(
+        1000, ge=1, description="steps between two comparisons of the ranks' copies of parameters; null never compares"
+    )
 
 
 class OptimizerConfig(Settings):

@@ -10,23 +10,26 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken.
-        consumed_samples: sequences drawn from the training data; fixes which come next.
+        consumed_samples: place in the order of the training samples, those left out counted; fixes which come next.
         data_order: key of the order they are drawn in, "" before the first start.
+        bad_steps: steps skipped in a row for a NaN or Inf, up to now.
     """
 
     step: int = 0
     consumed_samples: int = 0
     data_order: str = ""
+    bad_steps: int = 0
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
         """Read it out of a checkpoint."""
         return cls(**saved)
 
-    def advance(self, samples: int) -> None:
-        """Count one optimizer step over `samples` sequences."""
+    def advance(self, next_sample: int, skipped: bool = False) -> None:
+        """Count one optimizer step over the samples up to `next_sample`, taken or skipped."""
         self.step += 1
-        self.consumed_samples += samples
+        self.consumed_samples = next_sample
+        self.bad_steps = self.bad_steps + 1 if skipped else 0
 
     def follow(self, data_order: str) -> bool:
         """Take up an order of the data; tells whether it is another one than before.

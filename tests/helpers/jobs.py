@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,29 +41,66 @@ class Done:
         return f"{self.stdout}\n{self.stderr}"
 
 
-def launch(ranks: int, *arguments: object, folder: Path) -> Done:
-    """`deepspeed --num_gpus RANKS pretrain/train.py ARGUMENTS`, from `folder`."""
+@dataclass(frozen=True)
+class Job:
+    """A job that runs.
+
+    Attributes:
+        process: of its first command.
+        folder: its working directory; holds what it prints.
+        port: where its ranks meet.
+    """
+
+    process: "subprocess.Popen[bytes]"
+    folder: Path
+    port: int
+
+    def finish(self) -> Done:
+        """Await its end."""
+        try:
+            code = self.process.wait(_SECONDS)
+        finally:
+            self.process.kill()
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):  # 66 MB a rank
+                left.unlink()
+        return Done(code, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
+
+
+def start(
+    ranks: int, *arguments: object, folder: Path, script: str = TRAIN, before: Sequence[object] = (), **variables: str
+) -> Job:
+    """`BEFORE deepspeed --num_gpus RANKS SCRIPT ARGUMENTS`, from `folder`, with further environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", port]
+    command = [*before, Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", port]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    try:
-        done = subprocess.run(
-            [str(word) for word in (*command, REPOSITORY / TRAIN, *arguments)],
-            env={**os.environ, **CPU, "PATH": path, "PYTHONPATH": str(REPOSITORY)},
-            capture_output=True, text=True, cwd=folder, timeout=_SECONDS, check=False,
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            [str(word) for word in (*command, REPOSITORY / script, *arguments)],
+            env={**os.environ, **CPU, "PATH": path, "PYTHONPATH": str(REPOSITORY), **variables},
+            stdout=out, stderr=errors, cwd=folder,
         )  # fmt: skip
-    finally:
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # 66 MB a rank
-            left.unlink()
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Job(process, folder, port)
 
 
-def run_script(script: str, *arguments: object, folder: Path, ranks: int = 1, free_bytes: int | None = None) -> Done:
+def launch(ranks: int, *arguments: object, folder: Path) -> Done:
+    """`deepspeed --num_gpus RANKS pretrain/train.py ARGUMENTS`, from `folder`."""
+    return start(ranks, *arguments, folder=folder).finish()
+
+
+def run_script(
+    script: str,
+    *arguments: object,
+    folder: Path,
+    ranks: int = 1,
+    free_bytes: int | None = None,
+    code: int = 0,
+    **variables: str,
+) -> Done:
     """A script of the repository on `ranks` ranks, from `folder`; what rank 0 told.
 
-    With more than one rank all must succeed: ranks that fail together wait for a launcher to end them.
+    With more than one rank all must end alike: ranks that fail wait for a launcher to end them.
 
     Args:
         script: its path in the repository.
@@ -71,11 +108,14 @@ def run_script(script: str, *arguments: object, folder: Path, ranks: int = 1, fr
         folder: working directory.
         ranks: number of processes.
         free_bytes: what every disk claims to have left; None leaves it the truth.
+        code: the exit code of the ranks, where there are several.
+        variables: further environment variables.
     """
     words = [str(word) for word in arguments]
     with process_group(ranks) as environments:
-        done = run_in_processes(environments, _script, REPOSITORY / script, words, folder, free_bytes)
-    assert ranks == 1 or not any(rank.returncode for rank in done), "\n".join(rank.told() for rank in done)
+        given = [environment | variables for environment in environments]
+        done = run_in_processes(given, _script, REPOSITORY / script, words, folder, free_bytes)
+    assert ranks == 1 or {rank.returncode for rank in done} == {code}, "\n".join(rank.told() for rank in done)
     first: Done = done[0]
     return first
 

@@ -71,7 +71,7 @@ def test_metrics_hold_each_logged_step_once_and_in_order(whole_run: Path, stoppe
 def test_metrics_hold_what_is_documented(whole_run: Path) -> None:
     for number, record in enumerate(training_records(whole_run), start=1):
         named = {"step", "loss", "aux_loss", "z_loss", "total_loss", "lr", "grad_norm", "tokens_per_second"}
-        named |= {"peak_memory_gib", "consumed_samples"}
+        named |= {"peak_memory_gib", "consumed_samples", "skipped_steps"}
         per_layer = ("router_entropy", "hyper_expert_norm_ratio", "distinct_sets", "expert_load_max_over_mean")
         per_layer += ("expert_load",)
         assert record.keys() == named | {f"{name}/moe_layer_{layer}" for name in per_layer for layer in (0, 1)}

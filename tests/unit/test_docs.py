@@ -20,6 +20,7 @@ PAGES = [
     "docs/METHOD.md",
     "docs/ARCHITECTURE.md",
     "docs/CLUSTERS.md",
+    "docs/RELIABILITY.md",
 ]
 ROOMS = ("pretrain", "hypermoe_ds", "launch", "tools")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.errors import UserError, local_rank, one_line_errors
+from hypermoe_ds.errors import MachineError, UserError, local_rank, one_line_errors
 
 REPOSITORY = Path(__file__).parents[2]
 LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
@@ -69,6 +69,16 @@ def test_each_launcher_says_which_rank_of_its_host_one_is(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert local_rank() == rank
+
+
+def test_a_fault_of_a_machine_is_one_line_and_exit_code_76(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise MachineError("rank 3 is lost")
+    assert stop.value.code == 76
+    assert capsys.readouterr().err == "error: rank 3 is lost\n"
 
 
 def test_a_message_of_many_lines_is_told_in_one(

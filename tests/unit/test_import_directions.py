@@ -16,7 +16,7 @@ ORDER = (
     {"config"},
     {"modeling", "data", "parallel"},
     {"checkpoint", "export", "monitor", "planner"},
-    {"training"},
+    {"training", "supervision"},
     {"run_config"},
     set(SCRIPTS),
 )

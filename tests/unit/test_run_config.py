@@ -80,6 +80,8 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.precision=fp8", "train.precision='fp8': is not valid"),
         ("train.clip_grad_norm=-1", "train.clip_grad_norm=-1: is not valid"),
         ("train.stop_at_step=0", "train.stop_at_step=0: is not valid"),
+        ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
+        ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps=None: is not valid"),
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
         ("checkpoint.resume=maybe", "checkpoint.resume='maybe': is not valid"),

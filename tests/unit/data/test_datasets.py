@@ -101,6 +101,20 @@ def test_an_epoch_holds_every_token_once(corpus: TokenisedCorpus, tmp_path: Path
         assert set(seen) <= set(range(total))
 
 
+@pytest.mark.parametrize("sources", [1, 2])
+def test_the_origin_of_a_sample_names_the_documents_that_hold_its_tokens(
+    corpus: TokenisedCorpus, tmp_path: Path, sources: int
+) -> None:
+    names = [f"{tmp_path}/{number}" for number in range(sources)]
+    for source, name in enumerate(names):  # a token tells its document
+        write_token_files(name, [[100 * source + number] * (20 + 9 * number) for number in range(30)])
+    dataset = train_of(settings(corpus, train=[{"prefix": name} for name in names]), 40)
+    for index in range(40):
+        tokens = [*dataset[index]["tokens"].tolist(), int(dataset[index]["labels"][-1])]
+        found = sorted({token % 100 for token in tokens})
+        assert dataset.origin(index) == f"document {', '.join(map(str, found))} of {names[tokens[0] // 100]}"
+
+
 def test_the_training_order_is_fixed_by_the_seed(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     first, again, other = (
         train_of(settings(corpus, cache=str(tmp_path / name)), 300, seed)

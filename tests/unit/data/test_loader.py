@@ -1,7 +1,11 @@
 """Loader: which samples each rank takes, against a plain enumeration."""
 
+import multiprocessing
+import sys
+from collections.abc import Iterator
 from itertools import islice, product
 
+import psutil
 import pytest
 import torch
 
@@ -67,6 +71,30 @@ def test_batches_hold_the_samples_of_the_sampler(workers: int) -> None:
     assert torch.equal(torch.get_rng_state(), state), "loading leaves the model's random numbers alone"
     with pytest.raises(UserError, match="no whole micro-batch left of its 23 samples"):
         next(batches)
+
+
+def test_workers_outlive_a_signal_and_not_their_rank() -> None:
+    def rank() -> None:
+        batches = build_loader(Numbered(2000), 1, rank=0, size=1, consumed_samples=0, workers=2)
+        next(batches)
+        workers = psutil.Process().children()
+        assert len(workers) == 2
+        sender = multiprocessing.get_context("fork").Process(target=lambda: [w.terminate() for w in workers])
+        sender.start()
+        sender.join()
+        assert [int(batch["input_ids"][0, 0]) for batch in batches_until(batches, 2000)] == list(range(1, 2000))
+        sys.exit(3)  # with the loader still in use, as where an error ends a rank
+
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    process.join(60)
+    ended, process_code = not process.is_alive(), process.exitcode
+    process.kill()
+    assert (ended, process_code) == (True, 3)
+
+
+def batches_until(batches: Iterator[dict[str, torch.Tensor]], end: int) -> list[dict[str, torch.Tensor]]:
+    return [next(batches) for _ in range(1, end)]
 
 
 def test_a_loader_refuses_more_consumed_samples_than_there_are() -> None:

@@ -1,6 +1,7 @@
 """Where a run's numbers go."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def test_numbers_keep_their_digits(tmp_path: Path) -> None:
     record = {"step": 1, "loss": 0.1 + 0.2, "lr": 1e-300}
     MetricsFile(tmp_path / "metrics.jsonl").append(record)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
+
+
+def test_what_is_not_finite_is_null_for_json_has_no_word_for_it(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        MetricsFile(tmp_path / "metrics.jsonl").append({"step": 1, "loss": value, "expert_load": [0.5]})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "expert_load": [0.5]}\n' * 3
 
 
 def sinks(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **config: Any) -> Sinks:

@@ -52,6 +52,10 @@ class Engine:
     def backward(self, loss: str) -> None:
         self.calls.append(f"backward of {loss}")
 
+    @property
+    def skipped_steps(self) -> int:
+        return 3
+
     def step(self) -> None:
         self.calls.append("step")
         self.steps += 1
@@ -102,7 +106,8 @@ class Notes:
     def observe(self, output: Any) -> None:
         self.events.append("observed")
 
-    def record(self, state: TrainState, lr: float, grad_norm: float) -> None:
+    def record(self, state: TrainState, lr: float, grad_norm: float, skipped_steps: int) -> None:
+        assert skipped_steps == 3
         self.events.append((state.step, state.consumed_samples, lr, grad_norm))
 
     def validate(self) -> Evaluation:
@@ -129,15 +134,47 @@ class Checkpoints:
         self._notes.events.append("on disk")
 
 
-def run(first: int, last: int, validates: bool = True) -> tuple[Notes, TrainState, Engine]:
+class Guard:
+    """Asks for the end after a step."""
+
+    def __init__(self, signal_in: int | None) -> None:
+        self._signal_in = signal_in
+
+    def watch(self, loss: str) -> str:
+        return f"watched {loss}"
+
+    def after_step(self, state: TrainState) -> bool:
+        state.advance(state.consumed_samples + B * ACCUMULATION * RANKS)
+        return state.step == self._signal_in
+
+
+class Watchdog:
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, str]] = []
+        self.saved: bool | None = None
+
+    def begin(self, step: int, doing: str) -> None:
+        self.begun.append((step, doing))
+
+    def note_end(self, saved: bool) -> None:
+        self.saved = saved
+
+
+def run(
+    first: int, last: int, validates: bool = True, signal_in: int | None = None
+) -> tuple[Notes, TrainState, Engine]:
     notes, engine = Notes(logged={1, 4}, saved=set()), Engine()
     samples = B * ACCUMULATION * RANKS
     state = TrainState(step=first, consumed_samples=first * samples)
-    train(
+    watchdog = Watchdog()
+    stopped = train(
         engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
         checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
-        validation_interval=2,
+        validation_interval=2, guard=Guard(signal_in), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
+    assert stopped == watchdog.saved == (state.step < last)
+    forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
+    assert forwards == list(range(first + 1, state.step + 1))
     return notes, state, engine
 
 
@@ -167,12 +204,22 @@ def test_a_resumed_run_goes_on_from_its_step_and_a_finished_one_does_nothing() -
     assert (notes.events, state.step, engine.calls) == (["on disk"], 4, [])
 
 
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_without_a_validation() -> None:
+    notes, state, _ = run(0, 5, signal_in=2)
+    assert [event for event in notes.events if event != "observed"][1:] == ["saved 2", "on disk"]
+    assert state.step == 2
+
+
+def test_a_signal_in_the_last_step_changes_nothing() -> None:
+    assert run(0, 5, signal_in=5)[0].events == run(0, 5)[0].events
+
+
 @pytest.mark.parametrize("observed", [False, True])
 def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
     engine, notes = Engine(), Notes(set(), set())
-    tokens = optimizer_step(engine, batches(), notes if observed else None)  # type: ignore[arg-type]
+    tokens = optimizer_step(engine, batches(), notes if observed else None, Guard(None).watch)  # type: ignore[arg-type]
     forward = "forward, observed" if observed else "forward"
-    assert engine.calls == [forward, "backward of loss", "step"] * ACCUMULATION
+    assert engine.calls == [forward, "backward of watched loss", "step"] * ACCUMULATION
     assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]
     assert notes.events == ["observed"] * (ACCUMULATION * observed)
     assert tokens == B * S * ACCUMULATION * RANKS
@@ -213,7 +260,7 @@ def test_a_logged_step_lies_in_every_file_at_once(tmp_path: Path, monkeypatch: p
         )
     )  # fmt: skip
     recorder.throughput.count(100)
-    recorder.record(TrainState(step=1, consumed_samples=8), lr=0.5, grad_norm=0.25)
+    recorder.record(TrainState(step=1, consumed_samples=8), lr=0.5, grad_norm=0.25, skipped_steps=0)
     record = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (record["step"], record["loss"], record["lr"], record["grad_norm"]) == (1, 2.0, 0.5, 0.25)
     assert record["consumed_samples"] == 8
@@ -228,11 +275,11 @@ def test_a_logged_step_lies_in_every_file_at_once(tmp_path: Path, monkeypatch: p
 
 def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
     state = TrainState()
-    for _ in range(3):
-        state.advance(8)
+    for step in range(3):
+        state.advance(8 * (step + 1), skipped=step > 0)
     state.follow("key")
     saved = state.to_dict()
-    assert saved == {"step": 3, "consumed_samples": 24, "data_order": "key"}
+    assert saved == {"step": 3, "consumed_samples": 24, "data_order": "key", "bad_steps": 2}
     assert TrainState.from_dict(saved) == state
 
 

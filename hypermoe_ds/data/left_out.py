@@ -1,0 +1,42 @@
+"""Samples that a run leaves out, by their places in the order of the training samples."""
+
+from collections.abc import Iterable, Sequence
+
+
+class LeftOut:
+    """Places of the order that are passed over; all others keep their order.
+
+    Args:
+        ranges: first and last place of each stretch, both left out; they may overlap.
+
+    Attributes:
+        total: places left out.
+    """
+
+    def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        for first, last in sorted((first, last) for first, last in ranges):
+            if self._ranges and first <= self._ranges[-1][1] + 1:
+                self._ranges[-1] = (self._ranges[-1][0], max(last, self._ranges[-1][1]))
+            else:
+                self._ranges.append((first, last))
+        self.total = sum(last - first + 1 for first, last in self._ranges)
+
+    def nth(self, start: int, number: int) -> int:
+        """The place of the `number`-th kept sample, counted from 0, at or after `start`."""
+        place = start + number
+        for first, last in self._ranges:
+            begin = max(first, start)
+            if begin > place:
+                break
+            place += max(0, last + 1 - begin)
+        return place
+
+    def after(self, start: int, count: int) -> int:
+        """The place after `count` > 0 kept samples from `start` on."""
+        return self.nth(start, count - 1) + 1
+
+    def kept(self, start: int, end: int) -> int:
+        """How many places of `start` to `end`, the latter not included, are kept."""
+        out = (min(last + 1, end) - max(first, start) for first, last in self._ranges)
+        return end - start - sum(max(0, length) for length in out)

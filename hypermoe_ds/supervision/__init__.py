@@ -1,0 +1,1 @@
+"""Starts a job again after a fault."""

@@ -1,0 +1,22 @@
+"""Signals that ask a run to save and end."""
+
+import signal
+from types import FrameType
+
+from hypermoe_ds.data.loader import STOP_SIGNALS
+
+
+class StopSignals:
+    """From now on notes the signals that ask for an end, for the loop to read between two steps.
+
+    Attributes:
+        seen: whether one has come to this rank.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.seen = True

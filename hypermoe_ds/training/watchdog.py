@@ -1,0 +1,191 @@
+"""Ends a job of which a rank has died or hangs, and says which one it was.
+
+Each rank writes a sign of life into RUN_DIR/watch every few seconds, from a thread that needs no other rank. Only a
+rank that waits in vain reads those of the others.
+"""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from threading import Event, Lock, Thread, current_thread, main_thread
+from typing import TypeVar
+
+import torch
+import torch.distributed
+from torch.distributed import distributed_c10d as c10d
+
+from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError
+from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_signs
+
+_LONGEST_PERIOD = 5.0
+_SILENT_PERIODS = 3
+Item = TypeVar("Item")
+
+
+class Watchdog:
+    """Watches this rank's progress, and looks at the other ranks when there is none.
+
+    Args:
+        folder: RUN_DIR/watch, seen by all ranks.
+        rank: this rank.
+        ranks: number of ranks.
+        timeout: seconds without progress after which the job is ended.
+        step: where the run stands.
+    """
+
+    def __init__(self, folder: Path, rank: int, ranks: int, timeout: float, step: int) -> None:
+        self._folder = folder
+        self._ranks = ranks
+        self._timeout = timeout
+        self._period = min(_LONGEST_PERIOD, timeout / 10)
+        self._sign = SignOfLife(rank, socket.gethostname(), os.getpid(), step, "starting", 0, 0)
+        self._since = time.monotonic()
+        self._lock = Lock()
+        self._ending = Lock()
+        self._over = Event()
+
+    def begin(self, step: int, doing: str) -> None:
+        """This rank begins something that ends within the timeout, or a rank is lost."""
+        with self._lock:
+            self._sign = replace(self._sign, step=step, doing=doing, passed=self._sign.passed + 1)
+            self._since = time.monotonic()
+
+    def each(self, batches: Iterable[Item], doing: str) -> Iterator[Item]:
+        """Hand the batches on; waiting for each, and what is done with it, is begun anew.
+
+        A rank that waits for data is therefore behind the others, which wait for it in a collective.
+        """
+        iterator = iter(batches)
+        while True:
+            self.begin(self._sign.step, "waiting for data")
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.begin(self._sign.step, doing)
+            yield batch
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what is done inside; ends the process if a rank is lost. The begin is collective."""
+        thread = Thread(target=self._run, daemon=True)
+        try:
+            self._prepare()
+            thread.start()
+            yield
+        except BaseException as error:
+            if _is_lost_connection(error):
+                self._end_job()
+            self._note_end("error", f"{type(error).__name__}: {error}"[:500])
+            raise
+        finally:
+            self._over.set()
+            if thread.is_alive():
+                thread.join()
+
+    def note_end(self, saved: bool) -> None:
+        """Write down that this rank has come to its end."""
+        self._note_end("saved" if saved else "done")
+
+    def _prepare(self) -> None:
+        """Take away what an earlier start left, before anyone watches."""
+        if self._sign.rank == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
+                path.unlink()
+        torch.distributed.barrier()
+        self._beat()
+        torch.distributed.barrier()
+        limit_collectives(2 * self._timeout)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._period):
+            self._beat()
+            if self._is_overdue() or self._verdict.exists():
+                self._end_job()
+
+    def _is_overdue(self) -> bool:
+        return time.monotonic() - self._since > self._timeout
+
+    def _beat(self) -> None:
+        with self._lock:
+            self._sign = replace(self._sign, beats=self._sign.beats + 1)
+            self._sign.write(self._folder)
+
+    def _note_end(self, end: str, error: str = "") -> None:
+        with self._lock:
+            self._sign = replace(self._sign, end=end, error=error)
+            self._sign.write(self._folder)
+
+    @property
+    def _verdict(self) -> Path:
+        return self._folder / VERDICT
+
+    def _end_job(self) -> None:
+        """Write this rank's stack down, find out who is lost, and end. The first rank to do so speaks.
+
+        Returns only where this rank came on after all.
+        """
+        with self._ending:
+            self._beat()
+            stack = "".join(traceback.format_stack(sys._current_frames()[main_thread().ident or 0]))
+            with suppress(OSError):
+                path = self._folder / f"stack_{self._sign.rank:05d}.txt"
+                path.write_text(f"{self._sign.who()} in {self._sign.place()}\n{stack}")
+            findings = None if self._verdict.exists() else self._findings()
+            came_on = self._over.is_set() or not self._is_overdue()
+            if findings is not None and came_on and current_thread() is not main_thread():
+                return
+            self._note_end("lost")
+            with suppress(OSError), self._verdict.open("x") as file:
+                print(f"error: {findings}", file=sys.stderr, flush=True)
+                file.write(f"{findings}\n")
+            os._exit(EXIT_FAULT)  # the main thread may be where no exception reaches it
+
+    def _findings(self) -> str:
+        """Which rank is lost: one that has ended, else one that is silent, else the one that is behind."""
+        waited = f"rank {self._sign.rank} waited in {self._sign.place()}; stacks of live ranks are in {self._folder}"
+        before = read_signs(self._folder)
+        gone = [_told(sign, sign.error or "died") for sign in before.values() if sign.is_gone()]
+        gone += [f"rank {rank} has not begun to train" for rank in range(self._ranks) if rank not in before]
+        if gone:
+            return f"{'; '.join(gone)}; {waited}"
+        for _ in range(_SILENT_PERIODS):
+            time.sleep(self._period)
+            self._beat()
+        after = read_signs(self._folder)
+        silent = [_told(sign, "gives no sign of life") for rank, sign in after.items() if before.get(rank) == sign]
+        if silent:
+            return f"{'; '.join(silent)}; {waited}"
+        least = min(sign.passed for sign in after.values())
+        behind = [_told(sign, "hangs") for sign in after.values() if sign.passed == least]
+        if len(behind) == self._ranks:
+            return f"no rank has come on for {self._timeout:.0f} s and none is behind; {waited}"
+        return f"{'; '.join(behind)}; {waited}"
+
+
+def _told(sign: SignOfLife, fate: str) -> str:
+    """A sign is some seconds old."""
+    return f"{sign.who()} {fate}, last heard of in {sign.place()}"
+
+
+def limit_collectives(seconds: float) -> None:
+    """Give every process group this timeout, DeepSpeed's groups of experts too, whose own is 30 minutes."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed; gloo raises a bare RuntimeError."""
+    if isinstance(error, UserError | MachineError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
+    )

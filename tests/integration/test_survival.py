@@ -1,0 +1,241 @@
+"""Faults of every kind, in real jobs: each ends as documented, and what goes on ends where an undisturbed run does.
+
+Faults that need the launcher's half a minute, or a row of starts, are marked slow.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_SAVED
+from hypermoe_ds.monitor.signs import read_signs
+from tests.helpers.faulty_train import PARAMETER
+from tests.helpers.jobs import REPOSITORY, TRAIN, Done, Job, arguments_of, run_script, start
+
+RANKS = 2
+STEPS = 8
+FAULTY = "tests/helpers/faulty_train.py"
+SUPERVISOR = (sys.executable, REPOSITORY / "launch/supervise.py")
+CLOCK = ("tokens_per_second", "peak_memory_gib")
+
+
+def arguments(recipe: Path, folder: Path, *overrides: str) -> list[str]:
+    return arguments_of(recipe, f"run.dir={folder / 'run'}", f"parallel.expert={RANKS}", *overrides)
+
+
+def faulty(fault: str, recipe: Path, folder: Path, *overrides: str, before: tuple[object, ...] = ()) -> Job:
+    """A job with a fault, KIND:RANK:STEP."""
+    words = arguments(recipe, folder, *overrides)
+    return start(RANKS, *words, folder=folder, script=FAULTY, before=before, FAULT=f"{fault}:{folder / 'fault'}")
+
+
+def goes_on(recipe: Path, folder: Path, *overrides: str) -> None:
+    """The same command again, without a fault."""
+    done = start(RANKS, *arguments(recipe, folder, *overrides), folder=folder).finish()
+    assert done.returncode == 0, done.told()
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines if "loss" in line]
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run/supervisor.jsonl").read_text().splitlines()]
+
+
+def assert_ends_as(folder: Path, undisturbed: Path) -> None:
+    """Every step was logged with the same numbers, and the last checkpoint is the same to the bit."""
+    assert records(folder / "run") == records(undisturbed)
+    ours, theirs = (
+        json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
+        for run in (folder / "run", undisturbed)
+    )
+    assert ours["files"] == theirs["files"], "with their hashes"
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """What still runs of a job."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if any(str(folder) in word for word in words) and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    """Workers that load data look for their rank every 5 s."""
+    _, alive = psutil.wait_procs(processes_of(folder), timeout=20)
+    assert alive == []
+
+
+def one_error_line(done: Done) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.told()
+    return lines[0]
+
+
+def test_a_signal_to_one_rank_saves_the_step_on_all_and_the_same_command_goes_on(
+    recipe: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    words = arguments(recipe, tmp_path)
+    fault = f"term:1:3:{tmp_path / 'fault'}"
+    done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, code=EXIT_SAVED, FAULT=fault)
+    assert "a signal asks for the end: saving step 3" in done.stdout
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
+    run_script(TRAIN, *words, folder=tmp_path, ranks=RANKS)
+    assert_ends_as(tmp_path, whole_run)
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_the_code_of_a_saved_run_on(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+    done = faulty("term:1:3", recipe, tmp_path).finish()
+    assert done.returncode == EXIT_SAVED, done.told()
+    assert "a signal asks for the end: saving step 3" in done.stdout
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
+    assert_nothing_is_left(tmp_path)
+    goes_on(recipe, tmp_path)
+    assert_ends_as(tmp_path, whole_run)
+
+
+def test_a_killed_rank_is_named_and_the_supervisor_starts_the_job_again(
+    recipe: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    done = faulty("kill:1:4", recipe, tmp_path, before=(*SUPERVISOR, "--")).finish()
+    assert done.returncode == 0, done.told()
+    line = one_error_line(done)
+    assert line.startswith("error: rank 1 (process ")
+    assert " died, last heard of in step " in line
+    assert "; rank 0 waited in step 4, forward and backward; stacks" in line
+    first, second = history(tmp_path)
+    assert (first["outcome"], first["step"], second["outcome"]) == ("lost", 4, "done")
+    assert first["what"] in line
+    assert_nothing_is_left(tmp_path)
+    assert_ends_as(tmp_path, whole_run)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_the_step(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+    done = faulty("term_launcher:0:3", recipe, tmp_path).finish()
+    assert done.returncode == 1, "a code of the launcher's own"
+    saved = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
+    assert saved in (3, 4), "the launcher polls"
+    assert {sign.end for sign in read_signs(tmp_path / "run/watch").values()} == {"saved"}
+    assert_nothing_is_left(tmp_path)
+    goes_on(recipe, tmp_path)
+    assert_ends_as(tmp_path, whole_run)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_ended_with_the_job(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+    done = faulty("stop:1:4", recipe, tmp_path, "train.collective_timeout=10").finish()
+    assert done.returncode == EXIT_FAULT, done.told()
+    line = one_error_line(done)
+    assert line.startswith("error: rank 1 (process ")
+    assert " gives no sign of life, last heard of in step " in line
+    assert "; rank 0 waited in step 4, forward and backward; stacks" in line
+    assert "all_to_all_single" in (tmp_path / "run/watch/stack_00000.txt").read_text()
+    assert_nothing_is_left(tmp_path)
+    goes_on(recipe, tmp_path)
+    assert_ends_as(tmp_path, whole_run)
+
+
+def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(recipe: Path, tmp_path: Path) -> None:
+    fault = f"nan:1:4:{tmp_path / 'fault'}"
+    done = run_script(FAULTY, *arguments(recipe, tmp_path), folder=tmp_path, ranks=RANKS, FAULT=fault)
+    assert "warning: step 4 skipped: NaN or Inf in its loss (" in done.stdout
+    assert "samples 24 to 31; 1 in a row, 1 in all" in done.stdout
+    without = tmp_path / "without"
+    without.mkdir()
+    words = arguments(recipe, without, "train.skip_samples=[[24, 31]]", "train.stop_at_step=7")
+    run_script(TRAIN, *words, folder=without, ranks=RANKS)
+    spoilt, whole = records(tmp_path / "run"), records(without / "run")
+    assert (spoilt[3]["skipped_steps"], spoilt[3]["grad_norm"]) == (1, None)
+    del spoilt[3]
+    for one, other in zip(spoilt, whole, strict=True):
+        for record in (one, other):
+            del record["step"], record["skipped_steps"]
+        assert one == other
+
+
+@pytest.mark.slow
+def test_more_bad_steps_than_allowed_stop_the_run_and_name_the_last_good_checkpoint(
+    recipe: Path, tmp_path: Path
+) -> None:
+    done = faulty("nan:0:5", recipe, tmp_path, "train.max_bad_steps=0").finish()
+    assert done.returncode == EXIT_BAD_INPUT, done.told()
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step_00000004" in one_error_line(done)
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_one_copy_of_a_parameter_stops_the_run(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+    done = faulty("flip:1:5", recipe, tmp_path, "train.consistency_interval=1").finish()
+    assert done.returncode == EXIT_FAULT, done.told()
+    line = one_error_line(done)
+    assert f"the copies of {PARAMETER} differ after step 5: ranks 0, 1 disagree" in line
+    goes_on(recipe, tmp_path, "train.consistency_interval=1")
+    assert_ends_as(tmp_path, whole_run)
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_lose_nothing_but_time(recipe: Path, tmp_path: Path) -> None:
+    steps = ["train.steps=250", "evaluation.interval=250"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run_script(TRAIN, *arguments(recipe, whole, *steps), folder=whole, ranks=RANKS)
+    moments = random.Random(5)
+    job = start(RANKS, *arguments(recipe, tmp_path, *steps), folder=tmp_path, before=(*SUPERVISOR, "--"))
+    known: set[int] = set()
+    for _ in range(5):
+        ranks = begun(job, known)
+        known |= set(ranks)
+        time.sleep(moments.uniform(0, 0.6))
+        psutil.Process(ranks[moments.randrange(RANKS)]).kill()
+    done = job.finish()
+    assert done.returncode == 0, done.told()
+    assert [entry["outcome"] for entry in history(tmp_path)] == ["lost"] * 5 + ["done"]
+    assert records(tmp_path / "run") == records(whole / "run")
+
+
+def begun(job: Job, known: set[int]) -> list[int]:
+    """The processes of a try that is about to train, once there are some that are not known."""
+    while True:
+        signs = read_signs(job.folder / "run/watch").values()
+        if len(signs) == RANKS and not any(sign.end or sign.process in known for sign in signs):
+            return [sign.process for sign in signs]
+        assert job.process.poll() is None, (job.folder / "stderr").read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_supervisor_reaches_the_ranks_and_ends_it(recipe: Path, tmp_path: Path) -> None:
+    words = arguments(recipe, tmp_path, "train.steps=100000", "evaluation.interval=100000")
+    job = start(RANKS, *words, folder=tmp_path, before=(*SUPERVISOR, "--"))
+    begun(job, set())
+    job.process.terminate()
+    done = job.finish()
+    assert done.returncode == EXIT_SAVED, done.told()
+    assert [entry["outcome"] for entry in history(tmp_path)] == ["saved"]
+    assert (tmp_path / "run/checkpoints/latest").exists()
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_error_at_the_same_step_is_not_tried_for_ever(recipe: Path, tmp_path: Path) -> None:
+    job = faulty("error:1:3", recipe, tmp_path, before=(*SUPERVISOR, "--"))
+    done = job.finish()
+    assert done.returncode != 0
+    assert [entry["outcome"] for entry in history(tmp_path)] == ["error"] * 2
+    assert "the same error at step 3 as in the try before: ZeroDivisionError" in done.stdout
+    assert_nothing_is_left(tmp_path)
