@@ -22,7 +22,7 @@ def hold(folder: Path, told: Connection, until: Connection) -> None:
 
 
 def test_a_second_process_is_refused_with_the_first_ones_name_until_that_is_killed(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     told, tells = context.Pipe()
     ends, until = context.Pipe()
     holder = context.Process(target=hold, args=(tmp_path / "run", tells, until))
