@@ -95,7 +95,7 @@ class CheckpointManager:
                 str(self._folder), "holds checkpoints", "choose another run.dir or set checkpoint.resume=auto"
             )
         step = self._newest_good(step)
-        with CheckpointReader(self._folder / store.step_name(step)) as reader:
+        with CheckpointReader(self._folder / store.step_name(step), verify=None) as reader:
             saved = reader.manifest.state
             self._state.load(reader, saved.get("engine", {}))
             if saved.get("ranks") == self._ranks:

@@ -13,6 +13,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
 
 from hypermoe_ds.monitor.settings import MonitorConfig
+from hypermoe_ds.monitor.summary import read_records
 
 
 class MetricsFile:
@@ -25,9 +26,9 @@ class MetricsFile:
         """Remove records of steps that a resumed run will take again."""
         if not self._path.exists():
             return
-        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [record for record in read_records(self._path) if record["step"] <= step]
         beside = self._path.with_suffix(".tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         os.replace(beside, self._path)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -39,14 +40,6 @@ class MetricsFile:
 
 def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _step_of(line: str) -> float:
-    """Step of a record; later than any for a line that was cut off."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return math.inf
 
 
 class Sinks:

@@ -2,8 +2,10 @@
 
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hypermoe_ds.errors import UserError
 
@@ -25,12 +27,22 @@ class RunSummary:
     valid_loss: float
 
 
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order, without a line that was cut off when its run was ended."""
+    records = []
+    for line in metrics.read_text().splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
 def validation_at(metrics: Path, step: int) -> float | None:
     """Validation loss of the weights after `step`, in nats per token; None where there was no validation."""
     if not metrics.is_file():
         return None
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [record["valid_loss"] for record in records if record["step"] == step and "valid_loss" in record]
+    losses = [
+        record["valid_loss"] for record in read_records(metrics) if record["step"] == step and "valid_loss" in record
+    ]
     return losses[-1] if losses else None
 
 
@@ -42,7 +54,7 @@ def summarize(metrics: Path) -> RunSummary:
     """
     if not metrics.is_file():
         raise UserError(str(metrics), "no such file", "give the run folder of a run that has trained")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = read_records(metrics)
     steps = [record for record in records if "tokens_per_second" in record]
     validations = [record for record in records if "valid_loss" in record]
     if not steps or not validations:
