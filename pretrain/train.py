@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from hypermoe_ds.checkpoint.lock import claimed
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.datasets import build_datasets, check_sources
@@ -36,38 +37,36 @@ def main() -> None:
     folder = RunFolder(Path(config.run.dir))
     folder.check_same_model(model)
 
-    rank, world_size = start_ranks()
+    rank, world_size = start_ranks(config.train.collective_timeout)
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
-    engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
-    checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, config.model_dump(mode="json"))
-    checkpoints.claim_folder()
-    saved = checkpoints.resume()
-    state = TrainState.from_dict(saved) if saved else TrainState()
-    if rank == 0:
-        folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
+    watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout)
+    with claimed(folder.path), watchdog.watching():
+        engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
+        checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, config.model_dump(mode="json"))
+        checkpoints.check_room()
+        saved = checkpoints.resume()
+        state = TrainState.from_dict(saved) if saved else TrainState()
+        if rank == 0:
+            folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
 
-    sinks = Sinks(config.monitor, folder.path, rank, state.step)
-    sinks.say(config.opening_line(world_size, state.step))
-    if state.step >= config.last_step:
-        sinks.say("nothing to train: raise train.steps or train.stop_at_step to go on")
-    train_set, valid_set = build_datasets(config.data, config.train.seed, config.samples, config.evaluation.max_samples)
-    if state.follow(train_set.order_key):
-        sinks.say("warning: data or train.steps changed the order of the samples: some come again, some never")
-    micro_batch = config.train.micro_batch_size
-    watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, state.step)
+        sinks = Sinks(config.monitor, folder.path, rank, state.step)
+        sinks.say(config.opening_line(world_size, state.step))
+        if state.step >= config.last_step:
+            sinks.say("nothing to train: raise train.steps or train.stop_at_step to go on")
+        seed, samples, micro_batch = config.train.seed, config.samples, config.train.micro_batch_size
+        train_set, valid_set = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
+        if state.follow(train_set.order_key):
+            sinks.say("warning: data or train.steps changed the order of the samples: some come again, some never")
 
-    def validate() -> Evaluation:
-        engine.eval()
-        batches = watchdog.each(validation_batches(valid_set, micro_batch, rank, world_size), "validating")
-        result = evaluate(engine, batches, engine.device)
-        engine.train()
-        return result
+        def validate() -> Evaluation:
+            engine.eval()
+            batches = validation_batches(valid_set, micro_batch, rank, world_size)
+            result = evaluate(engine, watchdog.each(batches, "validating"), engine.device)
+            engine.train()
+            return result
 
-    loader = build_loader(
-        train_set, micro_batch, rank, world_size, state.consumed_samples, config.data.workers, config.left_out
-    )
-    guard = Guard(engine, config.train, config.parallel.expert, sinks.say, checkpoints.newest, train_set.origin)
-    with watchdog.watching():
+        place = (micro_batch, rank, world_size, state.consumed_samples)
+        loader = build_loader(train_set, *place, config.data.workers, config.left_out)
         stopped = train(
             engine=engine,
             batches=watchdog.each(loader, "forward and backward"),
@@ -77,10 +76,10 @@ def main() -> None:
             checkpoints=checkpoints,
             validate=validate if valid_set is not None else None,
             validation_interval=config.evaluation.interval,
-            guard=guard,
+            guard=Guard(engine, config.train, config.parallel.expert, sinks.say, checkpoints, train_set.origin),
             watchdog=watchdog,
         )
-    engine.destroy()
+        engine.destroy()
     torch.distributed.destroy_process_group()
     sys.exit(EXIT_SAVED if stopped else 0)
 

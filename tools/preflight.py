@@ -3,14 +3,16 @@
 python tools/preflight.py --hostfile hostfile --config R.yaml --deepspeed_config F.json [section.key=value ...]
 
 Prints what each host has, and measures the links between them; each failed check is one line on stderr with its remedy,
-and the exit code is then 2. The launch scripts call it.
+and the exit code is then 2. The launch scripts call it. With --fit hosts that fail are left out, and the exit code is 2
+where none is left that can train.
 """
 
 import argparse
+import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +29,17 @@ from hypermoe_ds.parallel.hosts import (
     this_host,
     travelling,
 )
-from hypermoe_ds.parallel.preflight import Starter, ask_hosts, judge, judge_links, links_line, measure_links, table
+from hypermoe_ds.parallel.preflight import (
+    Failure,
+    Starter,
+    ask_hosts,
+    fit,
+    judge,
+    judge_links,
+    links_line,
+    measure_links,
+    table,
+)
 from hypermoe_ds.run_config import RunConfig, load_run_config
 
 REPOSITORY = Path(__file__).parents[1]
@@ -44,18 +56,35 @@ def main() -> None:
         asked = Asked(config.run.dir, token, arguments.config, arguments.deepspeed_config, arguments.overrides)
         answers = ask_hosts(hosts, asked, starter)
     print(table(answers), flush=True)
-    failures = judge(answers, asked, needed_gib(config))
-    if not failures:
-        try:
-            links = measure_links(hosts, starter, *meeting_place(hosts, os.environ), arguments.mebibytes)
-        except UserError as error:
-            failures = [error]
-        else:
-            print(links_line(links, hosts, arguments.mebibytes), flush=True)
-            failures = judge_links(links, hosts, arguments.least)
+    passed = without_failing(hosts, judge(answers, asked, needed_gib(config)), arguments.fit is not None)
+    links = measure_links(passed, starter, *meeting_place(passed, os.environ), arguments.mebibytes)
+    print(links_line(links, passed, arguments.mebibytes), flush=True)
+    passed = without_failing(passed, judge_links(links, passed, arguments.least), arguments.fit is not None)
+    if arguments.fit is not None:
+        write_fit(arguments.fit, hosts, passed, config)
+
+
+def without_failing(hosts: Sequence[Host], failures: Sequence[Failure], may_leave_out: bool) -> list[Host]:
+    """The hosts that did not fail; tells the failures, and ends if there are some that cannot be left out."""
     for failure in failures:
-        print(f"error: {' '.join(str(failure).split())}", file=sys.stderr)
-    sys.exit(2 if failures else 0)
+        print(f"error: {' '.join(str(failure.error).split())}", file=sys.stderr)
+    failed = {failure.host for failure in failures}
+    left = [host for host in hosts if host not in failed]
+    if failures and (not may_leave_out or not left or None in failed):
+        sys.exit(2)
+    return left
+
+
+def write_fit(path: Path, hosts: Sequence[Host], passed: Sequence[Host], config: RunConfig) -> None:
+    """Tell and write down which hosts can train, and the overrides that it takes if these are not all."""
+    train, experts = config.train, config.architecture().num_experts
+    found = fit(passed, train.global_batch_size, train.micro_batch_size, config.parallel.expert, experts)
+    fewer = len(found.hosts) < len(hosts)
+    overrides = [f"parallel.expert={found.expert}"] if fewer else []
+    names = ", ".join(host.name for host in found.hosts)
+    print(f"{len(found.hosts)} of {len(hosts)} hosts can train: {names}", *overrides, flush=True)
+    content = {"hosts": [f"{host.name} slots={host.slots}" for host in found.hosts], "overrides": overrides}
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def hosts_of(arguments: argparse.Namespace) -> list[Host]:
@@ -114,6 +143,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="what each rank sends, in MiB (64)")
     parser.add_argument("--least", type=float, default=0.0, metavar="X",
                         help="GB/s that each pair of hosts must reach (default: 0, any)")  # fmt: skip
+    parser.add_argument("--fit", type=Path, metavar="FILE",
+                        help="leave out hosts that fail; write the others and what they need changed")  # fmt: skip
     parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")

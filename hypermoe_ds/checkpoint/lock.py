@@ -5,9 +5,12 @@ import fcntl
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.parallel.host_group import HostGroup
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -49,3 +52,15 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Take a run folder for all ranks of this job (collective); made if it is missing.
+
+    Raises:
+        UserError: another job trains in it, or it cannot be written to.
+    """
+    locks = []
+    HostGroup().from_first(lambda: locks.append(RunLock(folder)))
+    yield

@@ -3,25 +3,26 @@
 import logging
 import os
 import shutil
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hypermoe_ds.checkpoint import store
 from hypermoe_ds.checkpoint.engine_state import EngineState, Held
-from hypermoe_ds.checkpoint.lock import RunLock
 from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, sync_folder
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader, shard_name, write_shard
 from hypermoe_ds.config import Settings
-from hypermoe_ds.errors import UserError
+from hypermoe_ds.errors import MachineError, UserError
+from hypermoe_ds.parallel.host_group import HostGroup
 
 _LOGGER = logging.getLogger(__name__)
 _BYTES_OF_PARAMETER = 4 * (1 + len(MOMENTS))
@@ -49,7 +50,7 @@ class CheckpointManager:
 
     Args:
         engine: the DeepSpeed engine to save and load.
-        checkpoints: RUN_DIR/checkpoints.
+        checkpoints: RUN_DIR/checkpoints; RUN_DIR exists.
         config: when to save and what to keep.
         settings: the recipe as run, kept in each checkpoint.
     """
@@ -60,13 +61,10 @@ class CheckpointManager:
         self._config = config
         self._settings = settings
         self._device = engine.device
-        # Of its own: its messages come from another thread, and never meet those of the training.
-        self._group = torch.distributed.new_group(backend="gloo")
-        self._rank = torch.distributed.get_rank()
-        self._ranks = torch.distributed.get_world_size()
-        self._tensors = _whole_tensors(self._gather(self._state.held))
+        self._ranks = HostGroup()
+        self._tensors = _whole_tensors(self._ranks.gather(self._state.held))
         self._size = _BYTES_OF_PARAMETER * sum(torch.Size(entry.shape).numel() for entry in self._tensors.values())
-        self._lock: RunLock | None = None
+        self._identity = _identity(checkpoints.parent)
         self._writer: Thread | None = None
         self._failure: Exception | None = None  # of the save beside the training
 
@@ -85,9 +83,9 @@ class CheckpointManager:
         Raises:
             UserError: there are checkpoints, and `checkpoint.resume` is "none" or none of them is good.
         """
-        if self._rank == 0 and self._folder.is_dir():
+        if self._ranks.rank == 0 and self._folder.is_dir():
             store.remove_unfinished(self._folder)
-        step = self._told(lambda: store.latest_step(self._folder))
+        step = self._first(lambda: store.latest_step(self._folder))
         if step is None:
             return None
         if self._config.resume == "none":
@@ -98,7 +96,7 @@ class CheckpointManager:
         with CheckpointReader(self._folder / store.step_name(step), verify=None) as reader:
             saved = reader.manifest.state
             self._state.load(reader, saved.get("engine", {}))
-            if saved.get("ranks") == self._ranks:
+            if saved.get("ranks") == self._ranks.size:
                 self._take_random_state(reader)
         run: dict[str, Any] = saved["run"]
         return run
@@ -111,72 +109,76 @@ class CheckpointManager:
             state: position of the run, as JSON.
 
         Raises:
-            UserError: the disk has no room for it or fails. Of a checkpoint written beside the training that is told
-                at once in the log; the next one is then written while training waits.
+            MachineError: the disk has no room for it, fails or is gone. Of a checkpoint written beside the training
+                that is told at once in the log, and the next one is written while training waits.
         """
         began = time.perf_counter()
         self._join()
         failed, self._failure = self._failure, None
         if failed is not None and not isinstance(failed, UserError):
             raise failed
-        self._check_room()
+        with _no_fault_of_the_user():
+            self._save(step, state, began, beside=self._config.asynchronous and failed is None)
+
+    def _save(self, step: int, state: dict[str, Any], began: float, beside: bool) -> None:
+        self.check_room()
         tensors = {name: self._on_host(tensor) for name, tensor in self._state.tensors()} | _random_state()
-        saved = {"run": state, "engine": self._state.counters(), "ranks": self._ranks}
-        if self._config.asynchronous and failed is None:
+        saved = {"run": state, "engine": self._state.counters(), "ranks": self._ranks.size}
+        if beside:
             self._writer = Thread(target=self._write_beside, args=(step, tensors, saved, began), daemon=True)
             self._writer.start()
-            if self._rank == 0:
+            if self._ranks.rank == 0:
                 _LOGGER.info("checkpoint of step %d: training waited %.2f s", step, time.perf_counter() - began)
         else:
             self._write(step, tensors, saved)
-            if self._rank == 0:
+            if self._ranks.rank == 0:
                 _LOGGER.info("checkpoint of step %d: written in %.2f s", step, time.perf_counter() - began)
 
     def finish(self) -> None:
         """Wait for the last checkpoint.
 
         Raises:
-            UserError: it could not be written.
+            MachineError: it could not be written.
         """
         self._join()
-        if self._failure is not None:
-            raise self._failure
+        with _no_fault_of_the_user():
+            if self._failure is not None:
+                raise self._failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has seen the save beside the training fail; others may see it a moment later."""
+        return self._failure is not None
 
     def newest(self) -> str:
         """The newest checkpoint on disk, in words."""
         step = store.latest_step(self._folder)
         return "none" if step is None else str(self._folder / store.step_name(step))
 
-    def claim_folder(self) -> None:
-        """Take the run folder for this job, until it ends.
-
-        Raises:
-            UserError: another job trains in it, it cannot be written to, or has no room for a checkpoint.
-        """
-        self._check_room()
-
-        def lock() -> None:
-            self._lock = RunLock(self._folder.parent)
-
-        self._told(lock)
-
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
         """Refuse to start a checkpoint that the disk cannot hold. Writes nothing.
 
         Raises:
-            UserError: less is free than a checkpoint takes, or the folder cannot be written to.
+            UserError: less is free than a checkpoint takes, the folder cannot be written to, or on some host there is
+                another one in its place.
         """
-        place = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            raise UserError(f"run.dir={self._folder.parent}", "cannot be written to", "choose another run.dir")
         # The least over the ranks, taken before any of them writes: all go on, or none does.
-        free = min(self._gather(shutil.disk_usage(place).free))
+        free = min(self._ranks.all_or_none(self._free_bytes))
         if free < self._size:
             raise UserError(
                 str(self._folder),
                 f"{free / 2**30:.2f} GiB are free and a checkpoint takes {self._size / 2**30:.2f} GiB",
                 "free some disk or choose another run.dir",
             )
+
+    def _free_bytes(self) -> int:
+        run = self._folder.parent
+        if _identity(run) != self._identity:
+            problem = f"is no longer the folder that the run began in, on {socket.gethostname()}"
+            raise UserError(f"run.dir={run}", problem, "mount it there and start again")
+        if not os.access(run, os.W_OK):
+            raise UserError(f"run.dir={run}", "cannot be written to", "choose another run.dir")
+        return shutil.disk_usage(run).free
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         """On the CPU, and a copy where the training would write into it before it is on disk."""
@@ -187,20 +189,21 @@ class CheckpointManager:
             self._write(step, tensors, saved)
         except Exception as error:
             self._failure = error
-            if self._rank == 0 and isinstance(error, UserError):
+            if self._ranks.rank == 0 and isinstance(error, UserError):
                 _LOGGER.error("error: %s", error)
             return
-        if self._rank == 0:
+        if self._ranks.rank == 0:
             _LOGGER.info("checkpoint of step %d: on disk after %.2f s", step, time.perf_counter() - began)
 
     def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         partial = store.partial_folder(self._folder, step)
+        rank = self._ranks.rank
         try:
-            self._told(lambda: store.begin(self._folder, step))
-            entries = self._all_or_none(lambda: write_shard(partial, self._rank, tensors))
-            self._told(lambda: self._publish(step, saved, entries))
+            self._first(lambda: store.begin(self._folder, step))
+            entries = self._ranks.all_or_none(lambda: self._in_words(lambda: write_shard(partial, rank, tensors)))
+            self._first(lambda: self._publish(step, saved, entries))
         except UserError:
-            if self._rank == 0:  # what it holds may be what the disk lacks
+            if rank == 0:  # what it holds may be what the disk lacks
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -217,19 +220,19 @@ class CheckpointManager:
         """The newest step up to `newest` whose files are what was written."""
         tried: list[UserError] = []
         while True:
-            steps = self._told(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
+            steps = self._first(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
             if not steps:
                 raise UserError(
                     str(self._folder), f"holds no good checkpoint ({tried[0]})", "restore one or choose another run.dir"
                 )
             error = self._damage(steps[-1])
             if error is None and tried:
-                self._told(lambda step=steps[-1]: store.name_latest(self._folder, step))  # type: ignore[misc]
+                self._first(lambda step=steps[-1]: store.name_latest(self._folder, step))  # type: ignore[misc]
             if error is None:
                 return steps[-1]
             tried.append(error)
-            aside = self._told(lambda step=steps[-1]: str(store.set_aside(self._folder, step)))  # type: ignore[misc]
-            if self._rank == 0:
+            aside = self._first(lambda step=steps[-1]: str(store.set_aside(self._folder, step)))  # type: ignore[misc]
+            if self._ranks.rank == 0:
                 _LOGGER.warning("warning: %s (set aside as %s)", error, aside)
 
     def _damage(self, step: int) -> UserError | None:
@@ -239,16 +242,18 @@ class CheckpointManager:
         def look() -> UserError | None:
             try:
                 manifest = Manifest.read(folder)
-                manifest.check_files(folder, self._config.verify, list(manifest.files)[self._rank :: self._ranks])
+                manifest.check_files(
+                    folder, self._config.verify, list(manifest.files)[self._ranks.rank :: self._ranks.size]
+                )
             except UserError as error:
                 return error
             return None
 
-        return next((error for error in self._gather(look()) if error is not None), None)
+        return next((error for error in self._ranks.gather(look()) if error is not None), None)
 
     def _take_random_state(self, reader: CheckpointReader) -> None:
-        cpu = reader.beside_parameters(self._rank, _RANDOM_STATE)
-        cuda = reader.beside_parameters(self._rank, _RANDOM_STATE_OF_GPU)
+        cpu = reader.beside_parameters(self._ranks.rank, _RANDOM_STATE)
+        cuda = reader.beside_parameters(self._ranks.rank, _RANDOM_STATE_OF_GPU)
         if cpu is not None:
             torch.set_rng_state(cpu)
         if cuda is not None and self._device.type == "cuda":
@@ -259,35 +264,34 @@ class CheckpointManager:
             self._writer.join()
             self._writer = None
 
-    def _gather(self, value: Value) -> list[Value]:
-        """Everybody's value, on every rank."""
-        values: list[Any] = [None] * self._ranks
-        torch.distributed.all_gather_object(values, value, self._group)
-        return values
+    def _first(self, action: Callable[[], Value]) -> Value:
+        return self._ranks.from_first(lambda: self._in_words(action))
 
-    def _told(self, action: Callable[[], Value]) -> Value:
-        """What rank 0 finds or does, told to all; so is its failure."""
-        [first, *_] = self._gather(self._tried(action) if self._rank == 0 else None)
-        if isinstance(first, UserError):
-            raise first
-        return first  # type: ignore[return-value]
-
-    def _all_or_none(self, action: Callable[[], Value]) -> list[Value]:
-        """What each rank does; a failure of one is one of all."""
-        outcomes = self._gather(self._tried(action))
-        for outcome in outcomes:
-            if isinstance(outcome, UserError):
-                raise outcome
-        return outcomes  # type: ignore[return-value]
-
-    def _tried(self, action: Callable[[], Value]) -> Value | UserError:
+    def _in_words(self, action: Callable[[], Value]) -> Value:
+        """Do it, and tell a failure of the disk as one line."""
         try:
             return action()
-        except UserError as error:
-            return error
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            return UserError(str(self._folder), f"cannot be written ({reason})", "mend that and start again")
+            problem = f"cannot be written on {socket.gethostname()} ({reason})"
+            raise UserError(str(self._folder), problem, "mend that and start again") from None
+
+
+@contextmanager
+def _no_fault_of_the_user() -> Iterator[None]:
+    """A disk that fails while a run trains is none of its settings."""
+    try:
+        yield
+    except UserError as error:
+        raise MachineError(str(error)) from None
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of a file system and the folder in it; None where there is no such folder."""
+    with suppress(OSError):
+        status = folder.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _random_state() -> dict[str, Tensor]:

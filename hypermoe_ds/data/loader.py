@@ -185,7 +185,12 @@ def _live_as_long_as_the_rank(_worker: int) -> None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     Thread(target=listen, daemon=True).start()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_when_parent_ends(signal.SIGKILL)
+
+
+def signal_when_parent_ends(number: signal.Signals) -> None:
+    """From now on the system sends this process that signal when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

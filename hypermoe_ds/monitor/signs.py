@@ -21,7 +21,8 @@ class SignOfLife:
         process: its process id there.
         step: step that it works on.
         doing: at what.
-        passed: how many things it has begun; alike on all ranks when they stand at the same place.
+        passed: how many things it has begun, 0 before its first step; alike on ranks that stand at the same
+            place.
         beats: counts up as long as the process runs.
         end: how it ended: done, saved (a signal asked for it), lost (another rank was), error; empty while it runs.
         error: of the end `error`, what it was.

@@ -12,29 +12,34 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
 
+from hypermoe_ds.errors import MachineError
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.summary import read_records
 
 
 class MetricsFile:
-    """RUN_DIR/metrics.jsonl: one JSON object a record."""
+    """RUN_DIR/metrics.jsonl: one JSON object a record.
+
+    Attributes:
+        path: where it is.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def drop_after(self, step: int) -> None:
         """Remove records of steps that a resumed run will take again."""
-        if not self._path.exists():
+        if not self.path.exists():
             return
-        kept = [record for record in read_records(self._path) if record["step"] <= step]
-        beside = self._path.with_suffix(".tmp")
+        kept = [record for record in read_records(self.path) if record["step"] <= step]
+        beside = self.path.with_suffix(".tmp")
         beside.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
-        os.replace(beside, self._path)
+        os.replace(beside, self.path)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record, flushed; JSON has no NaN and no infinity, they become null."""
         finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
 
 
@@ -58,9 +63,19 @@ class Sinks:
             print(line, flush=True)
 
     def write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None = None) -> None:
-        """One record at `step`: numbers and, per MoE layer, the share of the routed rows of each expert."""
+        """One record at `step`: numbers and, per MoE layer, the share of the routed rows of each expert.
+
+        Raises:
+            MachineError: the disk is full or gone.
+        """
         if not self._speaks:
             return
+        try:
+            self._write(step, scalars, load_MN)
+        except OSError as error:
+            raise MachineError(f"{self._metrics.path}: cannot be written ({error.strerror})") from None
+
+    def _write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None) -> None:
         loads = {
             f"expert_load/moe_layer_{layer}": load_N for layer, load_N in enumerate(() if load_MN is None else load_MN)
         }

@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from threading import Timer
+from typing import NamedTuple
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.host_facts import FACTS, Asked, HostFacts
 from hypermoe_ds.parallel.hosts import Host, shell_line
 from hypermoe_ds.parallel.links import LINKS, Links
+from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
 
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
@@ -50,6 +52,18 @@ class Told:
     facts: HostFacts | None
     trouble: str = ""
     clock_ahead: float = 0.0
+
+
+class Failure(NamedTuple):
+    """A check that failed.
+
+    Attributes:
+        host: the host without which it would not; None where it is no single one.
+        error: the line that tells it.
+    """
+
+    host: Host | None
+    error: UserError
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[Non
         timer.cancel()
 
 
-def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[UserError]:
+def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[Failure]:
     """Everything that is wrong with the hosts.
 
     Args:
@@ -118,28 +132,32 @@ def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[UserEr
         disk_gib: free space that the run needs.
     """
     failures = [
-        UserError(told.host.name, f"does not answer ({told.trouble})", told.host.reach_remedy())
+        Failure(told.host, UserError(told.host.name, f"does not answer ({told.trouble})", told.host.reach_remedy()))
         for told in answers
         if told.facts is None
     ]
     present = [(told, told.facts) for told in answers if told.facts is not None]
     for name, remedy in _ALIKE.items():
-        failures += _differing(name, {told.host.name: _shown(getattr(facts, name)) for told, facts in present}, remedy)
+        failures += _differing(name, {told.host: _shown(getattr(facts, name)) for told, facts in present}, remedy)
     for told, facts in present:
-        failures += _lacking(told, facts, asked, disk_gib)
+        lacks = _lacking(told, facts, asked, disk_gib)
         if len(answers) > 1 and facts.address.startswith("127.") and facts.devices is None:
-            failures += _unreachable_name(told.host.name, facts.address)
+            lacks.append(_unreachable_name(told.host.name, facts.address))
+        failures += [Failure(told.host, error) for error in lacks]
     return failures
 
 
-def _differing(name: str, values: Mapping[str, str], remedy: str) -> list[UserError]:
+def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
     """Hosts whose value is not the one that most have."""
     [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
-    return [
-        UserError(f"{host}: {name}", f"is {value}, elsewhere {usual}", remedy)
+    failures = [
+        Failure(host, UserError(f"{host.name}: {name}", f"is {value}, elsewhere {usual}", remedy))
         for host, value in values.items()
         if value != usual
-    ] + ([UserError(name, usual, remedy)] if name == "settings" and usual.startswith("unreadable") else [])
+    ]
+    if name == "settings" and usual.startswith("unreadable"):
+        failures.append(Failure(None, UserError(name, usual, remedy)))
+    return failures
 
 
 def _lacking(told: Told, facts: HostFacts, asked: Asked, disk_gib: float) -> list[UserError]:
@@ -167,10 +185,10 @@ def _lacking(told: Told, facts: HostFacts, asked: Asked, disk_gib: float) -> lis
     return found
 
 
-def _unreachable_name(host: str, address: str) -> list[UserError]:
+def _unreachable_name(host: str, address: str) -> UserError:
     """Gloo tells other hosts the address that a host's own name has."""
     remedy = "set GLOO_SOCKET_IFNAME to the network interface, or mend /etc/hosts there"
-    return [UserError(f"{host}: its own name", f"means {address} there, which no other host can reach", remedy)]
+    return UserError(f"{host}: its own name", f"means {address} there, which no other host can reach", remedy)
 
 
 def measure_links(hosts: Sequence[Host], starter: Starter, address: str, port: int, mebibytes: int) -> Links:
@@ -210,8 +228,8 @@ def _output(process: subprocess.Popen[str]) -> str:
         return process.communicate()[0]
 
 
-def judge_links(links: Links, hosts: Sequence[Host], least: float) -> list[UserError]:
-    """Links that are slow, and exchanges that went wrong.
+def judge_links(links: Links, hosts: Sequence[Host], least: float) -> list[Failure]:
+    """Links that are slow, each blamed on the host that has more of them, and exchanges that went wrong.
 
     Args:
         links: what was measured.
@@ -219,20 +237,51 @@ def judge_links(links: Links, hosts: Sequence[Host], least: float) -> list[UserE
         least: GB/s that each pair of hosts must reach.
     """
     failures = [
-        UserError(exchange, "gave a wrong result", "look for faulty memory or network hardware")
+        Failure(None, UserError(exchange, "gave a wrong result", "look for faulty memory or network hardware"))
         for exchange in sorted(set(links.wrong))
     ]
     usual = median([speed for *_, speed in links.pairs]) if links.pairs else 0.0
-    for one, other, speed in links.pairs:
+    slow = [pair for pair in links.pairs if pair[2] < max(least, usual * _SLOW_SHARE)]
+    count = Counter(host for pair in slow for host in pair[:2])
+    for one, other, speed in slow:
         where = f"{hosts[one].name} - {hosts[other].name}"
-        if speed < least:
-            failures.append(
-                UserError(where, f"{speed:.2f} GB/s, wanted are {least:.2f}", "look at their cables and ports")
-            )
-        elif speed < usual * _SLOW_SHARE:
+        problem, remedy = f"{speed:.2f} GB/s, wanted are {least:.2f}", "look at their cables and ports"
+        if speed >= least:
             problem = f"{speed:.2f} GB/s, between others {usual:.2f}"
-            failures.append(UserError(where, problem, "look at the cables and ports of the host that is slow to all"))
+            remedy = "look at the cables and ports of the host that is slow to all"
+        culprit = max(one, other, key=lambda host: (count[host], host))
+        failures.append(Failure(hosts[culprit], UserError(where, problem, remedy)))
     return failures
+
+
+class Fit(NamedTuple):
+    """Hosts that can train together, and the expert parallelism on them."""
+
+    hosts: Sequence[Host]
+    expert: int
+
+
+def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, expert: int, num_experts: int) -> Fit:
+    """The most of these hosts, from the first one on, that the settings can be spread over.
+
+    Args:
+        hosts: those that passed.
+        global_batch_size: sequences of one optimizer step, over all ranks.
+        micro_batch_size: sequences of one forward pass on one rank.
+        expert: ranks that share one copy of the experts, at most.
+        num_experts: of the model.
+
+    Raises:
+        UserError: the batch cannot be shared by the ranks of any number of them.
+    """
+    slots = [host.slots for host in hosts]
+    taken = hosts[: hosts_that_fit(slots, global_batch_size, micro_batch_size)]
+    if not taken:
+        problem = f"cannot be shared by the ranks of {', '.join(host.name for host in hosts)} or fewer hosts"
+        remedy = f"a multiple of {micro_batch_size} times {slots[0] if slots else 1} can"
+        raise UserError(f"train.global_batch_size={global_batch_size}", problem, remedy)
+    ranks = sum(host.slots for host in taken)
+    return Fit(taken, largest_expert_parallel(expert, num_experts, ranks))
 
 
 def table(answers: Sequence[Told]) -> str:

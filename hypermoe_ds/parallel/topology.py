@@ -1,5 +1,8 @@
 """Arithmetic of how ranks share a batch and the experts. Needs no GPU, no ranks, no DeepSpeed."""
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 from pydantic import Field
 
 from hypermoe_ds.config import Settings
@@ -54,3 +57,20 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> Non
         raise UserError(where, f"does not divide model.num_experts={num_experts}", remedy)
     if world_size % expert:
         raise UserError(where, f"does not divide the {world_size} ranks", remedy)
+
+
+def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_size: int) -> int:
+    """How many of the first hosts can share the batch; 0 if none can.
+
+    Args:
+        slots: ranks of each host, in the order in which they are taken.
+        global_batch_size: sequences of one optimizer step, over all ranks.
+        micro_batch_size: sequences of one forward pass on one rank.
+    """
+    fitting = [global_batch_size % (micro_batch_size * ranks) == 0 for ranks in accumulate(slots)]
+    return max((number for number, fits in enumerate(fitting, start=1) if fits), default=0)
+
+
+def largest_expert_parallel(expert: int, num_experts: int, world_size: int) -> int:
+    """The most ranks, up to `expert`, that can share one copy of the experts."""
+    return max(n for n in range(1, expert + 1) if num_experts % n == 0 and world_size % n == 0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_SAVED
 from hypermoe_ds.monitor.signs import SignOfLife
 
-_TRIES_BEFORE_TRAINING = 3
+_TRIES_UNMET = 3
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Try:
         seconds: how long it ran.
         exit_code: of the launcher.
         outcome: done; saved (a signal ended it after a checkpoint); refused (bad input); error (a rank told one);
-            lost (a rank was); untrained (it ended before its first step).
+            lost (a rank was); unmet (it ended before its ranks had met).
         step: last step that a rank worked on, None before the first.
         what: what is known of the end, in one line.
     """
@@ -68,7 +68,7 @@ def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLi
         signs: the ranks' last signs of life in it.
         verdict: what a rank told of one that was lost; empty for none.
     """
-    step = max((sign.step for sign in signs.values()), default=None)
+    step = max((sign.step for sign in signs.values() if sign.passed), default=None)
     failed = [sign for _, sign in sorted(signs.items()) if sign.end == "error"]
     saved = any(sign.end == "saved" for sign in signs.values())
     if exit_code == 0:
@@ -78,9 +78,9 @@ def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLi
     elif exit_code == EXIT_BAD_INPUT:
         outcome, what = "refused", failed[0].error if failed else "see its last line"
     elif failed:
-        outcome, what, step = "error", failed[0].error, failed[0].step
-    elif step is None:
-        outcome, what = "untrained", "it ended before its first step"
+        outcome, what, step = "error", failed[0].error, failed[0].step if failed[0].passed else None
+    elif not signs:
+        outcome, what = "unmet", "it ended before its ranks had met"
     else:
         outcome, what = "lost", verdict or "ranks ended without a word"
     return Try(began, now - began, exit_code, outcome, step, " ".join(what.split()))
@@ -104,8 +104,8 @@ def _reason_to_stop(tries: Sequence[Try], limits: Limits) -> str:
         return f"a mistake in the settings, which a new start does not mend: {last.what}"
     if len(tries) > 1 and last.repeats(tries[-2]):
         return f"the same error at step {last.step} as in the try before: {last.what}"
-    if [entry.outcome for entry in tries[-_TRIES_BEFORE_TRAINING:]] == ["untrained"] * _TRIES_BEFORE_TRAINING:
-        return f"{_TRIES_BEFORE_TRAINING} tries in a row ended before their first step"
+    if [entry.outcome for entry in tries[-_TRIES_UNMET:]] == ["unmet"] * _TRIES_UNMET:
+        return f"{_TRIES_UNMET} tries in a row ended before their ranks had met"
     end = last.began + last.seconds
     faults = sum(entry.outcome != "saved" and end - entry.began - entry.seconds < limits.seconds for entry in tries)
     return f"{faults} faults within {limits.seconds:.0f} s, the last one: {last.what}" * (faults > limits.restarts)

@@ -1,9 +1,7 @@
 """Runs a job's command, again and again if need be."""
 
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -11,55 +9,37 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
-from hypermoe_ds.config import apply_overrides, load_yaml
 from hypermoe_ds.errors import EXIT_SAVED, UserError
 from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_signs, sign_path
+from hypermoe_ds.supervision.command import HOSTS, TrainingCommand
 from hypermoe_ds.supervision.history import HistoryFile, Limits, Try, decide, ended
+from hypermoe_ds.supervision.hosts import Chosen, HostChoice
+from hypermoe_ds.supervision.processes import JobProcesses
 
 _POLL_SECONDS = 0.2
-_SECONDS_AFTER_VERDICT = 60.0  # DeepSpeed's launcher gives a stopped rank 30
-_SECONDS_TO_SAVE = 60.0
-_HOSTS = "{hosts}"
-
-
-def run_dir_of(command: Sequence[str]) -> Path:
-    """The run folder that a training command names.
-
-    Raises:
-        UserError: no train.py with its `--config` in it, or a recipe that cannot be read.
-    """
-    scripts = [place for place, word in enumerate(command) if word.endswith("train.py")]
-    words = list(command[scripts[0] + 1 :]) if scripts else []
-    recipe = next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
-    if "--config" in words[:-1]:
-        recipe = words[words.index("--config") + 1]
-    if recipe is None:
-        raise UserError(shlex.join(command), "is no training command", "give `deepspeed ... train.py --config ...`")
-    overrides = [word for word in words if not word.startswith("-") and "=" in word]
-    folder = apply_overrides(load_yaml(recipe), overrides).get("run", {}).get("dir")
-    if folder is None:
-        raise UserError(f"{recipe}: run.dir", "is missing", "give the run folder")
-    return Path(folder)
+_SECONDS_AFTER_VERDICT = 15.0  # ranks end themselves at once, or are ended 10 s later
+_SECONDS_TO_SAVE = 60
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # between two looks for hosts
 
 
 class Supervisor:
     """Starts a job until it is done, a signal ends it, or starting it again makes no sense.
 
     Args:
-        command: the training command; `{hosts}` in it becomes the file that `hosts_command` fills.
+        command: the training command.
         limits: how often to start again.
-        hosts_command: prints a hostfile, run before each try; None for none.
+        choice: finds the hosts of each try; None where the command knows its own.
     """
 
-    def __init__(self, command: Sequence[str], limits: Limits, hosts_command: str | None) -> None:
-        self._run = run_dir_of(command)
-        self._command = [*command, "checkpoint.resume=auto"]
+    def __init__(self, command: TrainingCommand, limits: Limits, choice: HostChoice | None) -> None:
+        if choice is None and any(HOSTS in word for word in command.words):
+            raise UserError(HOSTS, "stands in the command and there is no --hostfile", "give one")
+        self._command = command
         self._limits = limits
-        self._hosts_command = hosts_command
-        self._history = HistoryFile(self._run / "supervisor.jsonl")
-        self._signal: int | None = None
+        self._choice = choice
+        self._processes = JobProcesses(choice.hosts if choice else [])
+        self._history = HistoryFile(command.run_dir / "supervisor.jsonl")
+        self._signal: signal.Signals | None = None
 
     def run(self) -> int:
         """Until the end; the exit code."""
@@ -67,67 +47,82 @@ class Supervisor:
             signal.signal(number, self._note)
         tries: list[Try] = []
         while True:
-            tries.append(self._try())
-            self._history.append(tries[-1])
+            words = self._words(patient=bool(tries))
+            if self._signal is not None:
+                return _exit_code(tries)
+            tries.append(self._try(words))
+            try:
+                self._history.append(tries[-1])
+            except OSError as error:
+                _say(f"what ended this try could not be kept ({error})")
             decision = decide(tries, self._limits)
             again = decision.again and self._signal is None
             step = "before the first step" if tries[-1].step is None else f"in step {tries[-1].step}"
             _say(f"try {len(tries)} ended {step} with exit code {tries[-1].exit_code}: {decision.why}")
             if not again:
                 _say("not started again" if decision.why != "done" else "the run is done")
-                return EXIT_SAVED if tries[-1].outcome == "saved" else tries[-1].exit_code
+                return _exit_code(tries)
             _say("starting again from the newest checkpoint")
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = number
+        self._signal = signal.Signals(number)
 
-    def _try(self) -> Try:
+    def _words(self, patient: bool) -> list[str]:
+        """The command of the next try, once there are hosts for it or a signal has come.
+
+        Raises:
+            UserError: there are none, and it is not `patient`.
+        """
+        if self._choice is None:
+            return self._command.started_with(None, [])
+        pause = _FIRST_PAUSE
+        self._processes.end(0)  # on hosts that could not be reached when their try ended
+        chosen = self._choice.choose()
+        while chosen is None and self._signal is None:
+            if not patient:
+                raise UserError("--hostfile", "no host can train", "mend what the lines above name")
+            _say(f"no host can train; looking again in {pause:.0f} s")
+            self._rest(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            chosen = self._choice.choose()
+        return self._command.started_with(*(chosen or Chosen(Path(), [])))
+
+    def _rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._signal is None:
+            time.sleep(_POLL_SECONDS)
+
+    def _try(self, words: Sequence[str]) -> Try:
         """One start: the launcher and all that it leaves behind have ended when this returns."""
-        words = [word.replace(_HOSTS, str(self._hosts())) if _HOSTS in word else word for word in self._command]
-        watch = _WatchFolder(self._run / "watch")
+        watch = _WatchFolder(self._command.run_dir / "watch")
         began = time.time()
         try:
-            launcher = subprocess.Popen(words, start_new_session=True)
+            environment = {**os.environ, **self._processes.environment}
+            launcher = subprocess.Popen(words, start_new_session=True, env=environment)
         except OSError as error:
             raise UserError(words[0], f"cannot be started ({error.strerror})", "mend the command after --") from None
         self._wait(launcher, watch)
-        _end_group(launcher.pid)
+        self._processes.end(0 if watch.verdict() else _SECONDS_TO_SAVE)
         code = launcher.returncode
         return ended(began, time.time(), 128 - code if code < 0 else code, watch.signs(), watch.verdict())
 
     def _wait(self, launcher: "subprocess.Popen[bytes]", watch: "_WatchFolder") -> None:
-        """Until the launcher has ended, passing a signal on once, or until it is clear that it never will."""
+        """Until the launcher has ended, passing a signal on once, or until it is clear that it never will.
+
+        It is killed, not signalled: DeepSpeed's would end all jobs of this Python on its hosts, and ranks 30 s later.
+        """
         passed_on = False
         latest: float | None = None
         while launcher.poll() is None:
             time.sleep(_POLL_SECONDS)
             if self._signal is not None and not passed_on:
-                self._pass_on(launcher.pid, watch.signs(), self._signal)
                 passed_on = True
+                if not self._processes.signal_ranks(self._signal):
+                    latest = time.monotonic()
             if latest is None and watch.verdict():
                 latest = time.monotonic() + _SECONDS_AFTER_VERDICT
             if latest is not None and time.monotonic() > latest:
                 os.killpg(launcher.pid, signal.SIGKILL)
-
-    def _pass_on(self, group: int, signs: dict[int, SignOfLife], number: int) -> None:
-        """To a rank of this host: all ranks hear of it. DeepSpeed's launcher would kill them 30 s after it."""
-        for sign in signs.values():
-            if sign.host == socket.gethostname() and not sign.end:
-                with suppress(ProcessLookupError):
-                    os.kill(sign.process, number)
-                    return
-        os.killpg(group, number)
-
-    def _hosts(self) -> Path:
-        if self._hosts_command is None:
-            raise UserError(_HOSTS, "stands in the command and there is no --hosts-command", "give one")
-        done = subprocess.run(shlex.split(self._hosts_command), stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode or not done.stdout.strip():
-            raise UserError(f"--hosts-command {self._hosts_command}", "names no hosts", "mend it and start again")
-        path = self._run / "hosts"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(done.stdout)
-        return path
 
 
 class _WatchFolder:
@@ -152,24 +147,8 @@ class _WatchFolder:
         return False
 
 
-def _end_group(group: int) -> None:
-    """End what a launcher left behind: ranks may still save, then nothing runs on."""
-
-    def left() -> list[psutil.Process]:
-        return [process for process in psutil.process_iter() if _is_in(process, group)]
-
-    for number, seconds in ((signal.SIGTERM, _SECONDS_TO_SAVE), (signal.SIGKILL, 10.0)):
-        if not left():
-            return
-        with suppress(ProcessLookupError):
-            os.killpg(group, number)
-        psutil.wait_procs(left(), timeout=seconds)
-
-
-def _is_in(process: psutil.Process, group: int) -> bool:
-    with suppress(psutil.Error, ProcessLookupError):
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    return False
+def _exit_code(tries: Sequence[Try]) -> int:
+    return EXIT_SAVED if not tries or tries[-1].outcome == "saved" else tries[-1].exit_code
 
 
 def _say(line: str) -> None:

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -17,7 +19,8 @@ from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hypermoe_ds.errors import UserError, local_rank
+from hypermoe_ds.data.loader import signal_when_parent_ends
+from hypermoe_ds.errors import MachineError, UserError, local_rank
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
@@ -27,18 +30,23 @@ from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
-def start_ranks() -> tuple[int, int]:
+def start_ranks(timeout: float = 1800) -> tuple[int, int]:
     """Join the process group that the launcher describes (NCCL with GPUs, gloo without).
 
-    Launchers are deepspeed, torchrun, srun and mpirun; where none names MASTER_ADDR, mpi4py finds the ranks.
+    Launchers are deepspeed, torchrun, srun and mpirun; where none names MASTER_ADDR, mpi4py finds the ranks. From now
+    on SIGTERM comes to this rank when its launcher ends.
+
+    Args:
+        timeout: seconds to wait for ranks that do not come, and for each collective.
 
     Returns:
         This rank and the number of ranks.
 
     Raises:
-        UserError: the ranks cannot meet at the launcher's address, most often because its port is taken; mpi4py is
-            needed and missing, or does not see the launcher's ranks.
+        UserError: the launcher's port is taken; mpi4py is needed and missing, or does not see the launcher's ranks.
+        MachineError: the ranks do not meet at the launcher's address.
     """
+    signal_when_parent_ends(signal.SIGTERM)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
     if os.access(sys.prefix, os.W_OK):
         # Each environment keeps the operators it compiled: in the user's one cache two of them rebuild in turn.
@@ -52,14 +60,18 @@ def start_ranks() -> tuple[int, int]:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
             distributed_port=int(os.environ.get("MASTER_PORT", str(TORCH_DISTRIBUTED_DEFAULT_PORT))),
+            timeout=timedelta(seconds=timeout),
         )
     except ImportError as error:
         remedy = "bash launch/setup.sh mpi, or set MASTER_ADDR and MASTER_PORT"
         raise UserError("mpi4py", f"must find the ranks, for no launcher named MASTER_ADDR ({error})", remedy) from None
-    except torch.distributed.DistNetworkError as error:
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         port = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
-        remedy = "another job may hold it: give `deepspeed --master_port N` a free one"
-        raise UserError(port, f"the ranks cannot meet there ({str(error).splitlines()[0][:120]})", remedy) from None
+        problem = f"the ranks cannot meet there ({str(error).splitlines()[0][:120]})"
+        if "EADDRINUSE" in str(error):
+            remedy = "another job may hold it: give `deepspeed --master_port N` a free one"
+            raise UserError(port, problem, remedy) from None
+        raise MachineError(f"{port}: {problem}; see which host is missing: python tools/preflight.py") from None
     found = torch.distributed.get_world_size()
     if launched is not None and found != int(launched):
         remedy = "set MASTER_ADDR, or make the launcher and the library that mpi4py loads those of one MPI"

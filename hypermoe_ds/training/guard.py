@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.loader import ResumableSampler
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.spikes import SpikeDetector
-from hypermoe_ds.training.agreement import Agreement, StepLosses
+from hypermoe_ds.parallel.host_group import HostGroup
+from hypermoe_ds.training.agreement import Agreed, StepLosses, agree
 from hypermoe_ds.training.replicas import ReplicaCheck
 from hypermoe_ds.training.settings import TrainConfig
 from hypermoe_ds.training.signals import StopSignals
@@ -17,15 +19,15 @@ from hypermoe_ds.training.state import TrainState
 
 
 class Guard:
-    """Moves the run on by a step and says whether it is to end. All ranks decide alike. Building it is collective, and
-    from then on SIGTERM, SIGINT and SIGUSR1 end the run after a step and not at once.
+    """Moves the run on by a step and says what all ranks know of it. Building it is collective, and from then on
+    SIGTERM, SIGINT and SIGUSR1 end the run after a step and not at once.
 
     Args:
         engine: the DeepSpeed engine.
         config: how many bad steps to bear, what to leave out, when to compare the copies.
         expert_parallel: ranks that share one copy of the experts.
         say: tells a line.
-        last_good: names the newest checkpoint on disk.
+        checkpoints: name the newest one, and know whether the one being written has failed.
         origin: names the documents of a sample.
     """
 
@@ -35,18 +37,18 @@ class Guard:
         config: TrainConfig,
         expert_parallel: int,
         say: Callable[[str], None],
-        last_good: Callable[[], str],
+        checkpoints: CheckpointManager,
         origin: Callable[[int], str],
     ) -> None:
         self._engine = engine
         self._config = config
         self._signals = StopSignals()
         self._say = say
-        self._last_good = last_good
+        self._checkpoints = checkpoints
         self._origin = origin
         self._left_out = LeftOut(config.skip_samples)
-        self._agreement = Agreement()
-        self._replicas = ReplicaCheck(engine, self._agreement, expert_parallel)
+        self._ranks = HostGroup()
+        self._replicas = ReplicaCheck(engine, self._ranks, expert_parallel)
         self._spikes = SpikeDetector()
         self._losses = StepLosses()
 
@@ -54,8 +56,8 @@ class Guard:
         """Take the loss of a micro-batch; gives back what to run the backward pass from."""
         return self._losses.add(loss)
 
-    def after_step(self, state: TrainState) -> bool:
-        """Move `state` on by the step just taken; tells whether a signal asks for the end (collective).
+    def after_step(self, state: TrainState) -> Agreed:
+        """Move `state` on by the step just taken; tells what all ranks know of it (collective).
 
         Raises:
             UserError: too many steps in a row were skipped.
@@ -63,7 +65,8 @@ class Guard:
         """
         losses = self._losses.take()
         # DeepSpeed skips by the norm of the gradient, which all ranks have.
-        agreed = self._agreement.reach(self._signals.seen, bool(self._engine.optimizer.overflow), losses)
+        skipped = bool(self._engine.optimizer.overflow)
+        agreed = agree(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
         first = state.consumed_samples
         state.advance(self._left_out.after(first, self._engine.train_batch_size()), agreed.skipped)
         if agreed.skipped:
@@ -76,7 +79,7 @@ class Guard:
             self._replicas.run(state.step)
         if agreed.stop:
             self._say(f"a signal asks for the end: saving step {state.step}; the same command goes on from it")
-        return agreed.stop
+        return agreed
 
     def _bear(self, state: TrainState, first: int, loss: float) -> None:
         samples = f"samples {first} to {state.consumed_samples - 1}"
@@ -88,13 +91,13 @@ class Guard:
             raise UserError(
                 f"train.max_bad_steps={self._config.max_bad_steps}",
                 f"{state.bad_steps} steps in a row up to step {state.step} had a NaN or Inf in loss or gradient",
-                f"the last good checkpoint is {self._last_good()}: go on from it with a smaller optimizer.lr, or "
-                f"leave out data with train.skip_samples=[[{first}, {state.consumed_samples - 1}]]",
+                f"the last good checkpoint is {self._checkpoints.newest()}: go on from it with a smaller "
+                f"optimizer.lr, or leave out data with train.skip_samples=[[{first}, {state.consumed_samples - 1}]]",
             )
 
     def _tell_spike(self, state: TrainState, first: int, loss: float, deviations: float, losses: list[float]) -> None:
         """All ranks see the spike, so they can tell each other which micro-batch it was."""
-        of_ranks = self._agreement.gather(losses)
+        of_ranks = self._ranks.gather(losses)
         worst, number, rank = max((loss, n, r) for r, losses in enumerate(of_ranks) for n, loss in enumerate(losses))
         order = ResumableSampler(
             state.consumed_samples, self._config.micro_batch_size, 0, len(of_ranks), first, self._left_out

@@ -27,6 +27,8 @@ def train(
 ) -> bool:
     """Train until `last_step` or a signal; log, validate and save when each is due, and at the end.
 
+    A checkpoint that could not be written beside the training is written again after the step in which that shows.
+
     Args:
         engine: the DeepSpeed engine.
         batches: this rank's micro-batches, from where `state` stands.
@@ -48,7 +50,8 @@ def train(
         observed = recorder.is_due(state.step + 1)
         watchdog.begin(state.step + 1, "beginning")
         tokens = optimizer_step(engine, batches, recorder if observed else None, guard.watch)
-        stopping = guard.after_step(state) and state.step < last_step
+        agreed = guard.after_step(state)
+        stopping = agreed.stop and state.step < last_step
         recorder.throughput.count(tokens)
         if observed:
             recorder.record(state, learning_rate, float(engine.get_global_grad_norm()), engine.skipped_steps)
@@ -57,7 +60,7 @@ def train(
         with recorder.throughput.paused():
             if validate is not None and not stopping and (ending or state.step % validation_interval == 0):
                 recorder.record_validation(state.step, validate())
-            if ending or stopping or checkpoints.is_due(state.step):
+            if ending or stopping or agreed.unsaved or checkpoints.is_due(state.step):
                 watchdog.begin(state.step, "saving")
                 checkpoints.save(state.step, state.to_dict())
     checkpoints.finish()

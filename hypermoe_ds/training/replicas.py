@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.errors import MachineError
-from hypermoe_ds.training.agreement import Agreement
+from hypermoe_ds.parallel.host_group import HostGroup
 
 _CHUNK = 1 << 22
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,13 +22,13 @@ class ReplicaCheck:
 
     Args:
         engine: the DeepSpeed engine.
-        agreement: exchanges the sums.
+        ranks: exchange the sums.
         expert_parallel: ranks that share one copy of the experts.
     """
 
-    def __init__(self, engine: Any, agreement: Agreement, expert_parallel: int) -> None:
+    def __init__(self, engine: Any, ranks: HostGroup, expert_parallel: int) -> None:
         self._module = engine.module
-        self._agreement = agreement
+        self._ranks = ranks
         self._expert_parallel = expert_parallel
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class ReplicaCheck:
             MachineError: a copy differs; names the parameter and the ranks that disagree with most.
         """
         sums = [checksum(parameter) for _, parameter in self._copies()]
-        of_ranks = self._agreement.gather(torch.stack(sums).tolist() if sums else [])
+        of_ranks = self._ranks.gather(torch.stack(sums).tolist() if sums else [])
         for number, (name, parameter) in enumerate(self._copies()):
             shared = getattr(parameter, "allreduce", True)  # DeepSpeed's mark of what expert parallelism cuts
             places = 1 if shared else self._expert_parallel

@@ -1,11 +1,12 @@
 """Ends a job of which a rank has died or hangs, and says which one it was.
 
 Each rank writes a sign of life into RUN_DIR/watch every few seconds, from a thread that needs no other rank. Only a
-rank that waits in vain reads those of the others.
+rank that waits in vain reads those of the others. A process beside each rank ends it where it cannot do that itself.
 """
 
 import os
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -26,26 +27,38 @@ from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_signs
 
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
+_SECONDS_TO_END = 10
+# Arguments: a process, the verdict. A stopped process, or one that waits for a disk, does not end itself.
+_END_WITH_VERDICT = f"""
+while kill -0 "$1"; do
+    if [ -e "$2" ]; then
+        sleep {_SECONDS_TO_END}
+        kill -KILL "$1"
+    fi
+    sleep 1
+done
+"""
 Item = TypeVar("Item")
 
 
 class Watchdog:
     """Watches this rank's progress, and looks at the other ranks when there is none.
 
+    Before the first `begin` a rank may take as long as it needs: only one that is dead or silent is lost then.
+
     Args:
         folder: RUN_DIR/watch, seen by all ranks.
         rank: this rank.
         ranks: number of ranks.
         timeout: seconds without progress after which the job is ended.
-        step: where the run stands.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, timeout: float, step: int) -> None:
+    def __init__(self, folder: Path, rank: int, ranks: int, timeout: float) -> None:
         self._folder = folder
         self._ranks = ranks
         self._timeout = timeout
         self._period = min(_LONGEST_PERIOD, timeout / 10)
-        self._sign = SignOfLife(rank, socket.gethostname(), os.getpid(), step, "starting", 0, 0)
+        self._sign = SignOfLife(rank, socket.gethostname(), os.getpid(), 0, "starting", 0, 0)
         self._since = time.monotonic()
         self._lock = Lock()
         self._ending = Lock()
@@ -53,6 +66,8 @@ class Watchdog:
 
     def begin(self, step: int, doing: str) -> None:
         """This rank begins something that ends within the timeout, or a rank is lost."""
+        if not self._sign.passed:
+            limit_collectives(2 * self._timeout)
         with self._lock:
             self._sign = replace(self._sign, step=step, doing=doing, passed=self._sign.passed + 1)
             self._since = time.monotonic()
@@ -79,7 +94,8 @@ class Watchdog:
         try:
             self._prepare()
             thread.start()
-            yield
+            with self._beside():
+                yield
         except BaseException as error:
             if _is_lost_connection(error):
                 self._end_job()
@@ -103,7 +119,17 @@ class Watchdog:
         torch.distributed.barrier()
         self._beat()
         torch.distributed.barrier()
-        limit_collectives(2 * self._timeout)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        words = ["sh", "-c", _END_WITH_VERDICT, "sh", str(os.getpid()), str(self._verdict)]
+        nowhere = subprocess.DEVNULL  # it keeps no pipe of the launcher's open
+        process = subprocess.Popen(words, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
 
     def _run(self) -> None:
         while not self._over.wait(self._period):
@@ -131,17 +157,19 @@ class Watchdog:
     def _end_job(self) -> None:
         """Write this rank's stack down, find out who is lost, and end. The first rank to do so speaks.
 
-        Returns only where this rank came on after all.
+        Returns only where this rank came on after all, or has not begun to train and nobody is lost.
         """
         with self._ending:
             self._beat()
             stack = "".join(traceback.format_stack(sys._current_frames()[main_thread().ident or 0]))
+            path = self._folder / f"stack_{self._sign.rank:05d}.txt"
             with suppress(OSError):
-                path = self._folder / f"stack_{self._sign.rank:05d}.txt"
                 path.write_text(f"{self._sign.who()} in {self._sign.place()}\n{stack}")
             findings = None if self._verdict.exists() else self._findings()
             came_on = self._over.is_set() or not self._is_overdue()
-            if findings is not None and came_on and current_thread() is not main_thread():
+            if findings is not None and current_thread() is not main_thread() and (came_on or not findings):
+                self._since = time.monotonic()
+                path.unlink(missing_ok=True)
                 return
             self._note_end("lost")
             with suppress(OSError), self._verdict.open("x") as file:
@@ -150,7 +178,10 @@ class Watchdog:
             os._exit(EXIT_FAULT)  # the main thread may be where no exception reaches it
 
     def _findings(self) -> str:
-        """Which rank is lost: one that has ended, else one that is silent, else the one that is behind."""
+        """Which rank is lost: one that has ended, else one that is silent, else the one that is behind.
+
+        Empty where all ranks live and this one has not begun to train and still may.
+        """
         waited = f"rank {self._sign.rank} waited in {self._sign.place()}; stacks of live ranks are in {self._folder}"
         before = read_signs(self._folder)
         gone = [_told(sign, sign.error or "died") for sign in before.values() if sign.is_gone()]
@@ -164,11 +195,16 @@ class Watchdog:
         silent = [_told(sign, "gives no sign of life") for rank, sign in after.items() if before.get(rank) == sign]
         if silent:
             return f"{'; '.join(silent)}; {waited}"
+        if not self._sign.passed:
+            failed = current_thread() is main_thread()
+            return f"a collective failed before the first step and no rank is lost; {waited}" if failed else ""
         least = min(sign.passed for sign in after.values())
-        behind = [_told(sign, "hangs") for sign in after.values() if sign.passed == least]
+        behind = [sign for sign in after.values() if sign.passed == least]
         if len(behind) == self._ranks:
             return f"no rank has come on for {self._timeout:.0f} s and none is behind; {waited}"
-        return f"{'; '.join(behind)}; {waited}"
+        if self._sign.passed == least:
+            waited = waited.partition("; ")[2]
+        return f"{'; '.join(_told(sign, 'hangs') for sign in behind)}; {waited}"
 
 
 def _told(sign: SignOfLife, fate: str) -> str:

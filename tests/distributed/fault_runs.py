@@ -13,7 +13,7 @@ from hypermoe_ds.checkpoint import manager
 from hypermoe_ds.checkpoint.engine_state import Held
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT
-from hypermoe_ds.errors import UserError
+from hypermoe_ds.errors import MachineError, UserError
 
 NUMEL = 200_000
 
@@ -91,7 +91,7 @@ def save_steps(
             part.values.fill_(step)
             checkpoints.save(step, {"step": step})
         checkpoints.finish()
-    except UserError as error:
+    except (UserError, MachineError) as error:
         return resumed, str(error), told
     return resumed, None, told
 
@@ -105,7 +105,7 @@ def save_on_full_disk(folder: Path) -> list[str]:
         part.values.fill_(step)
         try:
             checkpoints.save(step, {"step": step})
-        except UserError as error:
+        except MachineError as error:
             told.append(str(error))
             break
     torch.distributed.barrier()
@@ -115,6 +115,41 @@ def save_on_full_disk(folder: Path) -> list[str]:
     part.values.fill_(20)
     checkpoints.save(20, {"step": 20})
     return told
+
+
+def save_after_the_folder_went(folder: Path, aside: Path) -> list[str]:
+    """Save, then again with another folder in the place of the run's, as where it was unmounted."""
+    checkpoints, part = manager_of(folder)
+    part.values.fill_(1)
+    checkpoints.save(1, {"step": 1})
+    checkpoints.finish()
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 1:
+        folder.rename(aside)
+        folder.mkdir()
+    torch.distributed.barrier()
+    told = []
+    try:
+        checkpoints.save(2, {"step": 2})
+    except MachineError as error:
+        told.append(str(error))
+    return told
+
+
+def see_a_failed_save(folder: Path) -> tuple[bool, bool]:
+    """Whether a failed save beside the training is known, before it is waited for and after the next one."""
+    checkpoints, _ = manager_of(folder)
+    write, manager.write_shard = manager.write_shard, _full
+    checkpoints.save(1, {"step": 1})
+    checkpoints._join()
+    known = checkpoints.failed
+    manager.write_shard = write
+    checkpoints.save(2, {"step": 2})
+    return known, checkpoints.failed
+
+
+def _full(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class _Plenty:

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import save_on_full_disk, save_steps, save_without_end
+from fault_runs import (
+    save_after_the_folder_went,
+    save_on_full_disk,
+    save_steps,
+    save_without_end,
+    see_a_failed_save,
+)
 
 from hypermoe_ds.checkpoint.manifest import MANIFEST
 from hypermoe_ds.checkpoint.shards import CheckpointReader, shard_name
@@ -123,7 +130,7 @@ def test_a_disk_that_fills_up_ends_the_save_on_all_ranks_and_nothing_that_was_sa
     first, second = run_on_ranks(RANKS, save_on_full_disk, small_disk)
     assert first == second
     [told] = first
-    assert "checkpoints: cannot be written (" in told
+    assert f"checkpoints: cannot be written on {socket.gethostname()} (" in told
     assert "No space left" in told or "StorageFull" in told
     assert saved_steps(small_disk / "checkpoints") == [1, 20]
     assert newest(small_disk) == 20
@@ -148,7 +155,21 @@ def test_a_failed_save_beside_the_training_is_followed_by_one_that_waits(
     (_, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}, 2)
     assert error is None
     assert [line for line in told if line.startswith("error: ")] == [
-        f"error: {tmp_path}/checkpoints: cannot be written (No space left on device); mend that and start again"
+        f"error: {tmp_path}/checkpoints: cannot be written on {socket.gethostname()} (No space left on device); "
+        "mend that and start again"
     ]
     assert newest(tmp_path) == 3
     assert saved_steps(tmp_path / "checkpoints") == [1, 3]
+    (tmp_path / "other").mkdir()
+    assert run_on_ranks(RANKS, see_a_failed_save, tmp_path / "other") == [(True, False)] * RANKS
+
+
+def test_a_run_folder_that_is_another_one_than_at_the_start_ends_the_save_on_all_ranks(tmp_path: Path) -> None:
+    run, aside = tmp_path / "run", tmp_path / "aside"
+    run.mkdir()
+    first, second = run_on_ranks(RANKS, save_after_the_folder_went, run, aside)
+    assert first == second
+    [told] = first
+    assert told.startswith(f"run.dir={run}: is no longer the folder that the run began in, on ")
+    assert list(run.iterdir()) == []
+    assert newest(aside) == 1

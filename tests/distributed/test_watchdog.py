@@ -1,11 +1,12 @@
 """A rank that is lost ends the whole job and is named, whichever it is and however it was lost."""
 
 import re
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose
+from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, start_slowly
 
 from hypermoe_ds.errors import EXIT_FAULT
 from hypermoe_ds.monitor.signs import VERDICT, read_signs
@@ -30,12 +31,15 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
             ranks[rank].join(60)
         assert [ranks[rank].exitcode for rank in others] == [EXIT_FAULT] * len(others)
         assert time.monotonic() - began < 60
+        if kind == "stopped":
+            ranks[lost].join(30)
+            assert ranks[lost].exitcode == -signal.SIGKILL, "it cannot end itself"
     told = (tmp_path / VERDICT).read_text()
     assert re.match(rf"rank {lost} \(process \d+ on [\w.-]+\) {FOUND[kind]}", told), told
-    # Any rank may speak, the one that hangs for data too.
-    place = rf"step ({LAST_GOOD}, waiting for data|{LAST_GOOD + 1}, forward and backward)"
-    assert re.search(rf"; rank \d waited in {place}; stacks of ", told), told
-    assert len(re.findall(r"rank \d", told)) == 2, "nobody else is blamed"
+    # Any rank may speak; one that hangs for data says nothing of its own waiting.
+    waited = rf"rank \d waited in step {LAST_GOOD + 1}, forward and backward; "
+    assert re.search(rf"; ({waited}{'|' * (kind == 'hangs')})stacks of ", told), told
+    assert len(re.findall(r"rank \d", told)) <= 2, "nobody else is blamed"
     for rank in others:
         stack = (tmp_path / f"stack_{rank:05d}.txt").read_text()
         assert f"in step {LAST_GOOD + 1}" in stack
@@ -49,3 +53,17 @@ def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_rem
     assert {sign.end for sign in read_signs(tmp_path).values()} == {"done"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.json", "rank_00001.json"]
     assert TIMEOUT / 4 * 5 > TIMEOUT
+
+
+def test_a_rank_that_takes_long_to_start_is_waited_for(tmp_path: Path) -> None:
+    assert run_on_ranks(2, start_slowly, tmp_path) == [0, 1]
+    assert {sign.end for sign in read_signs(tmp_path).values()} == {"done"}
+    assert not list(tmp_path.glob("stack_*"))
+
+
+@pytest.mark.parametrize(("kind", "fate"), [("killed", "died"), ("stopped", "gives no sign of life")])
+def test_a_rank_that_is_lost_before_it_trains_ends_all(kind: str, fate: str, tmp_path: Path) -> None:
+    with process_group(2) as environments, ranks_of(environments, lose_at_the_start, tmp_path, kind) as ranks:
+        ranks[0].join(60)
+        assert ranks[0].exitcode == EXIT_FAULT
+    assert re.match(rf"rank 1 \(process \d+ on [\w.-]+\) {fate}, last heard of in ", (tmp_path / VERDICT).read_text())

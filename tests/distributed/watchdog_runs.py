@@ -26,7 +26,7 @@ def batches(kind: str, lost: bool) -> Iterator[torch.Tensor]:
 def lose(folder: Path, kind: str, lost: int) -> None:
     """Go on until a rank is killed, stopped, hangs for data or fails."""
     rank = torch.distributed.get_rank()
-    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT, 0)
+    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
         for step, batch in enumerate(watchdog.each(batches(kind, rank == lost), "forward and backward"), start=1):
             watchdog.begin(step, "forward and backward")
@@ -40,7 +40,7 @@ def lose(folder: Path, kind: str, lost: int) -> None:
 def come_to_an_end(folder: Path) -> int:
     """A few steps that take longer together than the timeout allows one to; how many threads are left."""
     rank = torch.distributed.get_rank()
-    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT, 0)
+    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
         for step in range(1, 6):
             watchdog.begin(step, "slow")
@@ -48,3 +48,25 @@ def come_to_an_end(folder: Path) -> int:
             torch.distributed.all_reduce(torch.ones(1))
         watchdog.note_end(saved=False)
     return rank
+
+
+def start_slowly(folder: Path) -> int:
+    """A rank takes twice the timeout before it trains."""
+    rank = torch.distributed.get_rank()
+    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
+    with watchdog.watching():
+        time.sleep(2 * TIMEOUT * rank)
+        torch.distributed.barrier()
+        watchdog.begin(1, "beginning")
+        watchdog.note_end(saved=False)
+    return rank
+
+
+def lose_at_the_start(folder: Path, kind: str) -> None:
+    """Rank 1 dies or stops before it trains; the others wait for it."""
+    rank = torch.distributed.get_rank()
+    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
+    with watchdog.watching():
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+        torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""pretrain/train.py with one fault in it: FAULT=KIND:RANK:STEP:MARKER. It leaves MARKER and happens once.
+"""pretrain/train.py with one fault in it: HYPERMOE_FAULT=KIND:RANK:STEP:MARKER. It leaves MARKER and happens once.
 
 A fault of the kind `error` happens every time.
 """
@@ -54,7 +54,7 @@ AFTER: dict[str, Callable[[Any], None]] = {"flip": flipped_bit}
 
 def main() -> None:
     """Put the fault into the optimizer's step, then train."""
-    kind, rank, step, marker = os.environ["FAULT"].split(":")
+    kind, rank, step, marker = os.environ["HYPERMOE_FAULT"].split(":")
     genuine = loop.optimizer_step
 
     def step_with_fault(engine: Any, *arguments: Any) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -97,20 +98,38 @@ class TwoHosts:
     Attributes:
         folder: their configuration.
         namespaces: name of each host's network namespace.
+        processes: each host's first process, with which all others end.
     """
 
     folder: Path
     namespaces: Mapping[str, str]
+    processes: dict[str, "subprocess.Popen[bytes]"]
 
     def run(self, host: str, *words: object, folder: Path, seconds: int = 120, **environment: str) -> Done:
         """A command on a host, with these variables, through ssh."""
+        process = self.start(host, *words, folder=folder, out=subprocess.PIPE, errors=subprocess.PIPE, **environment)
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        finally:
+            process.kill()
+        return Done(process.returncode, out, errors)
+
+    def start(
+        self, host: str, *words: object, folder: Path, out: int | IO[str], errors: int | IO[str], **environment: str
+    ) -> "subprocess.Popen[str]":
+        """The same, not awaited; its output goes to `out` and `errors`."""
         variables = [f"{name}={value}" for name, value in environment.items()]
         line = shlex.join(["env", *variables, *map(str, words)])
-        done = subprocess.run(
+        return subprocess.Popen(
             [*self._ssh(host), f"cd {shlex.quote(str(folder))} && exec {line}"],
-            capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=errors, text=True,
         )  # fmt: skip
-        return Done(done.returncode, done.stdout, done.stderr)
+
+    def crash(self, host: str) -> None:
+        """Cut the power: nothing of the host says goodbye."""
+        self.cut(host)
+        self.processes[host].kill()
+        self.processes[host].wait()
 
     def cut(self, host: str) -> None:
         """Take the host's cable out."""
@@ -139,7 +158,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     Args:
         folder: a new folder for their configuration.
     """
-    hosts = TwoHosts(folder, {name: f"hm{os.getpid()}{name}" for name in NAMES})
+    hosts = TwoHosts(folder, {name: f"hm{os.getpid()}{name}" for name in NAMES}, {})
     with ExitStack() as stack:
         _write_configuration(folder)
         for namespace in hosts.namespaces.values():
@@ -151,7 +170,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
             _ip("-n", namespace, "address", "add", f"{_ADDRESSES[name]}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
                 _ip("-n", namespace, "link", "set", link, "up")
-            stack.enter_context(_booted(folder, name, namespace))
+            hosts.processes[name] = stack.enter_context(_booted(folder, name, namespace))
         _await(hosts)
         yield hosts
 
@@ -169,7 +188,7 @@ def _write_configuration(folder: Path) -> None:
 
 
 @contextmanager
-def _booted(folder: Path, name: str, namespace: str) -> Iterator[None]:
+def _booted(folder: Path, name: str, namespace: str) -> Iterator["subprocess.Popen[bytes]"]:
     sshd = shutil.which("sshd", path=_search_path())
     script = textwrap.dedent(_BOOT).format(folder=shlex.quote(str(folder)), name=name, sshd=sshd)
     with (folder / f"{name}.log").open("w") as log:
@@ -178,7 +197,7 @@ def _booted(folder: Path, name: str, namespace: str) -> Iterator[None]:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()

@@ -33,7 +33,9 @@ def arguments(recipe: Path, folder: Path, *overrides: str) -> list[str]:
 def faulty(fault: str, recipe: Path, folder: Path, *overrides: str, before: tuple[object, ...] = ()) -> Job:
     """A job with a fault, KIND:RANK:STEP."""
     words = arguments(recipe, folder, *overrides)
-    return start(RANKS, *words, folder=folder, script=FAULTY, before=before, FAULT=f"{fault}:{folder / 'fault'}")
+    return start(
+        RANKS, *words, folder=folder, script=FAULTY, before=before, HYPERMOE_FAULT=f"{fault}:{folder / 'fault'}"
+    )
 
 
 def goes_on(recipe: Path, folder: Path, *overrides: str) -> None:
@@ -91,7 +93,7 @@ def test_a_signal_to_one_rank_saves_the_step_on_all_and_the_same_command_goes_on
 ) -> None:
     words = arguments(recipe, tmp_path)
     fault = f"term:1:3:{tmp_path / 'fault'}"
-    done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, code=EXIT_SAVED, FAULT=fault)
+    done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, code=EXIT_SAVED, HYPERMOE_FAULT=fault)
     assert "a signal asks for the end: saving step 3" in done.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
     run_script(TRAIN, *words, folder=tmp_path, ranks=RANKS)
@@ -153,7 +155,7 @@ def test_a_stopped_rank_is_named_and_ended_with_the_job(recipe: Path, whole_run:
 
 def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(recipe: Path, tmp_path: Path) -> None:
     fault = f"nan:1:4:{tmp_path / 'fault'}"
-    done = run_script(FAULTY, *arguments(recipe, tmp_path), folder=tmp_path, ranks=RANKS, FAULT=fault)
+    done = run_script(FAULTY, *arguments(recipe, tmp_path), folder=tmp_path, ranks=RANKS, HYPERMOE_FAULT=fault)
     assert "warning: step 4 skipped: NaN or Inf in its loss (" in done.stdout
     assert "samples 24 to 31; 1 in a row, 1 in all" in done.stdout
     without = tmp_path / "without"

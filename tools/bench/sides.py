@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -30,7 +31,8 @@ Batch = dict[str, Tensor]
 Step = Callable[[Batch], Tensor]
 
 _ZERO = Path(__file__).parents[2] / "ds_configs" / "zero1.json"
-_OPTIMIZER = OptimizerConfig(lr=1e-4)
+# Too small to change a weight: routers that learn share the tokens out unlike on each side.
+_OPTIMIZER = OptimizerConfig(lr=1e-12)
 
 
 def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.Module, Step]:
@@ -58,10 +60,24 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
     if side == "deepspeed_moe":
         engine = _deepspeed_moe(config, ds_config, train, settings["expert_parallel"])
     else:
-        engine = build_engine(config, ds_config, _OPTIMIZER, ScheduleConfig(name="constant"), train, ParallelConfig())
+        model = _plain_moe if side == "moe" else HyperMoEForCausalLM
+        with patch("hypermoe_ds.training.engine.HyperMoEForCausalLM", model):
+            schedule = ScheduleConfig(name="constant")
+            engine = build_engine(config, ds_config, _OPTIMIZER, schedule, train, ParallelConfig())
     if side == "per_token":
         _force_per_token(engine.module)
     return engine.module, _engine_step(engine)
+
+
+def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
+    """The model without HyperExperts, with the weights that HyperMoE starts with.
+
+    From random numbers of its own it would route other shares of the tokens to each rank, and so take another time.
+    """
+    hypermoe = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
+    model = HyperMoEForCausalLM(config)
+    model.load_state_dict(hypermoe.state_dict(), strict=False)
+    return model
 
 
 def global_parameters(module: nn.Module, expert_parallel: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hypermoe_ds.errors import MachineError
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.sinks import MetricsFile, Sinks, step_line
 
@@ -110,3 +112,10 @@ def test_the_line_of_a_step_tells_where_it_stands() -> None:
         " | expert load 10.0% to 90.0%"
     )
     assert step_line(100, 100, SCALARS, 0, torch.empty(0, 2)).endswith(" | 0:00:00 left")
+
+
+def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = sinks(tmp_path / "run", monkeypatch)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(MachineError, match=r"/run/metrics\.jsonl: cannot be written \(No such file or directory\)$"):
+        written.write(1, {"loss": 1.0})

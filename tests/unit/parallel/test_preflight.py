@@ -14,9 +14,11 @@ from hypermoe_ds.parallel.host_facts import Asked, HostFacts, facts_here, settin
 from hypermoe_ds.parallel.hosts import Host, this_host
 from hypermoe_ds.parallel.links import Links
 from hypermoe_ds.parallel.preflight import (
+    Failure,
     Starter,
     Told,
     ask_hosts,
+    fit,
     judge,
     judge_links,
     links_line,
@@ -40,8 +42,8 @@ def told(**changed: object) -> list[Told]:
     return answers
 
 
-def lines(failures: list[UserError]) -> list[str]:
-    return [str(failure) for failure in failures]
+def lines(failures: list[Failure]) -> list[str]:
+    return [str(failure.error) for failure in failures]
 
 
 def test_hosts_that_are_alike_and_have_enough_pass() -> None:
@@ -120,7 +122,31 @@ def test_a_link_slower_than_wanted_is_told() -> None:
     assert line.startswith("n0 - n2: 8.00 GB/s, wanted are 9.00; look at")
 
 
+def test_slow_links_are_blamed_on_the_host_that_has_most_of_them() -> None:
+    failures = judge_links(links(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
+    assert [failure.host for failure in failures] == [HOSTS[1]] * 3
+    [alone] = judge_links(links(p01=1.0), HOSTS, 0.0)
+    assert alone.host == HOSTS[1], "the later one of two"
+
+
+def test_a_host_that_fails_a_check_is_named_with_it_and_all_are_where_no_one_is_to_blame() -> None:
+    [failure] = judge(told(memory_gib=0.9), ASKED, 40.0)
+    assert failure.host == Host("n1", 8)
+    unreadable = [Told(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
+    assert [failure.host for failure in judge(unreadable, ASKED, 1.0)] == [None]
+
+
+def test_hosts_are_taken_as_the_batch_allows_and_the_experts_spread_over_them() -> None:
+    assert fit(HOSTS, 64, 2, 8, 8) == (HOSTS, 8)
+    assert fit(HOSTS[:3], 64, 2, 8, 8) == (HOSTS[:2], 8)  # 3 hosts are 24 ranks
+    assert fit(HOSTS[:3], 96, 2, 16, 8) == (HOSTS[:3], 8)
+    assert fit([Host("n0", 1), Host("n2", 2)], 12, 2, 2, 8).expert == 1
+    with pytest.raises(UserError, match=r"^train.global_batch_size=60: cannot be shared by the ranks of n0, n1 or "):
+        fit(HOSTS[:2], 60, 2, 8, 8)
+
+
 def test_a_wrong_result_is_told_once() -> None:
+    assert [failure.host for failure in judge_links(replace(links(), wrong=["all-to-all"]), HOSTS, 0.0)] == [None]
     [line] = lines(judge_links(replace(links(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
     assert line.startswith("all-reduce: gave a wrong result; ")
 

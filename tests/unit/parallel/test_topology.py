@@ -7,7 +7,13 @@ import pytest
 
 from hypermoe_ds.config import validate
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.topology import ParallelConfig, check_expert_parallel, gradient_accumulation_steps
+from hypermoe_ds.parallel.topology import (
+    ParallelConfig,
+    check_expert_parallel,
+    gradient_accumulation_steps,
+    hosts_that_fit,
+    largest_expert_parallel,
+)
 
 
 @pytest.mark.parametrize(("micro_batch", "ranks"), list(product(range(1, 6), range(1, 7))))
@@ -47,6 +53,21 @@ def test_expert_parallelism_divides_experts_and_ranks_or_is_refused_with_sizes_t
         cause = f"does not divide model.num_experts={experts}" if experts % size else f"divide the {ranks} ranks"
         assert cause in problem
         assert [int(number) for number in re.findall(r"\d+", remedy.partition("choose one of ")[2])] == allowed
+
+
+@pytest.mark.parametrize("slots", [(1,), (2, 2, 2, 2), (8, 8, 8), (4, 2, 1, 1), (3, 5)])
+def test_of_the_first_hosts_as_many_are_taken_as_can_share_the_batch(slots: tuple[int, ...]) -> None:
+    for batch, micro_batch in product(range(1, 49), (1, 2, 3)):
+        sharing = [n for n in range(1, len(slots) + 1) if batch % (micro_batch * sum(slots[:n])) == 0]
+        assert hosts_that_fit(slots, batch, micro_batch) == max(sharing, default=0)
+
+
+def test_experts_are_spread_over_as_many_ranks_as_can_share_them_and_are_allowed() -> None:
+    for expert, experts, ranks in product((1, 2, 4, 8, 16), (1, 4, 6, 8, 16), range(1, 17)):
+        found = largest_expert_parallel(expert, experts, ranks)
+        check_expert_parallel(found, experts, ranks)
+        assert found <= expert
+        assert not [n for n in range(found + 1, expert + 1) if experts % n == 0 and ranks % n == 0]
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])

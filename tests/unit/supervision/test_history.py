@@ -28,7 +28,7 @@ def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") 
         (1, [LOST, FAILED], "error", "ValueError: at 0x7f12 of 5"),
         (76, [LOST, RUNNING], "lost", "rank 1 died"),
         (137, [RUNNING], "lost", "rank 1 died"),
-        (1, [], "untrained", "it ended before its first step"),
+        (1, [], "unmet", "it ended before its ranks had met"),
     ],
 )
 def test_a_try_is_what_its_ranks_say_of_it(exit_code: int, signs: list[SignOfLife], outcome: str, what: str) -> None:
@@ -67,6 +67,6 @@ def test_faults_count_within_the_window_and_signals_do_not() -> None:
 
 
 def test_a_job_that_never_comes_to_train_is_given_up() -> None:
-    untrained = [tried("untrained", began=1000 * number, step=None) for number in range(3)]
-    assert decide(untrained[:2], LIMITS).again
-    assert not decide(untrained, LIMITS).again
+    unmet = [tried("unmet", began=1000 * number, step=None) for number in range(3)]
+    assert decide(unmet[:2], LIMITS).again
+    assert not decide(unmet, LIMITS).again

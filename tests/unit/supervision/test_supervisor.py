@@ -7,13 +7,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-
-from hypermoe_ds.errors import UserError
-from hypermoe_ds.supervision.supervisor import run_dir_of
 
 SUPERVISE = Path(__file__).parents[3] / "launch/supervise.py"
 JOB = """
@@ -35,7 +31,7 @@ start = Path("starts").stat().st_size
 def supervised(folder: Path, job: str, *options: str, words: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     (folder / "train.py").write_text(JOB + job)
     (folder / "r.yaml").write_text("run:\n  dir: run\n")
-    command = [sys.executable, str(folder / "train.py"), "--config", "r.yaml", *words]
+    command = ["env", "RANK=0", sys.executable, str(folder / "train.py"), "--config", "r.yaml", *words]
     return subprocess.Popen(
         [sys.executable, str(SUPERVISE), *options, "--", *command],
         cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])},
@@ -57,7 +53,7 @@ def outcome(process: "subprocess.Popen[str]", folder: Path) -> tuple[int, list[s
         ("sys.exit(2)", (2, ["refused"])),
         ("sign(); os.kill(os.getpid(), 9 * (start < 3)); sys.exit(0)", (0, ["lost", "lost", "done"])),
         ("sign(end='error', error=f'KeyError: {start}'); sys.exit(1)", (1, ["error", "error"])),
-        ("sys.exit(1)", (1, ["untrained"] * 3)),
+        ("sys.exit(1)", (1, ["unmet"] * 3)),
         ("sign(); sys.exit(76)", (76, ["lost"] * 5)),
     ],
 )
@@ -67,7 +63,7 @@ def test_a_job_is_started_again_while_that_may_help(job: str, expected: tuple[in
 
 def test_signs_of_an_earlier_try_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
     job = "sign(end='error', error='KeyError') if start == 1 else None; sys.exit(1)"
-    assert outcome(supervised(tmp_path, job), tmp_path) == (1, ["error"] + ["untrained"] * 3)
+    assert outcome(supervised(tmp_path, job), tmp_path) == (1, ["error"] + ["unmet"] * 3)
 
 
 def test_what_a_try_leaves_behind_is_ended_before_the_next(tmp_path: Path) -> None:
@@ -76,7 +72,8 @@ if start == 1:
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     Path("left").write_text(str(left.pid))
     sign(); sys.exit(1)
-sys.exit(int(Path(f"/proc/{Path('left').read_text()}").exists()))
+environment = Path(f"/proc/{Path('left').read_text()}/environ")
+sys.exit(int(environment.exists() and environment.read_bytes() != b""))  # a zombie has none
 """
     assert outcome(supervised(tmp_path, job), tmp_path) == (0, ["lost", "done"])
 
@@ -103,14 +100,68 @@ time.sleep(1000)
     assert set(psutil.Process().children()) <= before
 
 
-def test_the_hosts_of_each_try_are_what_the_command_prints(tmp_path: Path) -> None:
-    (tmp_path / "hosts.sh").write_text("echo node$(wc -c < starts) slots=1")
-    (tmp_path / "starts").touch()
-    job = "print(Path(sys.argv[-2]).read_text(), end='', flush=True); sign(); sys.exit(76 * (start < 2))"
-    process = supervised(tmp_path, job, "--hosts-command", "bash hosts.sh", words=("{hosts}",))
-    told, _ = process.communicate(timeout=60)
-    assert [line for line in told.splitlines() if line.startswith("node")] == ["node0 slots=1", "node1 slots=1"]
-    assert process.returncode == 0
+# Stands for tools/preflight.py: finds no host in its second look, and another one in each that succeeds.
+PREFLIGHT = """
+import json, sys
+from pathlib import Path
+with open("looks", "a") as file:
+    file.write("x")
+looks = Path("looks").stat().st_size
+if looks == 2:
+    sys.exit(2)
+assert sys.argv[1:6] == ["--hostfile", "all", "--config", "r.yaml", "--deepspeed_config"]
+hosts = [f"node{looks} slots=1"]
+Path(sys.argv[sys.argv.index("--fit") + 1]).write_text(json.dumps({"hosts": hosts, "overrides": ["parallel.expert=1"]}))
+"""
+WITH_HOSTS = """
+import sys
+from pathlib import Path
+from hypermoe_ds.supervision import supervisor
+from hypermoe_ds.supervision.command import TrainingCommand
+from hypermoe_ds.supervision.history import Limits
+from hypermoe_ds.supervision.hosts import HostChoice
+
+supervisor._FIRST_PAUSE = 0.1
+command = TrainingCommand.read(sys.argv[1:])
+choice = HostChoice(Path("all"), command, [sys.executable, "preflight.py"], "zero1.json")
+choice.hosts = []
+sys.exit(supervisor.Supervisor(command, Limits(4, 100), choice).run())
+"""
+
+
+def with_hosts(folder: Path, job: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    for name, text in (("preflight.py", PREFLIGHT), ("supervise.py", WITH_HOSTS), ("train.py", JOB + job)):
+        (folder / name).write_text(text)
+    (folder / "r.yaml").write_text("run:\n  dir: run\n")
+    (folder / "all").write_text("node1 slots=1\nnode2 slots=1\n")
+    command = [sys.executable, "supervise.py", sys.executable, "train.py", "--config", "r.yaml", *words]
+    environment = {**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False, timeout=60)
+
+
+def test_each_try_starts_on_the_hosts_that_pass_and_waits_until_there_are_some(tmp_path: Path) -> None:
+    job = """
+print(Path(sys.argv[-3]).read_text(), sys.argv[-2], flush=True)
+sign(); sys.exit(76 * (start < 2))
+"""
+    done = with_hosts(tmp_path, job, "{hosts}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("node")] == ["node1 slots=1", "node3 slots=1"]
+    assert lines.count(" parallel.expert=1") == 2
+    assert "supervisor: no host can train; looking again in 0 s" in lines
+
+
+def test_where_no_host_passes_at_first_nothing_is_started(tmp_path: Path) -> None:
+    (tmp_path / "looks").write_text("x")
+    done = with_hosts(tmp_path, "", "{hosts}")
+    assert (done.returncode, (tmp_path / "starts").exists()) == (1, False)
+    assert done.stderr.splitlines()[-1].endswith("no host can train; mend what the lines above name")
+
+
+def test_a_command_without_a_place_for_the_hosts_is_refused(tmp_path: Path) -> None:
+    done = with_hosts(tmp_path, "")
+    assert done.stderr.splitlines()[-1].endswith("write --hostfile {hosts} into the command after --")
 
 
 def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
@@ -122,24 +173,3 @@ def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None
         2,
         "error: no-such-launcher: cannot be started (No such file or directory); mend the command after --\n",
     )
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["deepspeed", "--num_gpus", "2", "a/train.py", "--config", "r.yaml"], "run"),
-        (["deepspeed", "a/train.py", "--config=r.yaml", "run.dir=other", "--deepspeed_config", "d.json"], "other"),
-        (["deepspeed", "a/train.py", "--deepspeed_config", "d.json"], None),
-        (["deepspeed", "--config", "r.yaml"], None),
-    ],
-)
-def test_the_run_folder_is_read_off_the_command(
-    words: list[str], expected: str | None, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text("run:\n  dir: run\n")
-    if expected is None:
-        with pytest.raises(UserError, match="is no training command"):
-            run_dir_of(words)
-    else:
-        assert run_dir_of(words) == Path(expected)

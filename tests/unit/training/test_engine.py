@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hypermoe_ds.errors import UserError
+from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training import engine
@@ -34,6 +35,41 @@ def test_a_port_that_is_taken_is_told_in_one_line(monkeypatch: pytest.MonkeyPatc
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=rf"^port {port} of 127.0.0.1: .*--master_port"):
             start_ranks()
+
+
+def wait_alone() -> str:
+    with pytest.raises(MachineError) as error:
+        start_ranks(timeout=2)
+    return str(error.value)
+
+
+def test_ranks_that_do_not_come_are_waited_for_no_longer_than_allowed() -> None:
+    with process_group(2) as environments:
+        port = environments[0]["MASTER_PORT"]
+        [told] = run_in_processes(environments[:1], wait_alone)
+    assert told.startswith(f"port {port} of 127.0.0.1: the ranks cannot meet there (")
+    assert told.endswith("; see which host is missing: python tools/preflight.py")
+
+
+ORPHAN = """
+import os, signal, sys, time
+from hypermoe_ds.data.loader import signal_when_parent_ends
+def save(number, frame):
+    os.write(1, b"saved")
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+signal_when_parent_ends(signal.SIGTERM)
+os.write(1, b"ready ")
+time.sleep(1000)
+"""
+
+
+def test_a_rank_hears_of_the_end_of_its_launcher() -> None:
+    launcher = subprocess.Popen(["sh", "-c", '"$0" -c "$1" & wait', sys.executable, ORPHAN], stdout=subprocess.PIPE)
+    assert launcher.stdout is not None
+    assert launcher.stdout.read(6) == b"ready "
+    launcher.kill()
+    assert launcher.stdout.read() == b"saved", "and the pipe is closed: nothing runs on"
 
 
 MPIRUN = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.sinks import Sinks
+from hypermoe_ds.training.agreement import Agreed
 from hypermoe_ds.training.evaluation import Evaluation
 from hypermoe_ds.training.loop import optimizer_step, train
 from hypermoe_ds.training.recorder import Recorder
@@ -135,17 +136,18 @@ class Checkpoints:
 
 
 class Guard:
-    """Asks for the end after a step."""
+    """Asks for the end after a step, and knows of a checkpoint that was not written."""
 
-    def __init__(self, signal_in: int | None) -> None:
+    def __init__(self, signal_in: int | None = None, unsaved_in: int | None = None) -> None:
         self._signal_in = signal_in
+        self._unsaved_in = unsaved_in
 
     def watch(self, loss: str) -> str:
         return f"watched {loss}"
 
-    def after_step(self, state: TrainState) -> bool:
+    def after_step(self, state: TrainState) -> Agreed:
         state.advance(state.consumed_samples + B * ACCUMULATION * RANKS)
-        return state.step == self._signal_in
+        return Agreed(state.step == self._signal_in, state.step == self._unsaved_in, skipped=False, loss=1.0)
 
 
 class Watchdog:
@@ -161,7 +163,7 @@ class Watchdog:
 
 
 def run(
-    first: int, last: int, validates: bool = True, signal_in: int | None = None
+    first: int, last: int, validates: bool = True, signal_in: int | None = None, unsaved_in: int | None = None
 ) -> tuple[Notes, TrainState, Engine]:
     notes, engine = Notes(logged={1, 4}, saved=set()), Engine()
     samples = B * ACCUMULATION * RANKS
@@ -170,7 +172,7 @@ def run(
     stopped = train(
         engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
         checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
-        validation_interval=2, guard=Guard(signal_in), watchdog=watchdog,  # type: ignore[arg-type]
+        validation_interval=2, guard=Guard(signal_in, unsaved_in), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
     assert stopped == watchdog.saved == (state.step < last)
     forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
@@ -210,6 +212,11 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_without_a_va
     assert state.step == 2
 
 
+def test_a_checkpoint_that_was_not_written_is_written_after_the_next_step() -> None:
+    notes, _, _ = run(0, 5, validates=False, unsaved_in=4)
+    assert [event for event in notes.events if "saved" in str(event)] == ["saved 3", "saved 4", "saved 5"]
+
+
 def test_a_signal_in_the_last_step_changes_nothing() -> None:
     assert run(0, 5, signal_in=5)[0].events == run(0, 5)[0].events
 
@@ -217,7 +224,7 @@ def test_a_signal_in_the_last_step_changes_nothing() -> None:
 @pytest.mark.parametrize("observed", [False, True])
 def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
     engine, notes = Engine(), Notes(set(), set())
-    tokens = optimizer_step(engine, batches(), notes if observed else None, Guard(None).watch)  # type: ignore[arg-type]
+    tokens = optimizer_step(engine, batches(), notes if observed else None, Guard().watch)  # type: ignore[arg-type]
     forward = "forward, observed" if observed else "forward"
     assert engine.calls == [forward, "backward of watched loss", "step"] * ACCUMULATION
     assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]

@@ -1,0 +1,77 @@
+"""The processes of a job, wherever they run and whoever started them."""
+
+import secrets
+import signal
+import subprocess
+from collections.abc import Sequence
+
+from hypermoe_ds.parallel.hosts import Host
+
+_VARIABLE = "HYPERMOE_JOB"  # the launch scripts hand it on to other hosts
+_SECONDS_TO_DIE = 10
+_SECONDS_TO_ANSWER = 60
+# /proc/PID/environ is what a process was started with. A rank and its loaders have the launcher's number of it.
+_FUNCTIONS = """
+job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
+ranks() {
+    for process in $(job); do
+        if grep -qzsE '^(RANK|OMPI_COMM_WORLD_RANK|SLURM_PROCID)=' /proc/$process/environ; then echo $process; fi
+    done
+}
+signal() { if [ $# -gt 1 ]; then kill -s "$@" 2>/dev/null; fi; }
+gone_within() {
+    left=$1
+    while [ -n "$(job)" ]; do
+        if [ $left -le 0 ]; then return 1; fi
+        left=$((left - 1))
+        sleep 1
+    done
+}
+"""
+
+
+class JobProcesses:
+    """All processes that carry this job's name in their environment, on this machine and other hosts.
+
+    Args:
+        hosts: other hosts that may have some.
+    """
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self._name = secrets.token_hex(8)
+        self._hosts = [Host("localhost", 1, "here"), *hosts]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes a process and its children some of the job."""
+        return {_VARIABLE: self._name}
+
+    def signal_ranks(self, number: signal.Signals) -> bool:
+        """Send a signal to all ranks; tells whether there are any."""
+        name = number.name.removeprefix("SIG")
+        return any(self._everywhere(f"found=$(ranks); signal {name} $found; echo $found", _SECONDS_TO_ANSWER))
+
+    def end(self, seconds: int) -> None:
+        """End all of them: ranks may save and end by themselves for so many seconds, then nothing runs on.
+
+        Hosts that do not answer are left alone.
+        """
+        kill = f"gone_within {seconds} || signal KILL $(job); gone_within {_SECONDS_TO_DIE}"
+        self._everywhere(f"signal TERM $(ranks); {kill}", seconds + _SECONDS_TO_DIE + _SECONDS_TO_ANSWER)
+
+    def _everywhere(self, script: str, seconds: int) -> list[str]:
+        """What a line of shell prints on each host, run on all at once."""
+        line = f"name={_VARIABLE}={self._name}{_FUNCTIONS}{script}"
+        nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
+        started = [
+            subprocess.Popen(host.command(line), text=True, stdin=nowhere, stdout=pipe, stderr=nowhere)
+            for host in self._hosts
+        ]
+        printed = []
+        for process in started:
+            try:
+                printed.append(process.communicate(timeout=seconds)[0].strip())
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+        return printed

@@ -1,0 +1,409 @@
+"""Faults of ranks, launchers, hosts, cables and disks in a supervised job over two hosts: it ends as if undisturbed.
+
+Most are marked slow: each starts a job at least twice, with a look at the hosts before.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypermoe_ds.monitor.signs import SignOfLife, read_signs
+from hypermoe_ds.monitor.summary import read_records
+from tests.helpers.faulty_train import PARAMETER
+from tests.helpers.jobs import REPOSITORY, TRAIN, arguments_of, run_script
+from tests.helpers.ranks import CPU
+from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
+
+STEPS, INTERVAL, TIMEOUT = 60, 5, 20
+LONGEST_WAIT = 300
+SETTINGS = [
+    "parallel.expert=2", f"train.collective_timeout={TIMEOUT}", "evaluation.interval=1000000",
+    f"checkpoint.interval={INTERVAL}",
+]  # fmt: skip
+CLOCK = ("tokens_per_second", "peak_memory_gib")
+PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass
+class SupervisedJob:
+    """A job of one rank on each host, with the supervisor on the first one; `run` is its run folder as seen here."""
+
+    hosts: TwoHosts
+    folder: Path
+    run: Path
+    process: "subprocess.Popen[str]"
+
+    def said(self) -> str:
+        return (self.folder / "stdout").read_text() + (self.folder / "stderr").read_text()
+
+    def signs(self) -> dict[int, SignOfLife]:
+        return read_signs(self.run / "watch")
+
+    def step(self) -> int:
+        """The last one that was logged."""
+        path = self.run / "metrics.jsonl"
+        return max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
+
+    def until(self, condition: Callable[[], bool]) -> float:
+        """Wait; the seconds that it took."""
+        began = time.monotonic()
+        while not condition():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() - began < LONGEST_WAIT, self.said()
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def reaches(self, step: int) -> None:
+        self.until(lambda: self.step() >= step)
+
+    def rank_on(self, host: str) -> int:
+        """The process of the rank there, by the host's own numbers."""
+        [sign] = [sign for sign in self.signs().values() if sign.host == host]
+        return sign.process
+
+    def on(self, host: str, *words: object) -> str:
+        done = self.hosts.run(host, *words, folder=self.folder)
+        assert done.returncode == 0, done.told()
+        return done.stdout.strip()
+
+    def ends(self) -> list[dict[str, Any]]:
+        """Wait until it is done; what ended each try."""
+        assert self.process.wait(LONGEST_WAIT) == 0, self.said()
+        return [json.loads(line) for line in (self.run / "supervisor.jsonl").read_text().splitlines()]
+
+    def leaves_nothing_on(self, *hosts: str) -> bool:
+        """Whether no process of the job runs there any more, a moment after its end."""
+        end = time.monotonic() + 15
+        words = ["bash", "-c", "grep -lzs ^HYPERMOE_JOB= /proc/[0-9]*/environ || true"]
+        while left := [host for host in hosts if self.on(host, *words)]:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.5)
+        return not left
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    if missing := why_not("pdsh"):
+        pytest.skip(missing)
+    with two_hosts(tmp_path / "hosts") as up:
+        yield up
+
+
+@contextmanager
+def supervised(
+    hosts: TwoHosts,
+    folder: Path,
+    recipe: Path,
+    *overrides: str,
+    steps: int = STEPS,
+    restarts: int = 5,
+    fault: str = "",
+    run: str = "run",
+    seen: str = "run",
+) -> Iterator[SupervisedJob]:
+    """A job started as a user would.
+
+    Args:
+        hosts: where.
+        folder: working directory.
+        recipe: of the job.
+        overrides: of the recipe.
+        steps: length of the run.
+        restarts: how many the supervisor allows.
+        fault: KIND:RANK:STEP, one of faulty_train.py.
+        run: the run folder.
+        seen: where it is for who is on no host.
+    """
+    (folder / "hostfile").write_text("left slots=1\nright slots=1\n")
+    repository = with_faulty_train(folder) if fault else REPOSITORY
+    arguments = arguments_of(recipe, f"run.dir={folder / run}", f"train.steps={steps}", *SETTINGS, *overrides)
+    launcher = ["bash", repository / "launch/pdsh.sh", "--no-preflight", "--hostfile", "{hosts}", *arguments]
+    supervisor = ["python", repository / "launch/supervise.py", "--hostfile", "hostfile", "--max-restarts", restarts]
+    environment = {
+        **CPU, "PATH": PATH, "PYTHONPATH": str(REPOSITORY), "HYPERMOE_VENV": str(folder / "none"),
+        "PYTHONUNBUFFERED": "1",
+        **({"HYPERMOE_FAULT": f"{fault}:{folder / 'fault'}", "HYPERMOE_REPOSITORY": str(repository)} if fault else {}),
+    }  # fmt: skip
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as errors:
+        process = hosts.start(
+            "left", *supervisor, "--", *launcher, folder=folder, out=out, errors=errors, **environment
+        )
+        try:
+            yield SupervisedJob(hosts, folder, folder / seen, process)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def with_faulty_train(folder: Path) -> Path:
+    """This repository with another train.py."""
+    repository = folder / "repository"
+    repository.mkdir()
+    for name in ("hypermoe_ds", "launch", "tools", "tests", "ds_configs"):
+        (repository / name).symlink_to(REPOSITORY / name)
+    (repository / "pretrain").mkdir()
+    (repository / "pretrain/train.py").write_text((REPOSITORY / "tests/helpers/faulty_train.py").read_text())
+    return repository
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """What the same two ranks log on one host in so many steps."""
+    found: dict[int, list[dict[str, Any]]] = {}
+
+    def run(steps: int) -> list[dict[str, Any]]:
+        if steps not in found:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            words = arguments_of(recipe, f"run.dir={folder / 'run'}", f"train.steps={steps}", *SETTINGS)
+            run_script(TRAIN, *words, folder=folder, ranks=2)
+            found[steps] = losses(folder / "run")
+        return found[steps]
+
+    return run
+
+
+Undisturbed = Callable[[int], list[dict[str, Any]]]
+
+
+def assert_same_losses(job: SupervisedJob, expected: list[dict[str, Any]], to_the_bit: bool = True) -> None:
+    """On fewer ranks the sums have another order."""
+    found = losses(job.run)
+    assert len(found) == len(expected)
+    if to_the_bit:
+        assert found == expected
+    assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in expected], rel=1e-5)
+
+
+def work_lost(job: SupervisedJob) -> list[int]:
+    """Steps that each start took again, from what the launches say."""
+    resumed = [int(line.split("| step ")[1].split()[0]) for line in job.said().splitlines() if "| step " in line]
+    ended = [json.loads(line)["step"] for line in (job.run / "supervisor.jsonl").read_text().splitlines()]
+    return [last - first for last, first in zip(ended, resumed[1:], strict=False)]
+
+
+def outcomes(tries: list[dict[str, Any]]) -> list[str]:
+    return [entry["outcome"] for entry in tries]
+
+
+def test_a_killed_rank_of_the_second_host_costs_less_than_an_interval(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with supervised(hosts, tmp_path, recipe) as job:
+        job.reaches(12)
+        job.on("right", "kill", "-KILL", job.rank_on("right"))
+        tries = job.ends()
+        assert job.leaves_nothing_on("left", "right")
+    assert outcomes(tries) == ["lost", "done"]
+    assert "rank 1 (process " in tries[0]["what"]
+    assert max(work_lost(job)) <= INTERVAL + 1
+    assert_same_losses(job, undisturbed(STEPS))
+
+
+def test_a_host_whose_power_fails_is_left_out_and_the_run_goes_on_without_it(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with supervised(hosts, tmp_path, recipe) as job:
+        job.reaches(12)
+        hosts.crash("right")
+        tries = job.ends()
+        assert job.leaves_nothing_on("left")
+    assert outcomes(tries) == ["lost", "done"]
+    assert "1 of 2 hosts can train: left parallel.expert=1" in job.said()
+    assert max(work_lost(job)) <= INTERVAL + 1
+    assert_same_losses(job, undisturbed(STEPS), to_the_bit=False)
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_of_the_second_host_has_its_rank_save_and_all_start_again(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with supervised(hosts, tmp_path, recipe) as job:
+        job.reaches(12)
+        launcher = job.on("right", "ps", "-o", "ppid=", "-p", job.rank_on("right"))
+        job.on("right", "kill", "-KILL", launcher)
+        tries = job.ends()
+        assert job.leaves_nothing_on("left", "right")
+    assert outcomes(tries) == ["saved", "done"]
+    assert work_lost(job)[0] == 0
+    assert_same_losses(job, undisturbed(STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [5, 120])
+def test_a_cable_that_is_out_for_less_than_the_timeout_is_waited_for_and_for_longer_its_host_left_out(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed, seconds: int
+) -> None:
+    with supervised(hosts, tmp_path, recipe) as job:
+        job.reaches(12)
+        hosts.cut("right")
+        cut = time.monotonic()
+        job.until(lambda: time.monotonic() - cut > seconds or job.step() == STEPS)
+        hosts.mend("right")
+        tries = job.ends()
+        assert job.leaves_nothing_on("left", "right")
+    short = seconds < TIMEOUT
+    assert outcomes(tries) == (["done"] if short else ["lost", "done"])
+    assert short or max(work_lost(job)) <= INTERVAL + 1
+    assert_same_losses(job, undisturbed(STEPS), to_the_bit=short)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["rank", "launcher"])
+def test_a_signal_to_one_rank_or_to_the_launcher_saves_and_starts_again(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed, to: str
+) -> None:
+    with supervised(hosts, tmp_path, recipe) as job:
+        job.reaches(12)
+        process = job.rank_on("right")
+        if to == "launcher":  # DeepSpeed's command, which ends the jobs of its hosts by their names
+            process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed --hostfile"))
+        job.on("right" if to == "rank" else "left", "kill", "-TERM", process)
+        tries = job.ends()
+        assert job.leaves_nothing_on("left", "right")
+    assert outcomes(tries) == ["saved", "done"]
+    assert work_lost(job)[0] == 0
+    assert_same_losses(job, undisturbed(STEPS))
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_ended_with_the_job(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with supervised(hosts, tmp_path, recipe) as job:
+        job.reaches(12)
+        job.on("right", "kill", "-STOP", job.rank_on("right"))
+        stopped = time.monotonic()
+        tries = job.ends()
+        assert job.leaves_nothing_on("left", "right")
+        assert tries[0]["began"] + tries[0]["seconds"] - time.time() + time.monotonic() - stopped < 3 * TIMEOUT
+    assert outcomes(tries) == ["lost", "done"]
+    assert "on right) gives no sign of life" in tries[0]["what"]
+    assert max(work_lost(job)) <= INTERVAL + 1
+    assert_same_losses(job, undisturbed(STEPS))
+
+
+@contextmanager
+def small_disk(place: Path, mebibytes: int) -> Iterator[Path]:
+    """A file system of its own, which hosts that are booted inside see."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("until", ["the next save", "the job has ended"])
+def test_a_disk_that_is_full_while_saving_is_waited_for(
+    recipe: Path, tmp_path: Path, undisturbed: Undisturbed, until: str
+) -> None:
+    if missing := why_not("pdsh"):
+        pytest.skip(missing)
+    with (
+        small_disk(tmp_path / "disk", 256) as disk,
+        two_hosts(tmp_path / "hosts") as hosts,
+        supervised(hosts, tmp_path, recipe, run="disk/run", seen="disk/run") as job,
+    ):
+        job.reaches(12)
+        ballast = disk / "ballast"
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        with ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free - (1 << 16))  # room for lines, not for checkpoints
+        job.until(lambda: "checkpoints: " in job.said() and "GiB are free" in job.said())
+        if until == "the job has ended":
+            job.until(lambda: "supervisor: no host can train" in job.said())
+        ballast.unlink()
+        tries = job.ends()
+        assert_same_losses(job, undisturbed(STEPS))
+        assert outcomes(tries)[-1] == "done"
+        assert len(tries) == 2
+        assert max(work_lost(job)) <= INTERVAL + 1
+
+
+@pytest.mark.slow
+def test_a_host_that_lost_the_run_folder_is_left_out(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "run").mkdir()
+    for host in ("left", "right"):
+        assert hosts.run(host, "mount", "--bind", "storage", "run", folder=tmp_path).returncode == 0
+    with supervised(hosts, tmp_path, recipe, seen="storage") as job:
+        job.reaches(12)
+        job.on("right", "umount", "--lazy", "run")
+        tries = job.ends()
+    assert outcomes(tries) == ["error", "done"]
+    assert "is no longer the folder that the run began in, on right" in tries[0]["what"]
+    assert max(work_lost(job)) <= INTERVAL + 1
+    assert_same_losses(job, undisturbed(STEPS), to_the_bit=False)
+
+
+@pytest.mark.slow
+def test_a_nan_in_one_gradient_skips_the_step_and_goes_on(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with supervised(hosts, tmp_path, recipe, fault="nan:1:4") as job:
+        tries = job.ends()
+    assert outcomes(tries) == ["done"]
+    assert "warning: step 4 skipped: NaN or Inf in its loss (" in job.said()
+    found = losses(job.run)
+    assert (found[3]["skipped_steps"], found[-1]["skipped_steps"]) == (1, 1)
+    assert found[:3] == undisturbed(STEPS)[:3]
+    assert len(found) == STEPS
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_one_replica_is_found_and_the_job_started_again(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with supervised(hosts, tmp_path, recipe, "train.consistency_interval=1", fault="flip:1:12") as job:
+        tries = job.ends()
+    assert outcomes(tries) == ["error", "done"]
+    assert f"the copies of {PARAMETER} differ after step 12: ranks 0, 1 disagree" in tries[0]["what"]
+    assert max(work_lost(job)) <= INTERVAL + 1
+    assert_same_losses(job, undisturbed(STEPS))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing_but_time(
+    hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    kills, steps, moments = 20, 400, random.Random(7)
+    known: set[tuple[str, int]] = set()
+    with supervised(hosts, tmp_path, recipe, steps=steps, restarts=kills) as job:
+        for _ in range(kills):
+            known |= new_ranks(job, known)
+            time.sleep(moments.uniform(0, 4))
+            victim = moments.choice(list(job.signs().values()))
+            job.on(victim.host, "kill", "-KILL", victim.process)
+        tries = job.ends()
+        assert job.leaves_nothing_on("left", "right")
+    assert outcomes(tries) == ["lost"] * kills + ["done"]
+    assert_same_losses(job, undisturbed(steps))
+
+
+def new_ranks(job: SupervisedJob, known: set[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Hosts and processes of the ranks of a try, once they have met, of which none is known."""
+
+    def found() -> set[tuple[str, int]]:
+        return {(sign.host, sign.process) for sign in job.signs().values() if not sign.end} - known
+
+    job.until(lambda: len(found()) == 2)
+    return found()
