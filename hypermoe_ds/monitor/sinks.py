@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -58,9 +59,13 @@ class Sinks:
             self._metrics.drop_after(resumed_step)
 
     def say(self, line: str) -> None:
-        """One line on the console."""
-        if self._speaks:
+        """One line on the console; nowhere where its other end is gone, as with a launcher that was killed."""
+        if not self._speaks:
+            return
+        try:
             print(line, flush=True)
+        except BrokenPipeError:  # the run goes on, or saves and ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None = None) -> None:
         """One record at `step`: numbers and, per MoE layer, the share of the routed rows of each expert.

@@ -173,8 +173,8 @@ class Watchdog:
                 return
             self._note_end("lost")
             with suppress(OSError), self._verdict.open("x") as file:
-                print(f"error: {findings}", file=sys.stderr, flush=True)
                 file.write(f"{findings}\n")
+                print(f"error: {findings}", file=sys.stderr, flush=True)
             os._exit(EXIT_FAULT)  # the main thread may be where no exception reaches it
 
     def _findings(self) -> str:

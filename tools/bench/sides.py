@@ -31,8 +31,6 @@ Batch = dict[str, Tensor]
 Step = Callable[[Batch], Tensor]
 
 _ZERO = Path(__file__).parents[2] / "ds_configs" / "zero1.json"
-# Too small to change a weight: routers that learn share the tokens out unlike on each side.
-_OPTIMIZER = OptimizerConfig(lr=1e-12)
 
 
 def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.Module, Step]:
@@ -40,7 +38,8 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
 
     Args:
         side: one of the names that train_step.py lists.
-        settings: `model` (fields of HyperMoEConfig), `micro_batch_size`, `precision`, `expert_parallel`, `seed`.
+        settings: `model` (fields of HyperMoEConfig), `micro_batch_size`, `precision`, `expert_parallel`, `seed`,
+            `repeat_batch` (a side learns only then: routers that learn share the tokens out unlike on each side).
         world_size: ranks of this side.
 
     Returns:
@@ -54,16 +53,17 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
         precision=settings["precision"],
         seed=settings["seed"],
     )
+    optimizer = OptimizerConfig(lr=1e-4 if settings["repeat_batch"] else 1e-12)
     if side == "mixtral":
-        return _mixtral(config, train, world_size)
+        return _mixtral(config, train, optimizer, world_size)
     ds_config = merge(load_deepspeed_json(_ZERO), train, config, settings["expert_parallel"], world_size)
     if side == "deepspeed_moe":
-        engine = _deepspeed_moe(config, ds_config, train, settings["expert_parallel"])
+        engine = _deepspeed_moe(config, ds_config, train, optimizer, settings["expert_parallel"])
     else:
         model = _plain_moe if side == "moe" else HyperMoEForCausalLM
         with patch("hypermoe_ds.training.engine.HyperMoEForCausalLM", model):
             schedule = ScheduleConfig(name="constant")
-            engine = build_engine(config, ds_config, _OPTIMIZER, schedule, train, ParallelConfig())
+            engine = build_engine(config, ds_config, optimizer, schedule, train, ParallelConfig())
     if side == "per_token":
         _force_per_token(engine.module)
     return engine.module, _engine_step(engine)
@@ -110,7 +110,9 @@ def _force_per_token(model: Any) -> None:
             layer.hyper_experts.forward = partial(layer.hyper_experts.forward, form="per_token")
 
 
-def _mixtral(config: HyperMoEConfig, train: TrainConfig, world_size: int) -> tuple[nn.Module, Step]:
+def _mixtral(
+    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
+) -> tuple[nn.Module, Step]:
     """Transformers' Mixtral in a plain loop; with more than one rank under DistributedDataParallel.
 
     In bf16 weights and moments are bf16 without fp32 copies: less memory and work than the engine's optimizer takes.
@@ -119,7 +121,7 @@ def _mixtral(config: HyperMoEConfig, train: TrainConfig, world_size: int) -> tup
     torch.manual_seed(train.seed)
     model: Any = MixtralForCausalLM(mixtral_config(config))
     model = model.to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32).train()
-    adamw = _adamw(parameter_groups(model, _OPTIMIZER.weight_decay))
+    adamw = _adamw(parameter_groups(model, optimizer.weight_decay), optimizer)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
 
     def step(batch: Batch) -> Tensor:
@@ -152,7 +154,13 @@ def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
     )
 
 
-def _deepspeed_moe(config: HyperMoEConfig, ds_config: dict[str, Any], train: TrainConfig, expert_parallel: int) -> Any:
+def _deepspeed_moe(
+    config: HyperMoEConfig,
+    ds_config: dict[str, Any],
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    expert_parallel: int,
+) -> Any:
     """Our decoder with DeepSpeed's older MoE layer in the place of each block, in a DeepSpeed engine.
 
     Dropless, so that it computes what our blocks do: every expert is padded to the fullest one's load. Its router has
@@ -173,8 +181,8 @@ def _deepspeed_moe(config: HyperMoEConfig, ds_config: dict[str, Any], train: Tra
     ds_config.pop("expert_parallel", None)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, _OPTIMIZER.weight_decay),
-        optimizer=lambda groups: _adamw(configure_moe_param_groups(groups)),
+        model_parameters=parameter_groups(model, optimizer.weight_decay),
+        optimizer=lambda groups: _adamw(configure_moe_param_groups(groups), optimizer),
         config=ds_config,
     )
     return engine
@@ -202,7 +210,7 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
     return layer
 
 
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
     """The engine's AdamW, for the peers."""
-    betas = (_OPTIMIZER.beta1, _OPTIMIZER.beta2)
-    return torch.optim.AdamW(groups, lr=_OPTIMIZER.lr, betas=betas, eps=_OPTIMIZER.eps, fused=True)
+    betas = (optimizer.beta1, optimizer.beta2)
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,16 @@ def test_the_line_of_a_step_tells_where_it_stands() -> None:
         " | expert load 10.0% to 90.0%"
     )
     assert step_line(100, 100, SCALARS, 0, torch.empty(0, 2)).endswith(" | 0:00:00 left")
+
+
+def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking = sinks(tmp_path, monkeypatch)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        for _ in range(3):
+            speaking.say("step 1")
 
 
 def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
