@@ -153,7 +153,10 @@ def with_faulty_train(folder: Path) -> Path:
     for name in ("hypermoe_ds", "launch", "tools", "tests", "ds_configs"):
         (repository / name).symlink_to(REPOSITORY / name)
     (repository / "pretrain").mkdir()
-    (repository / "pretrain/train.py").write_text((REPOSITORY / "tests/helpers/faulty_train.py").read_text())
+    faulty = REPOSITORY / "tests/helpers/faulty_train.py"
+    (repository / "pretrain/train.py").write_text(
+        f"import runpy\n\nrunpy.run_path({str(faulty)!r}, run_name='__main__')\n"
+    )
     return repository
 
 
