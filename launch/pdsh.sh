@@ -13,5 +13,5 @@ write_environment
 preflight --hostfile "$hostfile" --environment "$environment_file"
 # Ctrl-C on this command ends every DeepSpeed job of this Python on the hosts: see docs/CLUSTERS.md
 run exec env "DS_ENV_FILE=$environment_file" "PDSH_SSH_ARGS_APPEND=$HYPERMOE_SSH_OPTIONS" \
-    deepspeed --hostfile "$hostfile" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
+    deepspeed --force_multi --hostfile "$hostfile" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     --master_port "$MASTER_PORT" "$repo/pretrain/train.py" "${train[@]}"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.store import saved_steps
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.parallel.host_facts import Asked
 from hypermoe_ds.parallel.hosts import (
@@ -124,9 +126,10 @@ def token_in(folder: Path) -> Iterator[str]:
 
 
 def needed_gib(config: RunConfig) -> float:
-    """Space for the checkpoints that are kept and the one being written: weights and two moments in fp32."""
+    """Space for the checkpoints to be kept that are not there yet and the one being written: 12 bytes a parameter."""
     one = 12 * config.architecture().parameter_counts().total / 2**30
-    return one * (config.checkpoint.keep_last + 1)
+    there = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))
+    return one * max(1, config.checkpoint.keep_last + 1 - there)
 
 
 def parse_arguments() -> argparse.Namespace:

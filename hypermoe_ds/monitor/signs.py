@@ -26,6 +26,7 @@ class SignOfLife:
         beats: counts up as long as the process runs.
         end: how it ended: done, saved (a signal asked for it), lost (another rank was), error; empty while it runs.
         error: of the end `error`, what it was.
+        began: when its process did, seconds since the epoch.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class SignOfLife:
     beats: int
     end: str = ""
     error: str = ""
+    began: float = 0.0
 
     def who(self) -> str:
         """Rank, process and host."""
@@ -71,9 +73,12 @@ def sign_path(folder: Path, rank: int) -> Path:
 
 def read_signs(folder: Path) -> dict[int, SignOfLife]:
     """The signs of life in RUN_DIR/watch, by rank."""
-    signs = {}
-    for path in sorted(folder.glob("rank_*.json")):
-        with suppress(OSError, ValueError):
-            sign = SignOfLife(**json.loads(path.read_text()))
-            signs[sign.rank] = sign
-    return signs
+    signs = map(read_sign, sorted(folder.glob("rank_*.json")))
+    return {sign.rank: sign for sign in signs if sign is not None}
+
+
+def read_sign(path: Path) -> SignOfLife | None:
+    """One of them; None where it cannot be read."""
+    with suppress(OSError, ValueError):
+        return SignOfLife(**json.loads(path.read_text()))
+    return None

@@ -64,7 +64,7 @@ class Sinks:
             return
         try:
             print(line, flush=True)
-        except BrokenPipeError:  # the run goes on, or saves and ends
+        except OSError:  # the run goes on, or saves and ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None = None) -> None:

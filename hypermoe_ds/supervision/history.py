@@ -71,11 +71,11 @@ def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLi
     step = max((sign.step for sign in signs.values() if sign.passed), default=None)
     failed = [sign for _, sign in sorted(signs.items()) if sign.end == "error"]
     saved = any(sign.end == "saved" for sign in signs.values())
-    if exit_code == 0:
+    if exit_code == 0 and not any(sign.end in ("saved", "error", "lost") for sign in signs.values()):
         outcome, what = "done", ""
     elif exit_code == EXIT_SAVED or saved:  # the launcher has a code of its own where it got the signal
         outcome, what = "saved", ""
-    elif exit_code == EXIT_BAD_INPUT:
+    elif exit_code == EXIT_BAD_INPUT or any(sign.error.startswith("UserError: ") for sign in failed):
         outcome, what = "refused", failed[0].error if failed else "see its last line"
     elif failed:
         outcome, what, step = "error", failed[0].error, failed[0].step if failed[0].passed else None
@@ -100,7 +100,7 @@ def decide(tries: Sequence[Try], limits: Limits) -> Decision:
 def _reason_to_stop(tries: Sequence[Try], limits: Limits) -> str:
     """Why another start makes no sense; empty where it may."""
     last = tries[-1]
-    if last.outcome == "refused":
+    if last.outcome == "refused" and tries[-2:][0].outcome == "refused":  # a lost rank may hold the folder a while
         return f"a mistake in the settings, which a new start does not mend: {last.what}"
     if len(tries) > 1 and last.repeats(tries[-2]):
         return f"the same error at step {last.step} as in the try before: {last.what}"

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,6 +51,10 @@ class HostChoice:
             if subprocess.run([*self._preflight, "--fit", str(found)], check=False).returncode:
                 return None
             fit = json.loads(found.read_text(encoding="utf-8"))
-        self._chosen.parent.mkdir(parents=True, exist_ok=True)
-        self._chosen.write_text("\n".join(fit["hosts"]) + "\n", encoding="utf-8")
+        try:
+            self._chosen.parent.mkdir(parents=True, exist_ok=True)
+            self._chosen.write_text("\n".join(fit["hosts"]) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"error: {self._chosen}: cannot be written ({error.strerror})", file=sys.stderr)
+            return None
         return Chosen(self._chosen, fit["overrides"])

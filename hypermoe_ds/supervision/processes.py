@@ -1,13 +1,16 @@
 """The processes of a job, wherever they run and whoever started them."""
 
 import secrets
+import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 
 from hypermoe_ds.parallel.hosts import Host
 
 _VARIABLE = "HYPERMOE_JOB"  # the launch scripts hand it on to other hosts
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # one of them makes a process of the job a rank
 _SECONDS_TO_DIE = 10
 _SECONDS_TO_ANSWER = 60
 # /proc/PID/environ is what a process was started with. A rank and its loaders have the launcher's number of it.
@@ -15,7 +18,7 @@ _FUNCTIONS = """
 job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
 ranks() {
     for process in $(job); do
-        if grep -qzsE '^(RANK|OMPI_COMM_WORLD_RANK|SLURM_PROCID)=' /proc/$process/environ; then echo $process; fi
+        if grep -qzsE "$rank" /proc/$process/environ; then echo $process; fi
     done
 }
 signal() { if [ $# -gt 1 ]; then kill -s "$@" 2>/dev/null; fi; }
@@ -49,7 +52,8 @@ class JobProcesses:
     def signal_ranks(self, number: signal.Signals) -> bool:
         """Send a signal to all ranks; tells whether there are any."""
         name = number.name.removeprefix("SIG")
-        return any(self._everywhere(f"found=$(ranks); signal {name} $found; echo $found", _SECONDS_TO_ANSWER))
+        told = self._everywhere(f'found=$(ranks); signal {name} $found; echo "ranks:" $found', _SECONDS_TO_ANSWER)
+        return any(text.rpartition("ranks:")[2].strip() for text in told)
 
     def end(self, seconds: int) -> None:
         """End all of them: ranks may save and end by themselves for so many seconds, then nothing runs on.
@@ -61,16 +65,18 @@ class JobProcesses:
 
     def _everywhere(self, script: str, seconds: int) -> list[str]:
         """What a line of shell prints on each host, run on all at once."""
-        line = f"name={_VARIABLE}={self._name}{_FUNCTIONS}{script}"
+        line = f"name={_VARIABLE}={self._name}; rank='^({'|'.join(RANK_VARIABLES)})='{_FUNCTIONS}{script}"
+        command = f"exec sh -c {shlex.quote(line)}"  # whatever the login shell is
+        end = time.monotonic() + seconds
         nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
         started = [
-            subprocess.Popen(host.command(line), text=True, stdin=nowhere, stdout=pipe, stderr=nowhere)
+            subprocess.Popen(host.command(command), text=True, stdin=nowhere, stdout=pipe, stderr=nowhere)
             for host in self._hosts
         ]
         printed = []
         for process in started:
             try:
-                printed.append(process.communicate(timeout=seconds)[0].strip())
+                printed.append(process.communicate(timeout=max(0, end - time.monotonic()))[0].strip())
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()

@@ -14,11 +14,12 @@ from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_signs, sign_path
 from hypermoe_ds.supervision.command import HOSTS, TrainingCommand
 from hypermoe_ds.supervision.history import HistoryFile, Limits, Try, decide, ended
 from hypermoe_ds.supervision.hosts import Chosen, HostChoice
-from hypermoe_ds.supervision.processes import JobProcesses
+from hypermoe_ds.supervision.processes import RANK_VARIABLES, JobProcesses
 
 _POLL_SECONDS = 0.2
 _SECONDS_AFTER_VERDICT = 15.0  # ranks end themselves at once, or are ended 10 s later
 _SECONDS_TO_SAVE = 60
+_SECONDS_AFTER_REFUSAL = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # between two looks for hosts
 
 
@@ -34,6 +35,11 @@ class Supervisor:
     def __init__(self, command: TrainingCommand, limits: Limits, choice: HostChoice | None) -> None:
         if choice is None and any(HOSTS in word for word in command.words):
             raise UserError(HOSTS, "stands in the command and there is no --hostfile", "give one")
+        if choice is None and any(word.startswith("--hostfile") for word in command.words):
+            remedy = f"give it before --, and --hostfile {HOSTS} in the command"
+            raise UserError(
+                "--hostfile", "must be known to the supervisor, which ends what is left on its hosts", remedy
+            )
         self._command = command
         self._limits = limits
         self._choice = choice
@@ -43,8 +49,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the end; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._note)
         tries: list[Try] = []
         while True:
             words = self._words(patient=bool(tries))
@@ -62,10 +69,12 @@ class Supervisor:
             if not again:
                 _say("not started again" if decision.why != "done" else "the run is done")
                 return _exit_code(tries)
+            if tries[-1].outcome == "refused":
+                self._rest(_SECONDS_AFTER_REFUSAL)
             _say("starting again from the newest checkpoint")
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number)
+        self._signal = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
 
     def _words(self, patient: bool) -> list[str]:
         """The command of the next try, once there are hosts for it or a signal has come.
@@ -97,7 +106,8 @@ class Supervisor:
         watch = _WatchFolder(self._command.run_dir / "watch")
         began = time.time()
         try:
-            environment = {**os.environ, **self._processes.environment}
+            environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+            environment |= self._processes.environment
             launcher = subprocess.Popen(words, start_new_session=True, env=environment)
         except OSError as error:
             raise UserError(words[0], f"cannot be started ({error.strerror})", "mend the command after --") from None
@@ -117,7 +127,7 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
             if self._signal is not None and not passed_on:
                 passed_on = True
-                if not self._processes.signal_ranks(self._signal):
+                if not self._processes.signal_ranks(self._signal) or not watch.signs():  # nothing to save yet
                     latest = time.monotonic()
             if latest is None and watch.verdict():
                 latest = time.monotonic() + _SECONDS_AFTER_VERDICT
@@ -130,7 +140,7 @@ class _WatchFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._old = {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
+        self._old = {path.name: _changed_at(path) for path in folder.glob("*")}
 
     def signs(self) -> dict[int, SignOfLife]:
         """The ranks' signs of life."""
@@ -139,12 +149,20 @@ class _WatchFolder:
     def verdict(self) -> str:
         """What a rank told of one that was lost; empty for none."""
         path = self._folder / VERDICT
-        return path.read_text() if self._is_new(path) else ""
+        with suppress(OSError):
+            return path.read_text() if self._is_new(path) else ""
+        return ""
 
     def _is_new(self, path: Path) -> bool:
-        with suppress(FileNotFoundError):
-            return path.stat().st_mtime_ns != self._old.get(path.name)
-        return False
+        changed = _changed_at(path)
+        return changed is not None and changed != self._old.get(path.name)
+
+
+def _changed_at(path: Path) -> int | None:
+    """None where it is not there, or its storage does not answer."""
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 def _exit_code(tries: Sequence[Try]) -> int:
@@ -152,4 +170,5 @@ def _exit_code(tries: Sequence[Try]) -> int:
 
 
 def _say(line: str) -> None:
-    print(f"supervisor: {line}", flush=True)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"supervisor: {line}", flush=True)

@@ -23,7 +23,7 @@ import torch.distributed
 from torch.distributed import distributed_c10d as c10d
 
 from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError
-from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_signs
+from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs, sign_path
 
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
@@ -58,7 +58,7 @@ class Watchdog:
         self._ranks = ranks
         self._timeout = timeout
         self._period = min(_LONGEST_PERIOD, timeout / 10)
-        self._sign = SignOfLife(rank, socket.gethostname(), os.getpid(), 0, "starting", 0, 0)
+        self._sign = SignOfLife(rank, socket.gethostname(), os.getpid(), 0, "starting", 0, 0, began=time.time())
         self._since = time.monotonic()
         self._lock = Lock()
         self._ending = Lock()
@@ -133,9 +133,16 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._over.wait(self._period):
+            if self._is_replaced():
+                os._exit(EXIT_FAULT)  # the job was started again while this host was cut off
             self._beat()
             if self._is_overdue() or self._verdict.exists():
                 self._end_job()
+
+    def _is_replaced(self) -> bool:
+        """Whether a later process writes the signs of this rank."""
+        written = read_sign(sign_path(self._folder, self._sign.rank))
+        return written is not None and written.began > self._sign.began
 
     def _is_overdue(self) -> bool:
         return time.monotonic() - self._since > self._timeout

@@ -187,4 +187,5 @@ def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
 
 def manager_of(engine: Any, run: RunFolder) -> CheckpointManager:
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[engine.module.dtype]
+    run.path.mkdir(parents=True, exist_ok=True)
     return CheckpointManager(engine, run.checkpoints, CheckpointConfig(), {"train": {"precision": precision}})

@@ -275,7 +275,7 @@ def test_a_signal_to_one_rank_or_to_the_launcher_saves_and_starts_again(
         job.reaches(12)
         process = job.rank_on("right")
         if to == "launcher":  # DeepSpeed's command, which ends the jobs of its hosts by their names
-            process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed --hostfile"))
+            process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed --force_multi"))
         job.on("right" if to == "rank" else "left", "kill", "-TERM", process)
         tries = job.ends()
         assert job.leaves_nothing_on("left", "right")

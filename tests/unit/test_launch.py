@@ -75,7 +75,7 @@ def test_pdsh_starts_deepspeeds_launcher_after_a_look_at_the_hosts(
     [file] = [word.removeprefix("DS_ENV_FILE=") for word in start if word.startswith("DS_ENV_FILE=")]
     assert start == [
         "env", f"DS_ENV_FILE={file}", f"PDSH_SSH_ARGS_APPEND={SSH}",
-        "deepspeed", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
+        "deepspeed", "--force_multi", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
     ]  # fmt: skip
     assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file, *train]
 

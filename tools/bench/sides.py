@@ -167,7 +167,7 @@ def _deepspeed_moe(
     no z-loss, and no shared expert is carried over.
     """
     torch.manual_seed(train.seed)
-    model = HyperMoEForCausalLM(config)
+    model = _plain_moe(config)
     first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
     for layer in (model.model.layers[index] for index in config.moe_layers):
         layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)

@@ -28,6 +28,8 @@ def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") 
         (1, [LOST, FAILED], "error", "ValueError: at 0x7f12 of 5"),
         (76, [LOST, RUNNING], "lost", "rank 1 died"),
         (137, [RUNNING], "lost", "rank 1 died"),
+        (0, [replace(RUNNING, end="saved")], "saved", ""),  # DeepSpeed's command where its launcher was killed
+        (1, [replace(FAILED, error="UserError: a")], "refused", "UserError: a"),  # torchrun's code
         (1, [], "unmet", "it ended before its ranks had met"),
     ],
 )
@@ -70,3 +72,9 @@ def test_a_job_that_never_comes_to_train_is_given_up() -> None:
     unmet = [tried("unmet", began=1000 * number, step=None) for number in range(3)]
     assert decide(unmet[:2], LIMITS).again
     assert not decide(unmet, LIMITS).again
+
+
+def test_a_refusal_after_a_fault_may_pass_but_not_two() -> None:
+    lost, refused = tried("lost"), tried("refused", began=20)
+    assert decide([lost, refused], LIMITS).again
+    assert not decide([lost, refused, replace(refused, began=90)], LIMITS).again

@@ -49,7 +49,7 @@ def outcome(process: "subprocess.Popen[str]", folder: Path) -> tuple[int, list[s
     ("job", "expected"),
     [
         ("sign(end='done'); sys.exit(0)", (0, ["done"])),
-        ("sign(end='saved'); sys.exit(75 * (start < 3))", (0, ["saved", "saved", "done"])),
+        ("sign(end='saved' if start < 3 else 'done'); sys.exit(75 * (start < 3))", (0, ["saved", "saved", "done"])),
         ("sys.exit(2)", (2, ["refused"])),
         ("sign(); os.kill(os.getpid(), 9 * (start < 3)); sys.exit(0)", (0, ["lost", "lost", "done"])),
         ("sign(end='error', error=f'KeyError: {start}'); sys.exit(1)", (1, ["error", "error"])),
