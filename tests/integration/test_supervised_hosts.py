@@ -388,7 +388,7 @@ def test_a_flipped_bit_in_one_replica_is_found_and_the_job_started_again(
 def test_twenty_kills_at_random_moments_lose_nothing_but_time(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    kills, steps, moments = 20, 400, random.Random(7)
+    kills, steps, moments = 20, 800, random.Random(7)
     known: set[tuple[str, int]] = set()
     with supervised(hosts, tmp_path, recipe, steps=steps, restarts=kills) as job:
         for _ in range(kills):
