@@ -225,6 +225,9 @@ def test_a_signal_to_the_supervisor_reaches_the_ranks_and_ends_it(recipe: Path, 
     words = arguments(recipe, tmp_path, "train.steps=100000", "evaluation.interval=100000")
     job = start(RANKS, *words, folder=tmp_path, before=(*SUPERVISOR, "--"))
     begun(job, set())
+    while not (tmp_path / "run/metrics.jsonl").exists():  # before its first step there is nothing to save
+        assert job.process.poll() is None
+        time.sleep(0.02)
     job.process.terminate()
     done = job.finish()
     assert done.returncode == EXIT_SAVED, done.told()
