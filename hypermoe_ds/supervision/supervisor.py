@@ -86,14 +86,12 @@ class Supervisor:
             return self._command.started_with(None, [])
         pause = _FIRST_PAUSE
         self._processes.end(0)  # on hosts that could not be reached when their try ended
-        chosen = self._choice.choose()
-        while chosen is None and self._signal is None:
+        while (chosen := self._choice.choose()) is None and self._signal is None:
             if not patient:
                 raise UserError("--hostfile", "no host can train", "mend what the lines above name")
             _say(f"no host can train; looking again in {pause:.0f} s")
             self._rest(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            chosen = self._choice.choose()
         return self._command.started_with(*(chosen or Chosen(Path(), [])))
 
     def _rest(self, seconds: float) -> None:

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from hypermoe_ds.monitor.summary import read_records
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.ranks import CPU, process_group, run_in_processes
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = "pretrain/train.py"
+CLOCK = ("tokens_per_second", "peak_memory_gib")
 _SECONDS = 300
 
 
@@ -214,3 +216,9 @@ def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
         f"--deepspeed_config={REPOSITORY / 'ds_configs' / f'zero{stage}.json'}",
         *overrides,
     ]
+
+
+def logged_steps(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps, without what the clock and the machine make of them."""
+    records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]

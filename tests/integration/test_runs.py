@@ -10,8 +10,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hypermoe_ds.checkpoint.shards import CheckpointReader
+from tests.helpers.jobs import CLOCK
 
-CLOCK = ("tokens_per_second", "peak_memory_gib")
 STEPS = 8
 
 

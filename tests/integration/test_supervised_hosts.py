@@ -20,7 +20,7 @@ import pytest
 from hypermoe_ds.monitor.signs import SignOfLife, read_signs
 from hypermoe_ds.monitor.summary import read_records
 from tests.helpers.faulty_train import PARAMETER
-from tests.helpers.jobs import REPOSITORY, TRAIN, arguments_of, run_script
+from tests.helpers.jobs import REPOSITORY, TRAIN, arguments_of, logged_steps, run_script
 from tests.helpers.ranks import CPU
 from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
 
@@ -30,7 +30,6 @@ SETTINGS = [
     "parallel.expert=2", f"train.collective_timeout={TIMEOUT}", "evaluation.interval=1000000",
     f"checkpoint.interval={INTERVAL}",
 ]  # fmt: skip
-CLOCK = ("tokens_per_second", "peak_memory_gib")
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -160,11 +159,6 @@ def with_faulty_train(folder: Path) -> Path:
     return repository
 
 
-def losses(run: Path) -> list[dict[str, Any]]:
-    records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
     """What the same two ranks log on one host in so many steps."""
@@ -175,7 +169,7 @@ def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             folder = tmp_path_factory.mktemp("undisturbed")
             words = arguments_of(recipe, f"run.dir={folder / 'run'}", f"train.steps={steps}", *SETTINGS)
             run_script(TRAIN, *words, folder=folder, ranks=2)
-            found[steps] = losses(folder / "run")
+            found[steps] = logged_steps(folder / "run")
         return found[steps]
 
     return run
@@ -186,7 +180,7 @@ Undisturbed = Callable[[int], list[dict[str, Any]]]
 
 def assert_same_losses(job: SupervisedJob, expected: list[dict[str, Any]], to_the_bit: bool = True) -> None:
     """On fewer ranks the sums have another order."""
-    found = losses(job.run)
+    found = logged_steps(job.run)
     assert len(found) == len(expected)
     if to_the_bit:
         assert found == expected
@@ -366,7 +360,7 @@ def test_a_nan_in_one_gradient_skips_the_step_and_goes_on(
         tries = job.ends()
     assert outcomes(tries) == ["done"]
     assert "warning: step 4 skipped: NaN or Inf in its loss (" in job.said()
-    found = losses(job.run)
+    found = logged_steps(job.run)
     assert (found[3]["skipped_steps"], found[-1]["skipped_steps"]) == (1, 1)
     assert found[:3] == undisturbed(STEPS)[:3]
     assert len(found) == STEPS

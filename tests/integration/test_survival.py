@@ -17,13 +17,12 @@ import pytest
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_SAVED
 from hypermoe_ds.monitor.signs import read_signs
 from tests.helpers.faulty_train import PARAMETER
-from tests.helpers.jobs import REPOSITORY, TRAIN, Done, Job, arguments_of, run_script, start
+from tests.helpers.jobs import REPOSITORY, TRAIN, Done, Job, arguments_of, logged_steps, run_script, start
 
 RANKS = 2
 STEPS = 8
 FAULTY = "tests/helpers/faulty_train.py"
 SUPERVISOR = (sys.executable, REPOSITORY / "launch/supervise.py")
-CLOCK = ("tokens_per_second", "peak_memory_gib")
 
 
 def arguments(recipe: Path, folder: Path, *overrides: str) -> list[str]:
@@ -44,18 +43,13 @@ def goes_on(recipe: Path, folder: Path, *overrides: str) -> None:
     assert done.returncode == 0, done.told()
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines if "loss" in line]
-
-
 def history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run/supervisor.jsonl").read_text().splitlines()]
 
 
 def assert_ends_as(folder: Path, undisturbed: Path) -> None:
     """Every step was logged with the same numbers, and the last checkpoint is the same to the bit."""
-    assert records(folder / "run") == records(undisturbed)
+    assert logged_steps(folder / "run") == logged_steps(undisturbed)
     ours, theirs = (
         json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
         for run in (folder / "run", undisturbed)
@@ -162,7 +156,7 @@ def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(re
     without.mkdir()
     words = arguments(recipe, without, "train.skip_samples=[[24, 31]]", "train.stop_at_step=7")
     run_script(TRAIN, *words, folder=without, ranks=RANKS)
-    spoilt, whole = records(tmp_path / "run"), records(without / "run")
+    spoilt, whole = logged_steps(tmp_path / "run"), logged_steps(without / "run")
     assert (spoilt[3]["skipped_steps"], spoilt[3]["grad_norm"]) == (1, None)
     del spoilt[3]
     for one, other in zip(spoilt, whole, strict=True):
@@ -207,7 +201,7 @@ def test_five_kills_at_random_moments_lose_nothing_but_time(recipe: Path, tmp_pa
     done = job.finish()
     assert done.returncode == 0, done.told()
     assert [entry["outcome"] for entry in history(tmp_path)] == ["lost"] * 5 + ["done"]
-    assert records(tmp_path / "run") == records(whole / "run")
+    assert logged_steps(tmp_path / "run") == logged_steps(whole / "run")
 
 
 def begun(job: Job, known: set[int]) -> list[int]:
