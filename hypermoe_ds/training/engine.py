@@ -47,12 +47,7 @@ def start_ranks(timeout: float = 1800) -> tuple[int, int]:
         MachineError: the ranks do not meet at the launcher's address.
     """
     signal_when_parent_ends(signal.SIGTERM)
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
-    if os.access(sys.prefix, os.W_OK):
-        # Each environment keeps the operators it compiled: in the user's one cache two of them rebuild in turn.
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
-    # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
-    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
+    _set_up_libraries()
     _name_ranks()
     launched = os.environ.get("WORLD_SIZE")
     get_accelerator().set_device(local_rank())
@@ -81,6 +76,20 @@ def start_ranks(timeout: float = 1800) -> tuple[int, int]:
         ours.addHandler(logging.StreamHandler(sys.stdout))
         ours.setLevel(logging.INFO)
     return torch.distributed.get_rank(), found
+
+
+def _set_up_libraries() -> None:
+    """Before their first use; what the environment says already goes before."""
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
+    if os.access(sys.prefix, os.W_OK):
+        # Each environment keeps the operators it compiled: in the user's one cache two of them rebuild in turn.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+    # On CPU the code of a bf16 product, up to 0.7 MiB, is kept for each number of rows: 1,024 by oneDNN, as many by
+    # PyTorch. Experts have other numbers of rows in every step; 128 hold what each layer and the next have in common.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "128")
+    # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
+    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
 
 
 def _name_ranks() -> None:

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,8 @@ from typing import IO
 
 import psutil
 
-from tests.helpers.jobs import Done
+from tests.helpers.jobs import REPOSITORY, Done
+from tests.helpers.ranks import CPU
 
 NAMES = ("left", "right")
 _ADDRESSES = {"left": "10.213.7.1", "right": "10.213.7.2"}
@@ -106,7 +108,7 @@ class TwoHosts:
     processes: dict[str, "subprocess.Popen[bytes]"]
 
     def run(self, host: str, *words: object, folder: Path, seconds: int = 120, **environment: str) -> Done:
-        """A command on a host, with these variables, through ssh."""
+        """A command on a host, through ssh, with what users of this checkout have there and these variables."""
         process = self.start(host, *words, folder=folder, out=subprocess.PIPE, errors=subprocess.PIPE, **environment)
         try:
             out, errors = process.communicate(timeout=seconds)
@@ -118,7 +120,13 @@ class TwoHosts:
         self, host: str, *words: object, folder: Path, out: int | IO[str], errors: int | IO[str], **environment: str
     ) -> "subprocess.Popen[str]":
         """The same, not awaited; its output goes to `out` and `errors`."""
-        variables = [f"{name}={value}" for name, value in environment.items()]
+        user = {
+            **CPU,
+            "PATH": f"{Path(sys.executable).parent}:{_PATH}",
+            "PYTHONPATH": str(REPOSITORY),
+            "HYPERMOE_VENV": str(self.folder / "none"),  # the one of these tests is in PATH
+        }
+        variables = [f"{name}={value}" for name, value in {**user, **environment}.items()]
         line = shlex.join(["env", *variables, *map(str, words)])
         return subprocess.Popen(
             [*self._ssh(host), f"cd {shlex.quote(str(folder))} && exec {line}"],

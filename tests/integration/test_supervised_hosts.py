@@ -7,7 +7,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from hypermoe_ds.monitor.signs import SignOfLife, read_signs
 from hypermoe_ds.monitor.summary import read_records
 from tests.helpers.faulty_train import PARAMETER
 from tests.helpers.jobs import REPOSITORY, TRAIN, arguments_of, logged_steps, run_script
-from tests.helpers.ranks import CPU
 from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
 
 STEPS, INTERVAL, TIMEOUT = 60, 5, 20
@@ -30,7 +28,6 @@ SETTINGS = [
     "parallel.expert=2", f"train.collective_timeout={TIMEOUT}", "evaluation.interval=1000000",
     f"checkpoint.interval={INTERVAL}",
 ]  # fmt: skip
-PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass
@@ -129,11 +126,9 @@ def supervised(
     arguments = arguments_of(recipe, f"run.dir={folder / run}", f"train.steps={steps}", *SETTINGS, *overrides)
     launcher = ["bash", repository / "launch/pdsh.sh", "--no-preflight", "--hostfile", "{hosts}", *arguments]
     supervisor = ["python", repository / "launch/supervise.py", "--hostfile", "hostfile", "--max-restarts", restarts]
-    environment = {
-        **CPU, "PATH": PATH, "PYTHONPATH": str(REPOSITORY), "HYPERMOE_VENV": str(folder / "none"),
-        "PYTHONUNBUFFERED": "1",
-        **({"HYPERMOE_FAULT": f"{fault}:{folder / 'fault'}", "HYPERMOE_REPOSITORY": str(repository)} if fault else {}),
-    }  # fmt: skip
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if fault:
+        environment |= {"HYPERMOE_FAULT": f"{fault}:{folder / 'fault'}", "HYPERMOE_REPOSITORY": str(repository)}
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as errors:
         process = hosts.start(
             "left", *supervisor, "--", *launcher, folder=folder, out=out, errors=errors, **environment
@@ -187,15 +182,15 @@ def assert_same_losses(job: SupervisedJob, expected: list[dict[str, Any]], to_th
     assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in expected], rel=1e-5)
 
 
+def outcomes(tries: list[dict[str, Any]]) -> list[str]:
+    return [entry["outcome"] for entry in tries]
+
+
 def work_lost(job: SupervisedJob) -> list[int]:
     """Steps that each start took again, from what the launches say."""
     resumed = [int(line.split("| step ")[1].split()[0]) for line in job.said().splitlines() if "| step " in line]
     ended = [json.loads(line)["step"] for line in (job.run / "supervisor.jsonl").read_text().splitlines()]
     return [last - first for last, first in zip(ended, resumed[1:], strict=False)]
-
-
-def outcomes(tries: list[dict[str, Any]]) -> list[str]:
-    return [entry["outcome"] for entry in tries]
 
 
 def test_a_killed_rank_of_the_second_host_costs_less_than_an_interval(

@@ -1,14 +1,12 @@
 """Training over two hosts: the launch scripts of a hostfile, with the experts spread over both."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.jobs import REPOSITORY, TRAIN, Done, arguments_of, run_script
-from tests.helpers.ranks import CPU
 from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
 
 STEPS = 20
@@ -45,16 +43,8 @@ def losses(run: Path) -> list[float]:
 
 
 def start(hosts: TwoHosts, *words: object, folder: Path) -> Done:
-    """A command on the first host, in the environment that a user has there."""
-    environment = {
-        **CPU,
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "PYTHONPATH": str(REPOSITORY),
-        "HYPERMOE_VENV": str(folder / "none"),  # the one of these tests is in PATH
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
-    return hosts.run("left", *words, folder=folder, **environment)
+    """A command on the first host."""
+    return hosts.run("left", *words, folder=folder, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 
 
 @pytest.mark.parametrize(("script", "command"), [("pdsh.sh", "pdsh"), ("openmpi.sh", "mpirun")])

@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training import engine
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
-from tests.helpers.ranks import process_group, run_in_processes
+from tests.helpers.ranks import process_group, run_in_processes, run_on_ranks
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +50,20 @@ def test_ranks_that_do_not_come_are_waited_for_no_longer_than_allowed() -> None:
         [told] = run_in_processes(environments[:1], wait_alone)
     assert told.startswith(f"port {port} of 127.0.0.1: the ranks cannot meet there (")
     assert told.endswith("; see which host is missing: python tools/preflight.py")
+
+
+def memory_added_by_products(row_counts: range) -> float:
+    """MiB; a rank's resident memory after one bf16 product for each number of rows."""
+    weight = torch.ones(768, 64, dtype=torch.bfloat16)
+    before = psutil.Process().memory_info().rss
+    for rows in row_counts:
+        torch.ones(rows, 768, dtype=torch.bfloat16) @ weight
+    return float(psutil.Process().memory_info().rss - before) / 2**20
+
+
+def test_experts_whose_rows_are_others_in_every_step_do_not_fill_the_memory() -> None:
+    few, many = (run_on_ranks(1, memory_added_by_products, range(64, end))[0] for end in (264, 1064))
+    assert many < few + 40, "but 0.6 MiB each where the code for 1,024 is kept"
 
 
 ORPHAN = """
