@@ -28,8 +28,10 @@ from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
-# Arguments: a process, the verdict. A stopped process, or one that waits for a disk, does not end itself.
+# Arguments: a process, the verdict. A stopped process, or one that waits for a disk, does not end itself. DeepSpeed's
+# launcher sends SIGTERM to a rank's children too, and then waits for half a minute.
 _END_WITH_VERDICT = f"""
+trap '' TERM
 while kill -0 "$1"; do
     if [ -e "$2" ]; then
         sleep {_SECONDS_TO_END}

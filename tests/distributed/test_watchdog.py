@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, start_slowly
 
@@ -22,6 +23,13 @@ FOUND = {
 CASES = [*((kind, 1) for kind in FOUND), ("killed", 0), pytest.param("stopped", 0, marks=pytest.mark.slow)]
 
 
+def signal_as_the_launcher(rank: int | None) -> None:
+    """DeepSpeed's, when another rank has failed."""
+    process = psutil.Process(rank)
+    for signalled in (*process.children(recursive=True), process):
+        signalled.terminate()
+
+
 @pytest.mark.parametrize(("kind", "lost"), CASES)
 def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, tmp_path: Path) -> None:
     with process_group(RANKS) as environments, ranks_of(environments, lose, tmp_path, kind, lost) as ranks:
@@ -32,6 +40,7 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
         assert [ranks[rank].exitcode for rank in others] == [EXIT_FAULT] * len(others)
         assert time.monotonic() - began < 60
         if kind == "stopped":
+            signal_as_the_launcher(ranks[lost].pid)
             ranks[lost].join(30)
             assert ranks[lost].exitcode == -signal.SIGKILL, "it cannot end itself"
     told = (tmp_path / VERDICT).read_text()
