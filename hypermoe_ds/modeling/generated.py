@@ -5,11 +5,13 @@ Equation: step 6 of docs/METHOD.md.
 Shape legend: T tokens, D hidden size, A adapter size, U sets, J HyperExperts that a token takes, R = T * J rows.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # Sorting takes as long as applying so many rows one after another (60 and 18 us on a CPU, D = 768, A = 64).
 _FEW_ROWS = 4
@@ -143,12 +145,23 @@ class GroupedRows(SortedRows):
 
 
 class LoopedRows(SortedRows):
-    """By one matrix product a set, each written in place; the host learns how many rows a set has."""
+    """By one matrix product a set, each written in place; the host learns how many rows a set has.
+
+    In bf16 on CPU oneDNN makes code for each number of rows that it meets, which takes longer than the product. There a
+    set reaches over some rows of the sets behind it, whose own products are written over theirs.
+    """
 
     def __init__(self, sets_R: Tensor, sets: int) -> None:
         super().__init__(sets_R, sets)
         ends = self.ends_U.tolist()
         self._rows_of_set = [slice(*between) for between in zip([0, *ends], ends, strict=False)]
+
+    def _reach(self, rows: slice, like: Tensor) -> slice:
+        if like.is_cuda or like.dtype is torch.float32:
+            return rows
+        count = rows.stop - rows.start
+        multiple = max(32, 1 << count.bit_length() >> 3)  # at most a quarter more, but for sets of few rows
+        return slice(rows.start, min(rows.start + math.ceil(count / multiple) * multiple, like.shape[0]))
 
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
@@ -157,17 +170,25 @@ class LoopedRows(SortedRows):
         for index, rows in enumerate(self._rows_of_set):
             if rows.start == rows.stop:
                 continue
+            reach = self._reach(rows, x_RI)
             if bias_UO is None:
-                torch.mm(x_RI[rows], weight_UIO[index], out=y_RO[rows])
+                torch.mm(x_RI[reach], weight_UIO[index], out=y_RO[reach])
             else:
-                bias_tO = bias_UO[index] if gate_R1 is None else gate_R1[rows] * bias_UO[index]
-                torch.addmm(bias_tO, x_RI[rows], weight_UIO[index], out=y_RO[rows])
+                bias_tO = bias_UO[index] if gate_R1 is None else gate_R1[reach] * bias_UO[index]
+                torch.addmm(bias_tO, x_RI[reach], weight_UIO[index], out=y_RO[reach])
         return y_RO
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
         product_UIO = x_RI.new_empty(len(self._rows_of_set), x_RI.shape[1], y_RO.shape[1])
         for index, rows in enumerate(self._rows_of_set):
-            torch.mm(x_RI[rows].t(), y_RO[rows], out=product_UIO[index])
+            reach = self._reach(rows, x_RI)
+            x_tI, y_tO = x_RI[reach], y_RO[reach]
+            beyond = (0, 0, 0, reach.stop - rows.stop)
+            if reach != rows and x_RI.shape[1] <= y_RO.shape[1]:
+                x_tI = F.pad(x_RI[rows], beyond)
+            elif reach != rows:
+                y_tO = F.pad(y_RO[rows], beyond)
+            torch.mm(x_tI.t(), y_tO, out=product_UIO[index])
         return product_UIO
 
     def sum(self, y_RO: Tensor) -> Tensor:

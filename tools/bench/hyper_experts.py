@@ -7,6 +7,7 @@ Seven minutes on 2 cores in fp32, one with --skip-grid.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ D, LAYERS, WIDTH = PUBLISHED.hidden, 12, 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = [(PUBLISHED, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4, 8) for T in (512, 4096)]
 GRID += [(SMALL, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4) for T in (512, 4096)]
+_UNCOUNTED = 2  # runs of each side before those that count
 
 
 def main() -> None:
@@ -96,22 +98,28 @@ def build(
     return branches, hypernetwork
 
 
-def selections(tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
-    """Evenly spread selections [T, K]."""
-    return torch.rand(tokens, num_experts, device=device).argsort(dim=1)[:, :top_k]
+def selections(passes: int, layers: int, tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
+    """Evenly spread selections [passes, layers, T, K]: in training too an expert has other tokens each time."""
+    return torch.rand(passes, layers, tokens, num_experts, device=device).argsort(dim=-1)[..., :top_k]
 
 
 def all_layers(
-    branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, selected_TK: Tensor, form: str
-) -> None:
-    """Forward and backward of the HyperExperts of all layers, as in one pass of a model."""
-    ahead = None
-    if form == "auto":
-        ahead = generate_ahead(branches, hypernetwork, x_TD.shape[0], selected_TK.shape[1])
-    y_TD = x_TD
-    for branch, modules in zip(branches, ahead or [None] * len(branches), strict=True):
-        y_TD = y_TD + branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
-    y_TD.backward(x_TD.detach())
+    branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, passes: Tensor, form: str
+) -> Callable[[], None]:
+    """Forward and backward of the HyperExperts of all layers, as in one pass of a model, with the next selections."""
+    endless = itertools.cycle(passes)
+
+    def run() -> None:
+        selected = next(endless)
+        ahead = None
+        if form == "auto":
+            ahead = generate_ahead(branches, hypernetwork, x_TD.shape[0], selected.shape[-1])
+        y_TD = x_TD
+        for branch, selected_TK, modules in zip(branches, selected, ahead or [None] * len(branches), strict=True):
+            y_TD = y_TD + branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
+        y_TD.backward(x_TD.detach())
+
+    return without_gradients(run, hypernetwork, *branches)
 
 
 def expert(where: Mapping[str, Any]) -> nn.Module:
@@ -123,7 +131,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
     """Median seconds of each side; the sides run in turn, after two runs each that do not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
-    for _ in range(repeats + 2):
+    for _ in range(repeats + _UNCOUNTED):
         order.reverse()  # else the same side always follows a large one, and finds what that left of the caches
         for name, run in order:
             began = time.perf_counter()
@@ -131,7 +139,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
             if device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - began)
-    return {name: median(seconds[2:]) for name, seconds in times.items()}
+    return {name: median(seconds[_UNCOUNTED:]) for name, seconds in times.items()}
 
 
 def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[[], None]:
@@ -148,19 +156,15 @@ def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[
 def beside_an_expert(N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
     """The branch of a layer, the hypernetwork shared by 12, beside one expert and the published form."""
     x_TD = torch.randn(T, D, **where).requires_grad_()
-    selected_TK = selections(T, N, K, where["device"])
+    passes = selections(repeats + _UNCOUNTED, LAYERS, T, N, K, where["device"])
     single = expert(where)
     branches, hypernetwork = build(N, LAYERS, where)
     sides = {
         "expert": without_gradients(lambda: single(x_TD).backward(x_TD.detach()), single),
-        "branch": without_gradients(
-            lambda: all_layers(branches, hypernetwork, x_TD, selected_TK, "auto"), hypernetwork, *branches
-        ),
+        "branch": all_layers(branches, hypernetwork, x_TD, passes, "auto"),
     }
     if T <= 2048:
-        sides["per_token"] = without_gradients(
-            lambda: all_layers(branches[:1], hypernetwork, x_TD, selected_TK, "per_token"), hypernetwork
-        )
+        sides["per_token"] = all_layers(branches[:1], hypernetwork, x_TD, passes[:, :1], "per_token")
     seconds = medians(sides, repeats, where["device"])
     seconds["branch"] /= LAYERS
     return {"N": N, "K": K, "T": T, "seconds": seconds}
@@ -168,37 +172,34 @@ def beside_an_expert(N: int, K: int, T: int, repeats: int, where: Mapping[str, A
 
 def forms_of(sizes: Sizes, N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
     """The forms and `auto` in one layer by itself."""
+    repeats = max(5, repeats // 2)
     x_TD = torch.randn(T, sizes.hidden, **where).requires_grad_()
-    selected_TK = selections(T, N, K, where["device"])
+    passes = selections(repeats + _UNCOUNTED, 1, T, N, K, where["device"])
     branches, hypernetwork = build(N, 1, where, sizes)
-    sides = {
-        form: without_gradients(
-            lambda form=form: all_layers(branches, hypernetwork, x_TD, selected_TK, form), hypernetwork, *branches
-        )
-        for form in ("per_set", "factored", "auto")
-    }
-    sets = len({frozenset(row) for row in selected_TK.tolist()})
+    forms = ("per_set", "factored", "auto")
+    sides = {form: all_layers(branches, hypernetwork, x_TD, passes, form) for form in forms}
+    sets = len({frozenset(row) for row in passes[0, 0].tolist()})
     sets = math.comb(N, K) if branches[0].knows_sets(T, K, hypernetwork.sizes) else sets
-    seconds = medians(sides, max(5, repeats // 2), where["device"])
+    seconds = medians(sides, repeats, where["device"])
     return {"sizes": astuple(sizes), "N": N, "K": K, "T": T, "sets": sets, "seconds": seconds}
 
 
 def per_token(T: int, repeats: int, where: Mapping[str, Any]) -> float:
     """Median seconds of the published form in one layer by itself."""
-    x_TD, selected_TK = torch.randn(T, D, **where).requires_grad_(), selections(T, 8, 1, where["device"])
+    x_TD, passes = torch.randn(T, D, **where).requires_grad_(), selections(1, 1, T, 8, 1, where["device"])
     branches, hypernetwork = build(8, 1, where)
-    run = without_gradients(lambda: all_layers(branches, hypernetwork, x_TD, selected_TK, "per_token"), hypernetwork)
+    run = all_layers(branches, hypernetwork, x_TD, passes, "per_token")
     return medians({"per_token": run}, max(3, repeats // 2), where["device"])["per_token"]
 
 
 def added_memory(side: str, where: Mapping[str, Any]) -> int:
     """Most bytes that a side of 12 layers holds beside its parameters and input, N=8, K=1, T=2048."""
-    x_TD, selected_TK = torch.randn(2048, D, **where).requires_grad_(), selections(2048, 8, 1, where["device"])
+    x_TD, passes = torch.randn(2048, D, **where).requires_grad_(), selections(1, LAYERS, 2048, 8, 1, where["device"])
     torch.autograd.backward([expert(where)(x_TD[:64])], [x_TD[:64].detach()])  # what libraries allocate once
     if side == "branch":
         branches, hypernetwork = build(8, LAYERS, where)
         base = held(where["device"])
-        all_layers(branches, hypernetwork, x_TD, selected_TK, "auto")
+        all_layers(branches, hypernetwork, x_TD, passes, "auto")()
     else:
         experts = [expert(where) for _ in range(LAYERS)]
         base = held(where["device"])
