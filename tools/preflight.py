@@ -42,7 +42,9 @@ from hypermoe_ds.parallel.preflight import (
     measure_links,
     table,
 )
+from hypermoe_ds.parallel.topology import check_expert_parallel, gradient_accumulation_steps
 from hypermoe_ds.run_config import RunConfig, load_run_config
+from hypermoe_ds.training.ds_config import load_deepspeed_json
 
 REPOSITORY = Path(__file__).parents[1]
 DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
@@ -52,10 +54,14 @@ def main() -> None:
     """Ask, compare, measure."""
     arguments = parse_arguments()
     config = load_run_config(arguments.config, arguments.overrides)
+    load_deepspeed_json(arguments.deepspeed_config)
     hosts = hosts_of(arguments)
+    if arguments.fit is None and arguments.slots is None:
+        check_layout(config, sum(host.slots for host in hosts))
     starter = Starter(environment_of(arguments.environment), Path.cwd())
     with token_in(Path(config.run.dir)) as token:
-        asked = Asked(config.run.dir, token, arguments.config, arguments.deepspeed_config, arguments.overrides)
+        files = (arguments.config, arguments.deepspeed_config, arguments.overrides, data_files(config))
+        asked = Asked(config.run.dir, token, *files)
         answers = ask_hosts(hosts, asked, starter)
     print(table(answers), flush=True)
     passed = without_failing(hosts, judge(answers, asked, needed_gib(config)), arguments.fit is not None)
@@ -106,10 +112,22 @@ def environment_of(file: Path | None) -> dict[str, str]:
     return given | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), given.get("PYTHONPATH"))))}
 
 
+def check_layout(config: RunConfig, ranks: int) -> None:
+    """Refuse what these ranks cannot share."""
+    check_expert_parallel(config.parallel.expert, config.architecture().num_experts, ranks)
+    gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, ranks)
+
+
+def data_files(config: RunConfig) -> list[str]:
+    """The token files and the tokenizer."""
+    sources = [*config.data.train, *config.data.valid]
+    return [f"{source.prefix}.{end}" for source in sources for end in ("idx", "bin")] + [config.data.tokenizer]
+
+
 @contextmanager
 def token_in(folder: Path) -> Iterator[str]:
     """A file in the run folder that only a host with the same storage can see; its name."""
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     token = folder / f".preflight-{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +139,8 @@ def token_in(folder: Path) -> Iterator[str]:
         yield token.name
     finally:
         token.unlink(missing_ok=True)
-        if not existed:
-            folder.rmdir()
+        for path in made:
+            path.rmdir()
 
 
 def needed_gib(config: RunConfig) -> float:
@@ -151,7 +169,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.mebibytes < 1:
+        raise UserError(f"--mebibytes={arguments.mebibytes}", "is too little to measure", "give 1 or more")
+    return arguments
 
 
 if __name__ == "__main__":

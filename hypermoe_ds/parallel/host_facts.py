@@ -35,6 +35,7 @@ class Asked:
         config: the recipe.
         deepspeed_config: DeepSpeed's JSON.
         overrides: `section.key=value`.
+        data: token files and the tokenizer.
     """
 
     run_dir: str
@@ -42,6 +43,7 @@ class Asked:
     config: str
     deepspeed_config: str
     overrides: Sequence[str]
+    data: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class HostFacts:
         deepspeed: version.
         project: git commit, and a digest of the sources as they lie there.
         settings: digest of the recipe with its overrides and of DeepSpeed's JSON, or why they cannot be read.
+        data: digest of the sizes of the data's files, or the first that is not there.
         devices: name of each GPU; None where DeepSpeed is told to use the CPU.
         memory_gib: free in /dev/shm.
         disk_gib: free where the run folder is.
@@ -67,6 +70,7 @@ class HostFacts:
     deepspeed: str
     project: str
     settings: str
+    data: str
     devices: Sequence[str] | None
     memory_gib: float
     disk_gib: float
@@ -83,6 +87,7 @@ def facts_here(asked: Asked) -> HostFacts:
         deepspeed=_version("deepspeed"),
         project=f"{_commit()} {source_digest(_REPOSITORY)}",
         settings=settings_digest(asked.config, asked.deepspeed_config, asked.overrides),
+        data=data_digest(asked.data),
         devices=_devices(),
         memory_gib=_free_gib(Path("/dev/shm")),  # noqa: S108 (where ranks of a host exchange)
         disk_gib=_free_gib(Path(asked.run_dir)),
@@ -108,6 +113,17 @@ def settings_digest(config: str, deepspeed_config: str, overrides: Sequence[str]
     except (UserError, OSError, ValueError) as error:
         return f"unreadable: {error}"
     return hashlib.sha256(json.dumps([recipe, own], sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def data_digest(files: Sequence[str]) -> str:
+    """A short digest of the sizes of files; folders count as there or not."""
+    sizes = []
+    for file in map(Path, files):
+        try:
+            sizes.append(None if file.is_dir() else file.stat().st_size)
+        except OSError:
+            return f"lacks {file}"
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
 
 
 def _version(package: str) -> str:

@@ -38,13 +38,14 @@ class Host:
             alone = ["--nodes=1", "--ntasks=1", f"--nodelist={self.name}", "--overlap", "--mpi=none", "--export=ALL"]
             return ["srun", *alone, "bash", "-c", script]
         options = shlex.split(os.environ.get("HYPERMOE_SSH_OPTIONS", _SSH_OPTIONS))
-        return ["ssh", *options, self.name, script]
+        return ["ssh", *options, self.name, f"exec bash -c {shlex.quote(script)}"]  # whatever the login shell is
 
     def reach_remedy(self) -> str:
         """What to try where this host does not answer."""
         if self.reach == "srun":
             return "see `sinfo` for its state and exclude it: sbatch --exclude"
-        return f"make `ssh {self.name} true` work without a password, or take it out of the hostfile"
+        words = " ".join(filter(None, ("ssh", os.environ.get("HYPERMOE_SSH_OPTIONS"), self.name, "true")))
+        return f"make `{words}` work without a password, or take it out of the hostfile"
 
 
 def read_hostfile(path: Path) -> list[Host]:
@@ -152,6 +153,14 @@ def read_environment(path: Path) -> dict[str, str]:
 
 
 def shell_line(command: list[str], environment: Mapping[str, str], folder: Path) -> str:
-    """A line of shell that runs `command` in `folder` with these variables set."""
+    """A line of bash that runs `command` in `folder` with these variables set, until it or the line's stdin ends.
+
+    ssh closes that on the host when it ends here, however it does.
+    """
     variables = [f"{name}={value}" for name, value in environment.items()]
-    return f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
+    run = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
+    watch = "cat <&3; kill $command"
+    return (
+        f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & watch=$!; "
+        "wait $command; code=$?; kill $watch; exit $code"
+    )

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_paralle
 
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
+_MEETING_SECONDS = 60
+_SECONDS_AFTER_FAILURE = 5
 _MEMORY_GIB = 0.125  # of /dev/shm for each rank: DeepSpeed's operator takes 66 MB, NCCL some more
 _CLOCK_SECONDS = 5.0
 _SLOW_SHARE = 1 / 3  # of the median of all pairs
@@ -33,6 +35,7 @@ _ALIKE = {
     "deepspeed": "run there: bash launch/setup.sh",
     "project": "check out the same commit there, without edits",
     "settings": "put the same recipe and DeepSpeed JSON there",
+    "data": "put the token files and the tokenizer there, or on storage that all mount",
     "devices": "take hosts with the same GPUs into the hostfile",
 }
 
@@ -45,12 +48,14 @@ class Told:
         host: who was asked.
         facts: what it told; None if it did not.
         trouble: the last line that it gave instead.
+        exit_code: with which it ended then; 126 and 127 are a shell's that cannot start the command.
         clock_ahead: seconds by which its clock is ahead of this machine's.
     """
 
     host: Host
     facts: HostFacts | None
     trouble: str = ""
+    exit_code: int | None = None
     clock_ahead: float = 0.0
 
 
@@ -79,11 +84,11 @@ class Starter:
     folder: Path
 
     def start(self, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m module arguments`, which ends after `seconds` at the latest, on the host too."""
+        """Start `python -m module arguments`; it ends on the host too after `seconds`, or when its stdin is closed."""
         command = ["timeout", "--kill-after=5", str(seconds), sys.executable, "-m", module, *arguments]
         return subprocess.Popen(
             host.command(shell_line(command, self.environment, self.folder)),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -109,7 +114,7 @@ def _ask(host: Host, asked: Asked, starter: Starter) -> Told:
                 facts = HostFacts(**json.loads(line.removeprefix(FACTS)))
                 return Told(host, facts, clock_ahead=facts.clock - arrived)
             last = line.strip() or last
-    return Told(host, None, last)
+    return Told(host, None, last, process.returncode)
 
 
 @contextmanager
@@ -132,7 +137,7 @@ def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[Failur
         disk_gib: free space that the run needs.
     """
     failures = [
-        Failure(told.host, UserError(told.host.name, f"does not answer ({told.trouble})", told.host.reach_remedy()))
+        Failure(told.host, UserError(told.host.name, f"does not answer ({told.trouble})", _remedy(told)))
         for told in answers
         if told.facts is None
     ]
@@ -147,6 +152,12 @@ def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[Failur
     return failures
 
 
+def _remedy(told: Told) -> str:
+    if told.exit_code in (126, 127):
+        return "make the environment there, at the same path as here: bash launch/setup.sh"
+    return told.host.reach_remedy()
+
+
 def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
     """Hosts whose value is not the one that most have."""
     [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
@@ -155,7 +166,7 @@ def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failu
         for host, value in values.items()
         if value != usual
     ]
-    if name == "settings" and usual.startswith("unreadable"):
+    if usual.startswith(("unreadable", "lacks")):
         failures.append(Failure(None, UserError(name, usual, remedy)))
     return failures
 
@@ -170,7 +181,7 @@ def _lacking(told: Told, facts: HostFacts, asked: Asked, disk_gib: float) -> lis
         need = f"{facts.memory_gib:.2f} GiB free, {host.slots} ranks need {host.slots * _MEMORY_GIB:.2f}"
         found.append(UserError(f"{host.name}: /dev/shm", need, "enlarge it (in a container: --shm-size) or clear it"))
     if facts.disk_gib < disk_gib:
-        need = f"{facts.disk_gib:.1f} GiB free, checkpoints need {disk_gib:.1f}"
+        need = f"{facts.disk_gib:.2f} GiB free, checkpoints need {disk_gib:.2f}"
         found.append(
             UserError(f"{host.name}: run.dir={asked.run_dir}", need, "free space or lower checkpoint.keep_last")
         )
@@ -205,27 +216,46 @@ def measure_links(hosts: Sequence[Host], starter: Starter, address: str, port: i
         UserError: the ranks do not meet, or one fails.
     """
     shared = [f"--nnodes={len(hosts)}", f"--master_addr={address}", f"--master_port={port}"]
+    shared.append(f"--rdzv_conf=timeout={_MEETING_SECONDS}")
     processes = []
     for number, host in enumerate(hosts):
         own = [f"--node_rank={number}", f"--nproc_per_node={host.slots}", "-m", "hypermoe_ds.parallel.links"]
         processes.append(starter.start(host, _MEASURE_SECONDS, "torch.distributed.run", *shared, *own, str(mebibytes)))
-    with ThreadPoolExecutor(len(processes)) as pool:
-        outputs = list(pool.map(_output, processes))
+    outputs = _outputs(processes)
     for line in outputs[0].splitlines():
         if line.startswith(LINKS):
             return Links(**json.loads(line.removeprefix(LINKS)))
-    ended = [
-        (host.name, text) for host, process, text in zip(hosts, processes, outputs, strict=True) if process.returncode
+    failed = [
+        (host.name, text)
+        for host, process, text in zip(hosts, processes, outputs, strict=True)
+        if process.returncode > 0
     ]
-    name, text = ended[0] if ended else (hosts[0].name, outputs[0])
+    name, text = failed[0] if failed else (hosts[0].name, outputs[0])
+    if "EADDRINUSE" in text:
+        remedy = "set another MASTER_PORT, or end the job that has it"
+        raise UserError(f"MASTER_PORT={port}", f"is in use on {name}", remedy)
     errors = [line.strip() for line in text.splitlines() if "Error" in line] or text.splitlines()[-1:] or ["no output"]
     remedy = "open the ports between the hosts; name the network in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
     raise UserError(f"port {port} of {address}", f"the ranks do not exchange ({name}: {errors[-1][:160]})", remedy)
 
 
+def _outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """What they print until they end; when one has failed the others wait for it, and are ended soon."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        outputs = [pool.submit(_output, process) for process in processes]
+        for output in as_completed(outputs):
+            if processes[outputs.index(output)].returncode:
+                wait(outputs, timeout=_SECONDS_AFTER_FAILURE)
+                for process in processes:
+                    process.kill()
+    return [output.result() for output in outputs]
+
+
 def _output(process: subprocess.Popen[str]) -> str:
-    with _ended_after(process, _MEASURE_SECONDS + 10):
-        return process.communicate()[0]
+    with process, _ended_after(process, _MEASURE_SECONDS + 10):
+        text = process.stdout.read() if process.stdout else ""
+        process.wait()
+    return text
 
 
 def judge_links(links: Links, hosts: Sequence[Host], least: float) -> list[Failure]:
@@ -293,7 +323,11 @@ def table(answers: Sequence[Told]) -> str:
             row += ["no answer"]
         else:
             row += [_shown(getattr(told.facts, name))[:40] for name in _ALIKE]
-            row += [f"{told.facts.memory_gib:.1f} GiB", f"{told.facts.disk_gib:.1f} GiB", f"{told.clock_ahead:+.1f} s"]
+            row += [
+                f"{told.facts.memory_gib:.1f} GiB",
+                f"{told.facts.disk_gib:.1f} GiB",
+                f"{round(told.clock_ahead, 1) + 0.0:+.1f} s",
+            ]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -52,11 +52,11 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> Non
     """
     where = f"parallel.expert={expert}"
     both = [n for n in range(1, min(num_experts, world_size) + 1) if num_experts % n == 0 and world_size % n == 0]
-    remedy = f"on {world_size} ranks choose one of {', '.join(map(str, both))}"
+    remedy = f"choose {' or '.join(map(str, both))}"
     if num_experts % expert:
         raise UserError(where, f"does not divide model.num_experts={num_experts}", remedy)
     if world_size % expert:
-        raise UserError(where, f"does not divide the {world_size} ranks", remedy)
+        raise UserError(where, f"does not divide the number of ranks, {world_size}", remedy)
 
 
 def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_size: int) -> int:

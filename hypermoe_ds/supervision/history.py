@@ -21,6 +21,7 @@ class Try:
         began: seconds since the epoch.
         seconds: how long it ran.
         exit_code: of the launcher.
+        hosts: where its ranks ran.
         outcome: done; saved (a signal ended it after a checkpoint); refused (bad input); error (a rank told one);
             lost (a rank was); unmet (it ended before its ranks had met).
         step: last step that a rank worked on, None before the first.
@@ -30,6 +31,7 @@ class Try:
     began: float
     seconds: float
     exit_code: int
+    hosts: Sequence[str]
     outcome: str
     step: int | None
     what: str
@@ -74,7 +76,7 @@ def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLi
     if exit_code == 0 and not any(sign.end in ("saved", "error", "lost") for sign in signs.values()):
         outcome, what = "done", ""
     elif exit_code == EXIT_SAVED or saved:  # the launcher has a code of its own where it got the signal
-        outcome, what = "saved", ""
+        outcome, what = "saved", "a signal ended it after a checkpoint"
     elif exit_code == EXIT_BAD_INPUT or any(sign.error.startswith("UserError: ") for sign in failed):
         outcome, what = "refused", failed[0].error if failed else "see its last line"
     elif failed:
@@ -83,7 +85,8 @@ def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLi
         outcome, what = "unmet", "it ended before its ranks had met"
     else:
         outcome, what = "lost", verdict or "ranks ended without a word"
-    return Try(began, now - began, exit_code, outcome, step, " ".join(what.split()))
+    hosts = sorted({sign.host for sign in signs.values()})
+    return Try(began, now - began, exit_code, hosts, outcome, step, " ".join(what.split()))
 
 
 def decide(tries: Sequence[Try], limits: Limits) -> Decision:

@@ -1,7 +1,6 @@
 """The processes of a job, wherever they run and whoever started them."""
 
 import secrets
-import shlex
 import signal
 import subprocess
 import time
@@ -66,11 +65,10 @@ class JobProcesses:
     def _everywhere(self, script: str, seconds: int) -> list[str]:
         """What a line of shell prints on each host, run on all at once."""
         line = f"name={_VARIABLE}={self._name}; rank='^({'|'.join(RANK_VARIABLES)})='{_FUNCTIONS}{script}"
-        command = f"exec sh -c {shlex.quote(line)}"  # whatever the login shell is
         end = time.monotonic() + seconds
         nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
         started = [
-            subprocess.Popen(host.command(command), text=True, stdin=nowhere, stdout=pipe, stderr=nowhere)
+            subprocess.Popen(host.command(line), text=True, stdin=nowhere, stdout=pipe, stderr=nowhere)
             for host in self._hosts
         ]
         printed = []

@@ -80,10 +80,10 @@ CASES = {
     ),
     "no JSON": Bad(("ds.json: is not JSON", "start from ds_configs/zero1.json"), ds_json=None),
     "experts do not divide": Bad(
-        ("parallel.expert=3: does not divide model.num_experts=4", "choose one of 1"), ("parallel.expert=3",)
+        ("parallel.expert=3: does not divide model.num_experts=4", "choose 1"), ("parallel.expert=3",)
     ),
     "ranks do not divide": Bad(
-        ("parallel.expert=2: does not divide the 1 ranks", "choose one of 1"), ("parallel.expert=2",)
+        ("parallel.expert=2: does not divide the number of ranks, 1", "choose 1"), ("parallel.expert=2",)
     ),
     "more experts chosen than there are": Bad(
         ("model.num_experts_per_tok=5: more than num_experts=4", "choose 1 to 4"), ("model.num_experts_per_tok=5",)

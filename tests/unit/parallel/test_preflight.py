@@ -1,16 +1,18 @@
 """What is found wrong with hosts before a job starts, each in one line with its remedy."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel import preflight
-from hypermoe_ds.parallel.host_facts import Asked, HostFacts, facts_here, settings_digest, source_digest
+from hypermoe_ds.parallel.host_facts import Asked, HostFacts, data_digest, facts_here, settings_digest, source_digest
 from hypermoe_ds.parallel.hosts import Host, this_host
 from hypermoe_ds.parallel.links import Links
 from hypermoe_ds.parallel.preflight import (
@@ -27,10 +29,10 @@ from hypermoe_ds.parallel.preflight import (
 )
 
 REPOSITORY = Path(__file__).parents[3]
-ASKED = Asked("/runs/a", ".preflight-1", "r.yaml", "z.json", ())
+ASKED = Asked("/runs/a", ".preflight-1", "r.yaml", "z.json", (), ())
 GOOD = HostFacts(
-    python="3.11.7", torch="2.13.0", deepspeed="0.19.8", project="abc def", settings="123", devices=["H100"] * 8,
-    memory_gib=100.0, disk_gib=500.0, sees_run_folder=True, address="10.0.0.1", clock=0.0,
+    python="3.11.7", torch="2.13.0", deepspeed="0.19.8", project="abc def", settings="123", data="456",
+    devices=["H100"] * 8, memory_gib=100.0, disk_gib=500.0, sees_run_folder=True, address="10.0.0.1", clock=0.0,
 )  # fmt: skip
 
 
@@ -57,10 +59,14 @@ def test_hosts_that_are_alike_and_have_enough_pass() -> None:
         ({"torch": "2.12.0"}, "n1: torch: is 2.12.0, elsewhere 2.13.0; run there: bash launch/setup.sh"),
         ({"deepspeed": "missing"}, "n1: deepspeed: is missing, elsewhere 0.19.8; run there: bash launch/setup.sh"),
         ({"project": "abc xyz"}, "n1: project: is abc xyz, elsewhere abc def; check out the same commit there"),
+        (
+            {"data": "lacks /d/t.idx"},
+            "n1: data: is lacks /d/t.idx, elsewhere 456; put the token files and the tokenizer",
+        ),
         ({"settings": "9"}, "n1: settings: is 9, elsewhere 123; put the same recipe and DeepSpeed JSON there"),
         ({"devices": ["A100"] * 8}, "n1: devices: is 8 x A100, elsewhere 8 x H100; take hosts with the same GPUs"),
         ({"memory_gib": 0.9}, "n1: /dev/shm: 0.90 GiB free, 8 ranks need 1.00; enlarge it"),
-        ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.0 GiB free, checkpoints need 40.0; free space"),
+        ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.00 GiB free, checkpoints need 40.00; free space"),
         ({"sees_run_folder": False}, "n1: run.dir=/runs/a: is not the folder that this machine sees there; choose one"),
         ({"clock_ahead": 7.0}, "n1: clock: is +7 s off this machine's; set it by NTP"),
         ({"clock_ahead": -61.2}, "n1: clock: is -61 s off this machine's; set it by NTP"),
@@ -79,10 +85,13 @@ def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
     ]
 
 
-def test_settings_that_no_host_can_read_are_told_once() -> None:
-    answers = [Told(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
+@pytest.mark.parametrize(
+    ("fact", "value"), [("settings", "unreadable: r.yaml: is gone"), ("data", "lacks /data/train.idx")]
+)
+def test_files_that_no_host_has_are_told_once(fact: str, value: str) -> None:
+    answers = [Told(Host(f"n{n}", 8), replace(GOOD, **{fact: value})) for n in range(3)]  # type: ignore[arg-type]
     [line] = lines(judge(answers, ASKED, 1.0))
-    assert line.startswith("settings: unreadable: r.yaml: is gone; put the same recipe")
+    assert line.startswith(f"{fact}: {value}; put the ")
 
 
 def test_a_host_that_names_itself_loopback_is_told_on_cpus_unless_it_is_alone() -> None:
@@ -101,6 +110,17 @@ def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, rem
     assert line.startswith(f"n1: does not answer (ssh: connect to host n1 port 22: No route to host); {remedy}")
     assert [row.split()[0] for row in table(answers).splitlines()] == ["host", "n0", "n1", "n2"]
     assert "no answer" in table(answers).splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "remedy"), [(255, "make `ssh -p 7 n1 true` work"), (127, "make the environment")]
+)
+def test_a_host_that_ssh_reaches_but_without_an_environment_is_told_so(
+    exit_code: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPERMOE_SSH_OPTIONS", "-p 7")
+    [line] = lines(judge([Told(Host("n1", 8), None, "words", exit_code)], ASKED, 1.0))
+    assert line.startswith(f"n1: does not answer (words); {remedy}")
 
 
 HOSTS = [Host(f"n{number}", 8) for number in range(4)]
@@ -165,7 +185,7 @@ def asked(tmp_path: Path) -> Asked:
     (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 1}}')
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / ".token").touch()
-    return Asked(str(tmp_path / "runs"), ".token", str(tmp_path / "r.yaml"), str(tmp_path / "z.json"), ["a.b=1"])
+    return Asked(str(tmp_path / "runs"), ".token", str(tmp_path / "r.yaml"), str(tmp_path / "z.json"), ["a.b=1"], [])
 
 
 def test_settings_differ_by_what_they_say_not_by_how_they_are_written(asked: Asked, tmp_path: Path) -> None:
@@ -181,6 +201,19 @@ def test_settings_differ_by_what_they_say_not_by_how_they_are_written(asked: Ask
     assert len(others | {usual}) == 3
     assert digest("a: [", "{}").startswith("unreadable: ")
     assert settings_digest(asked.config, str(tmp_path / "none.json"), ()).startswith("unreadable: ")
+
+
+def test_the_data_differs_where_a_file_is_missing_or_has_another_size(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "t.idx").write_text("12")
+    files = [str(tmp_path / name) for name in ("tokenizer", "t.idx")]
+    before = data_digest(files)
+    (tmp_path / "tokenizer/vocabulary").touch()
+    assert data_digest(files) == before
+    (tmp_path / "t.idx").write_text("123")
+    assert data_digest(files) != before
+    (tmp_path / "t.idx").unlink()
+    assert data_digest(files) == f"lacks {tmp_path / 't.idx'}"
 
 
 def test_an_edit_of_a_source_changes_the_project(tmp_path: Path) -> None:
@@ -229,15 +262,40 @@ def test_a_host_without_the_package_tells_why_it_cannot_answer(asked: Asked, tmp
     assert "not for this host" in answer.trouble
 
 
-def test_ranks_that_cannot_meet_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_started_on_a_host_ends_with_its_starter(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    process = starter(tmp_path, PYTHONPATH=str(tmp_path)).start(*this_host("1", 0), 600, "sleeper")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    sleeper = psutil.Process(int(process.stdout.readline()))
+    process.stdin.close()
+    assert psutil.wait_procs([sleeper], timeout=30)[1] == []
+    assert process.wait(30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "remedy"),
+    [
+        (
+            "connect [10.0.0.1]:29500: No route",
+            r"port 29500 of n0: the ranks do not exchange \(n1: .*No",
+            "GLOO_SOCKET",
+        ),
+        ("address already in use EADDRINUSE", r"MASTER_PORT=29500: is in use on n1", "set another MASTER_PORT"),
+    ],
+)
+def test_ranks_that_cannot_meet_are_told_in_one_line_without_waiting_for_the_others(
+    text: str, line: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(self: Starter, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
-        text = "Traceback\nRuntimeError: connect [10.0.0.1]:29500: No route to host\nended"
-        return subprocess.Popen(["bash", "-c", f"echo '{text}'; exit 1"], stdout=subprocess.PIPE, text=True)
+        script = "exec sleep 600" if host == HOSTS[0] else f"echo 'RuntimeError: {text}'; exit 1"
+        return subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(preflight.Starter, "start", fails)
-    with pytest.raises(UserError, match=r"port 29500 of n0: the ranks do not exchange \(n0: .*No route") as error:
+    monkeypatch.setattr(preflight, "_SECONDS_AFTER_FAILURE", 0)
+    with pytest.raises(UserError, match=line) as error:
         measure_links(HOSTS[:2], starter(tmp_path), "n0", 29500, 1)
-    assert "GLOO_SOCKET_IFNAME" in str(error.value)
+    assert remedy in str(error.value)
 
 
 def test_facts_survive_the_way_as_json() -> None:

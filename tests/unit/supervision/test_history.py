@@ -10,25 +10,26 @@ from hypermoe_ds.supervision.history import Limits, Try, decide, ended
 LIMITS = Limits(restarts=3, seconds=100)
 RUNNING = SignOfLife(rank=0, host="node1", process=1, step=7, doing="saving", passed=9, beats=3)
 LOST = replace(RUNNING, end="lost")
-FAILED = replace(RUNNING, rank=1, end="error", error="ValueError: at 0x7f12 of 5")
+FAILED = replace(RUNNING, rank=1, host="node2", end="error", error="ValueError: at 0x7f12 of 5")
+SAVED = "a signal ended it after a checkpoint"
 
 
 def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") -> Try:
-    return Try(began, 10, 1, outcome, step, what)
+    return Try(began, 10, 1, ["node1"], outcome, step, what)
 
 
 @pytest.mark.parametrize(
     ("exit_code", "signs", "outcome", "what"),
     [
         (0, [replace(RUNNING, end="done")], "done", ""),
-        (75, [replace(RUNNING, end="saved")], "saved", ""),
-        (1, [replace(RUNNING, end="saved")], "saved", ""),  # the launcher's code where the signal went to it
+        (75, [replace(RUNNING, end="saved")], "saved", SAVED),
+        (1, [replace(RUNNING, end="saved")], "saved", SAVED),  # the launcher's code where the signal went to it
         (2, [], "refused", "see its last line"),
         (2, [replace(FAILED, error="UserError: train.max_bad_steps")], "refused", "UserError: train.max_bad_steps"),
         (1, [LOST, FAILED], "error", "ValueError: at 0x7f12 of 5"),
         (76, [LOST, RUNNING], "lost", "rank 1 died"),
         (137, [RUNNING], "lost", "rank 1 died"),
-        (0, [replace(RUNNING, end="saved")], "saved", ""),  # DeepSpeed's command where its launcher was killed
+        (0, [replace(RUNNING, end="saved")], "saved", SAVED),  # DeepSpeed's command where its launcher was killed
         (1, [replace(FAILED, error="UserError: a")], "refused", "UserError: a"),  # torchrun's code
         (1, [], "unmet", "it ended before its ranks had met"),
     ],
@@ -37,6 +38,7 @@ def test_a_try_is_what_its_ranks_say_of_it(exit_code: int, signs: list[SignOfLif
     found = ended(5, 9, exit_code, {sign.rank: sign for sign in signs}, "rank 1 died\n")
     assert (found.outcome, found.what, found.seconds) == (outcome, what, 4)
     assert found.step == (7 if signs else None)
+    assert found.hosts == sorted({sign.host for sign in signs})
 
 
 @pytest.mark.parametrize(("outcome", "again"), [("done", False), ("saved", True), ("refused", False), ("lost", True)])
