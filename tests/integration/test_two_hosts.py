@@ -1,13 +1,15 @@
 """Training over two hosts: the launch scripts of a hostfile, with the experts spread over both."""
 
 import json
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.jobs import REPOSITORY, TRAIN, Done, arguments_of, run_script
-from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
+from tests.helpers.two_hosts import NAMES, TwoHosts, two_hosts, why_not
 
 STEPS = 20
 SETTINGS = [f"train.steps={STEPS}", "parallel.expert=2", f"evaluation.interval={STEPS}", f"checkpoint.interval={STEPS}"]
@@ -107,3 +109,54 @@ def test_a_host_whose_cable_is_out_keeps_a_job_from_starting(hosts: TwoHosts, fo
     [line] = done.stderr.splitlines()
     assert line.startswith("error: right: does not answer (ssh: connect to host right port 22: ")
     assert "right true` work without a password" in line
+
+
+def running(hosts: TwoHosts, host: str, command: str, folder: Path) -> list[str]:
+    """Processes there whose command line fits."""
+    return hosts.run(host, "pgrep", "-f", command, folder=folder).stdout.split()
+
+
+def exchanging(hosts: TwoHosts, folder: Path) -> list[str]:
+    """Processes of a preflight's exchange, anywhere."""
+    return [process for host in NAMES for process in running(hosts, host, "hypermoe_ds.parallel.links", folder)]
+
+
+LISTEN = "import socket, time; s = socket.create_server(('', 29500)); print('on', flush=True); time.sleep(600)"
+
+
+def test_a_port_that_is_taken_is_told_and_ends_the_exchange_on_all_hosts(
+    hosts: TwoHosts, folder: Path, recipe: Path
+) -> None:
+    arguments = arguments_of(recipe, f"run.dir={folder / 'run'}")
+    pipe = subprocess.PIPE
+    with hosts.start("left", "python", "-c", LISTEN, folder=folder, out=pipe, errors=pipe) as listener:
+        assert listener.stdout is not None
+        assert listener.stdout.readline() == "on\n"
+        done = start(hosts, "python", REPOSITORY / "tools/preflight.py", *arguments, folder=folder)
+        hosts.run("left", "kill", *running(hosts, "left", "socket.create_server", folder), folder=folder)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: MASTER_PORT=29500: is in use on left; set another MASTER_PORT, or end the job that has it\n"
+    )
+    assert exchanging(hosts, folder) == []
+
+
+def test_an_exchange_ends_on_all_hosts_when_its_preflight_is_killed(
+    hosts: TwoHosts, folder: Path, recipe: Path
+) -> None:
+    words = ["python", REPOSITORY / "tools/preflight.py", *arguments_of(recipe, f"run.dir={folder / 'run'}")]
+    pipe = subprocess.PIPE
+    with hosts.start("left", *words, "--mebibytes=2000", folder=folder, out=pipe, errors=pipe) as process:
+        until(lambda: running(hosts, "right", "hypermoe_ds.parallel.links", folder) != [])
+        preflight = running(hosts, "left", "^python .*tools/preflight.py", folder)
+        hosts.run("left", "kill", "-KILL", *preflight, folder=folder)
+        process.wait(30)
+    until(lambda: exchanging(hosts, folder) == [])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
