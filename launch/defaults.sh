@@ -38,7 +38,7 @@ usage() {
   --no-preflight          start without looking at the hosts first
   --help                  this
 
-Everything else goes to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
+These go to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
 and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) say where the ranks meet. More: docs/CLUSTERS.md
 TEXT
 }

@@ -15,7 +15,7 @@ address=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
 needs torchrun "the environment: bash launch/setup.sh"
 if ! $dry_run && [ "$per_node" = gpu ]; then # torchrun looks with torch too, and ends with a traceback
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-        fail "NPROC_PER_NODE: is not set and this host has no GPU; set it to the number of ranks on this host"
+        fail "NPROC_PER_NODE: is ${NPROC_PER_NODE:-not set} and this host has no GPU; set it to the number of ranks on this host"
 fi
 preflight --slots "$per_node"
 run exec torchrun --nnodes "$nodes" --node_rank "${NODE_RANK:-${PET_NODE_RANK:-0}}" --nproc_per_node "$per_node" \

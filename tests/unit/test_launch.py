@@ -246,10 +246,13 @@ def test_the_environment_stands_once_and_first_in_the_path_that_travels(folder: 
     assert f": PATH={venv}:/usr/bin:/bin\n" in done.stdout
 
 
-def test_torchrun_without_a_gpu_asks_for_the_number_of_ranks_before_anything_starts(folder: Path) -> None:
-    environment = {"HYPERMOE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+@pytest.mark.parametrize(("given", "what"), [({}, "not set"), ({"NPROC_PER_NODE": "gpu"}, "gpu")])
+def test_torchrun_without_a_gpu_asks_for_the_number_of_ranks_before_anything_starts(
+    folder: Path, given: dict[str, str], what: str
+) -> None:
+    environment = {"HYPERMOE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **given}
     done = launch("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
-    told = "NPROC_PER_NODE: is not set and this host has no GPU; set it to the number of ranks on this host"
+    told = f"NPROC_PER_NODE: is {what} and this host has no GPU; set it to the number of ranks on this host"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {told}\n")
 
 
