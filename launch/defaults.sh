@@ -3,8 +3,21 @@
 # A value set in the environment wins over the default here.
 
 repo=${HYPERMOE_REPOSITORY:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
 venv=${HYPERMOE_VENV:-$repo/.venv}
-if [ -d "$venv/bin" ]; then export PATH="$venv/bin:$PATH"; fi
+if [ -x "$venv/bin/python" ]; then
+    PATH=:$PATH:
+    PATH=${PATH//":$venv/bin:"/:}
+    PATH=$venv/bin${PATH%:}
+    export PATH
+elif [ -n "${HYPERMOE_VENV:-}" ]; then
+    fail "HYPERMOE_VENV=$venv: has no bin/python; name the environment that launch/setup.sh made, or unset it"
+fi
 
 : "${HYPERMOE_HOSTFILE:=hostfile}"                           # hosts and slots (ranks) of each
 : "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # where the command line names none
@@ -14,42 +27,48 @@ export MASTER_PORT
 : "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 export HYPERMOE_SSH_OPTIONS
 
-fail() {
-    echo "$(basename "$0"): $1" >&2
-    exit 2
-}
-
-# usage TEXT: what --help prints before the options that all share.
+# usage TEXT: what --help prints; a script whose TEXT has no --hostfile takes none.
 usage() {
+    printf 'usage: %s\n\n' "$1"
+    if [[ $1 == *--hostfile* ]]; then
+        echo "  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)"
+    fi
     cat <<TEXT
-usage: $1
-
-  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)
   --dry-run               print the commands, run nothing
   --no-preflight          start without looking at the hosts first
   --help                  this
 
-Everything else goes to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
+These go to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
 and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) say where the ranks meet. More: docs/CLUSTERS.md
 TEXT
 }
 
-# read_command_line USAGE ARGUMENT...: sets hostfile, dry_run, with_preflight and train, the arguments of train.py.
+# read_command_line USAGE DECIDES ARGUMENT...: sets hostfile, dry_run, with_preflight and train, the arguments of
+# train.py. DECIDES: what says which hosts and how many ranks there are.
 read_command_line() {
-    local text=$1
-    shift
+    local text=$1 decides=$2
+    shift 2
     hostfile=$HYPERMOE_HOSTFILE dry_run=false with_preflight=true train=()
     while [ $# -gt 0 ]; do
         case $1 in
-            --help) usage "$text" && exit 0 ;;
+            --hostfile | --config | --deepspeed_config) [ $# -gt 1 ] || fail "$1: no file is named; add its path" ;;
+        esac
+        case $1 in
+            -h | --help) usage "$text" && exit 0 ;;
             --dry-run) dry_run=true ;;
             --no-preflight) with_preflight=false ;;
-            --hostfile)
-                [ $# -gt 1 ] || fail "--hostfile: no file is named; add its path"
-                hostfile=$2
+            --config | --deepspeed_config)
+                train+=("$1" "$2")
                 shift
                 ;;
-            --hostfile=*) hostfile=${1#*=} ;;
+            --config=* | --deepspeed_config=*) train+=("$1") ;;
+            --num_gpus* | --num_nodes*) fail "$1: is no option; hosts and ranks are set by $decides" ;;
+            --hostfile | --hostfile=*)
+                [[ $text == *--hostfile* ]] || fail "$1: is no option; hosts and ranks are set by $decides"
+                [ "$1" != --hostfile ] || shift
+                hostfile=${1#--hostfile=}
+                ;;
+            -*) fail "$1: is no option; see --help" ;;
             *) train+=("$1") ;;
         esac
         shift
@@ -65,7 +84,7 @@ read_hostfile() {
     [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and name your hosts"
     local odd
     odd=$(grep -vnE '^[[:space:]]*(#.*)?$|^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$' "$hostfile") &&
-        fail "$hostfile: line ${odd%%$'\n'*} is none of a hostfile; write 'host slots=RANKS'"
+        odd=${odd%%$'\n'*} && fail "$hostfile:${odd%%:*}: '${odd#*:}' is no host; write NAME slots=N"
     ranks=$(sed -nE 's/^[^#]*slots=([0-9]+).*/\1/p' "$hostfile" | awk '{ sum += $1 } END { print sum + 0 }')
     [ "$ranks" -gt 0 ] || fail "$hostfile: names no host; write 'host slots=RANKS'"
 }

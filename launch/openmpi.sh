@@ -4,7 +4,8 @@ set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
 
-read_command_line "bash launch/openmpi.sh [--hostfile FILE] --config R.yaml [section.key=value ...]" "$@"
+read_command_line "bash launch/openmpi.sh [--hostfile FILE] --config R.yaml [section.key=value ...]" \
+    "the slots in the hostfile" "$@"
 read_hostfile
 needs mpirun "Open MPI: apt-get install openmpi-bin"
 needs python "the environment: bash launch/setup.sh mpi"

@@ -4,7 +4,8 @@ set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
 
-read_command_line "bash launch/pdsh.sh [--hostfile FILE] --config R.yaml [section.key=value ...]" "$@"
+read_command_line "bash launch/pdsh.sh [--hostfile FILE] --config R.yaml [section.key=value ...]" \
+    "the slots in the hostfile" "$@"
 read_hostfile
 needs deepspeed "the environment: bash launch/setup.sh"
 needs pdsh "it: apt-get install pdsh"

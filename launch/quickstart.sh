@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
+# usage: bash launch/quickstart.sh [section.key=value ...]
+#
 # From nothing to a trained, exported, generating HyperMoE: sets up everything, trains on the text of Python's own
 # standard library with two ranks that share the experts, exports and samples.
 #
-#   bash launch/quickstart.sh [section.key=value ...]     overrides of pretrain/recipes/quickstart.yaml
+#   section.key=value                                     overrides of pretrain/recipes/quickstart.yaml
 #   QUICKSTART_DIR=DIR                                    where everything is written (default: quickstart)
 #   QUICKSTART_EVERY=N                                    take each N-th file only (default: 1, all of them)
 set -euo pipefail
 
+for argument in "$@"; do
+    case $argument in
+        -h | --help) sed -n '/^set /q; 2,$s/^# \{0,1\}//p' "$0" && exit ;;
+        -*) echo "quickstart.sh: $argument: is no option; see --help" >&2 && exit 2 ;;
+    esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 venv=${HYPERMOE_VENV:-$PWD/.venv}

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
+# usage: bash launch/setup.sh [EXTRA ...]
+#
 # Installs HyperMoE-DS into a virtual environment; a call that finds nothing to do takes well under a second.
 #
-#   bash launch/setup.sh [EXTRA ...]     EXTRA: dev (the checks), bench (plots), eval
-#                                        (lm-evaluation-harness), mpi (mpirun), gpu (CUDA
-#                                        kernels; added by itself where nvidia-smi lists a GPU). Extras installed earlier stay.
-#   HYPERMOE_VENV=DIR                    the environment to make or use (default: .venv in the repository)
+#   EXTRA                 dev (the checks), bench (plots), eval (lm-evaluation-harness), mpi (mpirun), gpu (CUDA kernels;
+#                         added by itself where nvidia-smi lists a GPU). Extras installed earlier stay.
+#   HYPERMOE_VENV=DIR     the environment to make or use (default: .venv in the repository)
 set -euo pipefail
+
+if [[ " $* " =~ " "(-h|--help)" " ]]; then sed -n '/^set /q; 2,$s/^# \{0,1\}//p' "$0" && exit; fi
 
 readonly TORCH="torch==2.13.0" # alone and first: everything else then builds and resolves against it
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

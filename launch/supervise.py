@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.supervision.command import TrainingCommand
 from hypermoe_ds.supervision.history import Limits
 from hypermoe_ds.supervision.hosts import HostChoice
@@ -22,23 +22,43 @@ from hypermoe_ds.supervision.supervisor import Supervisor
 REPOSITORY = Path(__file__).parents[1]
 
 
-def main() -> None:
-    """Read the command line and supervise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options before `--` and the command after it."""
+    parser = argparse.ArgumentParser(
+        usage="supervise.py [--max-restarts N] [--window SECONDS] [--hostfile FILE] -- COMMAND",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="COMMAND: the training command, without checkpoint.resume",
+    )
     parser.add_argument("--max-restarts", type=int, default=10, metavar="N", help="faults borne in the window (10)")
     parser.add_argument("--window", type=float, default=86400, metavar="SECONDS", help="length of the window (86400)")
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="hosts that may be used; {hosts} in the command: those that pass"
     )
-    parser.add_argument("command", nargs="+", help="after --: the training command, without checkpoint.resume")
-    arguments = parser.parse_args()
-    command = TrainingCommand.read(arguments.command)
+    own = words[: words.index("--")] if "--" in words else words
+    options, unknown = parser.parse_known_args(own)
+    command = words[len(own) + 1 :]
+    if not command:
+        raise UserError("supervise.py", "`-- COMMAND` is missing", "write -- and the training command last")
+    if unknown:
+        raise UserError(f"supervise.py: {unknown[0]}", "is no option", "see --help")
+    if options.max_restarts < 0:
+        raise UserError(f"--max-restarts {options.max_restarts}", "is below 0", "give 0 or more")
+    if not options.window > 0:
+        raise UserError(f"--window {options.window:g}", "is not above 0", "give a time in seconds")
+    return options, command
+
+
+def main() -> None:
+    """Read the command line and supervise."""
+    options, words = read_command_line(sys.argv[1:])
+    command = TrainingCommand.read(words)
     choice = None
-    if arguments.hostfile is not None:
+    if options.hostfile is not None:
         preflight = [sys.executable, str(REPOSITORY / "tools/preflight.py")]
         usual = os.environ.get("HYPERMOE_DEEPSPEED_CONFIG", str(REPOSITORY / "ds_configs/zero1.json"))
-        choice = HostChoice(arguments.hostfile, command, preflight, usual)
-    limits = Limits(arguments.max_restarts, arguments.window)
+        choice = HostChoice(options.hostfile, command, preflight, usual)
+    limits = Limits(options.max_restarts, options.window)
     sys.exit(Supervisor(command, limits, choice).run())
 
 

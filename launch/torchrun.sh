@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Trains on this host with torchrun, alone or as one of several hosts on each of which this is called.
 #
-# NPROC_PER_NODE (default: its GPUs), and with several hosts NNODES, NODE_RANK and MASTER_ADDR, which is the host of
+# NPROC_PER_NODE (default: its GPUs; without GPUs it must be given), and with several hosts NNODES, NODE_RANK and MASTER_ADDR, which is the host of
 # NODE_RANK=0. Under Kubernetes' training operator its PET_* variables say the same.
 set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
 
-read_command_line "[NNODES=N NODE_RANK=R MASTER_ADDR=HOST] bash launch/torchrun.sh --config R.yaml [section.key=value ...]" "$@"
+read_command_line "[NNODES=N NODE_RANK=R MASTER_ADDR=HOST] bash launch/torchrun.sh --config R.yaml [section.key=value ...]" \
+    "NNODES and NPROC_PER_NODE" "$@"
 nodes=${NNODES:-${PET_NNODES:-1}} per_node=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-gpu}}
 address=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
 [ "$nodes" = 1 ] || [ -n "$address" ] || fail "NNODES=$nodes: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"
 needs torchrun "the environment: bash launch/setup.sh"
+if ! $dry_run && [ "$per_node" = gpu ]; then # torchrun looks with torch too, and ends with a traceback
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        fail "NPROC_PER_NODE: is ${NPROC_PER_NODE:-not set} and this host has no GPU; set it to the number of ranks on this host"
+fi
 preflight --slots "$per_node"
 run exec torchrun --nnodes "$nodes" --node_rank "${NODE_RANK:-${PET_NODE_RANK:-0}}" --nproc_per_node "$per_node" \
     --master_addr "${address:-127.0.0.1}" --master_port "${PET_MASTER_PORT:-$MASTER_PORT}" \

@@ -124,7 +124,7 @@ class TwoHosts:
             **CPU,
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
             "PYTHONPATH": str(REPOSITORY),
-            "HYPERMOE_VENV": str(self.folder / "none"),  # the one of these tests is in PATH
+            "HYPERMOE_VENV": sys.prefix,
         }
         variables = [f"{name}={value}" for name, value in {**user, **environment}.items()]
         line = shlex.join(["env", *variables, *map(str, words)])

@@ -65,6 +65,14 @@ def test_the_readmes_recipe_is_valid() -> None:
     RunConfig.model_validate(yaml.safe_load(recipe)).check()
 
 
+@pytest.mark.parametrize(("file", "root"), [(".gitignore", "/"), (".dockerignore", "")])
+def test_what_the_readme_has_users_make_is_not_committed_nor_put_into_an_image(file: str, root: str) -> None:
+    made = re.findall(r"Save as `(\S+)`|^cp \S+ (\S+)", page("README.md"), re.MULTILINE)
+    names = {"".join(pair) for pair in made}
+    assert names == {"my.yaml", "hostfile"}
+    assert {root + name for name in names} <= set(page(file).splitlines())
+
+
 def test_what_may_stand_in_a_deepspeed_json_and_what_may_not_is_documented() -> None:
     text = page("ds_configs/README.md")
 

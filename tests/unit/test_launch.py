@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,28 @@ PREFLIGHT = f"{REPOSITORY}/tools/preflight.py"
 SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
+WITH_HOSTFILE = ("pdsh.sh", "openmpi.sh")
 TWO = "# two hosts\nnode1 slots=8\n\nnode2   slots=4  # half\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "hostfile").write_text(TWO)
+    stub(tmp_path / "venv/bin/python", "exit 0")
     return tmp_path
+
+
+def stub(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
 
 
 def launch(
     script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A launch script in `folder`, with nothing in the environment but this."""
-    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "none"), **environment}
+    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
     return subprocess.run(
         ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
         timeout=60, stdin=subprocess.DEVNULL,
@@ -119,10 +128,10 @@ def test_what_matters_travels_and_nothing_else(folder: Path) -> None:
         "NCCL_DEBUG": "WARN",
         "OWN": "value=1",
         "HOME_TOO": "1",
-        "PATH": SYSTEM,
+        "PATH": f"{folder}/venv/bin:{SYSTEM}",
         "MASTER_PORT": "29500",
     }
-    expected |= {"HYPERMOE_SSH_OPTIONS": SSH, "HYPERMOE_VENV": str(folder / "none")}
+    expected |= {"HYPERMOE_SSH_OPTIONS": SSH, "HYPERMOE_VENV": str(folder / "venv")}
     [start] = commands("openmpi.sh", "--no-preflight", "--config", "r.yaml", folder=folder, **environment)
     assert variables(start) == expected
     done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder, **environment)
@@ -154,7 +163,9 @@ def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(fol
     told = launch(script, "--help", folder=folder)
     assert told.stdout.startswith("usage: ")
     assert "--dry-run" in told.stdout
+    assert ("--hostfile" in told.stdout) == (script in WITH_HOSTFILE)
     assert told.returncode == 0
+    assert launch(script, "-h", folder=folder).stdout == told.stdout
     bare = launch(script, "--dry-run", folder=folder)
     assert bare.stderr == f"{script}: --config: is missing; name a recipe, such as one of pretrain/recipes\n"
     assert bare.returncode == 2
@@ -164,7 +175,7 @@ def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(fol
 def test_a_bad_line_of_a_hostfile_is_named(folder: Path, line: str) -> None:
     (folder / "hostfile").write_text(f"node0 slots=8\n{line}\n")
     done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder)
-    assert done.stderr == f"pdsh.sh: hostfile: line 2:{line} is none of a hostfile; write 'host slots=RANKS'\n"
+    assert done.stderr == f"pdsh.sh: hostfile:2: '{line}' is no host; write NAME slots=N\n"
     assert done.returncode == 2
 
 
@@ -190,10 +201,72 @@ def test_what_a_launcher_cannot_start_with_is_told_in_one_line(
     assert done.returncode == 2
 
 
+SLOTS = "the slots in the hostfile"
+OWN = "NNODES and NPROC_PER_NODE"
+SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "told"),
+    [
+        *((script, "--bogus", "see --help") for script in ("pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch")),
+        ("pdsh.sh", "--hostfiles", "see --help"),
+        ("pdsh.sh", "--num_gpus", f"hosts and ranks are set by {SLOTS}"),
+        ("openmpi.sh", "--num_gpus=2", f"hosts and ranks are set by {SLOTS}"),
+        ("torchrun.sh", "--num_nodes", f"hosts and ranks are set by {OWN}"),
+        ("torchrun.sh", "--hostfile", f"hosts and ranks are set by {OWN}"),
+        ("slurm.sbatch", "--hostfile=h", f"hosts and ranks are set by {SBATCH}"),
+    ],
+)
+def test_an_option_that_a_launch_script_does_not_have_is_named_before_anything_starts(
+    folder: Path, script: str, option: str, told: str
+) -> None:
+    done = launch(script, "--config", "my.yaml", option, "2", folder=folder)
+    assert (done.stdout, done.stderr) == ("", f"{script}: {option}: is no option; {told}\n")
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--hostfile", "--config", "--deepspeed_config"])
+def test_an_option_without_its_file_is_named(folder: Path, option: str) -> None:
+    done = launch("pdsh.sh", "--dry-run", option, folder=folder)
+    assert (done.returncode, done.stderr) == (2, f"pdsh.sh: {option}: no file is named; add its path\n")
+
+
+def test_an_environment_without_python_is_refused_where_a_user_names_it(folder: Path) -> None:
+    done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder, HYPERMOE_VENV="/nowhere")
+    remedy = "name the environment that launch/setup.sh made, or unset it"
+    assert done.stderr == f"pdsh.sh: HYPERMOE_VENV=/nowhere: has no bin/python; {remedy}\n"
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("path", ["{venv}:/usr/bin:/bin", "/usr/bin:{venv}:/bin", "/usr/bin:/bin:{venv}"])
+def test_the_environment_stands_once_and_first_in_the_path_that_travels(folder: Path, path: str) -> None:
+    venv = f"{folder}/venv/bin"
+    done = launch("openmpi.sh", "--dry-run", "--config", "r.yaml", folder=folder, path=path.format(venv=venv))
+    assert f": PATH={venv}:/usr/bin:/bin\n" in done.stdout
+
+
+@pytest.mark.parametrize(("given", "what"), [({}, "not set"), ({"NPROC_PER_NODE": "gpu"}, "gpu")])
+def test_torchrun_without_a_gpu_asks_for_the_number_of_ranks_before_anything_starts(
+    folder: Path, given: dict[str, str], what: str
+) -> None:
+    environment = {"HYPERMOE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **given}
+    done = launch("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
+    told = f"NPROC_PER_NODE: is {what} and this host has no GPU; set it to the number of ranks on this host"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {told}\n")
+
+
+def test_torchrun_with_gpus_starts_a_rank_for_each(folder: Path) -> None:
+    stub(folder / "venv/bin/torchrun", 'echo "$*" > started')
+    done = launch("torchrun.sh", "--config", "r.yaml", folder=folder)  # here torch finds a GPU
+    assert done.returncode == 0, done.stderr
+    assert "--nproc_per_node gpu" in (folder / "started").read_text()
+
+
 def test_a_failed_look_at_the_hosts_keeps_the_job_from_starting(folder: Path) -> None:
     for name in ("python", "deepspeed", "pdsh", "ssh"):
-        stub(folder / "bin" / name, f'echo "{name} $1" >> calls; exit 2')
-    done = launch("pdsh.sh", "--config", "r.yaml", folder=folder, path=f"{folder}/bin:{SYSTEM}")
+        stub(folder / "venv/bin" / name, f'echo "{name} $1" >> calls; exit 2')
+    done = launch("pdsh.sh", "--config", "r.yaml", folder=folder)
     assert done.returncode == 2
     assert (folder / "calls").read_text() == f"python {PREFLIGHT}\n"
 
@@ -206,12 +279,6 @@ def test_the_example_is_a_hostfile() -> None:
 
 
 # Slurm
-
-
-def stub(path: Path, body: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
 
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n[1-2]"}

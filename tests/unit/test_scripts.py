@@ -128,6 +128,28 @@ def test_setup_begins_anew_when_the_dependencies_change(bare_path: Path, tmp_pat
     assert result.returncode == 1
 
 
+# --help
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("script", ["setup.sh", "quickstart.sh"])
+def test_help_prints_the_usage_and_sets_nothing_up(bare_path: Path, tmp_path: Path, script: str, option: str) -> None:
+    variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
+    result = run("bash", REPOSITORY / "launch" / script, option, **variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: bash launch/{script} [")
+    assert "#" not in result.stdout
+    assert "set -e" not in result.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_quickstart_refuses_an_option_before_it_sets_anything_up(bare_path: Path, tmp_path: Path) -> None:
+    variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
+    result = run("bash", REPOSITORY / "launch/quickstart.sh", "train.steps=3", "--num_gpus", "1", **variables)
+    assert (result.returncode, result.stderr) == (2, "quickstart.sh: --num_gpus: is no option; see --help\n")
+    assert not (tmp_path / "new").exists()
+
+
 # tests/run.sh
 
 

@@ -167,6 +167,29 @@ def test_a_command_without_a_place_for_the_hosts_is_refused(tmp_path: Path) -> N
     assert done.stderr.splitlines()[-1].endswith("write --hostfile {hosts} into the command after --")
 
 
+MISSING = "supervise.py: `-- COMMAND` is missing; write -- and the training command last"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", MISSING),
+        ("--max-restarts 3 --", MISSING),
+        ("deepspeed --num_gpus 2 train.py --config r.yaml", MISSING),
+        ("--bogus 3 -- deepspeed train.py --config r.yaml", "supervise.py: --bogus: is no option; see --help"),
+        ("--max-restarts -1 -- deepspeed", "--max-restarts -1: is below 0; give 0 or more"),
+        ("--window 0 -- deepspeed", "--window 0: is not above 0; give a time in seconds"),
+        ("--window -5 -- deepspeed", "--window -5: is not above 0; give a time in seconds"),
+        ("--window nan -- deepspeed", "--window nan: is not above 0; give a time in seconds"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_told_in_one_line(words: str, told: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])}
+    command = [sys.executable, str(SUPERVISE), *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+
+
 def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("run: {dir: run}")
     command = [sys.executable, str(SUPERVISE), "--", "no-such-launcher", "train.py", "--config", "r.yaml"]
