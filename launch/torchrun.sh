@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on this host with torchrun, alone or as one of several hosts on each of which this is called.
 #
-# NPROC_PER_NODE (default: its GPUs; without GPUs it must be given), and with several hosts NNODES, NODE_RANK and MASTER_ADDR, which is the host of
-# NODE_RANK=0. Under Kubernetes' training operator its PET_* variables say the same.
+# NPROC_PER_NODE (default: its GPUs; without GPUs it must be given), and with several hosts NNODES, NODE_RANK and
+# MASTER_ADDR, which is the host of NODE_RANK=0. Under Kubernetes' training operator its PET_* variables say the same.
 set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
