@@ -17,6 +17,7 @@ from hypermoe_ds.data.loader import build_loader, validation_batches
 from hypermoe_ds.errors import EXIT_SAVED, one_line_errors
 from hypermoe_ds.monitor.sinks import Sinks
 from hypermoe_ds.run_config import load_run_config
+from hypermoe_ds.training.agreement import check_same_settings
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
@@ -38,14 +39,14 @@ def main() -> None:
     folder.check_same_model(model)
 
     rank, world_size = start_ranks(config.train.collective_timeout)
+    check_same_settings(config.model_dump(mode="json"), ds_json)
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
     watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout)
     with claimed(folder.path), watchdog.watching():
         engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
         checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, config.model_dump(mode="json"))
         checkpoints.check_room()
-        saved = checkpoints.resume()
-        state = TrainState.from_dict(saved) if saved else TrainState()
+        state = TrainState.from_dict(checkpoints.resume() or {})
         if rank == 0:
             folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
 

@@ -85,7 +85,7 @@ def facts_here(asked: Asked) -> HostFacts:
         python=platform.python_version(),
         torch=_version("torch"),
         deepspeed=_version("deepspeed"),
-        project=f"{_commit()} {source_digest(_REPOSITORY)}",
+        project=f"{_commit()} {source_digest()}",
         settings=settings_digest(asked.config, asked.deepspeed_config, asked.overrides),
         data=data_digest(asked.data),
         devices=_devices(),
@@ -97,7 +97,7 @@ def facts_here(asked: Asked) -> HostFacts:
     )
 
 
-def source_digest(repository: Path) -> str:
+def source_digest(repository: Path = _REPOSITORY) -> str:
     """A short digest of the Python sources that train, edits that are not committed included."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in _SOURCES for path in (repository / folder).rglob("*.py")):

@@ -1,12 +1,17 @@
-"""What all ranks know after a step, however one of them learnt it."""
+"""What all ranks know before the first step and after each, however one of them learnt it."""
 
+import json
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from hypermoe_ds.errors import MachineError
+from hypermoe_ds.errors import MachineError, UserError
+from hypermoe_ds.parallel.host_facts import source_digest
 from hypermoe_ds.parallel.host_group import HostGroup
 
 
@@ -68,3 +73,28 @@ def agree(ranks: HostGroup, asked_to_stop: bool, unsaved: bool, skipped: bool, l
     if skipping not in (0, ranks.size):
         raise MachineError(f"{skipping:.0f} of {ranks.size} ranks skipped a step for a NaN or Inf, the others not")
     return Agreed(stopping > 0, failing > 0, skipping > 0, loss / ranks.size)
+
+
+def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -> None:
+    """Refuse ranks whose settings or sources differ: each would train in its own way (collective).
+
+    Raises:
+        UserError: the first difference of a rank from rank 0, on every rank.
+    """
+    own = dict(_flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
+    (_, first), *others = HostGroup().gather((socket.gethostname(), own))
+    for rank, (host, given) in enumerate(others, start=1):
+        for key in {**first, **given}:
+            here, there = first.get(key, "missing"), given.get(key, "missing")
+            if here != there:
+                remedy = f"give all ranks the same {'sources' if key == 'sources' else 'settings'}"
+                raise UserError(key, f"is {here} on rank 0 and {there} on rank {rank} ({host})", remedy)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names, and the values as JSON."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)

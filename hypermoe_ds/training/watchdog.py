@@ -164,7 +164,7 @@ class Watchdog:
         return self._folder / VERDICT
 
     def _end_job(self) -> None:
-        """Write this rank's stack down, find out who is lost, and end. The first rank to do so speaks.
+        """Write this rank's stack down, find out who is lost, and end.
 
         Returns only where this rank came on after all, or has not begun to train and nobody is lost.
         """
@@ -181,13 +181,25 @@ class Watchdog:
                 path.unlink(missing_ok=True)
                 return
             self._note_end("lost")
-            with suppress(OSError), self._verdict.open("x") as file:
-                file.write(f"{findings}\n")
-                print(f"error: {findings}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                self._tell(findings)
             os._exit(EXIT_FAULT)  # the main thread may be where no exception reaches it
 
+    def _tell(self, findings: str | None) -> None:
+        """The first rank to come here writes the verdict and tells it; of each other host the first one repeats it."""
+        told = self._folder / f"told_{self._sign.host}"
+        try:
+            with self._verdict.open("x") as file:
+                print(f"error: {findings}", file=sys.stderr, flush=True)
+                told.touch()  # before others can read the verdict
+                file.write(f"{findings}\n")
+        except FileExistsError:
+            verdict = self._verdict.read_text().strip() or "a rank is lost"
+            with told.open("x"):
+                print(f"error: {verdict}", file=sys.stderr, flush=True)
+
     def _findings(self) -> str:
-        """Which rank is lost: one that has ended, else one that is silent, else the one that is behind.
+        """Which rank is lost: one that has failed, else one that is silent or done, else the one that is behind.
 
         Empty where all ranks live and this one has not begun to train and still may.
         """
@@ -201,7 +213,11 @@ class Watchdog:
             time.sleep(self._period)
             self._beat()
         after = read_signs(self._folder)
-        silent = [_told(sign, "gives no sign of life") for rank, sign in after.items() if before.get(rank) == sign]
+        silent = [
+            _told(sign, f"has ended ({sign.end})" if sign.end else "gives no sign of life")
+            for rank, sign in after.items()
+            if before.get(rank) == sign
+        ]
         if silent:
             return f"{'; '.join(silent)}; {waited}"
         if not self._sign.passed:
@@ -210,7 +226,9 @@ class Watchdog:
         least = min(sign.passed for sign in after.values())
         behind = [sign for sign in after.values() if sign.passed == least]
         if len(behind) == self._ranks:
-            return f"no rank has come on for {self._timeout:.0f} s and none is behind; {waited}"
+            hosts = sorted({sign.host for sign in after.values()})
+            remedy = f"look at the network between {', '.join(hosts)}; " if len(hosts) > 1 else ""
+            return f"no rank has come on for {self._timeout:.0f} s and none is behind; {remedy}{waited}"
         if self._sign.passed == least:
             waited = waited.partition("; ")[2]
         return f"{'; '.join(_told(sign, 'hangs') for sign in behind)}; {waited}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, start_slowly
+from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, stand_still, start_slowly
 
 from hypermoe_ds.errors import EXIT_FAULT
 from hypermoe_ds.monitor.signs import VERDICT, read_signs
@@ -19,6 +19,7 @@ FOUND = {
     "stopped": r"gives no sign of life, last heard of in step \d, \w",
     "hangs": f"hangs, last heard of in step {LAST_GOOD}, waiting for data; ",
     "fails": f"ValueError: no such thing, last heard of in step {LAST_GOOD + 1}, forward and backward; ",
+    "ends": rf"has ended \(done\), last heard of in step {LAST_GOOD + 1}, forward and backward; ",
 }
 CASES = [*((kind, 1) for kind in FOUND), ("killed", 0), pytest.param("stopped", 0, marks=pytest.mark.slow)]
 
@@ -76,3 +77,20 @@ def test_a_rank_that_is_lost_before_it_trains_ends_all(kind: str, fate: str, tmp
         ranks[0].join(60)
         assert ranks[0].exitcode == EXIT_FAULT
     assert re.match(rf"rank 1 \(process \d+ on [\w.-]+\) {fate}, last heard of in ", (tmp_path / VERDICT).read_text())
+
+
+@pytest.mark.parametrize("hosts", [["a", "a", "a"], ["a", "b", "b"]])
+def test_where_no_rank_is_behind_each_host_tells_once_and_two_are_sent_to_look_at_their_network(
+    hosts: list[str], tmp_path: Path
+) -> None:
+    folder, consoles = tmp_path / "watch", tmp_path / "consoles"
+    consoles.mkdir()
+    with process_group(RANKS) as environments, ranks_of(environments, stand_still, folder, consoles, hosts) as ranks:
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [EXIT_FAULT] * RANKS
+    told = (folder / VERDICT).read_text()
+    remedy = "look at the network between a, b; " if "b" in hosts else ""
+    assert re.match(f"no rank has come on for 2 s and none is behind; {remedy}(rank|stacks)", told), told
+    lines = {host: "".join((consoles / str(n)).read_text() for n in range(RANKS) if hosts[n] == host) for host in hosts}
+    assert lines == dict.fromkeys(hosts, f"error: {told}")

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ def batches(kind: str, lost: bool) -> Iterator[torch.Tensor]:
 
 
 def lose(folder: Path, kind: str, lost: int) -> None:
-    """Go on until a rank is killed, stopped, hangs for data or fails."""
+    """Go on until a rank is killed, stopped, hangs for data, fails or ends before the others."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
@@ -34,6 +36,9 @@ def lose(folder: Path, kind: str, lost: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
             if step > LAST_GOOD and rank == lost and kind == "fails":
                 raise ValueError("no such thing")
+            if step > LAST_GOOD and rank == lost and kind == "ends":
+                watchdog.note_end(saved=False)
+                return
             torch.distributed.all_reduce(batch)
 
 
@@ -70,3 +75,14 @@ def lose_at_the_start(folder: Path, kind: str) -> None:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
         torch.distributed.barrier()
+
+
+def stand_still(folder: Path, consoles: Path, hosts: list[str]) -> None:
+    """All ranks stand in the same place, on these hosts; what each tells goes to a file of its own."""
+    rank = torch.distributed.get_rank()
+    socket.gethostname = lambda: hosts[rank]
+    sys.stderr = (consoles / str(rank)).open("w")
+    watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
+    with watchdog.watching():
+        watchdog.begin(1, "forward and backward")
+        time.sleep(10**6)

@@ -116,7 +116,7 @@ def run_script(
     words = [str(word) for word in arguments]
     with process_group(ranks) as environments:
         given = [environment | variables for environment in environments]
-        done = run_in_processes(given, _script, REPOSITORY / script, words, folder, free_bytes)
+        done = run_in_processes(given, run_here, REPOSITORY / script, words, folder, free_bytes)
     assert ranks == 1 or {rank.returncode for rank in done} == {code}, "\n".join(rank.told() for rank in done)
     first: Done = done[0]
     return first
@@ -128,7 +128,8 @@ class _Disk(NamedTuple):
     free: int
 
 
-def _script(script: Path, arguments: list[str], folder: Path, free_bytes: int | None) -> Done:
+def run_here(script: Path, arguments: list[str], folder: Path, free_bytes: int | None = None) -> Done:
+    """A script in this process."""
     os.chdir(folder)
     sys.argv = [str(script), *arguments]
     if free_bytes is not None:

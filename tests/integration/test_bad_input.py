@@ -1,6 +1,7 @@
 """Bad input to the training command: one line that names key, value and remedy, and nothing written."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,18 @@ import pytest
 
 from hypermoe_ds.checkpoint.lock import RunLock
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
-from tests.helpers.jobs import TRAIN, Done, arguments_of, launch, run_script, small_recipe, write_recipe
+from tests.helpers.jobs import (
+    REPOSITORY,
+    TRAIN,
+    Done,
+    arguments_of,
+    launch,
+    run_here,
+    run_script,
+    small_recipe,
+    write_recipe,
+)
+from tests.helpers.ranks import process_group, run_in_processes
 
 
 @dataclass
@@ -205,3 +217,20 @@ def test_two_ranks_tell_a_mistake_once(name: str, place: Place) -> None:
     done = start(ON_TWO_RANKS[name], place, launched_ranks=2)
     assert_told_once(done, ON_TWO_RANKS[name].says)
     assert contents(place.run_dir) == {}
+
+
+def train_with_own_steps(folder: Path, *arguments: str) -> Done:
+    """The training command, with other steps on each rank."""
+    steps = 8 + 4 * int(os.environ["RANK"])
+    return run_here(REPOSITORY / TRAIN, [*arguments, f"train.steps={steps}"], folder)
+
+
+def test_two_hosts_with_other_overrides_are_told_and_nothing_is_written(place: Place) -> None:
+    recipe = write_recipe(place.folder / "recipe.yaml", small_recipe(place.corpus, place.run_dir))
+    with process_group(2) as environments:
+        alone = [environment | {"LOCAL_RANK": "0"} for environment in environments]
+        hosts = run_in_processes(alone, train_with_own_steps, place.folder, *arguments_of(recipe))
+    for done in hosts:
+        assert_told_once(done, ("train.steps: is 8 on rank 0 and 12 on rank 1 (", "give all ranks the same settings"))
+        assert done.returncode == 2
+    assert not place.run_dir.exists()

@@ -1,0 +1,61 @@
+"""Ranks train together only with the same settings and the same sources."""
+
+import socket
+from typing import Any
+
+import pytest
+import torch
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.training import agreement
+from tests.helpers.ranks import run_on_ranks
+
+RANKS = 3
+RECIPE = {"run": {"dir": "runs/a"}, "train": {"steps": 400}, "data": {"train": [{"prefix": "a"}]}}
+DS_JSON = {"zero_optimization": {"stage": 1}}
+HOST = socket.gethostname()
+
+
+def compare(others: list[tuple[dict[str, Any], dict[str, Any]]], digest: str | None = None) -> str | None:
+    """What a rank is told whose settings are of `others` by its rank, RECIPE and DS_JSON for rank 0."""
+    rank = torch.distributed.get_rank()
+    if rank == 2 and digest is not None:
+        agreement.source_digest = lambda: digest  # type: ignore[attr-defined, assignment]
+    try:
+        agreement.check_same_settings(*[(RECIPE, DS_JSON), *others][rank])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def with_value(section: str, key: str, value: object) -> dict[str, Any]:
+    return RECIPE | {section: {key: value}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ds_json", "says"),
+    [
+        (RECIPE, DS_JSON, None),
+        (with_value("train", "steps", 40), DS_JSON, "train.steps: is 400 on rank 0 and 40 on rank 2"),
+        (with_value("run", "dir", "runs/b"), DS_JSON, 'run.dir: is "runs/a" on rank 0 and "runs/b" on rank 2'),
+        (with_value("data", "train", []), DS_JSON, 'data.train: is [{"prefix": "a"}] on rank 0 and [] on rank 2'),
+        (
+            RECIPE,
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            "deepspeed_config.zero_optimization.round_robin_gradients: is missing on rank 0 and true on rank 2",
+        ),
+    ],
+)
+def test_settings_that_differ_on_one_rank_are_refused_on_all(
+    recipe: dict[str, Any], ds_json: dict[str, Any], says: str | None
+) -> None:
+    expected = None if says is None else f"{says} ({HOST}); give all ranks the same settings"
+    assert run_on_ranks(RANKS, compare, [(RECIPE, DS_JSON), (recipe, ds_json)]) == [expected] * RANKS
+
+
+def test_sources_that_differ_are_refused_on_all_ranks() -> None:
+    told = set(run_on_ranks(RANKS, compare, [(RECIPE, DS_JSON)] * 2, "0badcafe"))
+    assert len(told) == 1
+    line = str(told.pop())
+    assert line.startswith("sources: is ")
+    assert line.endswith(f'and "0badcafe" on rank 2 ({HOST}); give all ranks the same sources')
