@@ -95,8 +95,8 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
-def validate(model: type[Section], content: object, source: str) -> Section:
-    """Build `model` from plain data.
+def validate(model: type[Section], content: object, source: str, overrides: Iterable[str] = ()) -> Section:
+    """Build `model` from plain data, read from `source` but for what the `overrides` gave.
 
     Raises:
         UserError: the first unknown key, missing key or ill-typed value, by its dotted name.
@@ -108,7 +108,8 @@ def validate(model: type[Section], content: object, source: str) -> Section:
         error = sorted(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
         path = error["loc"]
         dotted = ".".join(str(part) for part in path)
-        where = f"{source}: {dotted}" if dotted else source
+        overridden = any(f"{dotted}.".startswith(f"{override.partition('=')[0]}.") for override in overrides)
+        where = dotted if overridden else f"{source}: {dotted}" if dotted else source
         if error["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             raise UserError(where, "unknown key", closest(str(path[-1]), known)) from None

@@ -120,9 +120,13 @@ class RunConfig(Settings):
                 f"longer than model.max_position_embeddings={longest}",
                 "shorten the sequences or raise that limit",
             )
+        end = self.left_out.after(0, self.train.steps * self.train.global_batch_size)
         for first, last in self.train.skip_samples:
             if first > last:
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", "ends before it begins", "give first, last")
+            if first >= end:
+                problem = f"begins after the run's last sample, {end - 1}"
+                raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
         ramps = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramps > self.train.steps:
             raise UserError(
@@ -140,7 +144,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     Raises:
         UserError: anything that is wrong with it, in one line.
     """
-    config = validate(RunConfig, apply_overrides(load_yaml(path), overrides), str(path))
+    config = validate(RunConfig, apply_overrides(load_yaml(path), overrides), str(path), overrides)
     config.check()
     return config
 

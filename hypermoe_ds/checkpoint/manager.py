@@ -150,10 +150,10 @@ class CheckpointManager:
         """Whether this rank has seen the save beside the training fail; others may see it a moment later."""
         return self._failure is not None
 
-    def newest(self) -> str:
-        """The newest checkpoint on disk, in words."""
+    def newest(self) -> Path | None:
+        """The newest checkpoint on disk, None where there is none."""
         step = store.latest_step(self._folder)
-        return "none" if step is None else str(self._folder / store.step_name(step))
+        return None if step is None else self._folder / store.step_name(step)
 
     def check_room(self) -> None:
         """Refuse to start a checkpoint that the disk cannot hold. Writes nothing.

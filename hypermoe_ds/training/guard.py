@@ -88,11 +88,13 @@ class Guard:
             f"{state.bad_steps} in a row, {self._engine.skipped_steps} in all"
         )
         if state.bad_steps > self._config.max_bad_steps:
+            newest = self._checkpoints.newest()
+            again = f"go on from the last good checkpoint, {newest}," if newest else "start again (no checkpoint yet)"
             raise UserError(
                 f"train.max_bad_steps={self._config.max_bad_steps}",
                 f"{state.bad_steps} steps in a row up to step {state.step} had a NaN or Inf in loss or gradient",
-                f"the last good checkpoint is {self._checkpoints.newest()}: go on from it with a smaller "
-                f"optimizer.lr, or leave out data with train.skip_samples=[[{first}, {state.consumed_samples - 1}]]",
+                f"{again} with a smaller optimizer.lr, or leave out their data with "
+                f"train.skip_samples=[[{state.good_samples}, {state.consumed_samples - 1}]]",
             )
 
     def _tell_spike(self, state: TrainState, first: int, loss: float, deviations: float, losses: list[float]) -> None:

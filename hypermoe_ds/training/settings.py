@@ -27,7 +27,7 @@ class TrainConfig(Settings):
         20, ge=0, description="steps in a row that are skipped for a NaN or Inf in loss or gradient; one more stops"
     )
     skip_samples: list[Stretch] = Field(
-        [], description="`[first, last]` places in the order of the training samples that are left out"
+        [], description="`[[first, last], ...]`, places in the order of the training samples that are left out"
     )
     consistency_interval: int | None = Field(
         1000, ge=1, description="steps between two comparisons of the ranks' copies of parameters; null never compares"

@@ -13,23 +13,27 @@ class TrainState:
         consumed_samples: place in the order of the training samples, those left out counted; fixes which come next.
         data_order: key of the order they are drawn in, "" before the first start.
         bad_steps: steps skipped in a row for a NaN or Inf, up to now.
+        good_samples: `consumed_samples` before the first of them.
     """
 
     step: int = 0
     consumed_samples: int = 0
     data_order: str = ""
     bad_steps: int = 0
+    good_samples: int = 0
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
         """Read it out of a checkpoint."""
-        return cls(**saved)
+        return cls(**{"good_samples": saved["consumed_samples"]} | saved)
 
     def advance(self, next_sample: int, skipped: bool = False) -> None:
         """Count one optimizer step over the samples up to `next_sample`, taken or skipped."""
         self.step += 1
         self.consumed_samples = next_sample
         self.bad_steps = self.bad_steps + 1 if skipped else 0
+        if not skipped:
+            self.good_samples = next_sample
 
     def follow(self, data_order: str) -> bool:
         """Take up an order of the data; tells whether it is another one than before.

@@ -5,6 +5,7 @@ rank that waits in vain reads those of the others. A process beside each rank en
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,11 +114,18 @@ class Watchdog:
         self._note_end("saved" if saved else "done")
 
     def _prepare(self) -> None:
-        """Take away what an earlier start left, before anyone watches."""
+        """Take away what an earlier start left, before anyone watches; the stacks of a lost one are kept."""
         if self._sign.rank == 0:
+            previous = self._folder / "previous"
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._verdict.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                previous.mkdir()
+                for path in (self._verdict, *self._folder.glob("stack_*")):
+                    path.replace(previous / path.name)
             for path in self._folder.iterdir():
-                path.unlink()
+                if path != previous:
+                    path.unlink()
         torch.distributed.barrier()
         self._beat()
         torch.distributed.barrier()
@@ -189,14 +197,24 @@ class Watchdog:
         """The first rank to come here writes the verdict and tells it; of each other host the first one repeats it."""
         told = self._folder / f"told_{self._sign.host}"
         try:
-            with self._verdict.open("x") as file:
-                print(f"error: {findings}", file=sys.stderr, flush=True)
-                told.touch()  # before others can read the verdict
-                file.write(f"{findings}\n")
+            (self._folder / "speaker").touch(exist_ok=False)
         except FileExistsError:
-            verdict = self._verdict.read_text().strip() or "a rank is lost"
+            self._wait_for_verdict()
             with told.open("x"):
-                print(f"error: {verdict}", file=sys.stderr, flush=True)
+                print(f"error: {self._verdict.read_text().strip()}", file=sys.stderr, flush=True)
+        else:
+            print(f"error: {findings}", file=sys.stderr, flush=True)
+            told.touch()  # before others can read the verdict
+            written = self._verdict.with_suffix(".tmp")
+            written.write_text(f"{findings}\n")
+            written.replace(self._verdict)  # it is there whole, or not at all
+
+    def _wait_for_verdict(self) -> None:
+        """Another rank is about to write it, but may be ended before it has."""
+        for _ in range(_SECONDS_TO_END * 10):
+            if self._verdict.exists():
+                return
+            time.sleep(0.1)
 
     def _findings(self) -> str:
         """Which rank is lost: one that has failed, else one that is silent or done, else the one that is behind.
@@ -205,14 +223,17 @@ class Watchdog:
         """
         waited = f"rank {self._sign.rank} waited in {self._sign.place()}; stacks of live ranks are in {self._folder}"
         before = read_signs(self._folder)
-        gone = [_told(sign, sign.error or "died") for sign in before.values() if sign.is_gone()]
-        gone += [f"rank {rank} has not begun to train" for rank in range(self._ranks) if rank not in before]
+        gone = _gone(before) + [
+            f"rank {rank} has not begun to train" for rank in range(self._ranks) if rank not in before
+        ]
         if gone:
             return f"{'; '.join(gone)}; {waited}"
         for _ in range(_SILENT_PERIODS):
             time.sleep(self._period)
             self._beat()
         after = read_signs(self._folder)
+        if gone := _gone(after):  # a killed process closes its connections some time before it is gone
+            return f"{'; '.join(gone)}; {waited}"
         silent = [
             _told(sign, f"has ended ({sign.end})" if sign.end else "gives no sign of life")
             for rank, sign in after.items()
@@ -232,6 +253,10 @@ class Watchdog:
         if self._sign.passed == least:
             waited = waited.partition("; ")[2]
         return f"{'; '.join(_told(sign, 'hangs') for sign in behind)}; {waited}"
+
+
+def _gone(signs: dict[int, SignOfLife]) -> list[str]:
+    return [_told(sign, sign.error or "died") for sign in signs.values() if sign.is_gone()]
 
 
 def _told(sign: SignOfLife, fate: str) -> str:

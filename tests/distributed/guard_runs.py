@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,13 +61,16 @@ class Checkpoints:
 
     failed = False
 
-    def newest(self) -> str:
-        return "step_7"
+    def __init__(self, newest: Path | None) -> None:
+        self._newest = newest
+
+    def newest(self) -> Path | None:
+        return self._newest
 
 
-def guard_of(engine: Any, layout: Layout, said: list[str], **train: Any) -> Guard:
+def guard_of(engine: Any, layout: Layout, said: list[str], newest: Path | None = None, **train: Any) -> Guard:
     config = train_config(layout).model_copy(update=train)
-    return Guard(engine, config, layout.expert, said.append, Checkpoints(), lambda sample: f"of {sample}")  # type: ignore[arg-type]
+    return Guard(engine, config, layout.expert, said.append, Checkpoints(newest), lambda sample: f"of {sample}")  # type: ignore[arg-type]
 
 
 def batches(layout: Layout, without: int | None) -> Iterator[dict[str, Tensor]]:
@@ -136,10 +140,10 @@ def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, 
     engine.destroy()
 
 
-def too_many_bad_steps(layout: Layout) -> tuple[str, int]:
-    """Two bad steps where one is allowed: what is raised, after which step."""
+def too_many_bad_steps(layout: Layout, newest: Path | None) -> tuple[str, int]:
+    """Two bad steps where one is allowed, with this newest checkpoint: what is raised, after which step."""
     engine = engine_of(layout)
-    guard = guard_of(engine, layout, [], max_bad_steps=1)
+    guard = guard_of(engine, layout, [], newest, max_bad_steps=1)
     state, source = TrainState(), batches(layout, None)
     try:
         for step in range(STEPS):

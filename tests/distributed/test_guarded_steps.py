@@ -1,5 +1,7 @@
 """A step with NaN or Inf is skipped on all ranks alike, a spike and a signal are known to all, copies are compared."""
 
+from pathlib import Path
+
 import pytest
 from guard_runs import EXPERTS, HYPERNETWORK, asked_to_stop, flip_each, skip_each, spike, too_many_bad_steps
 from small_runs import Layout
@@ -28,13 +30,21 @@ def test_a_bad_step_of_one_rank_is_as_if_its_samples_had_not_been_there(what: st
     run_on_ranks(RANKS, skip_each, layouts, what)
 
 
-def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_name_the_last_good_checkpoint() -> None:
-    for told, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS)):
+@pytest.mark.parametrize(
+    ("newest", "again"),
+    [
+        (Path("step_7"), "go on from the last good checkpoint, step_7,"),
+        pytest.param(None, "start again (no checkpoint yet)", marks=pytest.mark.slow),
+    ],
+)
+def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_name_checkpoint_and_data(
+    newest: Path | None, again: str
+) -> None:
+    for told, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS), newest):
         assert step == 4, "one that is alone is borne"
         assert told == (
-            "train.max_bad_steps=1: 2 steps in a row up to step 4 had a NaN or Inf in loss or gradient; the last good "
-            "checkpoint is step_7: go on from it with a smaller optimizer.lr, or leave out data with "
-            "train.skip_samples=[[24, 31]]"
+            "train.max_bad_steps=1: 2 steps in a row up to step 4 had a NaN or Inf in loss or gradient; "
+            f"{again} with a smaller optimizer.lr, or leave out their data with train.skip_samples=[[16, 31]]"
         )
 
 

@@ -57,11 +57,16 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
         assert read_signs(tmp_path)[rank].end == "lost"
 
 
-def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / VERDICT).write_text("of an earlier start")
+def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_put_aside(tmp_path: Path) -> None:
+    previous = tmp_path / "previous"
+    previous.mkdir()
+    (previous / "stack_00007.txt").write_text("of a start before")
+    for name in (VERDICT, "stack_00001.txt", "told_here", "rank_00007.json"):
+        (tmp_path / name).write_text("of an earlier start")
     assert run_on_ranks(2, come_to_an_end, tmp_path) == [0, 1]
     assert {sign.end for sign in read_signs(tmp_path).values()} == {"done"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.json", "rank_00001.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["previous", "rank_00000.json", "rank_00001.json"]
+    assert sorted(path.name for path in previous.iterdir()) == ["stack_00001.txt", VERDICT]
     assert TIMEOUT / 4 * 5 > TIMEOUT
 
 

@@ -171,7 +171,7 @@ def test_more_bad_steps_than_allowed_stop_the_run_and_name_the_last_good_checkpo
 ) -> None:
     done = faulty("nan:0:5", recipe, tmp_path, "train.max_bad_steps=0").finish()
     assert done.returncode == EXIT_BAD_INPUT, done.told()
-    assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step_00000004" in one_error_line(done)
+    assert f"go on from the last good checkpoint, {tmp_path}/run/checkpoints/step_00000004" in one_error_line(done)
 
 
 @pytest.mark.slow

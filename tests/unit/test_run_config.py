@@ -67,9 +67,9 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("model.hidden_size=0", "model.hidden_size=0: too small; give at least 1"),
         ("model.num_key_value_heads=5", "model.num_key_value_heads=5: does not divide num_attention_heads=12"),
         ("model.head_dim=7", "model.head_dim=7: odd"),
-        ("model.hiden_size=8", "recipe.yaml: model.hiden_size: unknown key; did you mean 'hidden_size'?"),
-        ("model.hidden_size=wide", "recipe.yaml: model.hidden_size='wide': is not valid"),
-        ("model.router_aux_loss_scope=all", "recipe.yaml: model.router_aux_loss_scope='all': is not valid"),
+        ("model.hiden_size=8", "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        ("model.hidden_size=wide", "model.hidden_size='wide': is not valid"),
+        ("model.router_aux_loss_scope=all", "model.router_aux_loss_scope='all': is not valid"),
         ("model.use_cache=true", "model.use_cache: unknown key"),
         ("data.sequence_length=33", "data.sequence_length=33: longer than model.max_position_embeddings=32; shorten"),
         ("data.train=[]", "data.train=[]: is not valid"),
@@ -81,6 +81,10 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.clip_grad_norm=-1", "train.clip_grad_norm=-1: is not valid"),
         ("train.stop_at_step=0", "train.stop_at_step=0: is not valid"),
         ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
+        (
+            "train.skip_samples=[[3, 4], [42, 43]]",
+            "train.skip_samples=[[42, 43]]: begins after the run's last sample, 11",
+        ),
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps=None: is not valid"),
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
@@ -88,12 +92,29 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0: is not valid"),
         ("monitor.interval=0", "monitor.interval=0: is not valid"),
         ("evaluation.intervall=3", "evaluation.intervall: unknown key; did you mean 'interval'?"),
-        ("steps=3", "recipe.yaml: steps: unknown key"),
+        ("steps=3", "steps: unknown key"),
         ("train.steps", "train.steps: is no override; write section.key=value"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
     assert says in refusal(recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("train", "override", "says"),
+    [
+        ({"stepz": 5}, "optimizer.lr=2", "recipe.yaml: train.stepz: unknown key"),
+        ({"steps": 0}, "train.seed=2", "recipe.yaml: train.steps=0: is not valid"),
+        ({}, "train.stepz=5", "train.stepz: unknown key"),
+        ({}, "train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
+        ({}, "train={steps: 0}", "train.steps=0: is not valid"),
+    ],
+)
+def test_a_mistake_of_the_command_line_is_not_blamed_on_the_recipe(
+    recipe: Path, train: dict[str, int], override: str, says: str
+) -> None:
+    recipe.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | train}))
+    assert refusal(recipe, override).removeprefix(f"{recipe.parent}/").startswith(says)
 
 
 def test_warm_up_and_decay_together_fit_into_the_run(recipe: Path) -> None:
