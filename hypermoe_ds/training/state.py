@@ -24,8 +24,8 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Read it out of a checkpoint."""
-        return cls(**{"good_samples": saved["consumed_samples"]} | saved)
+        """Read it out of a checkpoint; the state of no checkpoint is empty."""
+        return cls(**{"good_samples": saved.get("consumed_samples", 0)} | saved)
 
     def advance(self, next_sample: int, skipped: bool = False) -> None:
         """Count one optimizer step over the samples up to `next_sample`, taken or skipped."""

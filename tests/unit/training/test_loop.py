@@ -289,6 +289,7 @@ def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
     assert saved == {"step": 3, "consumed_samples": 24, "data_order": "key", "bad_steps": 2, "good_samples": 8}
     assert TrainState.from_dict(saved) == state
     del saved["good_samples"]
+    assert TrainState.from_dict({}) == TrainState()
     assert TrainState.from_dict(saved).good_samples == 24, "of a checkpoint that does not say so, what it has consumed"
 
 
