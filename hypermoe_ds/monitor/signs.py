@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from hypermoe_ds.monitor.files import write_whole
+
 VERDICT = "verdict"  # beside the signs: which rank was lost, in one line
 
 
@@ -59,11 +61,8 @@ class SignOfLife:
 
     def write(self, folder: Path) -> None:
         """Replace this rank's last sign. A full disk is for the checkpoints to tell."""
-        path = sign_path(folder, self.rank)
-        beside = path.with_suffix(".tmp")
         with suppress(OSError):
-            beside.write_text(json.dumps(asdict(self)))
-            beside.replace(path)
+            write_whole(sign_path(folder, self.rank), json.dumps(asdict(self)))
 
 
 def sign_path(folder: Path, rank: int) -> Path:

@@ -14,6 +14,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
 
 from hypermoe_ds.errors import MachineError
+from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.summary import read_records
 
@@ -33,9 +34,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [record for record in read_records(self.path) if record["step"] <= step]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
-        os.replace(beside, self.path)
+        write_whole(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record, flushed; JSON has no NaN and no infinity, they become null."""

@@ -24,6 +24,7 @@ import torch.distributed
 from torch.distributed import distributed_c10d as c10d
 
 from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError
+from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs, sign_path
 
 _LONGEST_PERIOD = 5.0
@@ -205,9 +206,7 @@ class Watchdog:
         else:
             print(f"error: {findings}", file=sys.stderr, flush=True)
             told.touch()  # before others can read the verdict
-            written = self._verdict.with_suffix(".tmp")
-            written.write_text(f"{findings}\n")
-            written.replace(self._verdict)  # it is there whole, or not at all
+            write_whole(self._verdict, f"{findings}\n")
 
     def _wait_for_verdict(self) -> None:
         """Another rank is about to write it, but may be ended before it has."""
