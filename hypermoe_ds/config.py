@@ -109,7 +109,7 @@ def validate(model: type[Section], content: object, source: str, overrides: Iter
         path = error["loc"]
         dotted = ".".join(str(part) for part in path)
         overridden = any(f"{dotted}.".startswith(f"{override.partition('=')[0]}.") for override in overrides)
-        where = dotted if overridden else f"{source}: {dotted}" if dotted else source
+        where = dotted if overridden else ": ".join(filter(None, (source, dotted)))
         if error["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             raise UserError(where, "unknown key", closest(str(path[-1]), known)) from None

@@ -79,7 +79,7 @@ def lock_of_another_job(place: Place) -> None:
 
 
 CASES = {
-    "unknown key": Bad(("train.step: unknown key", "did you mean 'steps'?"), ("train.step=3",)),
+    "unknown key": Bad(("error: train.step: unknown key", "did you mean 'steps'?"), ("train.step=3",)),
     "unknown section": Bad(("recipe.yaml: optimiser: unknown key", "did you mean 'optimizer'?"), ("optimiser.lr=3",)),
     "wrong type": Bad(("train.steps='many': is not valid",), ("train.steps=many",)),
     "unknown DeepSpeed key": Bad(
