@@ -108,9 +108,12 @@ def validate(model: type[Section], content: object, source: str, overrides: Iter
         error = sorted(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
         path = error["loc"]
         dotted = ".".join(str(part) for part in path)
-        overridden = any(f"{dotted}.".startswith(f"{override.partition('=')[0]}.") for override in overrides)
+        unknown = error["type"] == "extra_forbidden"
+        given = [f"{override.partition('=')[0]}." for override in overrides]
+        # An override of a key in an unknown section made that section.
+        overridden = any(f"{dotted}.".startswith(key) or (unknown and key.startswith(f"{dotted}.")) for key in given)
         where = dotted if overridden else ": ".join(filter(None, (source, dotted)))
-        if error["type"] == "extra_forbidden":
+        if unknown:
             known = _fields_at(model, path[:-1])
             raise UserError(where, "unknown key", closest(str(path[-1]), known)) from None
         if error["type"] == "missing":

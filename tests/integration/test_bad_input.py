@@ -80,7 +80,7 @@ def lock_of_another_job(place: Place) -> None:
 
 CASES = {
     "unknown key": Bad(("error: train.step: unknown key", "did you mean 'steps'?"), ("train.step=3",)),
-    "unknown section": Bad(("recipe.yaml: optimiser: unknown key", "did you mean 'optimizer'?"), ("optimiser.lr=3",)),
+    "unknown section": Bad(("error: optimiser: unknown key", "did you mean 'optimizer'?"), ("optimiser.lr=3",)),
     "wrong type": Bad(("train.steps='many': is not valid",), ("train.steps=many",)),
     "unknown DeepSpeed key": Bad(
         ("ds.json: zero_optimizaton: unknown key", "did you mean 'zero_optimization'?"),

@@ -106,6 +106,7 @@ def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, s
         ({"stepz": 5}, "optimizer.lr=2", "recipe.yaml: train.stepz: unknown key"),
         ({"steps": 0}, "train.seed=2", "recipe.yaml: train.steps=0: is not valid"),
         ({}, "train.stepz=5", "train.stepz: unknown key"),
+        ({}, "trian.steps=5", "trian: unknown key; did you mean 'train'?"),
         ({}, "train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ({}, "train={steps: 0}", "train.steps=0: is not valid"),
     ],
