@@ -6,6 +6,8 @@ Shape legend: T tokens, D hidden size, A adapter size, U sets, J HyperExperts th
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,9 @@ from torch.nn import functional as F
 
 # Sorting takes as long as applying so many rows one after another (60 and 18 us on a CPU, D = 768, A = 64).
 _FEW_ROWS = 4
+# PyTorch's grouped GEMM on CUDA takes fewer than 1,024 groups, and is a loop that waits for the host before Hopper.
+_MOST_GROUPS = 1023
+_HOPPER = (9, 0)
 
 
 class HyperExpertWeights(NamedTuple):
@@ -52,7 +57,9 @@ class Taken(NamedTuple):
         return y_TJD.sum(1)
 
 
-def apply_generated(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tensor:
+def apply_generated(
+    x_TD: Tensor, taken: Taken, weights: HyperExpertWeights, rows: "SortedRows | None" = None
+) -> Tensor:
     """Sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
 
     Exact, with gradients for x, the gates and the weights, once differentiable. Beside its arguments
@@ -63,15 +70,14 @@ def apply_generated(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> 
         x_TD: input of the MoE block.
         taken: which HyperExperts each token takes.
         weights: the generated weights.
+        rows: what `sort_rows` made of `taken`, if it did before.
 
     Returns:
         y_TD, in the dtype of the weights.
     """
-    sets_R = taken.sets_TJ.flatten()
-    if not torch.is_grad_enabled() and not x_TD.is_cuda and len(sets_R) <= _FEW_ROWS:
+    if not torch.is_grad_enabled() and not x_TD.is_cuda and taken.sets_TJ.numel() <= _FEW_ROWS:
         return _row_by_row(x_TD, taken, weights)
-    kind = GroupedRows if _has_grouped_mm(weights.down_weight) else LoopedRows
-    rows = kind(sets_R, len(weights.up_bias))
+    rows = rows or sort_rows(taken, weights.down_weight.shape, weights.down_weight)
     x_TD = x_TD.to(weights.up_bias.dtype)  # under autocast another one
     y_TD: Tensor = _Apply.apply(x_TD, taken.gates_TJ, rows, taken.sets_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
     return y_TD
@@ -88,11 +94,24 @@ def _row_by_row(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tens
     return taken.sum_over_rows(torch.cat(rows))
 
 
-def _has_grouped_mm(weight_UDA: Tensor) -> bool:
+def sort_rows(taken: Taken, shape_UDA: Sequence[int], like: Tensor) -> "SortedRows":
+    """The rows of all tokens sorted by the HyperExpert they take.
+
+    Args:
+        taken: which HyperExperts each token takes.
+        shape_UDA: U, D and A.
+        like: a tensor of the dtype and on the device of the products.
+    """
+    kind = GroupedRows if _has_grouped_mm(shape_UDA[1:], like) else LoopedRows
+    return kind(taken.sets_TJ.flatten(), shape_UDA[0])
+
+
+def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
     """Whether the device has a grouped GEMM for this dtype and its rows are aligned to 16 bytes."""
-    _, D, A = weight_UDA.shape
-    aligned = all(size * weight_UDA.element_size() % 16 == 0 for size in (D, A))
-    return weight_UDA.is_cuda and weight_UDA.dtype is torch.bfloat16 and aligned and hasattr(torch, "_grouped_mm")
+    if not like.is_cuda or like.dtype is not torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+        return False
+    aligned = all(width * like.element_size() % 16 == 0 for width in widths)
+    return aligned and torch.cuda.get_device_capability(like.device) >= _HOPPER
 
 
 class SortedRows:
@@ -124,24 +143,58 @@ class SortedRows:
         raise NotImplementedError
 
 
+class _Piece(NamedTuple):
+    """As many sets as one grouped GEMM takes."""
+
+    sets: slice
+    rows: slice
+    ends_U: Tensor
+
+
 class GroupedRows(SortedRows):
-    """By grouped GEMMs: nothing waits for the host."""
+    """By grouped GEMMs: nothing waits for the host, unless the sets are more than one of them takes."""
+
+    def __init__(self, sets_R: Tensor, sets: int) -> None:
+        super().__init__(sets_R, sets)
+        cuts = list(range(_MOST_GROUPS, sets, _MOST_GROUPS))
+        row_cuts = self.ends_U[[cut - 1 for cut in cuts]].tolist() if cuts else []
+        pieces = zip(pairwise([0, *cuts, sets]), pairwise([0, *row_cuts, len(sets_R)]), strict=True)
+        self._pieces = [
+            _Piece(slice(*between), slice(*rows), self.ends_U[slice(*between)] - rows[0]) for between, rows in pieces
+        ]
 
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
     ) -> Tensor:
-        y_RO = torch._grouped_mm(x_RI, weight_UIO, offs=self.ends_U)
+        y_RO = _joined(
+            [
+                torch._grouped_mm(x_RI[piece.rows], weight_UIO[piece.sets], offs=piece.ends_U)
+                for piece in self._pieces
+                if piece.rows.start < piece.rows.stop
+            ]
+        )
         if bias_UO is None:
             return y_RO
         bias_RO = bias_UO[self.sets_R]
         return y_RO.add_(bias_RO if gate_R1 is None else bias_RO.mul_(gate_R1))
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
-        return torch._grouped_mm(x_RI.t(), y_RO, offs=self.ends_U)
+        return _joined(
+            [
+                torch._grouped_mm(x_RI[piece.rows].t(), y_RO[piece.rows], offs=piece.ends_U)
+                if piece.rows.start < piece.rows.stop
+                else x_RI.new_zeros(len(piece.ends_U), x_RI.shape[1], y_RO.shape[1])
+                for piece in self._pieces
+            ]
+        )
 
     def sum(self, y_RO: Tensor) -> Tensor:
-        # A product with a 0/1 matrix: without atomics, so the same bits every time.
-        return (self.every_U.unsqueeze(1) == self.sets_R).to(y_RO.dtype) @ y_RO
+        # A product with ones, as many as 16 bytes hold: without atomics, so the same bits every time.
+        return self.outer(y_RO.new_ones(len(y_RO), 16 // y_RO.element_size()), y_RO)[:, 0]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class LoopedRows(SortedRows):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_hypermoe import HyperConditioning
-from .generated import HyperExpertWeights, Taken, apply_generated
+from .generated import HyperExpertWeights, SortedRows, Taken, apply_generated, sort_rows
 from .hyper_cache import HyperExpertCache, Version, version_of
 from .hyper_costs import Form, Sizes, cheaper_form, modules_fit
 from .selections import all_sets, distinct_sets, rank_sets
@@ -156,9 +156,10 @@ class HyperNetwork(nn.Module):
             return self._generate(u_UB)
         if form == "per_set":
             if recompute and torch.is_grad_enabled():
+                rows = sort_rows(taken, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
                 # Of this module's insides alone: its own forward, where parameters are gathered, runs once.
                 y_TD: Tensor = checkpoint(
-                    self._per_set, x_TD, taken, u_UB, use_reentrant=False, preserve_rng_state=False
+                    self._per_set, x_TD, taken, u_UB, rows, use_reentrant=False, preserve_rng_state=False
                 )
                 return y_TD
             return self._per_set(x_TD, taken, u_UB)
@@ -175,9 +176,9 @@ class HyperNetwork(nn.Module):
             self.up_bias(u_UB),
         )
 
-    def _per_set(self, x_TD: Tensor, taken: Taken, u_UB: Tensor) -> Tensor:
+    def _per_set(self, x_TD: Tensor, taken: Taken, u_UB: Tensor, rows: SortedRows | None = None) -> Tensor:
         """Weights once per set, grouped matrix products over the tokens sorted by set."""
-        return apply_generated(x_TD, taken, self._generate(u_UB))
+        return apply_generated(x_TD, taken, self._generate(u_UB), rows)
 
     def _per_token(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
         """The equations as they stand: each row gets weights of its own. The reference for tests."""
@@ -407,7 +408,8 @@ def generate_ahead(
         or cheaper_form(rows, sets, sizes, weight.device.type, weight.dtype) != "per_set"
     ):
         return None
-    z_UH = torch.cat([branch.encode_all(set_size) for branch in branches])
+    sets_UK = all_sets(branches[0].num_experts, set_size, weight.device)
+    z_UH = torch.cat([branch.encoder(sets_UK) for branch in branches])
     layer_U = torch.arange(len(branches), device=z_UH.device).repeat_interleave(sets)
     return [
         HyperExpertWeights(*layer) for layer in zip(*(w.split(sets) for w in hypernetwork(z_UH, layer_U)), strict=True)

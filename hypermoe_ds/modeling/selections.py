@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-_BITS_PER_WORD = 62  # of an int64, clear of its sign
+_BITS_PER_WORD = 64  # the sign of an int64 is a bit like the others
 
 
 def all_sets(num_experts: int, set_size: int, device: torch.device) -> Tensor:

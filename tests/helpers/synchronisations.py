@@ -2,10 +2,25 @@
 
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # bincount sizes its result by the largest value. lift_fresh is a number of the host's on its way into a tensor.
 _WAITING = ("_local_scalar_dense", "nonzero", "_unique", "unique_", "bincount", "masked_select", "lift_fresh")
+
+
+class _Lists(TorchFunctionMode):
+    """Collects reads of whole tensors, which a CPU does without an operation."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.Tensor.tolist, torch.Tensor.numpy):
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 class Synchronisations(TorchDispatchMode):
@@ -14,6 +29,16 @@ class Synchronisations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self._lists = _Lists(self.seen)
+
+    def __enter__(self) -> "Synchronisations":
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        self._lists.__exit__(*failure)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name.removeprefix("aten::")

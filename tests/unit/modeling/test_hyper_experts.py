@@ -1,18 +1,14 @@
 import copy
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
 from model_references import build, distance, random_selection, wake
 from model_references import hyper_experts as reference
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hypermoe_ds.modeling import generated
 from hypermoe_ds.modeling import hyper_experts as module_under_test
-from hypermoe_ds.modeling.generated import HyperExpertWeights, Taken
 from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, modules_fit
 from hypermoe_ds.modeling.hyper_experts import (
     HyperExperts,
@@ -386,84 +382,6 @@ def test_only_as_many_modules_are_kept_as_there_is_room_for() -> None:
             y = branch(x, selected, hypernetwork)
             assert distance(y, branch(x, selected, hypernetwork, "per_token")) < 1e-12
             assert len(branch._cache._row_of_set) <= branch._cache.capacity == B
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("tokens", "J"), [(1, 1), (4, 1), (1, 3), (2, 2), (5, 1)])
-def test_the_few_rows_of_a_step_of_generation_get_what_many_get(tokens: int, J: int, gated: bool) -> None:
-    weights = HyperExpertWeights(*(torch.randn(6, *shape) for shape in ((16, 8), (8,), (8, 16), (16,))))
-    x, sets, gates = torch.randn(9, 16), torch.randint(0, 6, (9, J)), torch.rand(9, J)
-    everything = generated.apply_generated(x.requires_grad_(), Taken(sets, gates if gated else None), weights)
-    with torch.no_grad():
-        taken = Taken(sets[:tokens], gates[:tokens] if gated else None)
-        assert distance(generated.apply_generated(x[:tokens], taken, weights), everything[:tokens]) < 1e-6
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("J", [1, 3])
-def test_grouped_products_and_a_loop_over_sets_give_the_same(J: int, gated: bool, monkeypatch: Any) -> None:
-    width, adapter, sets = 16, 8, 6
-    weights = HyperExpertWeights(
-        *(torch.randn(sets, *shape) for shape in ((width, adapter), (adapter,), (adapter, width), (width,)))
-    )
-    x, taken = torch.randn(40, width), torch.randint(0, sets - 1, (40, J))  # one set without rows
-    gates = torch.rand(40, J) if gated else None
-    arguments = [x, *weights, *([gates] if gated else [])]
-    for tensor in arguments:
-        tensor.requires_grad_()
-
-    def run() -> list[Tensor]:
-        y = generated.apply_generated(x, Taken(taken, gates), weights)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), arguments)]
-
-    looped = run()
-    monkeypatch.setattr(generated, "LoopedRows", generated.GroupedRows)
-    for grouped, by_loop in zip(run(), looped, strict=True):
-        assert distance(grouped, by_loop) < 1e-5
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("rows", [(1, 0, 70, 33, 200, 5), (0, 0, 0, 100), (31, 32, 33, 64, 65, 1)])
-def test_sets_that_reach_over_the_rows_of_others_in_bfloat16_leave_them_alone(
-    rows: tuple[int, ...], gated: bool
-) -> None:
-    of_set = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))[torch.randperm(sum(rows))]
-    shapes = (len(rows), D, A), (len(rows), A), (len(rows), A, D), (len(rows), D), (sum(rows), D), (sum(rows), 1)
-    numbers = [torch.randn(shape).bfloat16() for shape in shapes]
-
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        *weights, x, gates = (tensor.to(dtype).requires_grad_() for tensor in numbers)
-        taken = Taken(of_set.unsqueeze(1), gates if gated else None)
-        y = generated.apply_generated(x, taken, HyperExpertWeights(*weights))
-        return [y.detach(), *torch.autograd.grad(y.sum(), [*weights, x, *([gates] if gated else [])])]
-
-    for ours, exact in zip(run(torch.bfloat16), run(torch.float32), strict=True):
-        assert distance(ours, exact) < 4 * 2**-8
-
-
-class ProductShapes(TorchDispatchMode):
-    """Notes the shapes of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[object, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self.seen.add((func, *(tensor.shape for tensor in args)))
-        return func(*args, **(kwargs or {}))
-
-
-def test_few_shapes_of_products_occur_in_bfloat16_however_the_tokens_are_spread() -> None:
-    shapes = (N := 8, D, A), (N, A), (N, A, D), (N, D)
-    weights = HyperExpertWeights(*(torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes))
-    x = torch.randn(2048, D, dtype=torch.bfloat16)
-    with ProductShapes() as products:
-        for spread in torch.rand(50, N):
-            y = generated.apply_generated(x, Taken(torch.multinomial(spread, len(x), True).unsqueeze(1)), weights)
-            y.sum().backward()
-    last = 5 * 50  # the last set, whose rows end with the others', takes as many as it has
-    assert last < len(products.seen) < last + 5 * 30, "and not 5 products of 8 sets 50 times"
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2)])
