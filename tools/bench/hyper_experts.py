@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = [(PUBLISHED, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4, 8) for T in (512, 4096)]
 GRID += [(SMALL, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4) for T in (512, 4096)]
 _UNCOUNTED = 2  # runs of each side before those that count
+_NEAR_SECONDS = 3.0  # of the fastest form's runs, when forms near to each other are told apart
 
 
 def main() -> None:
@@ -171,18 +172,22 @@ def beside_an_expert(N: int, K: int, T: int, repeats: int, where: Mapping[str, A
 
 
 def forms_of(sizes: Sizes, N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The forms and `auto` in one layer by itself."""
-    repeats = max(5, repeats // 2)
+    """The forms and `auto` in one layer by itself; those near the fastest run again, and more often."""
     x_TD = torch.randn(T, sizes.hidden, **where).requires_grad_()
     branches, hypernetwork = build(N, 1, where, sizes)
-    # Each form has its own: the first to see a selection would pay for what the library makes for its shapes.
-    passes = {
-        form: selections(repeats + _UNCOUNTED, 1, T, N, K, where["device"]) for form in ("per_set", "factored", "auto")
-    }
-    sides = {form: all_layers(branches, hypernetwork, x_TD, passes[form], form) for form in passes}
-    sets = len({frozenset(row) for row in passes["auto"][0, 0].tolist()})
+
+    def timed(forms: Iterable[str], runs: int) -> dict[str, float]:
+        # Each form has its own: the first to see a selection would pay for what the library makes for its shapes.
+        passes = {form: selections(runs + _UNCOUNTED, 1, T, N, K, where["device"]) for form in forms}
+        sides = {form: all_layers(branches, hypernetwork, x_TD, passes[form], form) for form in passes}
+        return medians(sides, runs, where["device"])
+
+    seconds = timed(("per_set", "factored", "auto"), max(3, repeats // 2))
+    fastest = min(seconds.values())
+    near = [form for form in seconds if seconds[form] < 2 * fastest]
+    seconds |= timed(near, min(5 * repeats, max(3, round(_NEAR_SECONDS / fastest))))
+    sets = len({frozenset(row) for row in selections(1, 1, T, N, K, "cpu")[0, 0].tolist()})
     sets = math.comb(N, K) if branches[0].knows_sets(T, K, hypernetwork.sizes) else sets
-    seconds = medians(sides, repeats, where["device"])
     return {"sizes": astuple(sizes), "N": N, "K": K, "T": T, "sets": sets, "seconds": seconds}
 
 
