@@ -72,8 +72,8 @@ RATES: Mapping[tuple[str, torch.dtype], Rates] = MappingProxyType(
         # because much of it is to memory that was just mapped.
         ("cpu", torch.float32): Rates(flops=250e9, bytes=5.5e9, start=8e-6),
         ("cpu", torch.bfloat16): Rates(flops=940e9, bytes=7.4e9, start=29e-6),
-        # Not measured: 40 % of the H100's published 989 TFLOP/s, 75 % of its 67 in fp32, 80 % of its 3.35 TB/s. Products
-        # are grouped in bf16; otherwise each is a kernel to be started.
+        # Not measured: 40 % of the H100's published 989 TFLOP/s, 75 % of its 67 in fp32, 80 % of its 3.35 TB/s.
+        # Products are grouped in bf16; otherwise each is a kernel to be started.
         ("cuda", torch.bfloat16): Rates(flops=400e12, bytes=2.7e12, start=0.0),
         ("cuda", torch.float32): Rates(flops=50e12, bytes=2.7e12, start=10e-6),
     }

@@ -14,7 +14,7 @@ import torch
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
-from report import check_arguments, machine
+from report import check_arguments, device_name, machine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,7 +45,7 @@ def main() -> None:
             if repeat:
                 seconds[name].append(taken)
     print(table(seconds, given.batch * given.new))
-    where = machine(device)
+    where = machine(device_name())
     print(
         f"{given.preset}, {given.dtype}, batch {given.batch}, prompt {given.prompt}, {given.new} new tokens, ", end=""
     )

@@ -21,6 +21,7 @@ fi
 unset DS_ACCELERATOR
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True # what is free is then not in pieces too small for the next step
 mkdir -p "$out" || exit 1
 summary=$out/summary.md
 failed=()
@@ -41,7 +42,11 @@ step() {
     fi
     if ((status)); then
         failed+=("$name")
-        { printf '\nFAILED, exit code %s (124: out of time)\n\n```\n' "$status"; tail -n 15 "$out/step.err" 2>/dev/null; printf '```\n'; } >>"$summary"
+        {
+            printf '\nFAILED, exit code %s (124: out of time)\n\n```\n' "$status"
+            tail -n 40 "$out/step.err" 2>/dev/null
+            printf '```\n'
+        } >>"$summary"
     fi
     echo "== $name: exit code $status, $((SECONDS - started)) s"
     rm -f "$out/step.out" "$out/step.err"
@@ -56,18 +61,21 @@ compare=("$python" tools/bench/train_step.py --ranks 1)
 long=(--precision bf16 --sequence-length 4096 --warmup 3)
 short=(--sides hypermoe --sequence-length 1024 --micro-batch-size 2 --steps 6 --warmup 0 --repeat-batch)
 
-step "HyperExperts" 90 "$python" tools/bench/hyper_experts.py --device cuda --dtype bf16 --json "$out/hyper_experts.json"
+step "HyperExperts" 80 "$python" tools/bench/hyper_experts.py --device cuda --dtype bf16 --calibrate \
+    --json "$out/hyper_experts.json"
+step "Overlap of the HyperExperts" 40 "$python" tools/bench/overlap.py --json "$out/overlap.json" \
+    --trace "$out/trace.json"
+# As its recipe trains: layers recomputed, several micro-batches a step.
+step "Training step, 3b-a0.4b" 320 "${compare[@]}" "${long[@]}" --preset 3b-a0.4b --steps 4 --warmup 1 --micro-batch-size auto \
+    --accumulation 2 --activation-checkpointing --in-turns 1 \
+    --json "$out/train_step_3b-a0.4b.json" --profile "$out/profile_3b-a0.4b.md"
 step "Training step, gpt2-small-8e" 120 "${compare[@]}" "${long[@]}" --steps 20 --micro-batch-size auto \
     --json "$out/train_step_gpt2-small-8e.json" --profile "$out/profile_gpt2-small-8e.md"
-step "Peers, gpt2-small-8e" 100 "${compare[@]}" "${long[@]}" --steps 10 --micro-batch-size 4 \
+step "Peers, gpt2-small-8e" 100 "${compare[@]}" "${long[@]}" --steps 10 --micro-batch-size 4 --in-turns 1 \
     --sides hypermoe,moe,mixtral,deepspeed_moe --json "$out/peers_gpt2-small-8e.json"
 step "Losses, fp32" 60 "${compare[@]}" "${short[@]}" --precision fp32 --json "$out/losses_fp32.json"
 step "Losses, bf16" 60 "${compare[@]}" "${short[@]}" --precision bf16 --json "$out/losses_bf16.json"
 step "Losses, fp32 and bf16" 30 "$python" tools/bench/compare_losses.py "$out/losses_fp32.json" "$out/losses_bf16.json"
-step "Overlap of the HyperExperts" 60 "$python" tools/bench/overlap.py \
-    --json "$out/overlap.json" --trace "$out/overlap.json"
-step "Training step, 3b-a0.4b" 300 "${compare[@]}" "${long[@]}" --preset 3b-a0.4b --steps 8 --micro-batch-size auto \
-    --in-turns 1 --json "$out/train_step_3b-a0.4b.json" --profile "$out/profile_3b-a0.4b.md"
 
 for profile in "$out"/profile_*.md; do
     if [ -f "$profile" ]; then

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.modeling.hyper_costs import Sizes, cost_factored, cost_per_set
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
-from report import check_arguments, machine
+from report import check_arguments, device_name, machine
 
 PUBLISHED, SMALL = Sizes(768, 64, 128), Sizes(256, 16, 64)  # at GPT-2 small's width, and those of tiny-10m
 D, LAYERS, WIDTH = PUBLISHED.hidden, 12, 128
@@ -64,7 +64,8 @@ def main() -> None:
         print(added_memory(given.memory_of, where))
         return
 
-    found: dict[str, Any] = {"machine": machine(given.device), "dtype": given.dtype, "threads": torch.get_num_threads()}
+    device = device_name() if given.device == "cuda" else "cpu"
+    found: dict[str, Any] = {"machine": machine(device), "dtype": given.dtype, "threads": torch.get_num_threads()}
     bar = tqdm(shapes_of(given.dtype), "beside an expert", unit="shape", leave=False)
     found["branch"] = [beside_an_expert(N, K, T, given.repeats, where) for N, K, T in bar]
     found["memory"] = memory_ratio(given.device, given.dtype)

@@ -31,7 +31,7 @@ def category(name: str) -> str:
 
 
 def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
-    """Milliseconds of each category in one step, and of the largest operators that are in none.
+    """Milliseconds of each category in one step, and of each operator that is in none.
 
     Args:
         events: `profiler.key_averages()`.
@@ -44,25 +44,27 @@ def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
         if event.device_type == DeviceType.CUDA and not event.key.startswith(("Optimizer.", "nccl:", "ProfilerStep"))
     ]  # those left out are annotations, which span kernels that count themselves
     sums = dict.fromkeys(CATEGORIES, 0.0)
-    largest: dict[str, float] = {}
+    named: dict[str, float] = {}
     for name, microseconds in kernels or on_cpu:
         kind = category(name)
         sums[kind] += microseconds / 1e3 / steps
         if kind == OTHER:
-            largest[f"{OTHER}: {name[:60]}"] = microseconds / 1e3 / steps
-    return sums | dict(sorted(largest.items(), key=lambda item: -item[1])[:_LARGEST])
+            named[f"{OTHER}: {name[:60]}"] = microseconds / 1e3 / steps
+    return sums | named
 
 
 def markdown(milliseconds_of_sides: Mapping[str, Mapping[str, float]]) -> str:
     """A table: for each side the share and the milliseconds a step of each category."""
     sides = list(milliseconds_of_sides)
     totals = {side: sum(milliseconds_of_sides[side][kind] for kind in CATEGORIES) or 1.0 for side in sides}
-    named = dict.fromkeys(name for side in sides for name in milliseconds_of_sides[side] if name not in CATEGORIES)
+    named = {name for side in sides for name in milliseconds_of_sides[side]} - set(CATEGORIES)
+    longest = {name: max(side.get(name, 0.0) for side in milliseconds_of_sides.values()) for name in named}
+    largest = sorted(named, key=lambda name: -longest[name])[:_LARGEST]
     lines = [
         "| category | " + " | ".join(f"{side}, share | {side}, ms" for side in sides) + " |",
         "| --- |" + " ---: |" * (2 * len(sides)),
     ]
-    for kind in (*CATEGORIES, *named):
+    for kind in (*CATEGORIES, *largest):
         values = [(milliseconds_of_sides[side].get(kind, 0.0), totals[side]) for side in sides]
         cells = [f"{value / total:.1%} | {value:,.1f}" for value, total in values]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")

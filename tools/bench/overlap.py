@@ -1,5 +1,6 @@
-"""How much of a HyperExpert's time is hidden beside the experts' on one GPU; a waiting kernel stands in for the experts
-and their all-to-all. Times one MoE layer's forward pass with and without the overlap, and writes a trace."""
+"""How much of a layer's HyperExperts is hidden beside its experts on one GPU; a kernel that only waits stands in for
+the experts and their all-to-all. Times forward and backward of one MoE layer with and without the overlap, compares
+what both give, and writes traces."""
 
 import argparse
 import json
@@ -14,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling.generated import HyperExpertWeights
+from hypermoe_ds.modeling.hyper_experts import generate_ahead
 
 _REPEATS, _CALIBRATION_CYCLES = 20, 10_000_000
 
@@ -23,9 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the pass (default: 8192)")
-    parser.add_argument("--wait", type=float, default=3.0, metavar="MS", help="the experts' side, ms (default: 3)")
+    parser.add_argument("--wait", type=float, default=3.0, metavar="MS", help="the experts' side each way (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times, ms")
-    parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write a trace for chrome://tracing")
+    parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write traces for chrome://tracing")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("no GPU", "the overlap is one of CUDA streams", "run it on a machine with an NVIDIA GPU")
@@ -34,46 +37,83 @@ def main() -> None:
 
     model, hidden_BSD = one_layer(given.preset, given.tokens)
     cycles = int(_CALIBRATION_CYCLES * given.wait / milliseconds(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES)))
-    block = model.model.layers[0].mlp
-    block.experts.forward = lambda x_RD, *_args, **_kwargs: (torch.cuda._sleep(cycles), x_RD)[1]
+    experts_only_wait(model, cycles)
 
-    found = {}
+    found: dict[str, float] = {}
+    values = {}
     for name, enabled in (("with", True), ("without", False)):
         overlap_hyper_experts(model, enabled)
-        found[f"{name}_overlap_ms"] = milliseconds(lambda: model.model(inputs_embeds=hidden_BSD, use_cache=False))
-        if given.trace is not None:
-            write_trace(model, hidden_BSD, given.trace.with_suffix(f".{name}_overlap.json"))
-    found["wait_ms"] = given.wait
-    found["hyper_experts_ms"] = milliseconds(lambda: hyper_experts_alone(model, hidden_BSD))
-    saved = found["without_overlap_ms"] - found["with_overlap_ms"]
-    found["hidden_share"] = saved / found["hyper_experts_ms"]
+        values[name] = value_and_gradients(model, hidden_BSD)
+        found[f"{name}_overlap_ms"] = milliseconds(lambda: value_and_gradients(model, hidden_BSD))
+    if not all(map(torch.equal, values["with"], values["without"])):
+        raise UserError("with and without overlap", "results differ", "set parallel.overlap_hyper_experts=false")
+    found["wait_ms"] = 2 * given.wait
+    found["hyper_experts_ms"] = hyper_experts_alone(model, hidden_BSD)
+    found["hidden_share"] = (found["without_overlap_ms"] - found["with_overlap_ms"]) / found["hyper_experts_ms"]
     print("| " + " | ".join(found) + " |\n|" + " ---: |" * len(found))
     print("| " + " | ".join(f"{value:.3f}" for value in found.values()) + " |")
+    print("\nResults with and without the overlap are the same to the bit, gradients too.")
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, enabled in (("with", True), ("without", False)) if given.trace is not None else ():
+        overlap_hyper_experts(model, enabled)
+        write_trace(model, hidden_BSD, given.trace.with_suffix(f".{name}_overlap.json"))
 
 
-@torch.no_grad()
 def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
     """A model of one MoE layer in bf16 on the GPU, and the input of that layer."""
     fields = {**PRESETS[preset], "num_hidden_layers": 1, "first_dense_layers": 0}
     model = HyperMoEForCausalLM(HyperMoEConfig(**fields)).to("cuda", torch.bfloat16)
     hidden_BSD = torch.randn(1, tokens, fields["hidden_size"], device="cuda", dtype=torch.bfloat16)
-    return model, hidden_BSD
+    return model, hidden_BSD.requires_grad_()
 
 
-def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> Tensor:
-    """The HyperExperts by themselves, on evenly spread selections."""
-    config = model.config
-    x_TD = hidden_BSD.flatten(0, 1)
+class _Wait(torch.autograd.Function):
+    """The experts' side: waits, and gives back what it got; backward too."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, cycles: int) -> Tensor:
+        ctx.cycles = cycles
+        torch.cuda._sleep(cycles)
+        return x_RD.view_as(x_RD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        torch.cuda._sleep(ctx.cycles)
+        return grad_RD, None
+
+
+def experts_only_wait(model: Any, cycles: int) -> None:
+    """Put the waiting kernel in the experts' place."""
+    model.model.layers[0].mlp.experts.forward = lambda x_RD, *_args, **_kwargs: _Wait.apply(x_RD, cycles)
+
+
+def value_and_gradients(model: Any, hidden_BSD: Tensor) -> list[Tensor]:
+    """A pass of the layer: its output and the gradients of its input and of the hypernetwork."""
+    y_BSD = model.model(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
+    inputs = (hidden_BSD, *model.model.hypernetwork.parameters())
+    return [y_BSD, *torch.autograd.grad(y_BSD, inputs, hidden_BSD.detach())]
+
+
+def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
+    """Milliseconds of what can be hidden: the HyperExperts, generated before, on evenly spread selections."""
+    config, branch, hypernetwork = model.config, model.model.layers[0].hyper_experts, model.model.hypernetwork
+    x_TD = hidden_BSD.detach().flatten(0, 1).requires_grad_()
     first_T = torch.arange(x_TD.shape[0], device=x_TD.device) % config.num_experts
     offset_K = torch.arange(config.num_experts_per_tok, device=x_TD.device)
     selected_TK = (first_T.unsqueeze(1) + offset_K) % config.num_experts
-    y_TD: Tensor = model.model.layers[0].hyper_experts(x_TD, selected_TK, model.model.hypernetwork)
-    return y_TD
+    ahead = generate_ahead([branch], hypernetwork, x_TD.shape[0], config.num_experts_per_tok)
+    if ahead is None:
+        raise UserError(f"--tokens {len(x_TD)}", "too few for modules to be generated before routing", "give more")
+    weights = HyperExpertWeights(*(weight.detach().requires_grad_() for weight in ahead[0]))
+
+    def run() -> None:
+        y_TD = branch(x_TD, selected_TK, hypernetwork, generated=weights)
+        torch.autograd.grad(y_TD, (x_TD, *weights), x_TD.detach())
+
+    return milliseconds(run)
 
 
-@torch.no_grad()
 def milliseconds(work: Callable[[], object]) -> float:
     """Median GPU time of `work`, after as many runs that do not count."""
     times = []
@@ -87,11 +127,10 @@ def milliseconds(work: Callable[[], object]) -> float:
     return median(times[_REPEATS:])
 
 
-@torch.no_grad()
 def write_trace(model: Any, hidden_BSD: Tensor, path: Path) -> None:
-    """One pass as a Chrome trace: the waiting kernel and the HyperExpert's, on their streams."""
+    """One pass as a Chrome trace: the waiting kernels and the HyperExperts', on their streams."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        model.model(inputs_embeds=hidden_BSD, use_cache=False)
+        value_and_gradients(model, hidden_BSD)
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
 

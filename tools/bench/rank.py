@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hypermoe_ds.training.engine import start_ranks
 from op_shares import shares
+from report import device_name
 from sides import Batch, Step, build, global_parameters
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     rank, world_size = start_ranks()
     module, step = build(side, settings, world_size)
     _reset_peak()
-    first = {"parameters": global_parameters(module, settings["expert_parallel"]), "device": _device_name()}
+    first = {"parameters": global_parameters(module, settings["expert_parallel"]), "device": device_name()}
     _answer(answers, first)
     batches = _batches(settings, rank)
     for line in sys.stdin:
@@ -92,10 +93,6 @@ def _answer(answers: TextIO, content: dict[str, Any]) -> None:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _reset_peak() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -69,7 +71,7 @@ def summary(side: Mapping[str, Any], tokens: int, flops_per_token: int, peak: fl
 def result(measured: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """Everything of one comparison, ready for JSON."""
     device = next(iter(measured.values()))["device"]
-    tokens = ranks * settings["micro_batch_size"] * settings["sequence_length"]
+    tokens = ranks * settings["accumulation"] * settings["micro_batch_size"] * settings["sequence_length"]
     peak = peak_flops(device, settings["precision"])
     sides = {}
     for name, side in measured.items():
@@ -92,6 +94,11 @@ def ratios(side: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, fl
         "step_time": side["median_seconds"] / baseline["median_seconds"],
         "peak_memory": max(side["peak_memory_gib"]) / max(baseline["peak_memory_gib"]),
     }
+
+
+def device_name() -> str:
+    """The GPU's name, or cpu where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -127,7 +134,8 @@ def text(found: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{model} | ranks {s['ranks']}, expert parallelism {s['expert_parallel']}, CPU threads a rank {s['threads']} | "
-        f"{s['precision']}, {s['micro_batch_size']} sequences a rank of {s['sequence_length']} tokens | "
+        f"{s['precision']}, {s['micro_batch_size']} sequences a rank of {s['sequence_length']} tokens, "
+        f"{s['accumulation']} micro-batches a step{', recomputed layers' if s['activation_checkpointing'] else ''} | "
         f"{s['steps']} steps after {s['warmup']}, {order}",
         " | ".join(f"{key} {value}" for key, value in found["machine"].items()),
     ]

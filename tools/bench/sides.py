@@ -38,8 +38,9 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
 
     Args:
         side: one of the names that train_step.py lists.
-        settings: `model` (fields of HyperMoEConfig), `micro_batch_size`, `precision`, `expert_parallel`, `seed`,
-            `repeat_batch` (a side learns only then: routers that learn share the tokens out unlike on each side).
+        settings: `model` (fields of HyperMoEConfig), `micro_batch_size`, `accumulation` (micro-batches of a step),
+            `activation_checkpointing`, `precision`, `expert_parallel`, `seed`, `repeat_batch` (a side learns only then:
+            routers that learn share the tokens out unlike on each side).
         world_size: ranks of this side.
 
     Returns:
@@ -49,13 +50,14 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
     train = TrainConfig(
         steps=2**31,
         micro_batch_size=settings["micro_batch_size"],
-        global_batch_size=settings["micro_batch_size"] * world_size,
+        global_batch_size=settings["micro_batch_size"] * settings["accumulation"] * world_size,
         precision=settings["precision"],
+        activation_checkpointing=settings["activation_checkpointing"],
         seed=settings["seed"],
     )
     optimizer = OptimizerConfig(lr=1e-4 if settings["repeat_batch"] else 1e-12)
     if side == "mixtral":
-        return _mixtral(config, train, optimizer, world_size)
+        return _mixtral(config, train, optimizer, world_size, settings["accumulation"])
     ds_config = merge(load_deepspeed_json(_ZERO), train, config, settings["expert_parallel"], world_size)
     if side == "deepspeed_moe":
         engine = _deepspeed_moe(config, ds_config, train, optimizer, settings["expert_parallel"])
@@ -74,9 +76,11 @@ def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
 
     From random numbers of its own it would route other shares of the tokens to each rank, and so take another time.
     """
-    hypermoe = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
-    model = HyperMoEForCausalLM(config)
-    model.load_state_dict(hypermoe.state_dict(), strict=False)
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
+    model.model.hypernetwork = None
+    for layer in model.model.layers:
+        layer.hyper_experts = None
+    model.config.hypernetwork = False
     return model
 
 
@@ -111,7 +115,7 @@ def _force_per_token(model: Any) -> None:
 
 
 def _mixtral(
-    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
+    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int, accumulation: int
 ) -> tuple[nn.Module, Step]:
     """Transformers' Mixtral in a plain loop; with more than one rank under DistributedDataParallel.
 
@@ -126,10 +130,11 @@ def _mixtral(
 
     def step(batch: Batch) -> Tensor:
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        output = parallel(
-            input_ids=moved["input_ids"], labels=moved["labels"], shift_labels=moved["labels"], use_cache=False
-        )
-        output.loss.backward()
+        for _ in range(accumulation):
+            output = parallel(
+                input_ids=moved["input_ids"], labels=moved["labels"], shift_labels=moved["labels"], use_cache=False
+            )
+            (output.loss / accumulation).backward()
         nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm)
         adamw.step()
         adamw.zero_grad(set_to_none=True)

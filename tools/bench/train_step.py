@@ -28,7 +28,8 @@ from report import check_arguments, result, text
 
 SIDES = ("hypermoe", "moe", "mixtral", "deepspeed_moe", "per_token")
 _AT_LEAST = dict.fromkeys(("ranks", "expert_parallel", "sequence_length", "steps", "threads", "micro_batch_size"), 1)
-_AT_LEAST |= {"warmup": 0, "in_turns": 0}
+_AT_LEAST |= {"warmup": 0, "in_turns": 0, "accumulation": 1}
+_RECOMPUTE = ("hypermoe", "moe", "per_token")
 _PROFILED_STEPS, _LARGEST_MICRO_BATCH, _ROUNDS = 3, 64, 2
 
 
@@ -136,6 +137,8 @@ def check(sides: Sequence[str], config: HyperMoEConfig, settings: Mapping[str, A
     rounds = given.in_turns if given.in_turns is not None else _ROUNDS
     if given.steps < rounds:
         raise UserError(f"--steps {given.steps}", f"fewer than --in-turns {rounds}", "give more steps")
+    if given.activation_checkpointing and not set(sides) <= set(_RECOMPUTE):
+        raise UserError("--activation-checkpointing", f"only of {', '.join(_RECOMPUTE)}", "leave the others out")
     check_expert_parallel(settings["expert_parallel"], config.num_experts, given.ranks)
     gpus = torch.cuda.device_count()
     if gpus and given.ranks > gpus:
@@ -156,6 +159,7 @@ def settings_of(given: argparse.Namespace) -> dict[str, Any]:
         "largest_micro_batch_size": _LARGEST_MICRO_BATCH if automatic else size,
         **{name: getattr(given, name) for name in ("precision", "sequence_length", "expert_parallel", "seed")},
         **{name: getattr(given, name) for name in ("steps", "warmup", "threads", "repeat_batch", "in_turns")},
+        **{name: getattr(given, name) for name in ("accumulation", "activation_checkpointing")},
     }
 
 
@@ -182,12 +186,13 @@ def rounds_that_fit(config: HyperMoEConfig, settings: Mapping[str, Any], sides: 
 
     A bound from what was seen of the engine under ZeRO 1: a parameter takes 28 bytes in fp32 and 22 in bf16 (weights,
     gradients twice, fp32 gradients, master weights and moments), and activations 16 D and 4 K F numbers a layer and
-    three times the logits, in fp32.
+    three times the logits, in the precision of the weights.
     """
     width = 16 * config.hidden_size + 4 * config.num_experts_per_tok * config.moe_intermediate_size
     numbers = config.num_hidden_layers * width + 3 * config.vocab_size
-    activations = 4 * numbers * settings["micro_batch_size"] * settings["sequence_length"]
-    state = (28 if settings["precision"] == "fp32" else 22) * config.parameter_counts().total
+    bytes_of_number, bytes_of_parameter = (4, 28) if settings["precision"] == "fp32" else (2, 22)
+    activations = bytes_of_number * numbers * settings["micro_batch_size"] * settings["sequence_length"]
+    state = bytes_of_parameter * config.parameter_counts().total
     needed, free = sides * (state + ranks * activations), psutil.virtual_memory().available
     if torch.cuda.is_available():
         free = ranks * torch.cuda.mem_get_info()[0]
@@ -224,6 +229,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--expert-parallel", type=int, help="ranks that share one copy of the experts (default: all)")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if on_gpu else "fp32", help="default: bf16 on GPU")
     add("--micro-batch-size", type=sequences, default=2, help="sequences a rank and step, or auto (default: 2)")
+    add("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step, all the same (default: 1)")
+    add("--activation-checkpointing", action="store_true", help="recompute layers in the backward pass")
     add("--sequence-length", type=int, default=512, help="tokens of a sequence (default: 512)")
     add("--steps", type=int, default=6, help="measured steps of each side (default: 6)")
     add("--warmup", type=int, default=2, help="steps before them (default: 2)")
