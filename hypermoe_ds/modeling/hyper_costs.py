@@ -68,9 +68,9 @@ class Rates:
 
 RATES: Mapping[tuple[str, torch.dtype], Rates] = MappingProxyType(
     {
-        # 2 cores of an EPYC with AVX-512: 42 shapes at two sizes of the hypernetwork, 2026-11-24 and 25. Traffic is this
-        # slow because much of it is to memory that was just mapped.
-        ("cpu", torch.float32): Rates(flops=260e9, bytes=3.6e9, start=8e-6),
+        # 2 cores of an EPYC with AVX-512: 42 shapes at two sizes of the hypernetwork, 2026-11-24 and 25. Traffic is
+        # this slow because much of it is to memory that was just mapped.
+        ("cpu", torch.float32): Rates(flops=260e9, bytes=3.2e9, start=8e-6),
         ("cpu", torch.bfloat16): Rates(flops=940e9, bytes=7.4e9, start=29e-6),
         # Not measured: 40 % of the H100's published 989 TFLOP/s, 75 % of its 67 in fp32, 80 % of its 3.35 TB/s.
         # Products are grouped in bf16; otherwise each is a kernel to be started.
