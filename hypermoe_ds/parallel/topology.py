@@ -14,7 +14,9 @@ class ParallelConfig(Settings):
 
     expert: int = Field(1, ge=1, description="ranks that share one copy of the experts (expert parallelism)")
     overlap_hyper_experts: bool = Field(
-        True, description="on GPUs, run HyperExperts on a stream of their own, beside the exchange of tokens"
+        True,
+        description="on GPUs, run HyperExperts generated before routing on a stream of their own, beside the "
+        "exchange of tokens",
     )
 
 

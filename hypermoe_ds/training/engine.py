@@ -127,7 +127,7 @@ def build_engine(
     model = HyperMoEForCausalLM(config)
     if config.router_aux_loss_scope == "data_parallel":
         model.sum_over_ranks = sum_over_ranks
-    model.lm_head.fused_cross_entropy = _fused_cross_entropy()
+    model.lm_head.fused_cross_entropy = fused_cross_entropy()
     for module in model.modules():
         if isinstance(module, HyperExperts):
             module.keeps_modules = False  # DeepSpeed writes parameters where no version counts it
@@ -145,7 +145,7 @@ def build_engine(
     return engine
 
 
-def _fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """The output projection's loss by liger-kernel, where it is installed and there is a GPU.
 
     Expected of `liger_fused_linear_cross_entropy(input, weight, target, ...)`, as of 0.8: the sum in fp32 over the

@@ -95,6 +95,15 @@ def test_ratios_are_those_of_the_medians_and_of_the_fullest_ranks(
             assert side["tokens_per_second"] == pytest.approx(ranks * 2 * 16 / side["median_seconds"])
 
 
+def test_every_micro_batch_of_a_step_counts_and_recomputing_layers_changes_no_loss(compare: Compare) -> None:
+    common = ("--ranks", 1, "--steps", 2, "--warmup", 0)
+    plain = compare(*common)
+    found = compare(*common, "--accumulation", 2, "--activation-checkpointing")
+    for name, side in found["sides"].items():
+        assert side["tokens_per_second"] == pytest.approx(2 * 2 * 16 / side["median_seconds"])
+        assert side["losses"][0] == pytest.approx(plain["sides"][name]["losses"][0], rel=1e-6)
+
+
 def test_sides_have_the_same_parameters_but_for_the_hypernetwork(
     on_two_ranks: dict[str, Any], peers: dict[str, Any]
 ) -> None:
@@ -123,6 +132,7 @@ def test_bad_arguments_end_in_one_line() -> None:
     for arguments, told in (
         (("--sides", "moe,mixtrol"), "did you mean 'mixtral'?"),
         (("hidden_size=3.5",), "wrong type"),
+        (("--sides", "moe,mixtral", "--activation-checkpointing"), "only of hypermoe, moe, per_token"),
     ):
         done = run("train_step.py", *arguments)
         assert done.returncode == 2

@@ -68,24 +68,16 @@ def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
     return model, hidden_BSD.requires_grad_()
 
 
-class _Wait(torch.autograd.Function):
-    """The experts' side: waits, and gives back what it got; backward too."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, cycles: int) -> Tensor:
-        ctx.cycles = cycles
-        torch.cuda._sleep(cycles)
-        return x_RD.view_as(x_RD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        torch.cuda._sleep(ctx.cycles)
-        return grad_RD, None
-
-
 def experts_only_wait(model: Any, cycles: int) -> None:
-    """Put the waiting kernel in the experts' place."""
-    model.model.layers[0].mlp.experts.forward = lambda x_RD, *_args, **_kwargs: _Wait.apply(x_RD, cycles)
+    """Have the experts wait so many cycles of the GPU, forward and again backward, and give back what they got."""
+
+    def wait(x_RD: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        torch.cuda._sleep(cycles)
+        y_RD = x_RD.view_as(x_RD)
+        y_RD.register_hook(lambda _grad_RD: torch.cuda._sleep(cycles))
+        return y_RD
+
+    model.model.layers[0].mlp.experts.forward = wait
 
 
 def value_and_gradients(model: Any, hidden_BSD: Tensor) -> list[Tensor]:

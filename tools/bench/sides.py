@@ -22,7 +22,7 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import SwiGLU
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
-from hypermoe_ds.training.engine import build_engine
+from hypermoe_ds.training.engine import build_engine, fused_cross_entropy
 from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.optimizer import parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -183,6 +183,7 @@ def _deepspeed_moe(
         output.loss = output.lm_loss + config.router_aux_loss_coef * sum(b.deepspeed_moe.l_aux for b in blocks)
 
     model.register_forward_hook(add_balancing_loss)
+    model.lm_head.fused_cross_entropy = fused_cross_entropy()
     ds_config.pop("expert_parallel", None)
     engine, *_ = deepspeed.initialize(
         model=model,
