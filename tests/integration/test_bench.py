@@ -44,9 +44,10 @@ def run(script: str, *arguments: object, python_path: str = str(REPOSITORY)) -> 
 
 @pytest.fixture(scope="module")
 def compare(tmp_path_factory: pytest.TempPathFactory) -> Compare:
-    """A comparison at the tiny size, in an environment without megatron-core; what it wrote."""
+    """A comparison at the tiny size, in an environment without megatron-core and with chatty imports; what it wrote."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "megatron.py").write_text("raise ImportError('a benchmark needs no megatron-core')\n")
+    (folder / "sitecustomize.py").write_text("print('a library speaks')\n")
 
     def compared(*arguments: object) -> dict[str, Any]:
         model = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]

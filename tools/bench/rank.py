@@ -1,6 +1,7 @@
 """One rank of one side: builds it, then does what is written to its stdin, a JSON object a line, and answers likewise.
 
-Started by train_step.py with the environment that DeepSpeed's launcher gives.
+Started by train_step.py with the environment that DeepSpeed's launcher gives. It answers on a pipe of its own, for what
+libraries print goes to stdout.
 """
 
 import json
@@ -24,8 +25,7 @@ from sides import Batch, Step, build, global_parameters
 
 def main() -> None:
     """Build, then answer until stdin ends."""
-    answers = _private_stdout()
-    side, settings = sys.argv[1], json.loads(sys.argv[2])
+    side, settings, answers = sys.argv[1], json.loads(sys.argv[2]), os.fdopen(int(sys.argv[3]), "w")
     rank, world_size = start_ranks()
     module, step = build(side, settings, world_size)
     _reset_peak()
@@ -76,13 +76,6 @@ def _batches(settings: dict[str, Any], rank: int) -> Iterator[Batch]:
         yield batch
         while settings["repeat_batch"]:
             yield batch
-
-
-def _private_stdout() -> TextIO:
-    """The pipe to the parent; what libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return answers
 
 
 def _answer(answers: TextIO, content: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.distributed import TCPStore
 
-Ranks = list[tuple[subprocess.Popen[str], Path]]  # each with the file of its stderr
+Ranks = list[tuple[subprocess.Popen[str], TextIO, Path]]  # each with its answers and the file of what it prints
 Answers = list[dict[str, Any]]
 
 _RANK = Path(__file__).with_name("rank.py")
@@ -46,11 +46,14 @@ def started(side: str, settings: Mapping[str, Any], ranks: int, threads: int) ->
         stack.callback(_end, started_ranks)
         for rank in range(ranks):
             log = folder / f"rank{rank}"
-            command = [sys.executable, str(_RANK), side, json.dumps(settings)]
+            ours, theirs = os.pipe()
+            command = [sys.executable, str(_RANK), side, json.dumps(settings), str(theirs)]
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as errors:
-                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-                started_ranks.append((subprocess.Popen(command, env=environment, text=True, **pipes), log))
+            with log.open("w") as printed:
+                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": printed, "stderr": printed}
+                process = subprocess.Popen(command, env=environment, text=True, pass_fds=(theirs,), **pipes)
+            os.close(theirs)  # or its end would not be seen
+            started_ranks.append((process, os.fdopen(ours), log))
         yield started_ranks
 
 
@@ -61,7 +64,7 @@ def ask(ranks: Ranks, **command: Any) -> Answers:
         RuntimeError: a rank ended; the message is the end of what it said.
         MemoryError: the device's memory did not suffice.
     """
-    for process, log in ranks:
+    for process, _, log in ranks:
         try:
             process.stdin.write(json.dumps(command) + "\n")  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
@@ -73,14 +76,15 @@ def ask(ranks: Ranks, **command: Any) -> Answers:
 def answers_of(ranks: Ranks) -> Answers:
     """One answer of every rank, in their order; also the first, which tells that a rank has been built."""
     answers: dict[int, dict[str, Any]] = {}
-    waiting = {process.stdout: number for number, (process, _) in enumerate(ranks)}
+    waiting = {stream: number for number, (_, stream, _) in enumerate(ranks)}
     while waiting:
         ready, _, _ = select.select(list(waiting), [], [])
         for stream in ready:
             number = waiting.pop(stream)
-            line = stream.readline()  # type: ignore[union-attr]
+            line = stream.readline()
             if not line:
-                raise _failure(*ranks[number])
+                process, _, log = ranks[number]
+                raise _failure(process, log)
             answers[number] = json.loads(line)
             if "out_of_memory" in answers[number]:
                 raise MemoryError  # at once: the other ranks may wait for this one
@@ -93,7 +97,8 @@ def _failure(process: subprocess.Popen[str], log: Path) -> RuntimeError:
 
 
 def _end(ranks: Ranks) -> None:
-    for process, _ in ranks:
+    for process, _, _ in ranks:
         process.kill()
-    for process, _ in ranks:
+    for process, answers, _ in ranks:
         process.communicate()
+        answers.close()

@@ -135,7 +135,7 @@ def text(found: Mapping[str, Any]) -> str:
         "",
         f"{model} | ranks {s['ranks']}, expert parallelism {s['expert_parallel']}, CPU threads a rank {s['threads']} | "
         f"{s['precision']}, {s['micro_batch_size']} sequences a rank of {s['sequence_length']} tokens, "
-        f"{s['accumulation']} micro-batches a step{', recomputed layers' if s['activation_checkpointing'] else ''} | "
+        f"micro-batches a step: {s['accumulation']}{', recomputed layers' if s['activation_checkpointing'] else ''} | "
         f"{s['steps']} steps after {s['warmup']}, {order}",
         " | ".join(f"{key} {value}" for key, value in found["machine"].items()),
     ]

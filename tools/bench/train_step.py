@@ -227,10 +227,15 @@ def parse_arguments() -> argparse.Namespace:
         help="processes of each side, a GPU each (default: 1 on GPU, else 2)",
     )
     add("--expert-parallel", type=int, help="ranks that share one copy of the experts (default: all)")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if on_gpu else "fp32", help="default: bf16 on GPU")
-    add("--micro-batch-size", type=sequences, default=2, help="sequences a rank and step, or auto (default: 2)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="bf16" if on_gpu else "fp32",
+        help="default: bf16 on GPU, else fp32",
+    )
+    add("--micro-batch-size", type=sequences, default=2, help="sequences a rank; auto: most that fit (default: 2)")
     add("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step, all the same (default: 1)")
-    add("--activation-checkpointing", action="store_true", help="recompute layers in the backward pass")
+    add("--activation-checkpointing", action="store_true", help=f"recompute layers; of {', '.join(_RECOMPUTE)}")
     add("--sequence-length", type=int, default=512, help="tokens of a sequence (default: 512)")
     add("--steps", type=int, default=6, help="measured steps of each side (default: 6)")
     add("--warmup", type=int, default=2, help="steps before them (default: 2)")
