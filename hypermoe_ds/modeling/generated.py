@@ -123,10 +123,10 @@ class SortedRows:
     """
 
     def __init__(self, sets_R: Tensor, sets: int) -> None:
-        self.every_U = torch.arange(sets, device=sets_R.device)
         self.order_R = torch.argsort(sets_R, stable=True)
         self.sets_R = sets_R[self.order_R]
-        self.ends_U = torch.searchsorted(self.sets_R, self.every_U, right=True, out_int32=True)
+        every_U = torch.arange(sets, device=sets_R.device)
+        self.ends_U = torch.searchsorted(self.sets_R, every_U, right=True, out_int32=True)
 
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None

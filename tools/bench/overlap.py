@@ -19,6 +19,7 @@ from hypermoe_ds.modeling.generated import HyperExpertWeights
 from hypermoe_ds.modeling.hyper_experts import generate_ahead
 
 _REPEATS, _CALIBRATION_CYCLES = 20, 10_000_000
+_OVERLAP = {"with": True, "without": False}
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
 
     found: dict[str, float] = {}
     values = {}
-    for name, enabled in (("with", True), ("without", False)):
+    for name, enabled in _OVERLAP.items():
         overlap_hyper_experts(model, enabled)
         values[name] = value_and_gradients(model, hidden_BSD)
         found[f"{name}_overlap_ms"] = milliseconds(lambda: value_and_gradients(model, hidden_BSD))
@@ -55,7 +56,7 @@ def main() -> None:
     print("\nResults with and without the overlap are the same to the bit, gradients too.")
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, enabled in (("with", True), ("without", False)) if given.trace is not None else ():
+    for name, enabled in _OVERLAP.items() if given.trace is not None else ():
         overlap_hyper_experts(model, enabled)
         write_trace(model, hidden_BSD, given.trace.with_suffix(f".{name}_overlap.json"))
 
