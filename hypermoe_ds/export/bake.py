@@ -56,7 +56,7 @@ def bake_weights(source: WeightSource) -> LazyWeights:
         assert isinstance(branch, HyperExperts)
         load(branch, f"model.layers.{layer}.hyper_experts")
         with torch.no_grad():
-            encoded = branch.encode_all(source.config.hyper_set_size)
+            encoded = branch.encode_all(source.config.hyper_set_size, branch.encoder.expert_embedding.weight.device)
             layers = torch.full((len(encoded),), branch.layer_index, device=encoded.device)
             generated: dict[str, Tensor] = hypernetwork()(encoded, layers)._asdict()
         branch.to("meta")

@@ -64,7 +64,7 @@ def apply_generated(
 
     Exact, with gradients for x, the gates and the weights, once differentiable. Beside its arguments
     it keeps [R, A] numbers for the backward pass: sorted tokens are gathered again there, which costs less
-    than keeping them.
+    than keeping them. In a graph of torch.compile or torch.export every token passes all U of them.
 
     Args:
         x_TD: input of the MoE block.
@@ -75,12 +75,30 @@ def apply_generated(
     Returns:
         y_TD, in the dtype of the weights.
     """
+    if torch.compiler.is_compiling():
+        return _through_all(x_TD, taken, weights)
     if not torch.is_grad_enabled() and not x_TD.is_cuda and taken.sets_TJ.numel() <= _FEW_ROWS:
         return _row_by_row(x_TD, taken, weights)
     rows = rows or sort_rows(taken, weights.down_weight.shape, weights.down_weight)
     x_TD = x_TD.to(weights.up_bias.dtype)  # under autocast another one
     y_TD: Tensor = _Apply.apply(x_TD, taken.gates_TJ, rows, taken.sets_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def _through_all(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tensor:
+    """Every token through all U HyperExperts, those that it does not take weighted with zero.
+
+    No shape depends on data, and the operators are plain in every dtype. The U of K = 1 are N of width A: at
+    D = 768, N = 8, A = 64 a sixth of an expert's FLOPs.
+    """
+    U, D, A = weights.down_weight.shape
+    x_TD = x_TD.to(weights.up_bias.dtype)
+    gates_TJ = torch.ones_like(taken.sets_TJ, dtype=x_TD.dtype) if taken.gates_TJ is None else taken.gates_TJ
+    gate_TU = x_TD.new_zeros(x_TD.shape[0], U).scatter(1, taken.sets_TJ, gates_TJ.to(x_TD.dtype))
+    down_DUA = weights.down_weight.transpose(0, 1).reshape(D, U * A)
+    inner_TUA = torch.relu(x_TD @ down_DUA + weights.down_bias.flatten()).view(-1, U, A)
+    gated_TUA = (inner_TUA * gate_TU.unsqueeze(-1)).flatten(1)
+    return gated_TUA @ weights.up_weight.flatten(0, 1) + gate_TU @ weights.up_bias
 
 
 def _row_by_row(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tensor:

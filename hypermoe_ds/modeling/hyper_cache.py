@@ -1,21 +1,15 @@
-"""Keeps generated HyperExperts between forward passes that change no parameter."""
+"""Keeps generated HyperExperts between the forward passes of one `generate` call.
 
-from collections.abc import Callable, Iterable
+What the hypernetwork computes depends on more than its parameters: on adapters switched on or off, hooks, swapped or
+quantised modules. Nothing cheap detects all of these, so that nothing is kept where one of them can change.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .generated import HyperExpertWeights
-
-Version = tuple[tuple[int, int], ...]
-
-
-def version_of(parameters: Iterable[Tensor]) -> Version:
-    """Changes when a parameter is written in place or replaced.
-
-    A write through `.data` is not seen.
-    """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 class HyperExpertCache:
@@ -27,30 +21,26 @@ class HyperExpertCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._version: Version | None = None
         self._row_of_set: dict[tuple[int, ...], int] = {}
         self._weights: HyperExpertWeights | None = None
 
-    def fetch_all(self, version: Version, generate: Callable[[], HyperExpertWeights]) -> HyperExpertWeights:
+    def fetch_all(self, generate: Callable[[], HyperExpertWeights]) -> HyperExpertWeights:
         """The HyperExperts of all sets there can be, in one go; nothing waits for the host."""
-        if self._weights is None or version != self._version:
-            self._weights, self._version = generate(), version
+        if self._weights is None:
+            self._weights = generate()
         return self._weights
 
-    def fetch(
-        self, sets_UK: Tensor, version: Version, generate: Callable[[Tensor], HyperExpertWeights]
-    ) -> HyperExpertWeights:
+    def fetch(self, sets_UK: Tensor, generate: Callable[[Tensor], HyperExpertWeights]) -> HyperExpertWeights:
         """The HyperExperts of U distinct sets, at most `capacity` of them; generates those that are missing.
 
         Args:
             sets_UK: expert indices.
-            version: of the parameters that they are generated from.
             generate: sets_UK -> weights.
         """
         wanted = [tuple(sorted(experts)) for experts in sets_UK.tolist()]
         missing = [row for row, experts in enumerate(wanted) if experts not in self._row_of_set]
-        if version != self._version or len(self._row_of_set) + len(missing) > self.capacity:
-            self._row_of_set, self._weights, self._version = {}, None, version
+        if len(self._row_of_set) + len(missing) > self.capacity:
+            self._row_of_set, self._weights = {}, None
             missing = list(range(len(wanted)))
         if missing:
             self._add([wanted[row] for row in missing], generate(sets_UK[missing]))
@@ -66,3 +56,16 @@ class HyperExpertCache:
         if self._weights is not None:
             weights = HyperExpertWeights(*map(torch.cat, zip(self._weights, weights, strict=True)))
         self._weights = weights
+
+
+class KeptHyperExperts:
+    """The caches of all layers. Only the forward passes that are given it use it."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, HyperExpertCache] = {}
+
+    def layer(self, index: int, capacity: int) -> HyperExpertCache:
+        """The cache of MoE layer `index`, made at its first use."""
+        if index not in self._layers:
+            self._layers[index] = HyperExpertCache(capacity)
+        return self._layers[index]

@@ -10,7 +10,7 @@ Shape legend:
 
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_hypermoe import HyperConditioning
 from .generated import HyperExpertWeights, SortedRows, Taken, apply_generated, sort_rows
-from .hyper_cache import HyperExpertCache, Version, version_of
+from .hyper_cache import HyperExpertCache, KeptHyperExperts
 from .hyper_costs import Form, Sizes, cheaper_form, modules_fit
 from .selections import all_sets, distinct_sets, rank_sets
 
@@ -47,6 +47,7 @@ class SelectionEncoder(nn.Module):
 
     def __init__(self, num_experts: int, embedding_size: int, hidden_size: int, output_size: int) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.expert_embedding = nn.Embedding(num_experts, embedding_size)
         self.mlp = nn.Sequential(nn.Linear(embedding_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, output_size))
         keep_initialisation(self)
@@ -61,7 +62,7 @@ class SelectionEncoder(nn.Module):
             z_UH. For K = N the sum over unselected experts is exactly zero.
         """
         # Through the embedding's own forward, where a sharded table is gathered.
-        table_NE = self.expert_embedding(torch.arange(self.expert_embedding.num_embeddings, device=selected_UK.device))
+        table_NE = self.expert_embedding(torch.arange(self.num_experts, device=selected_UK.device))
         unselected_UN = table_NE.new_ones(selected_UK.shape[0], table_NE.shape[0]).scatter(1, selected_UK, 0.0)
         # One GEMM with a 0/1 matrix: exactly zero for K = N, the same bits whatever the order of
         # the K, and a gradient without atomics. Its 2*U*N*E FLOPs are nothing beside step 5.
@@ -93,7 +94,9 @@ class GeneratorHead(nn.Linear):
 class HyperNetwork(nn.Module):
     """The one hypernetwork shared by all layers and experts (steps 4 to 6).
 
-    Its parameters are read inside its own forward only, so that a sharded copy can be gathered for it.
+    Its parameters are read inside its own forward only, so that a sharded copy can be gathered for it, and those of each
+    map by calling the map, which may be adapted, quantised or offloaded. `_factored` alone reads weights itself, of maps
+    that are neither.
 
     Args:
         hidden_size: D.
@@ -116,6 +119,7 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.adapter_size = adapter_size
+        self.bottleneck_size = bottleneck_size
         self.layer_embedding = nn.Embedding(num_layers, layer_embedding_size)
         self.trunk = nn.Linear(input_size + layer_embedding_size, bottleneck_size)
         self.down_weight = GeneratorHead(bottleneck_size, hidden_size * adapter_size, fan_in=hidden_size)
@@ -127,7 +131,7 @@ class HyperNetwork(nn.Module):
     @property
     def sizes(self) -> Sizes:
         """D, A and B, for the cost model."""
-        return Sizes(self.hidden_size, self.adapter_size, self.trunk.out_features)
+        return Sizes(self.hidden_size, self.adapter_size, self.bottleneck_size)
 
     def forward(
         self,
@@ -158,14 +162,15 @@ class HyperNetwork(nn.Module):
             if recompute and torch.is_grad_enabled():
                 rows = sort_rows(taken, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
                 # Of this module's insides alone: its own forward, where parameters are gathered, runs once.
-                y_TD: Tensor = checkpoint(
-                    self._per_set, x_TD, taken, u_UB, rows, use_reentrant=False, preserve_rng_state=False
-                )
+                y_TD: Tensor = checkpoint(self._per_set, x_TD, taken, u_UB, rows, use_reentrant=False)
                 return y_TD
             return self._per_set(x_TD, taken, u_UB)
         x_RD = x_TD.repeat_interleave(taken.sets_TJ.shape[1], dim=0)
-        by_row = self._factored if form == "factored" else self._per_token
-        return taken.sum_over_rows(by_row(x_RD, u_UB[taken.sets_TJ.flatten()]))
+        u_RB = u_UB[taken.sets_TJ.flatten()]
+        if form == "per_token":
+            return taken.sum_over_rows(self._per_token(x_RD, u_RB))
+        plain = _computes_its_weight(self.down_weight) and _computes_its_weight(self.up_weight)
+        return taken.sum_over_rows(self._factored(x_RD, u_RB) if plain else self._per_token_in_chunks(x_RD, u_RB))
 
     def _generate(self, u_UB: Tensor) -> HyperExpertWeights:
         """Step 5: one matrix product for all sets."""
@@ -186,6 +191,16 @@ class HyperNetwork(nn.Module):
         inner_RA = torch.relu(torch.einsum("rd,rda->ra", x_RD, down_RDA) + down_bias_RA)
         return torch.einsum("ra,rad->rd", inner_RA, up_RAD) + up_bias_RD
 
+    def _per_token_in_chunks(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
+        """`_per_token` in the place of `_factored`: as many FLOPs, but reads no weight itself.
+
+        As many rows at a time as the maps have columns: their generated weights then take the memory of the maps.
+        """
+        if torch.compiler.is_compiling():
+            return self._per_token(x_RD, u_RB)
+        chunks = zip(x_RD.split(self.bottleneck_size), u_RB.split(self.bottleneck_size), strict=True)
+        return torch.cat([checkpoint(self._per_token, x_rD, u_rB, use_reentrant=False) for x_rD, u_rB in chunks])
+
     def _factored(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
         """Contract x with the B basis matrices first, mix with u after: no generated weight exists."""
         D, A, B = self.hidden_size, self.adapter_size, u_RB.shape[1]
@@ -200,6 +215,21 @@ class HyperNetwork(nn.Module):
         return output_RD
 
 
+def _computes_its_weight(head: nn.Module) -> bool:
+    """Whether calling `head` computes nothing but its stored weight and bias.
+
+    Not so with an adapter, a parametrization or a quantised weight (other types), where accelerate offloads it (a forward
+    of its own) or where hooks may do anything.
+    """
+    return (
+        type(head) is GeneratorHead
+        and type(head.weight) is nn.Parameter
+        and "forward" not in head.__dict__
+        and not head._forward_pre_hooks
+        and not head._forward_hooks
+    )
+
+
 class HyperExperts(nn.Module):
     """The HyperExperts of one layer: its selection encoder and its place in the hypernetwork.
 
@@ -209,9 +239,6 @@ class HyperExperts(nn.Module):
         conditioning: "selection", the paper's: a token takes one HyperExpert, generated from all experts
             but its own K. "route": it takes one for each of its experts j, generated from all experts
             but j, weighted by j's gate.
-
-    Attributes:
-        keeps_modules: keep generated modules in evaluation; to be False where parameters change unseen.
     """
 
     def __init__(
@@ -221,8 +248,6 @@ class HyperExperts(nn.Module):
         self.encoder = encoder
         self.layer_index = layer_index
         self.conditioning = conditioning
-        self.keeps_modules = True
-        self._cache: HyperExpertCache | None = None
         self._announced = False
 
     def forward(
@@ -233,6 +258,7 @@ class HyperExperts(nn.Module):
         form: Form | Literal["auto"] = "auto",
         gates_TK: Tensor | None = None,
         generated: HyperExpertWeights | None = None,
+        kept: KeptHyperExperts | None = None,
     ) -> Tensor:
         """HyperExpert(x) for every token (steps 2 to 6).
 
@@ -244,44 +270,39 @@ class HyperExperts(nn.Module):
                 "per_set" and "factored".
             gates_TK: what the experts' outputs are weighted with; "route" needs them.
             generated: modules of all sets, if they were generated before.
+            kept: where this call of `generate` keeps modules, if it does; without gradients only.
 
         Returns:
             y_TD, to be added to the experts' output.
         """
-        tokens, set_size = selected_TK.shape[0], self.set_size(selected_TK.shape[1])
-        keeps = form == "auto" and self.keeps_now
-        if generated is None and keeps:
-            generated = self._keep_all(set_size, hypernetwork)
+        tokens, set_size, sizes = selected_TK.shape[0], self.set_size(selected_TK.shape[1]), hypernetwork.sizes
+        keeps = kept is not None and form == "auto" and not torch.is_grad_enabled()
+        cache = kept.layer(self.layer_index, self._most_kept(sizes)) if kept is not None and keeps else None
+        if cache is not None and generated is None and math.comb(self.num_experts, set_size) <= cache.capacity:
+            generated = cache.fetch_all(lambda: self._generate(self.encode_all(set_size, x_TD.device), hypernetwork))
         if generated is not None:
             self._announce("per_set", len(generated.up_bias), tokens, "generated with those of all layers")
             return apply_generated(x_TD, self._take(selected_TK, gates_TK), generated)
-        if self.knows_sets(tokens, set_size, hypernetwork.sizes):
-            z_UH, taken = self.encode_all(set_size), self._take(selected_TK, gates_TK)
+        if self.knows_sets(tokens, set_size, sizes):
+            z_UH, taken = self.encode_all(set_size, x_TD.device), self._take(selected_TK, gates_TK)
+        elif torch.compiler.is_compiling():  # how many sets occur depends on data: one for each token
+            z_UH, taken = self.encoder(selected_TK), Taken(torch.arange(tokens, device=x_TD.device).unsqueeze(1))
+            form = "factored" if form == "auto" else form
         else:
             sets_UK, set_of_token_T = distinct_sets(selected_TK, self.num_experts)
             taken = Taken(set_of_token_T.unsqueeze(1))
-            if keeps and len(sets_UK) <= self._most_kept(hypernetwork):
-                return apply_generated(x_TD, taken, self._keep(sets_UK, hypernetwork))
+            if cache is not None and len(sets_UK) <= cache.capacity:
+                fetched = cache.fetch(sets_UK, lambda missing_UK: self._generate(self.encoder(missing_UK), hypernetwork))
+                return apply_generated(x_TD, taken, fetched)
             z_UH = self.encoder(sets_UK)
-        # By the most sets there can be, not those that occur: all ranks then decide alike.
-        recompute = not modules_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), hypernetwork.sizes)
-        if form == "auto":
-            weight = hypernetwork.trunk.weight
-            form = cheaper_form(taken.sets_TJ.numel(), len(z_UH), hypernetwork.sizes, weight.device.type, weight.dtype)
-            kept = "generated again in the backward pass" if recompute else "kept for the backward pass"
-            self._announce(form, len(z_UH), tokens, kept if form == "per_set" else "none are made")
+        form, recompute = self._choose(form, taken, len(z_UH), set_size, sizes, x_TD)
         output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, taken, form, recompute)
-        return output
-
-    @property
-    def keeps_now(self) -> bool:
-        """Whether this pass keeps its modules for the next: in evaluation, where no gradient is wanted."""
-        return self.keeps_modules and not self.training and not torch.is_grad_enabled()
+        return output.to(x_TD.device)  # the hypernetwork may be on another
 
     @property
     def num_experts(self) -> int:
         """N."""
-        return self.encoder.expert_embedding.num_embeddings
+        return self.encoder.num_experts
 
     def set_size(self, top_k: int) -> int:
         """Experts that a HyperExpert is generated without: a token's K, or the one whose gate it takes."""
@@ -290,12 +311,29 @@ class HyperExperts(nn.Module):
     def knows_sets(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
         """Whether modules of all sets there can be are made, so that nobody waits to learn which occur."""
         sets = math.comb(self.num_experts, set_size)
-        return sets <= self.num_experts or modules_fit(tokens, sets, sizes)
+        if sets <= self.num_experts or torch.compiler.is_compiling():  # the tokens may be a symbol in a graph
+            return sets <= self.num_experts
+        return modules_fit(tokens, sets, sizes)
 
-    def encode_all(self, set_size: int) -> Tensor:
+    def encode_all(self, set_size: int, device: torch.device) -> Tensor:
         """All sets there can be, encoded; [C(N, set_size), H]."""
-        z_UH: Tensor = self.encoder(all_sets(self.num_experts, set_size, self.encoder.expert_embedding.weight.device))
+        z_UH: Tensor = self.encoder(all_sets(self.num_experts, set_size, device))
         return z_UH
+
+    def _choose(
+        self, form: Form | Literal["auto"], taken: Taken, sets: int, set_size: int, sizes: Sizes, x_TD: Tensor
+    ) -> tuple[Form, bool]:
+        """The form, and whether the backward pass generates modules again."""
+        if torch.compiler.is_compiling():
+            return ("per_set" if form == "auto" else form), False
+        tokens, rows = len(x_TD), taken.sets_TJ.numel()
+        # By the most sets there can be, not those that occur: all ranks then decide alike.
+        recompute = not modules_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), sizes)
+        if form == "auto":
+            form = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
+            kept = "generated again in the backward pass" if recompute else "kept for the backward pass"
+            self._announce(form, sets, tokens, kept if form == "per_set" else "none are made")
+        return form, recompute
 
     def _take(self, selected_TK: Tensor, gates_TK: Tensor | None) -> Taken:
         return take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning)
@@ -303,32 +341,16 @@ class HyperExperts(nn.Module):
     def _layer_of(self, z_UH: Tensor) -> Tensor:
         return torch.full((len(z_UH),), self.layer_index, device=z_UH.device)
 
-    def _most_kept(self, hypernetwork: HyperNetwork) -> int:
+    def _most_kept(self, sizes: Sizes) -> int:
         """Modules to keep at most: they then take no more memory than the hypernetwork, or are the N of K = 1."""
-        return max(self.num_experts, hypernetwork.sizes.bottleneck)
-
-    def _generator(self, hypernetwork: HyperNetwork) -> tuple[HyperExpertCache, Version]:
-        if self._cache is None:
-            self._cache = HyperExpertCache(self._most_kept(hypernetwork))
-        return self._cache, version_of((*self.encoder.parameters(), *hypernetwork.parameters()))
-
-    def _keep_all(self, set_size: int, hypernetwork: HyperNetwork) -> HyperExpertWeights | None:
-        """Kept modules of all sets; None where they are too many."""
-        if math.comb(self.num_experts, set_size) > self._most_kept(hypernetwork):
-            return None
-        cache, version = self._generator(hypernetwork)
-        return cache.fetch_all(version, lambda: self._generate(self.encode_all(set_size), hypernetwork))
-
-    def _keep(self, sets_UK: Tensor, hypernetwork: HyperNetwork) -> HyperExpertWeights:
-        cache, version = self._generator(hypernetwork)
-        return cache.fetch(sets_UK, version, lambda missing_UK: self._generate(self.encoder(missing_UK), hypernetwork))
+        return max(self.num_experts, sizes.bottleneck)
 
     def _generate(self, z_UH: Tensor, hypernetwork: HyperNetwork) -> HyperExpertWeights:
         weights: HyperExpertWeights = hypernetwork(z_UH, self._layer_of(z_UH))
         return weights
 
     def _announce(self, form: str, sets: int, tokens: int, how: str) -> None:
-        if not self._announced:
+        if not self._announced and not torch.compiler.is_compiling():
             _LOGGER.info(
                 f"HyperExperts of MoE layer {self.layer_index}: {form}, {sets} sets for {tokens} tokens; modules: {how}"
             )
@@ -362,9 +384,9 @@ class BakedHyperExperts(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, x_TD: Tensor, selected_TK: Tensor, hypernetwork: None, *, gates_TK: Tensor, generated: None
+        self, x_TD: Tensor, selected_TK: Tensor, hypernetwork: None, *, gates_TK: Tensor, generated: None, kept: Any
     ) -> Tensor:
-        """As `HyperExperts`; there is no hypernetwork and nothing generated."""
+        """As `HyperExperts`; there is no hypernetwork, and nothing is generated or kept."""
         weights = HyperExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return apply_generated(x_TD, take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
 
@@ -385,7 +407,7 @@ def take_of_all(
 
 
 def generate_ahead(
-    branches: list[HyperExperts], hypernetwork: HyperNetwork, tokens: int, top_k: int
+    branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, top_k: int
 ) -> list[HyperExpertWeights] | None:
     """The modules of all layers by one matrix product, where the sets are known before routing and the modules fit.
 
@@ -394,22 +416,25 @@ def generate_ahead(
     Args:
         branches: the HyperExperts of all MoE layers.
         hypernetwork: the one they share.
-        tokens: T of the pass.
+        x_TD: the tokens of the pass; only their number, dtype and device matter.
         top_k: K.
 
     Returns:
         One entry a layer; None where each layer shall generate its own.
     """
-    set_size, sizes, weight = branches[0].set_size(top_k), hypernetwork.sizes, hypernetwork.trunk.weight
+    set_size, sizes, tokens = branches[0].set_size(top_k), hypernetwork.sizes, len(x_TD)
     sets = math.comb(branches[0].num_experts, set_size)
     rows = tokens * (top_k if branches[0].conditioning == "route" else 1)
-    if (
-        not modules_fit(tokens, sets, sizes)
-        or cheaper_form(rows, sets, sizes, weight.device.type, weight.dtype) != "per_set"
-    ):
+    if torch.compiler.is_compiling():  # in a graph whatever their cost, for the tokens may be a symbol
+        ahead = branches[0].knows_sets(tokens, set_size, sizes)
+    else:
+        cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
+        ahead = modules_fit(tokens, sets, sizes) and cheaper == "per_set"
+    if not ahead:
         return None
-    sets_UK = all_sets(branches[0].num_experts, set_size, weight.device)
-    z_UH = torch.cat([branch.encoder(sets_UK) for branch in branches])
+    sets_UK = all_sets(branches[0].num_experts, set_size, x_TD.device)
+    # Layers may be on other devices than the tokens of the first one.
+    z_UH = torch.cat([branch.encoder(sets_UK).to(x_TD.device) for branch in branches])
     layer_U = torch.arange(len(branches), device=z_UH.device).repeat_interleave(sets)
     return [
         HyperExpertWeights(*layer) for layer in zip(*(w.split(sets) for w in hypernetwork(z_UH, layer_U)), strict=True)

@@ -21,10 +21,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .configuration_hypermoe import HyperMoEConfig
 from .generated import HyperExpertWeights
+from .hyper_cache import KeptHyperExperts
 from .hyper_costs import Sizes
 from .hyper_experts import BakedHyperExperts, HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from .lm_head import LMHead
-from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, observe_router, router_z_loss
+from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, router_z_loss, run_observed
 
 
 @dataclass
@@ -152,17 +153,19 @@ class DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x_BSD: Tensor,
-        hypernetwork: HyperNetwork | None,
+        hypernetwork: Callable[[], HyperNetwork | None],
         rotary: tuple[Tensor, Tensor],
         *generated: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        kept: KeptHyperExperts | None = None,
         output_branch_norms: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return the residual stream, a MoE layer's logits and selection and, if asked for, its branch norms.
 
         Takes, generated, and returns bare tensors: reentrant activation checkpointing cuts off the graph what is
-        wrapped in an object.
+        wrapped in an object. `hypernetwork` returns the module: accelerate moves arguments to the layer's device, and a
+        module among them too, even one whose weights are on disk.
         """
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values)
         hidden_BSD = self.post_attention_layernorm(x_BSD)
@@ -176,10 +179,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         def decided(routing: Routing) -> None:
             seen.append(routing)
             if self.hyper_experts is not None:
-                branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork, weights))
+                branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork(), weights, kept))
 
-        with observe_router(self.mlp.get_submodule("router"), decided):
-            y_BSD = self.mlp(hidden_BSD)
+        y_BSD = run_observed(self.mlp, hidden_BSD, decided)
         norms = None
         for hyper_TD in branch:
             if self.hyper_stream is not None:
@@ -196,6 +198,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         routing: Routing,
         hypernetwork: HyperNetwork | None,
         weights: HyperExpertWeights | None,
+        kept: KeptHyperExperts | None,
     ) -> Tensor:
         """The HyperExperts' output; on a stream of its own, beside the tokens' way to their experts.
 
@@ -209,6 +212,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             hypernetwork,
             gates_TK=routing.gates_TK,
             generated=weights,
+            kept=kept,
         )
         stream = self.hyper_stream
         if stream is None or weights is None or routing.gates_TK is None:
@@ -238,7 +242,7 @@ class HyperMoEPreTrainedModel(PreTrainedModel):
     config_class = HyperMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer",)
+    _no_split_modules = ("DecoderLayer", "HyperNetwork")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -293,6 +297,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        kept_hyper_experts: KeptHyperExperts | None = None,
         output_branch_norms: bool = False,
         **_: Any,
     ) -> HyperMoEModelOutput:
@@ -314,16 +319,17 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         )
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
 
-        ahead = iter(self._generate_ahead(x_BSD.shape[0] * x_BSD.shape[1]))
+        ahead = iter(() if kept_hyper_experts is not None else self._generate_ahead(x_BSD))
         routings, norms = [], []
         for layer in self.layers:
             x_BSD, logits_TN, selected_TK, layer_norms = layer(
                 x_BSD,
-                self.hypernetwork,
+                lambda: self.hypernetwork,
                 rotary,
                 *(next(ahead, ()) if layer.is_moe else ()),
                 attention_mask=mask,
                 past_key_values=past_key_values,
+                kept=kept_hyper_experts,
                 output_branch_norms=output_branch_norms,
             )
             if logits_TN is not None:
@@ -337,12 +343,12 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             branch_norms=tuple(norms) or None,
         )
 
-    def _generate_ahead(self, tokens: int) -> list[HyperExpertWeights]:
+    def _generate_ahead(self, x_BSD: Tensor) -> list[HyperExpertWeights]:
         """Each MoE layer's generated modules, or nothing where the layers see to it themselves."""
-        branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
-        if self.hypernetwork is None or all(branch.keeps_now for branch in branches):
+        if self.hypernetwork is None:
             return []
-        return generate_ahead(branches, self.hypernetwork, tokens, self.config.num_experts_per_tok) or []
+        branches = [layer.hyper_experts for layer in self.layers if layer.is_moe]
+        return generate_ahead(branches, self.hypernetwork, x_BSD.flatten(0, 1), self.config.num_experts_per_tok) or []
 
 
 class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
@@ -361,7 +367,24 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         self.model = HyperMoEModel(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self._kept: KeptHyperExperts | None = None
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `generate`; in evaluation mode its own forward passes keep the HyperExperts that they generate.
+
+        No other pass uses these, so that adapters, weights and modules may change between two calls.
+        """
+        self._kept = None if self.training else KeptHyperExperts()
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._kept = None
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of the next forward pass of `generate`."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs if self._kept is None else {**inputs, "kept_hyper_experts": self._kept}
 
     def forward(
         self,
@@ -376,6 +399,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool = False,
         output_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
+        kept_hyper_experts: KeptHyperExperts | None = None,
         **_: Any,
     ) -> HyperMoECausalLMOutput:
         """Predict the next token.
@@ -392,6 +416,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             output_router_logits: return router logits, selections and branch norms.
             output_logits: return logits; False computes the loss without ever holding all of them, given labels.
             logits_to_keep: compute logits for the last so many positions only; 0 means all.
+            kept_hyper_experts: where `generate` keeps modules between its passes.
         """
         decoded = self.model(
             input_ids=input_ids,
@@ -400,6 +425,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            kept_hyper_experts=kept_hyper_experts,
             output_branch_norms=output_router_logits,
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep

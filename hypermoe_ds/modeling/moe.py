@@ -1,7 +1,7 @@
 """Mixture of Experts: router, experts, block and routing losses, on one device.
 
 In training the block is replaced by DeepSpeed's expert-parallel layer, whose router has the same
-parts and contract as `TopKRouter`; `observe_router` reads either.
+parts as `TopKRouter`; `run_observed` runs either.
 
 Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, N experts, K experts of a token, F expert width.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 from .configuration_hypermoe import HyperMoEConfig
 
@@ -53,41 +54,52 @@ class TopKRouter(nn.Module):
         """Route tokens.
 
         Returns:
-            gates_TK in fp32, selected_TK, and counts_N, the tokens of each expert.
+            gates_TK in fp32, selected_TK, and logits_TN.
         """
         logits_TN = self.gate(x_TD)
         probabilities_TN = F.softmax(logits_TN.float(), dim=-1)
         gates_TK, selected_TK = torch.topk(probabilities_TN, self.top_k, dim=-1, sorted=False)
         if self.renormalises:
             gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
-        counts_N = torch.bincount(selected_TK.flatten(), minlength=logits_TN.shape[-1])
-        return gates_TK, selected_TK, counts_N
+        return gates_TK, selected_TK, logits_TN
 
 
+class _ExpertsForms(ExpertsInterface):
+    """Transformers' grouped matrix products in graphs of torch.compile and torch.export, `Experts.forward` elsewhere."""
+
+    def get_interface(self, experts_implementation: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        grouped: Callable[..., Tensor] = self["grouped_mm"]
+        return grouped if torch.compiler.is_compiling() else default
+
+
+@use_experts_implementation(experts_interface=_ExpertsForms())
 class Experts(nn.Module):
     """N SwiGLU experts in two 3-D parameters."""
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__()
         N, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = N
         self.gate_up_proj = nn.Parameter(torch.empty(N, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(N, D, width))
 
-    def forward(self, x_TD: Tensor, counts: list[int]) -> Tensor:
-        """Apply expert i to the i-th group of rows.
-
-        Args:
-            x_TD: tokens sorted by expert.
-            counts: rows of each expert.
-
-        Returns:
-            y_TD in the same order.
-        """
+    def forward(self, x_TD: Tensor, selected_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Sum of each token's experts, weighted by its gates; y_TD."""
+        top_k, chosen_R = selected_TK.shape[1], selected_TK.flatten()
+        order_R = torch.argsort(chosen_R, stable=True)  # R = T * K rows, sorted by expert
+        counts = torch.bincount(chosen_R, minlength=self.num_experts).tolist()
+        groups = torch.split(x_TD[order_R // top_k], counts)
         outputs = []
-        for x_tD, gate_up_FD, down_DF in zip(torch.split(x_TD, counts), self.gate_up_proj, self.down_proj, strict=True):
-            gate_tF, up_tF = F.linear(x_tD, gate_up_FD).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate_tF) * up_tF, down_DF))
-        return torch.cat(outputs)
+        for x_tD, gate_up_FD, down_DF in zip(groups, self.gate_up_proj, self.down_proj, strict=True):
+            outputs.append(F.linear(self._apply_gate(F.linear(x_tD, gate_up_FD)), down_DF))
+        y_RD = torch.cat(outputs)
+        y_TKD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD).view(-1, top_k, x_TD.shape[1])
+        return (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+    def _apply_gate(self, gate_up_tF: Tensor) -> Tensor:
+        """silu(gate) * up; Transformers' forms call it too."""
+        gate_tF, up_tF = gate_up_tF.chunk(2, dim=-1)
+        return F.silu(gate_tF) * up_tF
 
 
 class MoEBlock(nn.Module):
@@ -100,15 +112,18 @@ class MoEBlock(nn.Module):
         shared = config.shared_expert_size
         self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Sum of each token's experts, weighted by its gates; x_BSD -> y_BSD."""
+    def forward(self, x_BSD: Tensor, decided: "Callable[[Routing], None] | None" = None) -> Tensor:
+        """Sum of each token's experts, weighted by its gates; x_BSD -> y_BSD.
+
+        Args:
+            x_BSD: the tokens.
+            decided: called as soon as the router has decided.
+        """
         x_TD = x_BSD.flatten(0, 1)
-        gates_TK, selected_TK, counts_N = self.router(x_TD)
-        top_k = selected_TK.shape[1]
-        order_R = torch.argsort(selected_TK.flatten(), stable=True)  # R = T * K rows, sorted by expert
-        y_RD = self.experts(x_TD[order_R // top_k], counts_N.tolist())
-        y_TKD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD).view(-1, top_k, x_TD.shape[1])
-        y_TD = (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        gates_TK, selected_TK, logits_TN = self.router(x_TD)
+        if decided is not None:
+            decided(Routing(logits_TN, selected_TK, gates_TK))
+        y_TD = self.experts(x_TD, selected_TK, gates_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         y_BSD: Tensor = y_TD.view_as(x_BSD)
@@ -124,12 +139,25 @@ class Routing:
     gates_TK: Tensor | None = None
 
 
+def run_observed(block: nn.Module, x_BSD: Tensor, decided: Callable[[Routing], None]) -> Tensor:
+    """`block`'s output; calls `decided` as soon as its router has decided, before any token goes to its experts.
+
+    Args:
+        block: a `MoEBlock`, or DeepSpeed's in its place.
+        x_BSD: the tokens.
+        decided: called once.
+    """
+    if isinstance(block, MoEBlock):
+        return block(x_BSD, decided)  # type: ignore[no-any-return]
+    with observe_router(block.get_submodule("router"), decided):
+        return block(x_BSD)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def observe_router(router: nn.Module, decided: Callable[[Routing], None]) -> Iterator[None]:
-    """Call `decided` as soon as `router` has decided, before the block sends any token.
+    """Call `decided` as soon as `router` has decided.
 
-    Hooks of this one pass, so nothing is stored on the module, activation checkpointing sees the
-    same thing twice, and the block between may be ours or DeepSpeed's.
+    Hooks of this one pass, so nothing is stored on the module, and activation checkpointing sees the same thing twice.
     """
     logits: list[Tensor] = []
     handles = [

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from hypermoe_ds.data.loader import signal_when_parent_ends
 from hypermoe_ds.errors import MachineError, UserError, local_rank
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
-from hypermoe_ds.modeling.hyper_experts import HyperExperts
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
 from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -128,9 +127,6 @@ def build_engine(
     if config.router_aux_loss_scope == "data_parallel":
         model.sum_over_ranks = sum_over_ranks
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
-    for module in model.modules():
-        if isinstance(module, HyperExperts):
-            module.keeps_modules = False  # DeepSpeed writes parameters where no version counts it
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

@@ -53,9 +53,6 @@ def test_the_model_read_out_of_a_checkpoint_is_the_one_that_trains(saved: Saved)
     model = load_model(RunFolder(saved.folder), SAVED_STEP)
     assert model.dtype == PRECISIONS[saved.layout.precision]
     assert not model.training
-    for layer in model.model.layers:
-        if layer.is_moe:
-            layer.hyper_experts.keeps_modules = False  # the trainer's form: in bf16 another one may turn a routing
     for rank, (logits, _, _) in enumerate(saved.ranks):
         with torch.no_grad():
             read = model(input_ids=probe_of(rank), use_cache=False).logits.float()

@@ -115,7 +115,7 @@ def all_layers(
         selected = next(endless)
         ahead = None
         if form == "auto":
-            ahead = generate_ahead(branches, hypernetwork, x_TD.shape[0], selected.shape[-1])
+            ahead = generate_ahead(branches, hypernetwork, x_TD, selected.shape[-1])
         y_TD = x_TD
         for branch, selected_TK, modules in zip(branches, selected, ahead or [None] * len(branches), strict=True):
             y_TD = y_TD + branch(x_TD, selected_TK, hypernetwork, form, generated=modules)

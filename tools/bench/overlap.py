@@ -95,7 +95,7 @@ def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
     first_T = torch.arange(x_TD.shape[0], device=x_TD.device) % config.num_experts
     offset_K = torch.arange(config.num_experts_per_tok, device=x_TD.device)
     selected_TK = (first_T.unsqueeze(1) + offset_K) % config.num_experts
-    ahead = generate_ahead([branch], hypernetwork, x_TD.shape[0], config.num_experts_per_tok)
+    ahead = generate_ahead([branch], hypernetwork, x_TD, config.num_experts_per_tok)
     if ahead is None:
         raise UserError(f"--tokens {len(x_TD)}", "too few for modules to be generated before routing", "give more")
     weights = HyperExpertWeights(*(weight.detach().requires_grad_() for weight in ahead[0]))

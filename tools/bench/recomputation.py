@@ -77,7 +77,7 @@ def one_pass(branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: tor
     """Forward and backward of all layers; each generates its own modules."""
     y_TD = x_TD
     for branch in branches:
-        z_UH = branch.encode_all(1)
+        z_UH = branch.encode_all(1, x_TD.device)
         taken = Taken((torch.arange(_TOKENS) % len(z_UH)).unsqueeze(1))
         layer_U = torch.full((len(z_UH),), branch.layer_index)
         y_TD = y_TD + hypernetwork(z_UH, layer_U, x_TD, taken, "per_set", recompute)

@@ -116,7 +116,7 @@ def test_with_grouped_products_and_sets_known_before_routing_nothing_waits_for_t
     x, gates = torch.randn(tokens, 32, requires_grad=True), torch.rand(tokens, K)
     selected = random_selection(tokens, 8, K)
     with Synchronisations() as waits:
-        modules = generate_ahead(branches, hypernetwork, tokens, K) if ahead else None
+        modules = generate_ahead(branches, hypernetwork, x, K) if ahead else None
         for layer, branch in enumerate(branches):
             each = modules[layer] if modules else None
             branch(x, selected, hypernetwork, gates_TK=gates, generated=each).square().sum().backward(retain_graph=True)

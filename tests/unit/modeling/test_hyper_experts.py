@@ -9,6 +9,7 @@ from model_references import hyper_experts as reference
 from torch import Tensor, nn
 
 from hypermoe_ds.modeling import hyper_experts as module_under_test
+from hypermoe_ds.modeling.hyper_cache import KeptHyperExperts
 from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, modules_fit
 from hypermoe_ds.modeling.hyper_experts import (
     HyperExperts,
@@ -275,7 +276,7 @@ def test_modules_generated_for_all_layers_at_once_are_those_of_each_layer(
     parameters = [*hypernetwork.parameters(), *(p for branch in branches for p in branch.parameters())]
 
     def values(at_once: bool) -> list[Tensor]:
-        generated = generate_ahead(branches, hypernetwork, 900, K) if at_once else [None] * L
+        generated = generate_ahead(branches, hypernetwork, x, K) if at_once else [None] * L
         assert generated is not None
         form = "auto" if at_once else "per_token"
         ys = [
@@ -293,8 +294,8 @@ def test_modules_that_do_not_fit_are_made_by_each_layer_and_again_in_the_backwar
     branch, hypernetwork = make(64, torch.float64)
     assert modules_fit(2000, 64, hypernetwork.sizes)
     assert not modules_fit(20, 64, hypernetwork.sizes)
-    assert generate_ahead([branch], hypernetwork, 20, 1) is None
     x, weight = torch.randn(20, D, dtype=torch.float64), torch.randn(20, D, dtype=torch.float64)
+    assert generate_ahead([branch], hypernetwork, x, 1) is None
     selected = random_selection(20, 64, 1)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -346,42 +347,39 @@ def test_route_is_the_papers_model_for_one_expert_a_token_up_to_the_gate() -> No
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2), (16, 4)])
-def test_kept_modules_are_used_until_a_parameter_changes(N: int, K: int) -> None:
+def test_modules_are_generated_once_for_the_passes_that_share_them_and_anew_in_any_other(N: int, K: int) -> None:
     branch, hypernetwork = make(N, torch.float64)
-    branch.eval()
     x, selected = torch.randn(12, D).double(), random_selection(12, N, K)
     made: list[int] = []
     hypernetwork.register_forward_hook(lambda _module, inputs, _output: made.append(len(inputs[0])))
 
-    def check(generations: int) -> None:
-        made.clear()
+    def check(generations: int, kept: KeptHyperExperts | None = None) -> None:
         with torch.no_grad():
-            y = branch(x, selected, hypernetwork)
+            expected = branch(x, selected, hypernetwork, "per_token")
+            made.clear()
+            assert distance(branch(x, selected, hypernetwork, kept=kept), expected) < 1e-12
         assert len(made) == generations
-        with torch.no_grad():
-            assert distance(y, branch(x, selected, hypernetwork, "per_token")) < 1e-12
 
+    kept = KeptHyperExperts()
+    check(generations=1, kept=kept)
+    check(generations=0, kept=kept)
+    hypernetwork.up_bias.bias.data += 1  # no version counter sees it
     check(generations=1)
-    check(generations=0)
-    for parameter in (*branch.parameters(), *hypernetwork.parameters()):
-        with torch.no_grad():
-            parameter.add_(0.1)
-        check(generations=1)
-        check(generations=0)
-    branch.keeps_modules = False
-    check(generations=1)
+    check(generations=1, kept=KeptHyperExperts())
+    branch(x, selected, hypernetwork, kept=kept).sum().backward()
+    assert len(made) == 2, "gradients need modules of their own"
 
 
 def test_only_as_many_modules_are_kept_as_there_is_room_for() -> None:
     branch, hypernetwork = make(16, torch.float64)
-    branch.eval()
-    x = torch.randn(12, D).double()
+    x, kept = torch.randn(12, D).double(), KeptHyperExperts()
     with torch.no_grad():
         for _ in range(12):
             selected = random_selection(12, 16, 4)
-            y = branch(x, selected, hypernetwork)
+            y = branch(x, selected, hypernetwork, kept=kept)
             assert distance(y, branch(x, selected, hypernetwork, "per_token")) < 1e-12
-            assert len(branch._cache._row_of_set) <= branch._cache.capacity == B
+            cache = kept.layer(branch.layer_index, 0)
+            assert len(cache._row_of_set) <= cache.capacity == B
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2)])

@@ -71,13 +71,12 @@ def test_renormalised_gates_of_a_token_sum_to_one_and_keep_their_ratios() -> Non
     raw_block = make(num_experts_per_tok=3)
     block = make(num_experts_per_tok=3, norm_topk_prob=True)
     block.load_state_dict(raw_block.state_dict())
-    raw, raw_selected, raw_counts = raw_block.router(x)
-    gates, selected, counts = block.router(x)
+    raw, raw_selected, _ = raw_block.router(x)
+    gates, selected, _ = block.router(x)
     assert torch.allclose(gates.sum(-1), torch.ones(40))
     assert raw.sum(-1).max() < 1
     assert torch.allclose(gates, raw / raw.sum(-1, keepdim=True))
     assert torch.equal(selected, raw_selected)
-    assert counts.tolist() == raw_counts.tolist() == [(selected == expert).sum().item() for expert in range(N)]
 
 
 def test_gates_are_computed_in_fp32_in_a_bfloat16_model() -> None:
