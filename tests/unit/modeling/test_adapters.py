@@ -1,0 +1,194 @@
+"""What a forward pass computes is what its modules compute now: adapters, hooks, swaps and writes take effect at once."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model_references import VARIANTS, build, distance, tokens, wake
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import LogitsProcessor
+
+from hypermoe_ds.modeling import HyperMoEForCausalLM
+from hypermoe_ds.modeling import hyper_experts as module_under_test
+from hypermoe_ds.modeling.generated import Taken
+from hypermoe_ds.modeling.hyper_costs import Form
+from hypermoe_ds.modeling.hyper_experts import HyperNetwork
+
+KINDS = {
+    "top-1": VARIANTS["top-1"],
+    "top-2": VARIANTS["plain"],
+    "route": {"hyper_conditioning": "route"},
+    "top-2 of 16": {"num_experts": 16},  # more sets than are kept
+}
+LORA = LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4)
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids).logits
+    return logits
+
+
+def adapted(model: HyperMoEForCausalLM) -> PeftModel:
+    """With adapters on every linear map, so also on the hypernetwork and the encoders."""
+    return get_peft_model(model, LORA).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_switched_off_is_off_in_the_next_pass(kind: str) -> None:
+    model, ids = build(**KINDS[kind]), tokens(2, 9)
+    base = logits_of(model, ids)
+    peft = adapted(model)
+    on = logits_of(peft, ids)
+    assert distance(on, base) > 0.1
+    with peft.disable_adapter():
+        assert distance(logits_of(peft, ids), base) < 1e-5
+    assert torch.equal(logits_of(peft, ids), on)
+
+
+def test_the_adapter_set_last_is_the_one_that_computes() -> None:
+    peft, ids = adapted(build()), tokens(2, 9)
+    first = logits_of(peft, ids)
+    peft.add_adapter("second", LORA)
+    peft.set_adapter("second")
+    second = logits_of(peft, ids)
+    assert distance(second, first) > 0.1
+    peft.set_adapter("default")
+    assert torch.equal(logits_of(peft, ids), first)
+    merged = peft.merge_and_unload()
+    assert distance(logits_of(merged, ids), first) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["per_set", "factored", "per_token"])
+def test_every_form_applies_an_adapter_of_the_generated_weights(form: Form) -> None:
+    hypernetwork = HyperNetwork(24, 14, 3, 5, 16, 10)
+    wake(hypernetwork)
+    lora = LoraConfig(target_modules=["down_weight", "up_weight"], init_lora_weights=False)
+    peft = get_peft_model(copy.deepcopy(hypernetwork), lora)
+    x, z, layers = torch.randn(40, 24), torch.randn(40, 14), torch.full((40,), 1)
+    taken = Taken(torch.arange(40).unsqueeze(1))
+
+    def value_and_gradient(network: nn.Module) -> tuple[Tensor, Tensor]:
+        x.requires_grad_().grad = None
+        y: Tensor = network(z, layers, x, taken, form)
+        y.square().sum().backward()
+        return y, x.grad
+
+    seen = value_and_gradient(peft)
+    assert distance(seen[0], hypernetwork(z, layers, x, taken, form)) > 0.1
+    for value, expected in zip(seen, value_and_gradient(peft.merge_and_unload()), strict=True):
+        assert distance(value, expected) < 1e-5
+
+
+def _write_data(network: HyperNetwork) -> None:
+    network.up_weight.weight.data.mul_(2)
+
+
+def _parametrize(network: HyperNetwork) -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    parametrize.register_parametrization(network.up_weight, "weight", Doubled())
+
+
+def _hook(network: HyperNetwork) -> None:
+    network.up_weight.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+
+
+def _assign(network: HyperNetwork) -> None:
+    network.load_state_dict({name: 2 * value for name, value in network.state_dict().items()}, assign=True)
+
+
+def _swap(network: HyperNetwork) -> None:
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, u: Tensor) -> Tensor:
+            doubled: Tensor = 2 * self.inner(u)
+            return doubled
+
+    network.up_weight = Doubled(network.up_weight)  # type: ignore[assignment]
+
+
+CHANGES = [_write_data, _parametrize, _hook, _assign, _swap]
+
+
+@pytest.mark.parametrize("form", ["per_set", "factored"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_the_hypernetwork_counts_from_the_next_pass_on(
+    change: Callable[[HyperNetwork], None], form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "cheaper_form", lambda *_: form)
+    ids = tokens(2, 9)
+    used, fresh = build(), build()
+    before = logits_of(used, ids)
+    used.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    for model in (used, fresh):
+        change(model.model.hypernetwork)
+    for layer in fresh.model.layers:  # the reference: each token's weights by calling the maps
+        layer.hyper_experts.forward = _per_token(layer.hyper_experts)
+    after = logits_of(used, ids)
+    assert distance(after, before) > 0.05
+    assert distance(after, logits_of(fresh, ids)) < 1e-5
+
+
+def _per_token(branch: nn.Module) -> Callable[..., Tensor]:
+    plain = branch.forward
+
+    def forward(x: Tensor, selected: Tensor, hypernetwork: HyperNetwork, **kwargs: Any) -> Tensor:
+        kwargs.pop("generated")
+        output: Tensor = plain(x, selected, hypernetwork, "per_token", **kwargs)
+        return output
+
+    return forward
+
+
+def test_weights_lent_for_one_call_are_used_in_that_call_alone() -> None:
+    model, ids = build(**KINDS["top-1"]), tokens(2, 9)
+    before = logits_of(model, ids)
+    lent = {name: 2 * value for name, value in model.state_dict().items() if "hypernetwork" in name}
+    with torch.no_grad():
+        during = torch.func.functional_call(model, lent, (ids,)).logits
+    expected = copy.deepcopy(model)
+    expected.load_state_dict(lent, strict=False)
+    assert distance(during, logits_of(expected, ids)) < 1e-6
+    assert torch.equal(logits_of(model, ids), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_follows_the_adapter_between_calls_and_inside_of_one(kind: str) -> None:
+    model, ids = build(**KINDS[kind], tie_word_embeddings=False), tokens(1, 9)
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    base = model.generate(ids, **how)
+    peft = adapted(model)
+    on = peft.generate(input_ids=ids, **how)
+    assert not torch.equal(on, base)
+    with peft.disable_adapter():
+        assert torch.equal(peft.generate(input_ids=ids, **how), base)
+
+    class Base(LogitsProcessor):
+        """Decode with the base model's logits, as contrastive methods ask for them inside of `generate`."""
+
+        def __call__(self, input_ids: Tensor, _scores: Tensor) -> Tensor:
+            with peft.disable_adapter():
+                return logits_of(peft, input_ids)[:, -1]
+
+    assert torch.equal(peft.generate(input_ids=ids, logits_processor=[Base()], **how), base)
+    assert torch.equal(peft.generate(input_ids=ids, **how), on)
+
+
+def test_generate_generates_the_modules_of_each_layer_once() -> None:
+    model, ids = build(**KINDS["top-1"]), tokens(1, 9)
+    made: list[int] = []
+    model.model.hypernetwork.register_forward_hook(lambda *_: made.append(1))
+    for _ in range(2):
+        made.clear()
+        model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert len(made) == len(model.config.moe_layers)
