@@ -215,6 +215,26 @@ class HyperNetwork(nn.Module):
         return output_RD
 
 
+class SharedHyperNetwork:
+    """The hypernetwork as an argument of the layers that call it.
+
+    Not the module itself: accelerate moves every argument that it can to the layer's device, a module too, and fails
+    where the module's weights are on disk.
+    """
+
+    def __init__(self, module: HyperNetwork) -> None:
+        self._module = module
+
+    @property
+    def sizes(self) -> Sizes:
+        """D, A and B."""
+        return self._module.sizes
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the module."""
+        return self._module(*args)
+
+
 def _computes_its_weight(head: nn.Module) -> bool:
     """Whether calling `head` computes nothing but its stored weight and bias.
 
@@ -254,7 +274,7 @@ class HyperExperts(nn.Module):
         self,
         x_TD: Tensor,
         selected_TK: Tensor,
-        hypernetwork: HyperNetwork,
+        hypernetwork: HyperNetwork | SharedHyperNetwork,
         form: Form | Literal["auto"] = "auto",
         gates_TK: Tensor | None = None,
         generated: HyperExpertWeights | None = None,
@@ -345,7 +365,7 @@ class HyperExperts(nn.Module):
         """Modules to keep at most: they then take no more memory than the hypernetwork, or are the N of K = 1."""
         return max(self.num_experts, sizes.bottleneck)
 
-    def _generate(self, z_UH: Tensor, hypernetwork: HyperNetwork) -> HyperExpertWeights:
+    def _generate(self, z_UH: Tensor, hypernetwork: HyperNetwork | SharedHyperNetwork) -> HyperExpertWeights:
         weights: HyperExpertWeights = hypernetwork(z_UH, self._layer_of(z_UH))
         return weights
 

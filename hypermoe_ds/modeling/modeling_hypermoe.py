@@ -23,7 +23,14 @@ from .configuration_hypermoe import HyperMoEConfig
 from .generated import HyperExpertWeights
 from .hyper_cache import KeptHyperExperts
 from .hyper_costs import Sizes
-from .hyper_experts import BakedHyperExperts, HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
+from .hyper_experts import (
+    BakedHyperExperts,
+    HyperExperts,
+    HyperNetwork,
+    SelectionEncoder,
+    SharedHyperNetwork,
+    generate_ahead,
+)
 from .lm_head import LMHead
 from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, router_z_loss, run_observed
 
@@ -153,7 +160,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x_BSD: Tensor,
-        hypernetwork: Callable[[], HyperNetwork | None],
+        hypernetwork: SharedHyperNetwork | None,
         rotary: tuple[Tensor, Tensor],
         *generated: Tensor,
         attention_mask: Tensor | None = None,
@@ -164,8 +171,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         """Return the residual stream, a MoE layer's logits and selection and, if asked for, its branch norms.
 
         Takes, generated, and returns bare tensors: reentrant activation checkpointing cuts off the graph what is
-        wrapped in an object. `hypernetwork` returns the module: accelerate moves arguments to the layer's device, and a
-        module among them too, even one whose weights are on disk.
+        wrapped in an object.
         """
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values)
         hidden_BSD = self.post_attention_layernorm(x_BSD)
@@ -179,7 +185,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         def decided(routing: Routing) -> None:
             seen.append(routing)
             if self.hyper_experts is not None:
-                branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork(), weights, kept))
+                branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork, weights, kept))
 
         y_BSD = run_observed(self.mlp, hidden_BSD, decided)
         norms = None
@@ -196,7 +202,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_TD: Tensor,
         routing: Routing,
-        hypernetwork: HyperNetwork | None,
+        hypernetwork: SharedHyperNetwork | None,
         weights: HyperExpertWeights | None,
         kept: KeptHyperExperts | None,
     ) -> Tensor:
@@ -320,11 +326,12 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
 
         ahead = iter(() if kept_hyper_experts is not None else self._generate_ahead(x_BSD))
+        shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         routings, norms = [], []
         for layer in self.layers:
             x_BSD, logits_TN, selected_TK, layer_norms = layer(
                 x_BSD,
-                lambda: self.hypernetwork,
+                shared,
                 rotary,
                 *(next(ahead, ()) if layer.is_moe else ()),
                 attention_mask=mask,
