@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from small_runs import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hypermoe_ds.checkpoint.engine_state import EngineState
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import hyper_experts
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -183,6 +185,34 @@ def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
         next(batches)
     loaded = logits_of(engine, rank)
     return loaded, steps_on(engine, batches, STEPS - SAVED_STEP), logits_of(engine, rank)
+
+
+def resume_into_each(
+    layout: Layout, folder: Path, others: list[dict[str, Any]], named: bool = True
+) -> list[tuple[str, bool]]:
+    """Save a model, then resume into others: the errors, and whether a weight was changed.
+
+    Args:
+        layout: of all.
+        folder: the run folder.
+        others: fields of the other models.
+        named: whether the checkpoint says which model it is of.
+    """
+    if not named:
+        EngineState.model = lambda _self: {}  # type: ignore[method-assign] (this process runs nothing else)
+    checkpoints = manager_of(engine_of(layout), RunFolder(folder))
+    checkpoints.save(0, {"step": 0})
+    checkpoints.finish()
+    found = []
+    for other in others:
+        engine = engine_of(replace(layout, model=other))
+        before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        try:
+            manager_of(engine, RunFolder(folder)).resume()
+        except UserError as error:
+            now = dict(engine.module.named_parameters())
+            found.append((str(error), any(not torch.equal(before[name], now[name]) for name in before)))
+    return found
 
 
 def manager_of(engine: Any, run: RunFolder) -> CheckpointManager:
