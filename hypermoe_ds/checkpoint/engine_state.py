@@ -5,6 +5,7 @@ A range of the flattened whole says where a part belongs in any of these layouts
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.manifest import Count
+from hypermoe_ds.checkpoint.run_folder import model_fields
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader
 
 
@@ -29,6 +32,27 @@ class Held(NamedTuple):
     numel: int
 
 
+@dataclass(frozen=True)
+class Counters:
+    """How far an engine is.
+
+    Attributes:
+        optimizer_steps: steps that count in AdamW's bias correction.
+        schedule_steps: steps of the learning-rate schedule.
+        global_steps: DeepSpeed's own, as the next two.
+        global_samples: see there.
+        skipped_steps: see there.
+        loss_scaler: numbers of the fp16 loss scaler.
+    """
+
+    optimizer_steps: Count
+    schedule_steps: Count
+    global_steps: Count
+    global_samples: Count
+    skipped_steps: Count
+    loss_scaler: dict[str, int | float]
+
+
 class EngineState:
     """Reads and writes the master weights, the moments and the counters of an engine.
 
@@ -44,6 +68,10 @@ class EngineState:
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())  # with what DeepSpeed adds to them
         self._partitioned = engine.zero_optimization_stage() == 3
         self.held = {name: self._held(parameter) for name, parameter in self._parameters.items()}
+
+    def model(self) -> dict[str, Any]:
+        """The fields of the model's configuration that change its weights or outputs, as JSON."""
+        return model_fields(self._engine.module.config)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's parts, by `KIND/NAME`, in fp32 and flat: where possible the engine's own memory, not copies."""
@@ -154,7 +182,8 @@ class EngineState:
             setattr(engine, name, counters[name])
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         for key, value in counters["loss_scaler"].items():
-            setattr(scaler, key, value)
+            if key in vars(scaler):
+                setattr(scaler, key, value)
         steps = counters["schedule_steps"]
         if steps:
             scheduler = engine.lr_scheduler

@@ -12,20 +12,38 @@ from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hypermoe_ds.checkpoint import store
-from hypermoe_ds.checkpoint.engine_state import EngineState, Held
-from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, sync_folder
-from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader, shard_name, write_shard
+from hypermoe_ds.checkpoint.engine_state import Counters, EngineState, Held
+from hypermoe_ds.checkpoint.manifest import (
+    BYTES_OF_ELEMENT,
+    FileEntry,
+    Manifest,
+    Piece,
+    TensorEntry,
+    Verify,
+    shard_name,
+    sync_folder,
+)
+from hypermoe_ds.checkpoint.run_folder import refuse_other_model
+from hypermoe_ds.checkpoint.shards import (
+    MOMENTS,
+    WEIGHT,
+    CheckpointReader,
+    check_shards,
+    first_not_finite,
+    write_shard,
+)
 from hypermoe_ds.config import Settings
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.parallel.host_group import HostGroup
 
 _LOGGER = logging.getLogger(__name__)
-_BYTES_OF_PARAMETER = 4 * (1 + len(MOMENTS))
+_BYTES_OF_PARAMETER = BYTES_OF_ELEMENT * (1 + len(MOMENTS))
+_COUNTERS = TypeAdapter(Counters)
 _RANDOM_STATE = "random_state/cpu"
 _RANDOM_STATE_OF_GPU = "random_state/cuda"
 
@@ -39,7 +57,9 @@ class CheckpointConfig(Settings):
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="steps whose multiples are kept for good; null keeps none")
     resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
-    verify: Verify = Field("sizes", description="compared with the manifest at a resume: sizes, or full (hashes too)")
+    verify: Verify = Field(
+        "full", description="compared with the manifest at a resume: sizes and headers, or full (hashes too, no NaN)"
+    )
     asynchronous: bool = Field(
         True, description="write while training goes on, from a copy in host memory (12 bytes a parameter of a rank)"
     )
@@ -63,7 +83,7 @@ class CheckpointManager:
         self._device = engine.device
         self._ranks = HostGroup()
         self._tensors = _whole_tensors(self._ranks.gather(self._state.held))
-        self._size = _BYTES_OF_PARAMETER * sum(torch.Size(entry.shape).numel() for entry in self._tensors.values())
+        self._size = _BYTES_OF_PARAMETER * sum(entry.numel for entry in self._tensors.values())
         self._identity = _identity(checkpoints.parent)
         self._writer: Thread | None = None
         self._failure: Exception | None = None  # of the save beside the training
@@ -81,10 +101,11 @@ class CheckpointManager:
             The run's state saved with it, None if there is no checkpoint.
 
         Raises:
-            UserError: there are checkpoints, and `checkpoint.resume` is "none" or none of them is good.
+            UserError: there are checkpoints, and `checkpoint.resume` is "none", none of them is good, or the newest
+                good one is of another model.
         """
-        if self._ranks.rank == 0 and self._folder.is_dir():
-            store.remove_unfinished(self._folder)
+        if self._folder.is_dir():
+            self._first(lambda: store.remove_unfinished(self._folder))
         step = self._first(lambda: store.latest_step(self._folder))
         if step is None:
             return None
@@ -94,6 +115,7 @@ class CheckpointManager:
             )
         step = self._newest_good(step)
         with CheckpointReader(self._folder / store.step_name(step), verify=None) as reader:
+            self._refuse_other_model(reader.manifest)
             saved = reader.manifest.state
             self._state.load(reader, saved.get("engine", {}))
             if saved.get("ranks") == self._ranks.size:
@@ -101,16 +123,18 @@ class CheckpointManager:
         run: dict[str, Any] = saved["run"]
         return run
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], prune: bool = True) -> None:
         """Write a checkpoint after `step`, then remove old ones. Training may go on before it is on disk.
 
         Args:
             step: optimizer steps taken.
             state: position of the run, as JSON.
+            prune: whether to remove old ones.
 
         Raises:
-            MachineError: the disk has no room for it, fails or is gone. Of a checkpoint written beside the training
-                that is told at once in the log, and the next one is written while training waits.
+            MachineError: the disk has no room for it, fails or is missing, or a weight or moment is not finite. Of a
+                checkpoint written beside the training that is logged at once, and the next one is written while
+                training waits.
         """
         began = time.perf_counter()
         self._join()
@@ -118,19 +142,24 @@ class CheckpointManager:
         if failed is not None and not isinstance(failed, UserError):
             raise failed
         with _no_fault_of_the_user():
-            self._save(step, state, began, beside=self._config.asynchronous and failed is None)
+            self._save(step, state, prune, began, beside=self._config.asynchronous and failed is None)
 
-    def _save(self, step: int, state: dict[str, Any], began: float, beside: bool) -> None:
+    def _save(self, step: int, state: dict[str, Any], prune: bool, began: float, beside: bool) -> None:
         self.check_room()
         tensors = {name: self._on_host(tensor) for name, tensor in self._state.tensors()} | _random_state()
-        saved = {"run": state, "engine": self._state.counters(), "ranks": self._ranks.size}
+        saved = {
+            "run": state,
+            "engine": self._state.counters(),
+            "ranks": self._ranks.size,
+            "model": self._state.model(),
+        }
         if beside:
-            self._writer = Thread(target=self._write_beside, args=(step, tensors, saved, began), daemon=True)
+            self._writer = Thread(target=self._write_beside, args=(step, tensors, saved, prune, began), daemon=True)
             self._writer.start()
             if self._ranks.rank == 0:
                 _LOGGER.info("checkpoint of step %d: training waited %.2f s", step, time.perf_counter() - began)
         else:
-            self._write(step, tensors, saved)
+            self._write(step, tensors, saved, prune)
             if self._ranks.rank == 0:
                 _LOGGER.info("checkpoint of step %d: written in %.2f s", step, time.perf_counter() - began)
 
@@ -150,9 +179,22 @@ class CheckpointManager:
         """Whether this rank has seen the save beside the training fail; others may see it a moment later."""
         return self._failure is not None
 
+    def last_good(self) -> Path | None:
+        """The newest checkpoint from before the present row of bad steps that is intact and holds no NaN (collective).
+
+        All of it is read, whatever `checkpoint.verify` is. None if there is none.
+        """
+        self._join()
+        named = self._first(lambda: store.named_step(self._folder))
+        steps = self._first(lambda: store.saved_steps(self._folder))
+        for step in reversed([step for step in steps if named is None or step <= named]):
+            if self._damage(step, "full", before_bad_steps=True) is None:
+                return self._folder / store.step_name(step)
+        return None
+
     def newest(self) -> Path | None:
-        """The newest checkpoint on disk, None where there is none."""
-        step = store.latest_step(self._folder)
+        """The checkpoint that `latest` names, None if it names none."""
+        step = store.named_step(self._folder)
         return None if step is None else self._folder / store.step_name(step)
 
     def check_room(self) -> None:
@@ -184,9 +226,11 @@ class CheckpointManager:
         """On the CPU, and a copy where the training would write into it before it is on disk."""
         return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
-    def _write_beside(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], began: float) -> None:
+    def _write_beside(
+        self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], prune: bool, began: float
+    ) -> None:
         try:
-            self._write(step, tensors, saved)
+            self._write(step, tensors, saved, prune)
         except Exception as error:
             self._failure = error
             if self._ranks.rank == 0 and isinstance(error, UserError):
@@ -195,61 +239,113 @@ class CheckpointManager:
         if self._ranks.rank == 0:
             _LOGGER.info("checkpoint of step %d: on disk after %.2f s", step, time.perf_counter() - began)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], prune: bool) -> None:
         partial = store.partial_folder(self._folder, step)
         rank = self._ranks.rank
+        self._ranks.all_or_none(lambda: self._refuse_not_finite(step, tensors))
         try:
             self._first(lambda: store.begin(self._folder, step))
             entries = self._ranks.all_or_none(lambda: self._in_words(lambda: write_shard(partial, rank, tensors)))
-            self._first(lambda: self._publish(step, saved, entries))
+            self._first(lambda: self._publish(step, saved, entries, prune))
         except UserError:
             if rank == 0:  # what it holds may be what the disk lacks
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry]) -> None:
+    def _refuse_not_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
+        name = first_not_finite(tensors.items())
+        if name is not None:
+            problem = f"step {step} is not saved: {name} holds NaN or Inf on rank {self._ranks.rank}"
+            raise UserError(str(self._folder), problem, "go on from the checkpoint before it")
+
+    def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry], prune: bool) -> None:
         partial = store.partial_folder(self._folder, step)
         files = {shard_name(rank): entry for rank, entry in enumerate(entries)}
         kinds = (WEIGHT, *MOMENTS) if saved["engine"]["optimizer_steps"] else (WEIGHT,)
         Manifest(step, saved, self._settings, self._tensors, kinds, files).write(partial)
         sync_folder(partial)
         store.publish(self._folder, step)
-        store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
+        if prune:
+            store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
 
     def _newest_good(self, newest: int) -> int:
-        """The newest step up to `newest` whose files are what was written."""
+        """The newest step up to `newest` whose files are what was written; `latest` names it from now on."""
         tried: list[UserError] = []
         while True:
             steps = self._first(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
             if not steps:
                 raise UserError(
-                    str(self._folder), f"holds no good checkpoint ({tried[0]})", "restore one or choose another run.dir"
+                    str(self._folder),
+                    f"holds no good checkpoint up to step {newest} ({tried[0]})",
+                    "restore one or choose another run.dir",
                 )
-            error = self._damage(steps[-1])
-            if error is None and tried:
-                self._first(lambda step=steps[-1]: store.name_latest(self._folder, step))  # type: ignore[misc]
+            step = steps[-1]
+            error = self._damage(step, self._config.verify)
             if error is None:
-                return steps[-1]
+                self._first(lambda: self._name_latest(step))  # noqa: B023 (called at once)
+                return step
             tried.append(error)
-            aside = self._first(lambda step=steps[-1]: str(store.set_aside(self._folder, step)))  # type: ignore[misc]
+            aside = self._first(lambda: str(store.set_aside(self._folder, step)))  # noqa: B023
             if self._ranks.rank == 0:
                 _LOGGER.warning("warning: %s (set aside as %s)", error, aside)
 
-    def _damage(self, step: int) -> UserError | None:
-        """What is wrong with a checkpoint; each rank looks at a part of its files."""
+    def _name_latest(self, step: int) -> None:
+        if store.named_step(self._folder) != step:
+            store.name_latest(self._folder, step)
+
+    def _damage(self, step: int, verify: Verify, before_bad_steps: bool = False) -> UserError | None:
+        """What is wrong with a checkpoint (collective); each rank looks at a part of its files.
+
+        Args:
+            step: which one.
+            verify: what to compare; "full" also looks for NaN and Inf.
+            before_bad_steps: whether one that was written in a row of bad steps counts as damaged.
+
+        Raises:
+            UserError: the disk fails.
+        """
         folder = self._folder / store.step_name(step)
 
-        def look() -> UserError | None:
+        def look() -> list[UserError]:
             try:
-                manifest = Manifest.read(folder)
-                manifest.check_files(
-                    folder, self._config.verify, list(manifest.files)[self._ranks.rank :: self._ranks.size]
-                )
+                with CheckpointReader(folder, verify=None) as reader:
+                    self._check(reader, verify)
+                    if before_bad_steps and reader.manifest.state["run"].get("bad_steps"):
+                        raise UserError(str(folder), "was written in a row of bad steps", "choose another checkpoint")
             except UserError as error:
-                return error
-            return None
+                return [error]
+            return []
 
-        return next((error for error in self._ranks.gather(look()) if error is not None), None)
+        found = self._ranks.all_or_none(lambda: self._in_words(look, "read"))
+        return next((error for errors in found for error in errors), None)
+
+    def _check(self, reader: CheckpointReader, verify: Verify) -> None:
+        manifest, folder = reader.manifest, reader.folder
+        mine = list(manifest.files)[self._ranks.rank :: self._ranks.size]
+        check_shards(folder, manifest, verify, mine)
+        if not _has_state(manifest):
+            raise UserError(str(folder), "does not hold the state of a run", "choose another checkpoint")
+        name = reader.first_not_finite(mine) if verify == "full" else None
+        if name is not None:
+            raise UserError(str(folder), f"holds NaN or Inf in {name}", "choose another checkpoint")
+
+    def _refuse_other_model(self, manifest: Manifest) -> None:
+        """Compare the model with a checkpoint's, each name and shape too, before anything of it is loaded.
+
+        Raises:
+            UserError: they differ.
+        """
+        if "model" in manifest.state:
+            refuse_other_model(self._state.model(), manifest.state["model"], self._folder.parent)
+        ours, theirs = ({name: entry.shape for name, entry in of.items()} for of in (self._tensors, manifest.tensors))
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                here, there = (str(list(of[name])) if name in of else "missing" for of in (ours, theirs))
+                raise UserError(
+                    f"model: {name} {here}",
+                    f"step {manifest.step} of {self._folder.parent} is of another model (there it is {there})",
+                    "choose another run.dir or the model of that run",
+                )
 
     def _take_random_state(self, reader: CheckpointReader) -> None:
         cpu = reader.beside_parameters(self._ranks.rank, _RANDOM_STATE)
@@ -267,13 +363,13 @@ class CheckpointManager:
     def _first(self, action: Callable[[], Value]) -> Value:
         return self._ranks.from_first(lambda: self._in_words(action))
 
-    def _in_words(self, action: Callable[[], Value]) -> Value:
-        """Do it, and tell a failure of the disk as one line."""
+    def _in_words(self, action: Callable[[], Value], done: str = "written") -> Value:
+        """Do it, and report a failure of the disk as one line."""
         try:
             return action()
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            problem = f"cannot be written on {socket.gethostname()} ({reason})"
+            problem = f"cannot be {done} on {socket.gethostname()} ({reason})"
             raise UserError(str(self._folder), problem, "mend that and start again") from None
 
 
@@ -292,6 +388,16 @@ def _identity(folder: Path) -> tuple[int, int] | None:
         status = folder.stat()
         return status.st_dev, status.st_ino
     return None
+
+
+def _has_state(manifest: Manifest) -> bool:
+    """Whether there is what a run is resumed from."""
+    counters = manifest.state.get("engine")
+    try:
+        trained = bool(counters) and _COUNTERS.validate_python(counters).optimizer_steps > 0
+    except ValidationError:
+        return False
+    return "run" in manifest.state and set(manifest.kinds) == {WEIGHT, *(MOMENTS if trained else ())}
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -1,14 +1,24 @@
-"""What a checkpoint is made of: read, and checked against the files, before anything else of it is read."""
+"""Read what a checkpoint is made of and check it against the files, before anything else of it is read.
+
+A manifest may come from anywhere: each number in it is checked against the others, and the sizes against the files,
+before anything is allocated for it.
+"""
 
 import hashlib
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
 
@@ -16,7 +26,22 @@ Verify = Literal["sizes", "full"]
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+BYTES_OF_ELEMENT = 4  # fp32
+_LARGEST_MANIFEST = 2**30  # bytes; one of 1,000 tensors in 1,000 shards has 0.1 GiB
+_HASHING_THREADS = 8
+_REMEDY = "choose another checkpoint"
 _PACKAGES = ("hypermoe-ds", "torch", "deepspeed", "transformers")
+
+
+Count = Annotated[int, Field(strict=True, ge=0)]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+FileName = Annotated[str, Field(strict=True, pattern=r"^shard_[0-9]{5,9}\.safetensors$")]
+Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
+
+
+def shard_name(shard: int) -> str:
+    """File of a shard."""
+    return f"shard_{shard:05d}.safetensors"
 
 
 class Piece(NamedTuple):
@@ -28,9 +53,9 @@ class Piece(NamedTuple):
         numel: its elements.
     """
 
-    shard: int
-    start: int
-    numel: int
+    shard: Count
+    start: Count
+    numel: Count
 
 
 @dataclass(frozen=True)
@@ -42,8 +67,13 @@ class TensorEntry:
         pieces: ranges that together are the tensor, in order.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -55,8 +85,8 @@ class FileEntry:
         sha256: hash of its content, hexadecimal.
     """
 
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Digest
 
 
 def versions_now() -> dict[str, str]:
@@ -93,12 +123,12 @@ class Manifest:
         written_by: git commit and versions of packages.
     """
 
-    step: int
+    step: Count
     state: dict[str, Any]
     settings: dict[str, Any]
-    tensors: dict[str, TensorEntry]
-    kinds: tuple[str, ...]
-    files: dict[str, FileEntry]
+    tensors: dict[Name, TensorEntry]
+    kinds: tuple[Name, ...]
+    files: dict[FileName, FileEntry]
     written_by: dict[str, str] = field(default_factory=versions_now)
 
     def write(self, folder: Path) -> None:
@@ -110,27 +140,68 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read it and check its digest.
+        """Read it and check its digest, its types, and that its parts fit each other.
 
         Raises:
-            UserError: there is none, or it is damaged or of another format.
+            UserError: there is none, or it is damaged, of another format or contradicts itself.
         """
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            check_inside(path, folder)
+            if path.stat().st_size > _LARGEST_MANIFEST:
+                raise ValueError
+            content = from_json(path.read_bytes())  # limits how deep values are nested
             damaged = content.pop("digest") != _digest(content)
+            of_this_format = content.pop("format") == FORMAT
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             damaged = True
         if damaged:
-            raise UserError(str(path), "is missing or damaged", "choose another checkpoint")
-        if content.pop("format") != FORMAT:
+            raise UserError(str(path), "is missing or damaged", _REMEDY)
+        if not of_this_format:
             raise UserError(str(path), "is of another format", "read it with the version that wrote it")
-        content["tensors"] = {
-            name: TensorEntry(tuple(entry["shape"]), tuple(Piece(*piece) for piece in entry["pieces"]))
-            for name, entry in content["tensors"].items()
-        }
-        content["files"] = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        return cls(**{**content, "kinds": tuple(content["kinds"])})
+        try:
+            if content.keys() != {own.name for own in fields(cls)}:
+                raise ValueError("it has other keys")
+            manifest = _MANIFEST.validate_python(content)
+            manifest._check_parts()
+        except ValueError as error:
+            raise UserError(str(path), f"describes no checkpoint ({_first_line(error)})", _REMEDY) from None
+        return manifest
+
+    def shards(self, among: Collection[str] | None = None) -> dict[str, dict[str, int]]:
+        """What each file holds of the parameters: elements by `KIND/NAME`.
+
+        Args:
+            among: names of the files; None takes all.
+        """
+        found: dict[str, dict[str, int]] = {name: {} for name in self.files if among is None or name in among}
+        for name, entry in self.tensors.items():
+            for piece in entry.pieces:
+                if (held := found.get(shard_name(piece.shard))) is not None:
+                    held.update({f"{kind}/{name}": piece.numel for kind in self.kinds})
+        return found
+
+    def _check_parts(self) -> None:
+        """Compare shapes, ranges and sizes with each other.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"kinds {self.kinds}")
+        if not all(isinstance(self.state.get(part, {}), dict) for part in ("run", "engine", "model")):
+            raise ValueError("a part of its state is no object")
+        needed: Counter[str] = Counter()
+        for name, entry in self.tensors.items():
+            ends = [0, *(piece.start + piece.numel for piece in entry.pieces)]
+            whole = ends[:-1] == [piece.start for piece in entry.pieces] and ends[-1] == entry.numel
+            if not whole or len({piece.shard for piece in entry.pieces}) < len(entry.pieces):
+                raise ValueError(f"the ranges of {name!r} do not make up its shape")
+            for piece in entry.pieces:
+                needed[shard_name(piece.shard)] += BYTES_OF_ELEMENT * len(self.kinds) * piece.numel
+        for file, size in needed.items():
+            if file not in self.files or size > self.files[file].bytes:
+                raise ValueError(f"{file} cannot hold the {size} bytes of its ranges")
 
     def check_files(self, folder: Path, verify: Verify, among: Collection[str] | None = None) -> None:
         """Compare files with what was written.
@@ -141,21 +212,44 @@ class Manifest:
             among: names of the files to look at; None takes all.
 
         Raises:
-            UserError: one is missing or differs; the first is named.
+            UserError: one is missing, is a link out of the folder or differs; the first is named.
+            OSError: the disk fails.
         """
-        for name, entry in self.files.items():
-            if among is not None and name not in among:
-                continue
-            path = folder / name
+        chosen = {folder / name: entry for name, entry in self.files.items() if among is None or name in among}
+        for path, entry in chosen.items():
+            check_inside(path, folder)
             found = path.stat().st_size if path.is_file() else None
             if found is None:
-                raise UserError(str(path), "is missing", "choose another checkpoint")
+                raise UserError(str(path), "is missing", _REMEDY)
             if found != entry.bytes:
-                raise UserError(
-                    str(path), f"has {found} bytes and was written with {entry.bytes}", "choose another checkpoint"
-                )
-            if verify == "full" and sha256_of(path) != entry.sha256:
-                raise UserError(str(path), "is not what was written (its hash differs)", "choose another checkpoint")
+                raise UserError(str(path), f"has {found} bytes and was written with {entry.bytes}", _REMEDY)
+        if verify != "full":
+            return
+        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            for (path, entry), digest in zip(chosen.items(), threads.map(sha256_of, chosen), strict=True):
+                if digest != entry.sha256:
+                    raise UserError(str(path), "is not what was written (its hash differs)", _REMEDY)
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def _first_line(error: ValueError) -> str:
+    """What is wrong, and where, without the value, which may be long."""
+    if not isinstance(error, ValidationError):
+        return str(error)[:200]
+    first = error.errors(include_input=False, include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a file that is a link to somewhere outside the folder.
+
+    Raises:
+        UserError: it is.
+    """
+    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(str(path), "is a link that leads out of its folder", "put the file itself there")
 
 
 def sha256_of(path: Path) -> str:
@@ -170,7 +264,7 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, so that it outlives a power cut."""
+    """Write a small file whole or not at all, so that it survives a power cut."""
     beside = path.with_name(f".{path.name}.partial")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

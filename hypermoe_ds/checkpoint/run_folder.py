@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from hypermoe_ds.checkpoint.manifest import write_durably
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -74,11 +75,16 @@ class RunFolder:
         """Configuration of the run's model.
 
         Raises:
-            UserError: this is no run folder.
+            UserError: this is no run folder, or its config.json is damaged.
         """
         if not self.exists():
             raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
-        config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
+        try:
+            config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
+        except Exception as error:  # Transformers raises errors of many kinds
+            problem = f"is damaged ({' '.join(str(error).split())[:200]})"
+            remedy = "restore it, or remove it: the next launch writes it again"
+            raise UserError(str(self.model / "config.json"), problem, remedy) from None
         return config
 
     def check_same_model(self, config: HyperMoEConfig) -> None:
@@ -89,31 +95,41 @@ class RunFolder:
         """
         if not self.exists():
             return
-        ours, theirs = _facts(config), _facts(self.model_config())
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                raise UserError(
-                    f"model.{key}={ours[key]!r}",
-                    f"{self.path} is the run of another model (there it is {theirs.get(key)!r})",
-                    "choose another run.dir or the model of that run",
-                )
+        refuse_other_model(model_fields(config), model_fields(self.model_config()), self.path)
 
     def write_model(self, config: HyperMoEConfig) -> None:
         """Write the model's config.json; no code goes with it."""
         self.model.mkdir(parents=True, exist_ok=True)
-        config.to_json_file(self.model / "config.json")
+        write_durably(self.model / "config.json", config.to_json_string())
 
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
         """Write `resolved/`: what the run is started with, derived values included."""
         self.settings.parent.mkdir(parents=True, exist_ok=True)
-        self.settings.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
-        self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n")
+        write_durably(self.settings, yaml.safe_dump(dict(settings), sort_keys=False))
+        write_durably(self.ds_config, json.dumps(ds_config, indent=2) + "\n")
         self.write_model(model)
         if tokenizer.resolve() != self.tokenizer.resolve():
             shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
 
 
-def _facts(config: HyperMoEConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in _BOOKKEEPING}
+def model_fields(config: HyperMoEConfig) -> dict[str, Any]:
+    """Fields of a configuration that change a model's weights or outputs, as JSON holds them."""
+    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return {key: value for key, value in fields.items() if key not in _BOOKKEEPING}
+
+
+def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
+    """Compare the fields of two models.
+
+    Raises:
+        UserError: the first one of ours that differs from the run's.
+    """
+    for key in ours:
+        if ours[key] != theirs.get(key):
+            raise UserError(
+                f"model.{key}={ours[key]!r}",
+                f"{run} is the run of another model (there it is {theirs.get(key)!r})",
+                "choose another run.dir or the model of that run",
+            )

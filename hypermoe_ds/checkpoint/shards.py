@@ -6,14 +6,14 @@ the parameters were cut.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,16 +24,14 @@ from hypermoe_ds.checkpoint.manifest import (
     TensorEntry,
     Verify,
     file_entry,
+    shard_name,
     sync_folder,
 )
+from hypermoe_ds.errors import UserError
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def shard_name(shard: int) -> str:
-    """File of a shard."""
-    return f"shard_{shard:05d}.safetensors"
+_REMEDY = "choose another checkpoint"
 
 
 def write_shard(folder: Path, shard: int, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -87,12 +85,50 @@ def write_weights(
     sync_folder(folder)
 
 
+def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collection[str] | None = None) -> None:
+    """Compare a checkpoint's files with its manifest: sizes, headers and, with `verify` "full", hashes.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        verify: what to compare.
+        among: names of the files to look at; None takes all.
+
+    Raises:
+        UserError: a file is missing or differs; the first is named.
+        OSError: the disk fails.
+    """
+    manifest.check_files(folder, verify, among)
+    for file_name, held in manifest.shards(among).items():
+        path = folder / file_name
+        try:
+            with safe_open(path, "pt") as file:
+                found = set(file.keys())
+                for name, numel in held.items():
+                    part = file.get_slice(name) if name in found else None
+                    if part is None or (part.get_dtype(), part.get_shape()) != ("F32", [numel]):
+                        raise UserError(str(path), f"does not hold {name} as [{numel}] in fp32", _REMEDY)
+        except SafetensorError as error:
+            raise UserError(str(path), f"has a damaged header ({error})", _REMEDY) from None
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that holds a NaN or Inf, None if there is none. One pass, without a copy."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = tensor.aminmax()  # both NaN if one element is
+            if not (least.isfinite() and most.isfinite()):
+                return name
+    return None
+
+
 class CheckpointReader:
     """Reads a checkpoint, each range when it is asked for; a context manager, since it keeps files open.
 
     Args:
         folder: the checkpoint.
-        verify: what is compared with the manifest before anything is read; None where it was compared already.
+        verify: what is compared with the manifest before anything is read, by `check_shards`; None if it was compared
+            already.
 
     Attributes:
         folder: the checkpoint.
@@ -102,10 +138,10 @@ class CheckpointReader:
         UserError: a file is missing or differs from what was written.
     """
 
-    def __init__(self, folder: Path, verify: Verify | None = "sizes") -> None:
+    def __init__(self, folder: Path, verify: Verify | None = "full") -> None:
         self.manifest = Manifest.read(folder)
         if verify is not None:
-            self.manifest.check_files(folder, verify)
+            check_shards(folder, self.manifest, verify)
         self.folder = folder
         self._open = ExitStack()
         self._shards: dict[int, Any] = {}
@@ -126,17 +162,31 @@ class CheckpointReader:
     def read(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole parameter, or moment of one, in fp32 and its shape."""
         entry = self.manifest.tensors[name]
-        return self.read_range(name, 0, torch.Size(entry.shape).numel(), kind).view(entry.shape)
+        return self.read_range(name, 0, entry.numel, kind).view(entry.shape)
 
     def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
-        """Elements `start` to `stop` of a flattened parameter, or moment of one, in fp32; [stop - start]."""
-        values = torch.empty(stop - start)
+        """Elements `start` to `stop` of a flattened parameter, or moment of one, in fp32; [stop - start].
+
+        Raises:
+            ValueError: the parameter has no such range.
+        """
+        if not 0 <= start <= stop <= self.manifest.tensors[name].numel:
+            raise ValueError(f"{name} of {self.manifest.tensors[name].shape} has no range {start} to {stop}")
+        values = torch.empty(stop - start)  # filled below: a manifest's ranges make up the whole
         for piece in self.manifest.tensors[name].pieces:
             first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
             if first < last:
                 stored = self._shard(piece.shard).get_slice(f"{kind}/{name}")
                 values[first - start : last - start] = stored[first - piece.start : last - piece.start]
         return values
+
+    def first_not_finite(self, among: Collection[str]) -> str | None:
+        """Name, as `KIND/NAME`, of a tensor of these files that holds a NaN or Inf; None if there is none."""
+        for file_name, held in self.manifest.shards(among).items():
+            with safe_open(self.folder / file_name, "pt") as file:
+                if (name := first_not_finite((name, file.get_tensor(name)) for name in held)) is not None:
+                    return name
+        return None
 
     def beside_parameters(self, shard: int, name: str) -> Tensor | None:
         """A tensor beside the parameters, such as a rank's random state; None where that shard has none."""

@@ -4,14 +4,19 @@ RUN_DIR/checkpoints/step_00000100/ is one checkpoint: a folder under such a name
 `.step_00000100.partial` and renamed. `latest` beside them names the newest and is written last.
 """
 
+import logging
+import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.manifest import sync_folder, write_durably
+from hypermoe_ds.data.output import delete
 from hypermoe_ds.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
 _LATEST = "latest"
+_LATEST_BYTES = 100  # more than any name
 
 
 def step_name(step: int) -> str:
@@ -20,18 +25,27 @@ def step_name(step: int) -> str:
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a folder in `checkpoints`, oldest first."""
-    found = [re.fullmatch(r"step_(\d+)", path.name) for path in checkpoints.glob("step_*")]
-    return sorted(int(match[1]) for match in found if match)
+    """Steps that have a folder in `checkpoints`, or a link to one, oldest first."""
+    found = [(path, re.fullmatch(r"step_([0-9]+)", path.name)) for path in checkpoints.glob("step_*")]
+    steps = [(path, int(match[1])) for path, match in found if match]
+    return sorted(step for path, step in steps if path.name == step_name(step) and path.is_dir())
+
+
+def named_step(checkpoints: Path) -> int | None:
+    """Step of the checkpoint that `latest` names, None if it is missing or names none."""
+    with suppress(OSError, ValueError), (checkpoints / _LATEST).open("rb") as file:
+        name = file.read(_LATEST_BYTES).decode().strip()
+        return next((step for step in saved_steps(checkpoints) if step_name(step) == name), None)
+    return None
 
 
 def latest_step(checkpoints: Path) -> int | None:
-    """Step of the newest checkpoint, None if there is none.
+    """Step of the checkpoint that `latest` names, else, with a warning, of the newest one; None if there is none.
 
     Raises:
-        UserError: `latest` names none, or there are damaged ones alone.
+        UserError: there are only damaged ones, or only a `latest`.
     """
-    latest, saved = checkpoints / _LATEST, saved_steps(checkpoints)
+    latest, saved, named = checkpoints / _LATEST, saved_steps(checkpoints), named_step(checkpoints)
     damaged = sorted(path.name for path in checkpoints.glob("step_*.damaged*"))
     if damaged and not saved:
         raise UserError(
@@ -39,13 +53,12 @@ def latest_step(checkpoints: Path) -> int | None:
             f"holds damaged checkpoints alone ({', '.join(damaged)})",
             "restore one, or choose another run.dir",
         )
-    if not latest.exists():
-        return saved[-1] if saved else None
-    match = re.fullmatch(r"step_(\d+)", latest.read_text().strip())
-    if match is None or not (checkpoints / match[0]).is_dir():
-        known = ", ".join(map(step_name, saved)) or "there is none: remove it"
-        raise UserError(str(latest), "names no checkpoint beside it", f"write the name of one into it ({known})")
-    return int(match[1])
+    if named is not None or not os.path.lexists(latest):
+        return named if named is not None else max(saved, default=None)
+    if not saved:
+        raise UserError(str(latest), "names no checkpoint, and there is none", "restore one, or remove this file")
+    _LOGGER.warning("warning: %s: names no checkpoint next to it; the newest is %s", latest, step_name(saved[-1]))
+    return saved[-1]
 
 
 def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
@@ -78,7 +91,8 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 def remove_unfinished(checkpoints: Path) -> None:
     """Remove what was cut off while it was written or removed."""
     for path in checkpoints.glob(".step_*"):
-        shutil.rmtree(path)
+        if re.fullmatch(r"\.step_[0-9]+\.(partial|removed)", path.name):
+            delete(path)
 
 
 def publish(checkpoints: Path, step: int) -> None:
@@ -87,7 +101,7 @@ def publish(checkpoints: Path, step: int) -> None:
     Another one of the same step, of a run that was taken back to an earlier one, is replaced.
     """
     folder = checkpoints / step_name(step)
-    if folder.exists():
+    if os.path.lexists(folder):
         _remove(folder)
     partial_folder(checkpoints, step).rename(folder)
     sync_folder(checkpoints)
@@ -104,24 +118,31 @@ def set_aside(checkpoints: Path, step: int) -> Path:
     folder = checkpoints / step_name(step)
     aside = folder.with_suffix(".damaged")
     number = 1
-    while aside.exists():
+    while os.path.lexists(aside):
         number += 1
         aside = folder.with_suffix(f".damaged{number}")
     return folder.rename(aside)
 
 
 def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
-    """Keep the last ones up to the newest, and for good those of every `keep_every` steps."""
+    """Keep the last ones up to the newest, and for good those of every `keep_every` steps.
+
+    Of one that is a link, the link is removed. One that cannot be removed is reported and stays.
+    """
     upto = [step for step in saved_steps(checkpoints) if step <= newest]
     for step in upto[:-keep_last]:
         if not keep_every or step % keep_every:
-            _remove(checkpoints / step_name(step))
+            try:
+                _remove(checkpoints / step_name(step))
+            except OSError as error:
+                reason = f"{checkpoints / step_name(step)}: cannot be removed ({error.strerror})"
+                _LOGGER.warning("warning: %s; remove it by hand", reason)
 
 
-def _remove(folder: Path) -> None:
+def _remove(path: Path) -> None:
     """Under a hidden name first: a checkpoint half removed is none."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    if hidden.exists():
-        shutil.rmtree(hidden)
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+    hidden = path.with_name(f".{path.name}.removed")
+    if os.path.lexists(hidden):
+        delete(hidden)
+    path.rename(hidden)
+    delete(hidden)

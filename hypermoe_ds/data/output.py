@@ -37,6 +37,14 @@ def check_room(output: Path, beside: Path, needed: int) -> None:
         )
 
 
+def delete(path: Path) -> None:
+    """Delete a folder with its content, a file, or a link without what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 @contextmanager
 def writing_to(target: Path) -> Iterator[None]:
     """Turn a failure of the disk into a `UserError` that names `target`."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from pydantic import TypeAdapter
 
 from hypermoe_ds.monitor.files import write_whole
 
@@ -65,6 +66,9 @@ class SignOfLife:
             write_whole(sign_path(folder, self.rank), json.dumps(asdict(self)))
 
 
+_SIGN = TypeAdapter(SignOfLife)
+
+
 def sign_path(folder: Path, rank: int) -> Path:
     """Where a rank's sign of life lies."""
     return folder / f"rank_{rank:05d}.json"
@@ -79,5 +83,5 @@ def read_signs(folder: Path) -> dict[int, SignOfLife]:
 def read_sign(path: Path) -> SignOfLife | None:
     """One of them; None where it cannot be read."""
     with suppress(OSError, ValueError):
-        return SignOfLife(**json.loads(path.read_text()))
+        return _SIGN.validate_json(path.read_bytes(), strict=True)
     return None

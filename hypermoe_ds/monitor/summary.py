@@ -1,11 +1,12 @@
 """What a run reached, read from its metrics."""
 
-import json
 import statistics
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
 
@@ -28,11 +29,13 @@ class RunSummary:
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order, without a line that was cut off when its run was ended."""
+    """The records of a metrics.jsonl, in order, without lines that are none: cut off when a run was killed, damaged."""
     records = []
-    for line in metrics.read_text().splitlines():
+    for line in metrics.read_bytes().split(b"\n"):
         with suppress(ValueError):
-            records.append(json.loads(line))
+            record = from_json(line)
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
     return records
 
 

@@ -21,7 +21,7 @@ def facts_of(run: RunFolder, step: int | None = None) -> TrainingFacts:
     return training_facts(
         run.read_settings() if run.settings.is_file() else {},
         manifest.step,
-        manifest.state["run"].get("consumed_samples"),
+        manifest.state.get("run", {}).get("consumed_samples"),
         validation_at(run.path / "metrics.jsonl", manifest.step),
         manifest.written_by,
     )

@@ -60,7 +60,7 @@ class Guard:
         """Move `state` on by the step just taken; tells what all ranks know of it (collective).
 
         Raises:
-            UserError: too many steps in a row were skipped.
+            UserError: too many steps in a row were skipped; names the last good checkpoint, all of which is read.
             MachineError: a copy of a parameter differs from the others.
         """
         losses = self._losses.take()
@@ -88,8 +88,10 @@ class Guard:
             f"{state.bad_steps} in a row, {self._engine.skipped_steps} in all"
         )
         if state.bad_steps > self._config.max_bad_steps:
-            newest = self._checkpoints.newest()
-            again = f"go on from the last good checkpoint, {newest}," if newest else "start again (no checkpoint yet)"
+            good = self._checkpoints.last_good()
+            again = f"go on from the last good checkpoint, {good}," if good else "start again (no good checkpoint)"
+            if good and good != self._checkpoints.newest():
+                again = f"write {good.name} into {good.parent / 'latest'} and {again}"
             raise UserError(
                 f"train.max_bad_steps={self._config.max_bad_steps}",
                 f"{state.bad_steps} steps in a row up to step {state.step} had a NaN or Inf in loss or gradient",

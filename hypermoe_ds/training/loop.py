@@ -27,7 +27,9 @@ def train(
 ) -> bool:
     """Train until `last_step` or a signal; log, validate and save when each is due, and at the end.
 
-    A checkpoint that could not be written beside the training is written again after the step in which that shows.
+    A checkpoint that could not be written beside the training is written again after the step in which that shows. One
+    that is due in a row of bad steps is written after the first good one: a streak may begin with a NaN in the weights.
+    At the end it is written all the same, and no older one is removed.
 
     Args:
         engine: the DeepSpeed engine.
@@ -44,7 +46,7 @@ def train(
     Returns:
         Whether a signal ended it before `last_step`. It then saves and does not validate: there may be little time.
     """
-    stopping = False
+    stopping = unsaved = False
     while state.step < last_step and not stopping:
         learning_rate = engine.get_lr()[0]
         observed = recorder.is_due(state.step + 1)
@@ -60,9 +62,11 @@ def train(
         with recorder.throughput.paused():
             if validate is not None and not stopping and (ending or state.step % validation_interval == 0):
                 recorder.record_validation(state.step, validate())
-            if ending or stopping or agreed.unsaved or checkpoints.is_due(state.step):
+            unsaved = unsaved or agreed.unsaved or checkpoints.is_due(state.step)
+            if ending or stopping or (unsaved and not state.bad_steps):
                 watchdog.begin(state.step, "saving")
-                checkpoints.save(state.step, state.to_dict())
+                checkpoints.save(state.step, state.to_dict(), prune=not state.bad_steps)
+                unsaved = False
     checkpoints.finish()
     watchdog.note_end(saved=stopping)
     return stopping

@@ -1,7 +1,12 @@
 """Where a run stands."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from hypermoe_ds.checkpoint.manifest import Count
+from hypermoe_ds.errors import UserError
 
 
 @dataclass
@@ -16,16 +21,27 @@ class TrainState:
         good_samples: `consumed_samples` before the first of them.
     """
 
-    step: int = 0
-    consumed_samples: int = 0
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+    step: Count = 0
+    consumed_samples: Count = 0
     data_order: str = ""
-    bad_steps: int = 0
-    good_samples: int = 0
+    bad_steps: Count = 0
+    good_samples: Count = 0
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Read it out of a checkpoint; the state of no checkpoint is empty."""
-        return cls(**{"good_samples": saved.get("consumed_samples", 0)} | saved)
+        """Read it out of a checkpoint; the state of no checkpoint is empty.
+
+        Raises:
+            UserError: it is not what `to_dict` gave.
+        """
+        try:
+            return _STATE.validate_python({"good_samples": saved.get("consumed_samples", 0)} | saved)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = f"state.run.{'.'.join(map(str, first['loc']))} of the checkpoint"
+            raise UserError(where, first["msg"], "choose another checkpoint") from None
 
     def advance(self, next_sample: int, skipped: bool = False) -> None:
         """Count one optimizer step over the samples up to `next_sample`, taken or skipped."""
@@ -47,3 +63,6 @@ class TrainState:
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return asdict(self)
+
+
+_STATE = TypeAdapter(TrainState)

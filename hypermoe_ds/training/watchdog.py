@@ -5,7 +5,6 @@ rank that waits in vain reads those of the others. A process beside each rank en
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,10 +22,12 @@ import torch
 import torch.distributed
 from torch.distributed import distributed_c10d as c10d
 
+from hypermoe_ds.data.output import delete
 from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError
 from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs, sign_path
 
+_WRITTEN = ("rank_*", "stack_*", "told_*", "speaker", f"{VERDICT}*")  # names of what ranks write into RUN_DIR/watch
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
@@ -120,13 +121,14 @@ class Watchdog:
             previous = self._folder / "previous"
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._verdict.exists():
-                shutil.rmtree(previous, ignore_errors=True)
+                if os.path.lexists(previous):
+                    delete(previous)
                 previous.mkdir()
                 for path in (self._verdict, *self._folder.glob("stack_*")):
                     path.replace(previous / path.name)
-            for path in self._folder.iterdir():
-                if path != previous:
-                    path.unlink()
+            for pattern in _WRITTEN:
+                for path in self._folder.glob(pattern):
+                    delete(path)
         torch.distributed.barrier()
         self._beat()
         torch.distributed.barrier()

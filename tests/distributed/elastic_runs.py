@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import engine_of, logits_of, manager_of, steps_on
+from engine_runs import Step, engine_of, logits_of, manager_of, steps_on
 from small_runs import GLOBAL_BATCH, Layout, S, random_tokens
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def batches_from(layout: Layout, rank: int, step: int) -> Iterator[dict[str, Ten
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
 
 
-Ended = tuple[list[tuple[float, float]], Tensor]  # losses and gradient norms after the checkpoint, the last logits
+Ended = tuple[list[Step], Tensor]  # the steps after the checkpoint, the last logits
 
 
 def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
@@ -70,8 +70,8 @@ def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
     return steps, logits
 
 
-def save_untrained_and_train(layout: Layout, folder: Path) -> list[tuple[float, float]]:
-    """Save the model as it is built, weights alone, then train: the losses and gradient norms."""
+def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
+    """Save the model as it is built, weights alone, then train: the steps."""
     engine = engine_of(layout)
     checkpoints = manager_of(engine, RunFolder(folder))
     checkpoints.save(0, {"step": 0})
@@ -79,7 +79,7 @@ def save_untrained_and_train(layout: Layout, folder: Path) -> list[tuple[float, 
     return steps_on(engine, batches_from(layout, torch.distributed.get_rank(), 0), AFTER)
 
 
-def train_untrained(layout: Layout, folder: Path) -> list[tuple[float, float]]:
+def train_untrained(layout: Layout, folder: Path) -> list[Step]:
     """The same from the checkpoint, in an engine that was built with other weights."""
     engine = build_engine_with_other_weights(layout)
     assert manager_of(engine, RunFolder(folder)).resume() == {"step": 0}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from small_runs import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hypermoe_ds.checkpoint.engine_state import EngineState
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import hyper_experts
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -33,6 +35,7 @@ from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
 from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from tests.helpers.routing import StepRouting, of_all_ranks, routing_of
 
 
 def train_config(layout: Layout) -> TrainConfig:
@@ -68,9 +71,30 @@ class Watcher:
 
     def __init__(self, num_experts: int) -> None:
         self.meter = StepMeter(num_experts)
+        self._routing: list[StepRouting] = []
 
     def observe(self, output: Any) -> None:
         self.meter.add(output)
+        self._routing.append(routing_of(output))
+
+    def read_routing(self) -> StepRouting:
+        """The routing of the step just taken, of all ranks (collective)."""
+        whole = of_all_ranks(self._routing)
+        self._routing.clear()
+        return whole
+
+
+@dataclass
+class Step:
+    """A step of a run: its numbers, and what all its tokens were routed to."""
+
+    loss: float
+    grad_norm: float
+    routing: StepRouting = field(compare=False)
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        return self.loss, self.grad_norm
 
 
 @dataclass
@@ -80,6 +104,7 @@ class RankRun:
     first_logits: Tensor
     steps: list[StepStatistics]
     grad_norms: list[float]
+    routing: list[StepRouting]
     last_logits: Tensor
     parameters: dict[str, Tensor]
     router_passes: int
@@ -97,14 +122,16 @@ def train_on_rank(layout: Layout) -> RankRun:
     routers[0].register_forward_pre_hook(lambda _module, _inputs: passes.append(None))
     batches = batches_of_rank(layout, rank)
     watcher = Watcher(engine.module.config.num_experts)
-    steps, norms = [], []
+    steps, norms, routing = [], [], []
     for _ in range(STEPS):
         optimizer_step(engine, batches, watcher)
         steps.append(watcher.meter.read())
+        routing.append(watcher.read_routing())
         norms.append(float(engine.get_global_grad_norm()))
     router_passes, hooks_left = len(passes), _hooks(routers) - hooks_before
     parameters = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
-    return RankRun(first_logits, steps, norms, logits_of(engine, rank), parameters, router_passes, hooks_left)
+    last_logits = logits_of(engine, rank)
+    return RankRun(first_logits, steps, norms, routing, last_logits, parameters, router_passes, hooks_left)
 
 
 def _hooks(routers: list[nn.Module]) -> int:
@@ -146,13 +173,14 @@ def logits_of(engine: Any, rank: int) -> Tensor:
 SAVED_STEP = 2
 
 
-def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of `count` steps."""
+def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> list[Step]:
+    """Take `count` steps."""
     watcher = Watcher(engine.module.config.num_experts)
     taken = []
     for _ in range(count):
         optimizer_step(engine, batches, watcher)
-        taken.append((watcher.meter.read().scalars["total_loss"], float(engine.get_global_grad_norm())))
+        loss, norm = watcher.meter.read().scalars["total_loss"], float(engine.get_global_grad_norm())
+        taken.append(Step(loss, norm, watcher.read_routing()))
     return taken
 
 
@@ -183,6 +211,34 @@ def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
         next(batches)
     loaded = logits_of(engine, rank)
     return loaded, steps_on(engine, batches, STEPS - SAVED_STEP), logits_of(engine, rank)
+
+
+def resume_into_each(
+    layout: Layout, folder: Path, others: list[dict[str, Any]], named: bool = True
+) -> list[tuple[str, bool]]:
+    """Save a model, then resume into others: the errors, and whether a weight was changed.
+
+    Args:
+        layout: of all.
+        folder: the run folder.
+        others: fields of the other models.
+        named: whether the checkpoint says which model it is of.
+    """
+    if not named:
+        EngineState.model = lambda _self: {}  # type: ignore[method-assign] (this process runs nothing else)
+    checkpoints = manager_of(engine_of(layout), RunFolder(folder))
+    checkpoints.save(0, {"step": 0})
+    checkpoints.finish()
+    found = []
+    for other in others:
+        engine = engine_of(replace(layout, model=other))
+        before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        try:
+            manager_of(engine, RunFolder(folder)).resume()
+        except UserError as error:
+            now = dict(engine.module.named_parameters())
+            found.append((str(error), any(not torch.equal(before[name], now[name]) for name in before)))
+    return found
 
 
 def manager_of(engine: Any, run: RunFolder) -> CheckpointManager:

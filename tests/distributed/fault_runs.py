@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.distributed
 from hypermoe_ds.checkpoint import manager
 from hypermoe_ds.checkpoint.engine_state import Held
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
+from hypermoe_ds.checkpoint.manifest import shard_name
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT
+from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.errors import MachineError, UserError
 
 NUMEL = 200_000
@@ -32,8 +35,12 @@ class Part:
         for kind in (WEIGHT, *MOMENTS):
             yield f"{kind}/weight", self.values
 
-    def counters(self) -> dict[str, int]:
-        return {"optimizer_steps": 1}
+    def model(self) -> dict[str, Any]:
+        return {"hidden_size": 8}
+
+    def counters(self) -> dict[str, Any]:
+        names = ("optimizer_steps", "schedule_steps", "global_steps", "global_samples", "skipped_steps")
+        return {**dict.fromkeys(names, 1), "loss_scaler": {}}
 
     def load(self, reader: Any, _counters: Any) -> None:
         _, start, numel = self.held["weight"]
@@ -94,6 +101,39 @@ def save_steps(
     except (UserError, MachineError) as error:
         return resumed, str(error), told
     return resumed, None, told
+
+
+def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | None]:
+    """Save two steps, then three with a NaN in rank 1's part; errors that were raised, the last good checkpoint."""
+    checkpoints, part = manager_of(folder, asynchronous=asynchronous, keep_last=1)
+    raised = []
+    for step in range(1, 6):
+        part.values.fill_(step)
+        if step > 2 and torch.distributed.get_rank() == 1:
+            part.values[7] = torch.nan
+        try:
+            checkpoints.save(step, {"step": step})
+        except MachineError as error:
+            raised.append(str(error))
+    good = checkpoints.last_good()
+    return raised, good and good.name
+
+
+def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str | None]:
+    """Save good steps 1 to 3, then 4 and 5 in a row of bad ones; the last good, then with 3 damaged, then 2 and 1."""
+    checkpoints, part = manager_of(folder, keep_last=1, asynchronous=False, verify="sizes")
+    for step in range(1, 6):
+        part.values.fill_(step)
+        checkpoints.save(step, {"step": step, "bad_steps": max(0, step - 3)}, prune=False)
+    found = []
+    for step in (5, 3, 2, 1):
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            damage(folder / "checkpoints" / step_name(step) / shard_name(1))
+        torch.distributed.barrier()
+        good = checkpoints.last_good()
+        found.append(good and good.name)
+    return found
 
 
 def save_on_full_disk(folder: Path) -> list[str]:

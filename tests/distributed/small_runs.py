@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import GeneratorHead
+from tests.helpers.routing import StepRouting, joined, routing_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -133,6 +134,7 @@ class PlainRun:
     grad_norms: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     loads: list[Any] = field(default_factory=list)
+    routing: list[StepRouting] = field(default_factory=list)
     last_logits: list[Tensor] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
@@ -168,6 +170,7 @@ def _plain_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> PlainRun:
         run.aux_losses.append(torch.stack([output.aux_loss for output in outputs]).mean().item())
         run.grad_norms.append(_clip(network))
         _note_routing(run, outputs, network.config.num_experts)
+        run.routing.append(joined([routing_of(output) for output in outputs]))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - number / STEPS)
         optimizer.step()

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from fault_runs import (
     save_after_the_folder_went,
+    save_in_bad_steps,
+    save_not_finite,
     save_on_full_disk,
     save_steps,
     save_without_end,
@@ -80,7 +82,7 @@ def cut(path: Path) -> None:
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, file: str, damage: Any
 ) -> None:
-    config = {"verify": "full", "keep_last": 3}
+    config = {"keep_last": 3}
     run_on_ranks(RANKS, save_steps, tmp_path, 3, config)
     damage(tmp_path / "checkpoints" / step_name(3) / file)
     (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 4, config)
@@ -90,6 +92,54 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert warning.endswith(f"(set aside as {tmp_path}/checkpoints/{step_name(3)}.damaged)")
     assert newest(tmp_path) == 4
     assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
+
+
+def no_header(path: Path) -> None:
+    path.write_bytes(bytes(64) + path.read_bytes()[64:])
+
+
+def test_without_hashes_a_damaged_header_is_named_and_the_checkpoint_before_used(tmp_path: Path) -> None:
+    config = {"verify": "sizes", "keep_last": 3}
+    run_on_ranks(RANKS, save_steps, tmp_path, 3, config)
+    no_header(tmp_path / "checkpoints" / step_name(3) / shard_name(1))
+    (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, config)
+    assert (resumed, error) == (2, None)
+    [warning] = [line for line in told if line.startswith("warning: ")]
+    assert f"{step_name(3)}/{shard_name(1)}: has a damaged header (" in warning
+
+
+@pytest.mark.parametrize("latest", [b"", b"\xff\0garbage", b"step_00000009\n"])
+def test_with_a_latest_that_names_none_the_newest_good_checkpoint_is_used_and_named(
+    tmp_path: Path, latest: bytes
+) -> None:
+    run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 3})
+    (tmp_path / "checkpoints/latest").write_bytes(latest)
+    cut(tmp_path / "checkpoints" / step_name(3) / shard_name(1))
+    (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
+    assert (resumed, error) == (2, None)
+    first, second = [line for line in told if line.startswith("warning: ")]
+    assert (
+        first == f"warning: {tmp_path}/checkpoints/latest: names no checkpoint next to it; the newest is step_00000003"
+    )
+    assert f"{step_name(3)}/{shard_name(1)}" in second
+    assert newest(tmp_path) == 2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_good_checkpoint(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    for raised, good in run_on_ranks(RANKS, save_not_finite, tmp_path, asynchronous):
+        assert good == step_name(2)
+        assert len(raised) == (1 if asynchronous else 3), "written beside the training it is logged, then raised"
+        for error in raised:
+            assert "is not saved: weight/weight holds NaN or Inf on rank 1; go on from" in error
+    assert saved_steps(tmp_path / "checkpoints") == [2]
+
+
+def test_the_last_good_checkpoint_is_from_before_the_bad_steps_and_intact(tmp_path: Path) -> None:
+    for found in run_on_ranks(RANKS, save_in_bad_steps, tmp_path, flip):
+        assert found == [step_name(3), step_name(2), step_name(1), None]
 
 
 def test_what_was_used_in_place_of_a_damaged_one_is_the_newest_from_then_on(tmp_path: Path) -> None:

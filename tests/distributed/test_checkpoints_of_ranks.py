@@ -1,15 +1,17 @@
 """A checkpoint holds the run: going on from it, and reading the model out of it on one process, change no bit."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_runs import SAVED_STEP, resume_on_rank, save_on_rank
+from engine_runs import SAVED_STEP, resume_into_each, resume_on_rank, save_on_rank
 from small_runs import Layout, probe_of
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.store import saved_steps
 from hypermoe_ds.checkpoint.weights import load_model
 from tests.helpers.ranks import run_on_ranks
 
@@ -57,6 +59,39 @@ def test_the_model_read_out_of_a_checkpoint_is_the_one_that_trains(saved: Saved)
         with torch.no_grad():
             read = model(input_ids=probe_of(rank), use_cache=False).logits.float()
         assert (read - logits).abs().max() <= (1e-5 if saved.layout.precision == "fp32" else 4e-2)
+
+
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"num_experts": 8}, "model.num_experts=8"),
+    ({"vocab_size": 256}, "model.vocab_size=256"),
+    ({"hidden_size": 64}, "model.hidden_size=64"),
+    ({"num_hidden_layers": 2}, "model.num_hidden_layers=2"),
+    ({"num_hidden_layers": 4}, "model.num_hidden_layers=4"),
+    ({"num_key_value_heads": 4}, "model.num_key_value_heads=4"),
+    ({"num_experts_per_tok": 1}, "model.num_experts_per_tok=1"),
+    ({"tie_word_embeddings": False}, "model.tie_word_embeddings=False"),
+]
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    models = [model for model, _ in OTHERS]
+    refused = run_on_ranks(1, resume_into_each, Layout(ranks=1), tmp_path, models)[0]
+    assert len(refused) == len(OTHERS)
+    for (_, says), (error, changed) in zip(OTHERS, refused, strict=True):
+        assert error.startswith(f"{says}: {tmp_path} is the run of another model (there it is ")
+        assert not changed
+    assert saved_steps(tmp_path / "checkpoints") == [0], "it is not set aside"
+
+
+def test_shapes_are_compared_where_a_checkpoint_does_not_name_its_model(tmp_path: Path) -> None:
+    models = [model for model, _ in OTHERS if "num_experts_per_tok" not in model]
+    refused = run_on_ranks(1, resume_into_each, Layout(ranks=1), tmp_path, models, False)[0]
+    assert len(refused) == len(models)
+    for error, changed in refused:
+        assert re.match(r"model: [a-z0-9_.]+ (\[[\d, ]+\]|missing): step 0 of \S+ is of another model \(there", error)
+        assert not changed
+    assert refused[0][0].startswith("model: model.layers.1.mlp.router.gate.weight [8, 32]: step 0 of ")
+    assert "(there it is [4, 32])" in refused[0][0]
 
 
 def test_reading_a_model_leaves_the_checkpoints_as_they_are(saved: Saved) -> None:

@@ -18,6 +18,7 @@ from elastic_runs import (
     train_untrained,
     with_one_micro_batch,
 )
+from engine_runs import Step
 from small_runs import Layout
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader
 from hypermoe_ds.checkpoint.store import step_name
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.routing import Tie, assert_same_until_a_tie
+
+LIMIT = 1e-5  # relative; 2e-7 was measured
 
 # Every layout is left once and taken up once, and every pair of stages occurs.
 COVERING = [
@@ -40,12 +44,12 @@ class Saved:
 
     Attributes:
         folder: its folder.
-        steps: losses and gradient norms after the checkpoint.
+        steps: those after the checkpoint.
         logits: the last ones.
     """
 
     folder: Path
-    steps: list[tuple[float, float]]
+    steps: list[Step]
     logits: Tensor
 
 
@@ -76,21 +80,29 @@ def assert_same_content(one: Path, other: Path) -> None:
         assert first.manifest.state["engine"] == second.manifest.state["engine"]
 
 
-def largest_difference(steps: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+def assert_goes_on_as(steps: list[Step], others: list[Step]) -> Tie | None:
+    """Losses and gradient norms agree, up to a tie between experts if there is one."""
+    numbers, routing = (([s.numbers for s in of], [s.routing for s in of]) for of in (steps, others))
+    (ours, routed), (theirs, routed_there) = (list(pair) for pair in zip(numbers, routing, strict=True))
+    return assert_same_until_a_tie(ours, theirs, (routed, routed_there), LIMIT)
+
+
+def largest_difference(steps: list[Step], others: list[Step]) -> float:
     """Of losses and gradient norms, relative."""
-    one, other = torch.tensor(steps), torch.tensor(others)
+    one, other = (torch.tensor([step.numbers for step in of]) for of in (steps, others))
     return float(((one - other) / other).abs().max())
 
 
 def differences_after_resuming(saved: dict[str, Saved], pairs: list[tuple[Layout, Layout]], place: Path) -> list[float]:
-    """Of each run from those that it would have had; moments and weights are compared to the bit on the way."""
+    """Of each run from those that it would have had; moments and weights are compared bit for bit on the way."""
     runs = [saved[name_of(source)] for source, _ in pairs]
     targets = [target for _, target in pairs]
     copies = [place / str(number) for number in range(len(pairs))]
     ended = run_on_ranks(targets[0].ranks, resume_each, targets, [run.folder for run in runs], copies)[0]
-    for run, copy, (_, logits) in zip(runs, copies, ended, strict=True):
+    for run, copy, (steps, logits) in zip(runs, copies, ended, strict=True):
         assert_same_content(run.folder, copy)
-        assert (logits - run.logits).abs().max() <= 1e-3 * run.logits.abs().max()
+        if assert_goes_on_as(steps, run.steps) is None:
+            assert (logits - run.logits).abs().max() <= 1e-3 * run.logits.abs().max()
     return [largest_difference(steps, run.steps) for run, (steps, _) in zip(runs, ended, strict=True)]
 
 
@@ -100,7 +112,7 @@ def test_a_run_goes_on_under_another_layout_with_the_same_moments_and_losses(
 ) -> None:
     pairs = [pair for pair in COVERING if (pair[1].ranks, pair[1].expert) == spread]
     assert len(pairs) == len(STAGES)
-    assert max(differences_after_resuming(saved, pairs, tmp_path)) <= 1e-4
+    differences_after_resuming(saved, pairs, tmp_path)
 
 
 def test_the_same_micro_batch_on_fewer_ranks_accumulates_and_goes_on_with_the_same_losses(tmp_path: Path) -> None:
@@ -108,7 +120,7 @@ def test_the_same_micro_batch_on_fewer_ranks_accumulates_and_goes_on_with_the_sa
     assert (source.accumulation, target.accumulation) == (2, 4)
     [(steps, _)] = run_on_ranks(source.ranks, save_each, [source], [tmp_path / "run"])[0]
     [(again, _)] = run_on_ranks(target.ranks, resume_each, [target], [tmp_path / "run"], [tmp_path / "copy"])[0]
-    assert largest_difference(again, steps) <= 1e-4
+    assert_goes_on_as(again, steps)
 
 
 @pytest.mark.parametrize("target", [LAYOUTS[8], LAYOUTS[4], LAYOUTS[0]], ids=name_of)
@@ -118,7 +130,7 @@ def test_weights_alone_are_trained_on_as_a_model_just_built(tmp_path: Path, targ
     with CheckpointReader(RunFolder(tmp_path).checkpoints / step_name(0)) as reader:
         assert reader.manifest.kinds == (WEIGHT,)
     loaded = run_on_ranks(target.ranks, train_untrained, target, tmp_path)[0]
-    assert largest_difference(loaded, built) <= 1e-4
+    assert_goes_on_as(loaded, built)
 
 
 def test_the_covering_pairs_cover() -> None:
@@ -139,4 +151,3 @@ def test_every_layout_goes_on_under_every_other(saved: dict[str, Saved], tmp_pat
         ):
             table[f"{name_of(source)} -> {name_of(target)}"] = difference
     print(json.dumps(table, indent=1))
-    assert max(table.values()) <= 1e-4

@@ -31,16 +31,21 @@ def test_a_bad_step_of_one_rank_is_as_if_its_samples_had_not_been_there(what: st
 
 
 @pytest.mark.parametrize(
-    ("newest", "again"),
+    ("good", "again"),
     [
-        (Path("step_7"), "go on from the last good checkpoint, step_7,"),
-        pytest.param(None, "start again (no checkpoint yet)", marks=pytest.mark.slow),
+        (Path("checkpoints/step_7"), "go on from the last good checkpoint, checkpoints/step_7,"),
+        pytest.param(
+            Path("checkpoints/step_5"),
+            "write step_5 into checkpoints/latest and go on from the last good checkpoint, checkpoints/step_5,",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(None, "start again (no good checkpoint)", marks=pytest.mark.slow),
     ],
 )
 def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_name_checkpoint_and_data(
-    newest: Path | None, again: str
+    good: Path | None, again: str
 ) -> None:
-    for told, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS), newest):
+    for told, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS), good):
         assert step == 4, "one that is alone is borne"
         assert told == (
             "train.max_bad_steps=1: 2 steps in a row up to step 4 had a NaN or Inf in loss or gradient; "

@@ -7,7 +7,7 @@ import pytest
 
 from hypermoe_ds.data.preprocess import Job, preprocess
 from tests.helpers.corpus import TokenisedCorpus, tokenised_corpus
-from tests.helpers.jobs import TRAIN, arguments_of, launch, run_script, small_recipe, write_recipe
+from tests.helpers.jobs import RECORDED_TRAIN, TRAIN, arguments_of, launch, run_script, small_recipe, write_recipe
 
 RANKS = 2
 EP = f"parallel.expert={RANKS}"
@@ -43,9 +43,9 @@ def stopped_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, stopped after 5 steps and resumed where the checkpoint of step 4 was the last whole one."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     arguments = arguments_of(recipe, f"run.dir={run}", EP)
-    run_script(TRAIN, *arguments, "train.stop_at_step=5", folder=run.parent, ranks=RANKS)
+    run_script(RECORDED_TRAIN, *arguments, "train.stop_at_step=5", folder=run.parent, ranks=RANKS)
     (run / "checkpoints" / "latest").write_text("step_00000004")
-    run_script(TRAIN, *arguments, folder=run.parent, ranks=RANKS)
+    run_script(RECORDED_TRAIN, *arguments, folder=run.parent, ranks=RANKS)
     return run
 
 
@@ -54,13 +54,16 @@ def moved_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, begun on two ranks under ZeRO-1, gone on with alone under ZeRO-3 and ended on two ranks again."""
     run = tmp_path_factory.mktemp("moved") / "run"
     run_script(
-        TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, "train.stop_at_step=3"), folder=run.parent, ranks=RANKS
+        RECORDED_TRAIN,
+        *arguments_of(recipe, f"run.dir={run}", EP, "train.stop_at_step=3"),
+        folder=run.parent,
+        ranks=RANKS,
     )
     alone = run_script(
-        TRAIN, *arguments_of(recipe, f"run.dir={run}", "train.stop_at_step=6", stage=3), folder=run.parent
+        RECORDED_TRAIN, *arguments_of(recipe, f"run.dir={run}", "train.stop_at_step=6", stage=3), folder=run.parent
     )
     assert alone.returncode == 0, alone.told()
-    run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, stage=2), folder=run.parent, ranks=RANKS)
+    run_script(RECORDED_TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, stage=2), folder=run.parent, ranks=RANKS)
     return run
 
 

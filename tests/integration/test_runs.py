@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hypermoe_ds.checkpoint.shards import CheckpointReader
 from tests.helpers.jobs import CLOCK
+from tests.helpers.routing import AFTER_A_TIE, assert_same_until_a_tie, read_routing
 
 STEPS = 8
 
@@ -40,19 +41,26 @@ def test_a_stopped_and_resumed_run_saves_what_a_whole_one_does_to_the_bit(whole_
         assert whole.manifest.kinds == ("weight", "exp_avg", "exp_avg_sq")
 
 
-def test_a_run_moved_to_other_ranks_and_stages_logs_what_a_whole_one_does(whole_run: Path, moved_run: Path) -> None:
-    pairs = list(zip(training_records(moved_run), training_records(whole_run), strict=True))
-    assert len(pairs) == STEPS
-    for moved, whole in pairs:
-        assert (moved["step"], moved["consumed_samples"]) == (whole["step"], whole["consumed_samples"])
-        for name in ("loss", "aux_loss", "z_loss", "total_loss", "grad_norm"):
-            assert moved[name] == pytest.approx(whole[name], rel=1e-4), (moved["step"], name)
-        assert moved["lr"] == whole["lr"]
-    moved_losses, whole_losses = (
-        [record["valid_loss"] for record in records(run) if "valid_loss" in record and record["step"] in (4, 8)]
-        for run in (moved_run, whole_run)
+def test_a_run_moved_to_other_ranks_and_stages_logs_what_one_that_stayed_does(
+    stopped_run: Path, moved_run: Path
+) -> None:
+    moved, stayed = training_records(moved_run), training_records(stopped_run)
+    assert len(moved) == len(stayed) == STEPS
+    for key in ("step", "consumed_samples", "lr"):
+        assert [record[key] for record in moved] == [record[key] for record in stayed]
+    numbers = [
+        [[record[name] for name in ("loss", "aux_loss", "z_loss", "total_loss", "grad_norm")] for record in of]
+        for of in (moved, stayed)
+    ]
+    routing = read_routing(moved_run, STEPS), read_routing(stopped_run, STEPS)
+    tie = assert_same_until_a_tie(*numbers, routing, 1e-5)
+    ours, theirs = (
+        {record["step"]: record["valid_loss"] for record in records(run) if "valid_loss" in record}
+        for run in (moved_run, stopped_run)
     )
-    assert moved_losses == pytest.approx(whole_losses, rel=1e-4)
+    for step in (4, 8):  # the routing of a validation is not recorded, and it may have a tie of its own
+        relative = 1e-3 if tie is None or step <= tie.step else AFTER_A_TIE
+        assert ours[step] == pytest.approx(theirs[step], rel=relative)
 
 
 def test_the_newest_checkpoints_are_kept(whole_run: Path, stopped_run: Path) -> None:

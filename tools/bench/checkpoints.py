@@ -1,5 +1,5 @@
 """How long training stands still for a checkpoint, written beside the training or while it waits, in turn; what a step
-costs meanwhile; how long a resume takes.
+costs meanwhile; how long a resume takes with each `checkpoint.verify`, in turn too.
 
     deepspeed --num_gpus 2 tools/bench/checkpoints.py [--preset P] [--folder DIR] [key=value ...]
 
@@ -12,11 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
+from hypermoe_ds.checkpoint.manifest import Verify
 from hypermoe_ds.config import apply_overrides
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
@@ -55,7 +56,8 @@ def main() -> None:
         print("| written | training waited, s | the step after it, s |\n| --- | ---: | ---: |")
         for name, times in found["saves"].items():
             print(f"| {name} | " + " | ".join(f"{median(column):.3f}" for column in zip(*times, strict=True)) + " |")
-        print(f"\na step without a save {found['step']:.3f} s, a resume {found['resume']:.3f} s", end=" | ")
+        resumes = ", ".join(f"verify={verify} {median(times):.3f} s" for verify, times in found["resumes"].items())
+        print(f"\na step without a save {found['step']:.3f} s, a resume with {resumes}", end=" | ")
         print(f"{found['bytes'] / 2**30:.2f} GiB, ranks {ranks}, {given.preset} {' '.join(given.overrides)}", end=" | ")
         print(" | ".join(f"{key} {value}" for key, value in machine(str(engine.device)).items()))
 
@@ -82,7 +84,7 @@ def step(engine: Any) -> float:
 
 
 def measure(engine: Any, folder: Path, repeats: int) -> dict[str, Any]:
-    """Seconds of saves in turn, of steps with and without one, of a resume; bytes of a checkpoint."""
+    """Seconds of saves in turn, of steps with and without one, of resumes in turn; bytes of a checkpoint."""
     managers = {
         name: CheckpointManager(engine, folder / "checkpoints", CheckpointConfig(asynchronous=beside, keep_last=1), {})
         for name, beside in (("beside the training", True), ("while it waits", False))
@@ -98,9 +100,17 @@ def measure(engine: Any, folder: Path, repeats: int) -> dict[str, Any]:
             times[name].append((waited, step(engine)))
             manager.finish()
     size = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*.safetensors"))
-    began = time.perf_counter()
-    managers["while it waits"].resume()
-    return {"saves": times, "step": median(alone), "resume": time.perf_counter() - began, "bytes": size}
+    readers = {
+        verify: CheckpointManager(engine, folder / "checkpoints", CheckpointConfig(verify=verify), {})
+        for verify in get_args(Verify)
+    }
+    resumes: dict[str, list[float]] = {verify: [] for verify in readers}
+    for _ in range(repeats):
+        for verify, reader in readers.items():
+            began = time.perf_counter()
+            reader.resume()
+            resumes[verify].append(time.perf_counter() - began)
+    return {"saves": times, "step": median(alone), "resumes": resumes, "bytes": size}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A run folder gives back what was written and refuses to go on with another model."""
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -78,3 +80,28 @@ def test_another_model_is_refused_by_the_name_of_the_field(
 def test_the_same_model_may_go_on(run: RunFolder) -> None:
     run.check_same_model(HyperMoEConfig(**FIELDS))
     run.check_same_model(run.model_config())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", 200_000 * b"[", b'{"hidden_size": "wide"}'])
+def test_a_damaged_configuration_is_refused_in_one_line_and_may_be_removed(run: RunFolder, content: bytes) -> None:
+    (run.model / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config.json: is damaged \(.*; restore it, or remove it: the next"):
+        run.check_same_model(HyperMoEConfig(**FIELDS))
+    (run.model / "config.json").unlink()
+    run.check_same_model(HyperMoEConfig(**FIELDS))
+
+
+def test_settings_are_written_whole_or_not_at_all(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (
+        lambda: run.write_model(HyperMoEConfig(**{**FIELDS, "num_experts": 8})),
+        lambda: run.write_settings({"run": {"dir": "y"}}, {}, HyperMoEConfig(**FIELDS), run.tokenizer),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert {path: path.read_bytes() for path in before} == before

@@ -1,15 +1,18 @@
 """The format: what is written is read in any ranges, and what is damaged is named before it is read."""
 
+import hashlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.manifest import MANIFEST, Manifest, Piece, TensorEntry
-from hypermoe_ds.checkpoint.shards import CheckpointReader, shard_name, write_shard, write_weights
+from hypermoe_ds.checkpoint.manifest import MANIFEST, Manifest, Piece, TensorEntry, shard_name
+from hypermoe_ds.checkpoint.shards import CheckpointReader, first_not_finite, write_shard, write_weights
 from hypermoe_ds.errors import UserError
 
 SHAPES = {"embedding": (7, 5), "norm": (5,), "experts": (4, 3, 5)}
@@ -77,12 +80,62 @@ def flip(path: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 9, -1, -9])
-def test_a_flipped_bit_of_a_shard_is_found_by_its_hash(tmp_path: Path, position: int) -> None:
+def test_a_flipped_bit_of_a_shard_is_found_by_its_hash_unless_told_otherwise(tmp_path: Path, position: int) -> None:
     cut_over(tmp_path, 2)
     flip(tmp_path / shard_name(1), position)
-    CheckpointReader(tmp_path, "sizes")
     with pytest.raises(UserError, match=r"shard_00001.safetensors: is not what was written .*; choose another"):
-        CheckpointReader(tmp_path, "full")
+        CheckpointReader(tmp_path)
+    if position < 0:  # in the tensors
+        CheckpointReader(tmp_path, "sizes")
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 64, b"\xff" * 8, b"\x10" + b"\0" * 7])
+def test_a_damaged_header_is_found_without_hashes(tmp_path: Path, damage: bytes) -> None:
+    cut_over(tmp_path, 2)
+    path = tmp_path / shard_name(1)
+    path.write_bytes(damage + path.read_bytes()[len(damage) :])
+    with pytest.raises(UserError, match=r"shard_00001.safetensors: has a damaged header \(.*; choose another"):
+        CheckpointReader(tmp_path, "sizes")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("weight/other", torch.zeros(5)),
+        ("weight/norm", torch.zeros(4)),
+        ("weight/norm", torch.zeros(5, 1)),
+        ("weight/norm", torch.zeros(5, dtype=torch.bfloat16)),
+    ],
+)
+def test_a_shard_that_does_not_hold_what_the_manifest_says_is_refused(
+    tmp_path: Path, name: str, tensor: Tensor
+) -> None:
+    write_weights(tmp_path, {"norm": torch.ones(5)}.items(), {}, {}, 10**6)
+    manifest = Manifest.read(tmp_path)
+    files = {shard_name(0): write_shard(tmp_path, 0, {name: tensor, "padding": torch.zeros(9)})}
+    replace(manifest, files=files).write(tmp_path)
+    with pytest.raises(UserError, match=r"shard_00000.safetensors: does not hold weight/norm as \[5\] in fp32; choose"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_range_outside_a_parameter_is_never_made_up(tmp_path: Path) -> None:
+    cut_over(tmp_path, 2)
+    with CheckpointReader(tmp_path) as reader:
+        for start, stop in ((0, 36), (-1, 3), (36, 37), (4, 3)):
+            with pytest.raises(ValueError, match="has no range"):
+                reader.read_range("embedding", start, stop)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [
+        ({"a": torch.ones(3), "b": torch.tensor([1.0, float("nan"), 2.0])}, "b"),
+        ({"a": torch.tensor([float("-inf")]), "b": torch.ones(1)}, "a"),
+        ({"a": torch.tensor([3e38, 3e38, -3e38]), "none": torch.empty(0), "state": torch.zeros(2).byte()}, None),
+    ],
+)
+def test_a_tensor_that_is_not_finite_is_named(tensors: dict[str, Tensor], found: str | None) -> None:
+    assert first_not_finite(tensors.items()) == found
 
 
 @pytest.mark.parametrize("verify", ["sizes", "full"])
@@ -124,6 +177,93 @@ def test_a_manifest_gone_cut_short_or_no_object_is_refused(tmp_path: Path) -> No
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"manifest.json: is missing or damaged; choose another checkpoint$"):
             Manifest.read(tmp_path)
+    for brackets in ("[]", ('{"a":', "}")):
+        path.write_text(200_000 * brackets[0] + "1" + 200_000 * brackets[1])
+        with pytest.raises(UserError, match=r"manifest.json: is missing or damaged"):
+            Manifest.read(tmp_path)
+    with path.open("wb") as file:
+        file.truncate(2**43)  # takes no space on the disk
+    with pytest.raises(UserError, match=r"manifest.json: is missing or damaged"):
+        Manifest.read(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=r"manifest.json: is missing or damaged"):
         Manifest.read(tmp_path)
+
+
+def forge(folder: Path, *keys: Any, to: Any) -> None:
+    """Change a value of the manifest, with a digest that fits."""
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["digest"]
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    if to is None:
+        del inner[keys[-1]]
+    else:
+        inner[keys[-1]] = to
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({**content, "digest": digest}))
+
+
+FILE = {"bytes": 10**18, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("keys", "to", "says"),
+    [
+        (["tensors", "norm", "shape"], [2**62, 2**62], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "shape"], [5, -1], "tensors.norm.shape.1: Input should be greater than or equal to 0"),
+        (["tensors", "norm", "shape"], "5", "tensors.norm.shape: Input should be a valid tuple"),
+        (["tensors", "norm", "shape"], [5.0], "tensors.norm.shape.0: Input should be a valid integer"),
+        (["tensors", "norm", "shape"], [True, 5], "tensors.norm.shape.0: Input should be a valid integer"),
+        (["tensors", "norm", "pieces"], [], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "pieces"], [[0, 0, 4]], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "pieces"], [[0, 0, 9], [1, 9, 1]], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "pieces"], [[0, 1, 5]], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "pieces"], [[0, 0, 3], [0, 3, 2]], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "pieces"], [[9, 0, 5]], "shard_00009.safetensors cannot hold the 40 bytes of its ranges"),
+        (["tensors", "norm", "pieces"], [[-1, 0, 5]], "tensors.norm.pieces.0.0: Input should be greater"),
+        (["tensors", "norm"], {"shape": [2**40], "pieces": [[0, 0, 2**40]]}, "shard_00000.safetensors cannot hold"),
+        (["tensors"], [], "tensors: Input should be a valid dict"),
+        (["tensors"], None, "it has other keys"),
+        (["unknown"], 1, "it has other keys"),
+        (["step"], -1, "step: Input should be greater than or equal to 0"),
+        (["step"], "3", "step: Input should be a valid integer"),
+        (["state", "run"], 3, "a part of its state is no object"),
+        (["kinds"], ["weight", "weight"], "kinds "),
+        (
+            ["files", "../shard_00000.safetensors"],
+            FILE,
+            r"files.../shard_00000.safetensors.\[key\]: String should match",
+        ),
+        (["files", "/etc/passwd"], FILE, r"files./etc/passwd.\[key\]: String should match"),
+        (["files", "shard_00000.safetensors", "bytes"], 3, "shard_00000.safetensors cannot hold"),
+        (["files", "shard_00000.safetensors", "sha256"], "?", "sha256: String should match"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused_before_anything_is_allocated(
+    tmp_path: Path, keys: list[str], to: Any, says: str
+) -> None:
+    cut_over(tmp_path, 2)
+    forge(tmp_path, *keys, to=to)
+    with pytest.raises(UserError, match=rf"manifest.json: describes no checkpoint \(.*{says}.*; choose another"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "checkpoint", tmp_path / "outside"
+    for made in (folder, outside):
+        made.mkdir()
+    cut_over(folder, 1)
+    for name, reason in ((shard_name(0), "is a link that leads out of its folder; put"), (MANIFEST, "is a link")):
+        (folder / name).rename(outside / name)
+        (folder / name).symlink_to(outside / name)
+        with pytest.raises(UserError, match=rf"{name}: {reason}"):
+            CheckpointReader(folder)
+        (folder / name).unlink()
+        (outside / name).rename(folder / "kept")
+        (folder / name).symlink_to("kept")
+        CheckpointReader(folder).release()
+        (folder / "kept").rename(folder / name)
+    (tmp_path / "link").symlink_to(folder)  # a checkpoint that was moved to other storage
+    CheckpointReader(tmp_path / "link").release()

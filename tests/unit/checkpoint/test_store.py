@@ -1,5 +1,6 @@
 """The folder of checkpoints: what is found in it, what appears, what is kept."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ def test_folders_sort_as_their_steps_do(tmp_path: Path) -> None:
 
 def test_only_folders_named_by_a_step_count(tmp_path: Path) -> None:
     make(tmp_path, 5)
-    for name in (".step_00000007.partial", "step_00000008.damaged", "step_", "step_x"):
+    for name in (".step_00000007.partial", "step_00000008.damaged", "step_", "step_x", "step_6"):
         (tmp_path / name).mkdir()
+    (tmp_path / step_name(9)).write_text("a file")
+    (tmp_path / step_name(10)).symlink_to("nowhere")
     assert saved_steps(tmp_path) == [5]
     assert saved_steps(tmp_path / "none") == []
 
@@ -44,12 +47,30 @@ def test_checkpoints_without_a_latest_are_no_fresh_start(tmp_path: Path) -> None
     assert latest_step(make(tmp_path, 10, 20)) == 20
 
 
-@pytest.mark.parametrize("latest", ["step_00000030", "step_10", "", "global_step10", "../step_00000010"])
-def test_a_latest_that_names_nothing_is_refused(tmp_path: Path, latest: str) -> None:
-    make(tmp_path, 10, latest=latest)
-    with pytest.raises(
-        UserError, match=r"names no checkpoint beside it; write the name of one into it \(step_00000010\)$"
-    ):
+@pytest.mark.parametrize(
+    "latest", [b"step_00000030", b"step_10", b"", b"global_step10", b"../step_00000010", b"\xff\xfe\0", b"x" * 10**6]
+)
+def test_a_latest_that_names_nothing_is_reported_and_the_newest_used(
+    tmp_path: Path, latest: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, 10, 20)
+    (tmp_path / "latest").write_bytes(latest)
+    assert latest_step(tmp_path) == 20
+    [record] = caplog.records
+    assert record.getMessage() == (
+        f"warning: {tmp_path}/latest: names no checkpoint next to it; the newest is step_00000020"
+    )
+
+
+def test_a_latest_that_is_a_folder_is_reported_too(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    (tmp_path / "latest").mkdir()
+    assert latest_step(tmp_path) == 10
+
+
+def test_a_latest_alone_is_no_fresh_start(tmp_path: Path) -> None:
+    make(tmp_path, latest="step_00000010")
+    with pytest.raises(UserError, match="latest: names no checkpoint, and there is none; restore one, or remove"):
         latest_step(tmp_path)
 
 
@@ -88,6 +109,43 @@ def test_what_was_cut_off_is_removed_before_the_next_is_begun(tmp_path: Path) ->
     for step in (10, 20):
         store.begin(tmp_path, step)
     assert [path.name for path in tmp_path.iterdir()] == [".step_00000020.partial"]
+
+
+def test_what_is_not_ours_is_left_alone_and_what_is_may_be_a_file_or_a_link(tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    make(others, 10)
+    for name in (".step_notes", ".step_00000010.partial", ".step_00000020.removed"):
+        (tmp_path / name).touch()
+    (tmp_path / ".step_00000030.removed").symlink_to(others)
+    store.remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_notes", "others"]
+    assert saved_steps(others) == [10]
+
+
+def test_of_an_old_checkpoint_that_is_a_link_the_link_is_removed(tmp_path: Path) -> None:
+    archive = make(tmp_path / "archive", 10)
+    checkpoints = make(tmp_path / "checkpoints", 20, 30)
+    (checkpoints / step_name(10)).symlink_to(archive / step_name(10))
+    assert saved_steps(checkpoints) == [10, 20, 30]
+    store.remove_old(checkpoints, 30, 2, None)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [step_name(20), step_name(30)]
+    assert (archive / step_name(10) / "content").read_text() == "10"
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_reported_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, _: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    make(tmp_path, 10, 20, 30)
+    monkeypatch.setattr(Path, "rename", refuse)
+    store.remove_old(tmp_path, 30, 1, None)
+    assert saved_steps(tmp_path) == [10, 20, 30]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: {tmp_path / step_name(step)}: cannot be removed (Permission denied); remove it by hand"
+        for step in (10, 20)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.monitor.summary import summarize, validation_at
+from hypermoe_ds.monitor.summary import read_records, summarize, validation_at
 
 RECORDS = [
     {"step": 1, "tokens_per_second": 1.0, "consumed_samples": 8},
@@ -41,3 +41,18 @@ def test_a_step_has_the_loss_of_its_own_validation_or_none(tmp_path: Path) -> No
     path = write(tmp_path / "metrics.jsonl", RECORDS)
     assert [validation_at(path, step) for step in (1, 5, 6, 9)] == [None, 3.0, None, 2.5]
     assert validation_at(tmp_path / "none.jsonl", 9) is None
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        b'{"step": 1, "name": "\xe2\x80\xa8"}',
+        b"\xff\xfe\0",
+        b"3",
+        b"null",
+        b"{}",
+        b'{"step": "2"}',
+        10**6 * b"[",
+    ]
+    path.write_bytes(b"\n".join([*lines, b'{"step": 2}', b'{"step": 3, "lo']))
+    assert [record["step"] for record in read_records(path)] == [1, 2]

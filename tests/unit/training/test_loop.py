@@ -1,7 +1,7 @@
 """The loop: what is due when, and what an optimizer step hands on, with everything around it faked."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,10 +126,10 @@ class Checkpoints:
     def is_due(self, step: int) -> bool:
         return step in self._due
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], prune: bool) -> None:
         assert not self._notes.clock_runs
         assert state["step"] == step
-        self._notes.events.append(f"saved {step}")
+        self._notes.events.append(f"saved {step}" + ", none removed" * (not prune))
 
     def finish(self) -> None:
         self._notes.events.append("on disk")
@@ -138,16 +138,20 @@ class Checkpoints:
 class Guard:
     """Asks for the end after a step, and knows of a checkpoint that was not written."""
 
-    def __init__(self, signal_in: int | None = None, unsaved_in: int | None = None) -> None:
+    def __init__(
+        self, signal_in: int | None = None, unsaved_in: int | None = None, skipped: Container[int] = ()
+    ) -> None:
         self._signal_in = signal_in
         self._unsaved_in = unsaved_in
+        self._skipped = skipped
 
     def watch(self, loss: str) -> str:
         return f"watched {loss}"
 
     def after_step(self, state: TrainState) -> Agreed:
-        state.advance(state.consumed_samples + B * ACCUMULATION * RANKS)
-        return Agreed(state.step == self._signal_in, state.step == self._unsaved_in, skipped=False, loss=1.0)
+        skipped = state.step + 1 in self._skipped
+        state.advance(state.consumed_samples + B * ACCUMULATION * RANKS, skipped)
+        return Agreed(state.step == self._signal_in, state.step == self._unsaved_in, skipped, loss=1.0)
 
 
 class Watchdog:
@@ -163,7 +167,12 @@ class Watchdog:
 
 
 def run(
-    first: int, last: int, validates: bool = True, signal_in: int | None = None, unsaved_in: int | None = None
+    first: int,
+    last: int,
+    validates: bool = True,
+    signal_in: int | None = None,
+    unsaved_in: int | None = None,
+    skipped: Container[int] = (),
 ) -> tuple[Notes, TrainState, Engine]:
     notes, engine = Notes(logged={1, 4}, saved=set()), Engine()
     samples = B * ACCUMULATION * RANKS
@@ -172,7 +181,7 @@ def run(
     stopped = train(
         engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
         checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
-        validation_interval=2, guard=Guard(signal_in, unsaved_in), watchdog=watchdog,  # type: ignore[arg-type]
+        validation_interval=2, guard=Guard(signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
     assert stopped == watchdog.saved == (state.step < last)
     forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
@@ -215,6 +224,23 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_without_a_va
 def test_a_checkpoint_that_was_not_written_is_written_after_the_next_step() -> None:
     notes, _, _ = run(0, 5, validates=False, unsaved_in=4)
     assert [event for event in notes.events if "saved" in str(event)] == ["saved 3", "saved 4", "saved 5"]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "unsaved_in", "saved"),
+    [
+        ({3}, None, ["saved 4", "saved 5"]),
+        ({2, 3, 4}, None, ["saved 5"]),
+        ({4}, 4, ["saved 3", "saved 5"]),
+        ({1, 2}, None, ["saved 3", "saved 5"]),
+        ({3, 4, 5}, None, ["saved 5, none removed"]),
+    ],
+)
+def test_a_checkpoint_due_in_a_row_of_bad_steps_is_written_after_it_and_none_removed_before(
+    skipped: set[int], unsaved_in: int | None, saved: list[str]
+) -> None:
+    notes, _, _ = run(0, 5, validates=False, unsaved_in=unsaved_in, skipped=skipped)
+    assert [event for event in notes.events if "saved" in str(event)] == saved
 
 
 def test_a_signal_in_the_last_step_changes_nothing() -> None:

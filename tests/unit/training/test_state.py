@@ -1,0 +1,24 @@
+"""The position of a run comes back from a checkpoint as it was, or not at all."""
+
+from typing import Any
+
+import pytest
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.training.state import TrainState
+
+
+def test_a_state_comes_back_as_it_was_and_none_is_empty() -> None:
+    state = TrainState(3, 24, "key", 1, 16)
+    assert TrainState.from_dict(state.to_dict()) == state
+    assert TrainState.from_dict({}) == TrainState()
+    assert TrainState.from_dict({"step": 3, "consumed_samples": 24}).good_samples == 24
+
+
+@pytest.mark.parametrize(
+    "saved", [{"step": -1}, {"step": "3"}, {"step": 1.5}, {"consumed_samples": None}, {"data_order": 3}, {"stop": 3}]
+)
+def test_what_no_run_has_saved_is_refused(saved: dict[str, Any]) -> None:
+    [key] = saved
+    with pytest.raises(UserError, match=rf"^state.run.{key} of the checkpoint: .*; choose another checkpoint$"):
+        TrainState.from_dict(saved)
