@@ -138,7 +138,16 @@ class HyperMoEConfig(PreTrainedConfig):
     """
 
     model_type = "hypermoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # All but the logits, for the Trainer's `compute_metrics`. A list: the Trainer appends to it.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 (read by Transformers)
+        "past_key_values",
+        "lm_loss",
+        "aux_loss",
+        "z_loss",
+        "router_logits",
+        "selected_experts",
+        "branch_norms",
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -232,6 +241,33 @@ class HyperMoEConfig(PreTrainedConfig):
                 f"first_dense_layers={self.first_dense_layers}: more than num_hidden_layers="
                 f"{self.num_hidden_layers}; choose 0 to {self.num_hidden_layers}"
             )
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How Transformers splits the base model's weights over ranks for inference.
+
+        Heads of the attention and widths of all SwiGLUs, experts included; the rest is on every rank. A norm over all
+        heads of a layer needs them in one place: they are then gathered before it.
+        """
+        whole = self.qk_norm and self.qk_norm_scope == "all_heads"
+        plan = dict.fromkeys(
+            (f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise_gather_output" if whole else "colwise"
+        )
+        plan["layers.*.self_attn.o_proj"] = "rowwise_split_input" if whole else "rowwise"
+        if self.qk_norm and not whole:
+            plan |= dict.fromkeys(
+                (f"layers.*.self_attn.{name}_norm" for name in "qk"), "replicated_with_grad_allreduce"
+            )
+        dense = ["mlp"] * (len(self.moe_layers) < self.num_hidden_layers)
+        shared = ["mlp.shared_experts"] * bool(self.moe_layers and self.shared_expert_size)
+        for swiglu in dense + shared:
+            plan |= {f"layers.*.{swiglu}.{name}_proj": "colwise" for name in ("gate", "up")}
+            plan[f"layers.*.{swiglu}.down_proj"] = "rowwise"
+        if self.moe_layers:
+            plan["layers.*.mlp.experts"] = "moe_tp_experts"
+            plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+            plan["layers.*.mlp.experts.down_proj"] = "rowwise"
+        return plan
 
     @property
     def moe_layers(self) -> list[int]:
