@@ -1,6 +1,7 @@
 """Configuration of a HyperMoE language model, with its parameter and FLOP counts by formula."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -200,6 +201,16 @@ class HyperMoEConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self._check()
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the configuration and its code; next to a model, list every class that it loads as.
+
+        Transformers puts the class of the saved model alone into `auto_map`.
+        """
+        listed = getattr(self, "auto_map", None) or {}
+        if listed.keys() & _AUTO_CLASSES.keys():
+            self.auto_map = {**listed, **_AUTO_CLASSES}
+        super().save_pretrained(save_directory, **kwargs)
+
     def _check(self) -> None:
         smallest = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0)
         for key, least in smallest.items():
@@ -243,7 +254,7 @@ class HyperMoEConfig(PreTrainedConfig):
             )
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def base_model_tp_plan(self) -> dict[str, str]:
         """How Transformers splits the base model's weights over ranks for inference.
 
         Heads of the attention and widths of all SwiGLUs, experts included; the rest is on every rank. A norm over all
@@ -353,6 +364,10 @@ class HyperMoEConfig(PreTrainedConfig):
         return 2 * sets * (encoder + trunk + B * (2 * D * A + A + D))
 
 
+_AUTO_CLASSES = {
+    "AutoModel": "modeling_hypermoe.HyperMoEModel",
+    "AutoModelForCausalLM": "modeling_hypermoe.HyperMoEForCausalLM",
+}
 _AT_LEAST_ONE = (
     "vocab_size",
     "hidden_size",

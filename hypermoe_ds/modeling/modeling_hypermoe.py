@@ -225,8 +225,8 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @can_return_tuple
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -351,7 +351,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -410,17 +410,16 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             output.router_logits, output.selected_experts = decoded.router_logits, decoded.selected_experts
             output.branch_norms = decoded.branch_norms
         if shift_labels is not None:
-            routing = tuple(map(Routing, decoded.router_logits, decoded.selected_experts))
-            routing, shift_labels = _without_padding(routing, shift_labels, attention_mask)
-            self._add_losses(output, hidden_BSD, routing, shift_labels, num_items)
+            self._add_losses(output, hidden_BSD, decoded, shift_labels, attention_mask, num_items)
         return output
 
     def _add_losses(
         self,
         output: HyperMoECausalLMOutput,
         hidden_BSD: Tensor,
-        routing: tuple[Routing, ...],
+        decoded: HyperMoEModelOutput,
         labels_BS: Tensor,
+        attention_mask: Tensor | None,
         num_items: Tensor | int | None,
     ) -> None:
         """Put the losses into `output`.
@@ -428,8 +427,9 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         With `num_items`, the tokens of an accumulated batch, the losses of its parts add up to the mean over all its
         tokens; the routing losses of the parts are weighted by their tokens too.
         """
-        lm_loss = self._language_loss(hidden_BSD, output.logits, labels_BS)
-        loss = lm_loss
+        routing = tuple(map(Routing, decoded.router_logits or (), decoded.selected_experts or ()))
+        routing, labels_BS = _without_padding(routing, labels_BS, attention_mask)
+        loss = lm_loss = self._language_loss(hidden_BSD, output.logits, labels_BS)
         if routing:
             output.aux_loss, output.z_loss = self._routing_losses(routing)
             weighted = self.config.router_aux_loss_coef * output.aux_loss
