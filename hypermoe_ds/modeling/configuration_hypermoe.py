@@ -281,6 +281,14 @@ class HyperMoEConfig(PreTrainedConfig):
         return plan
 
     @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How Transformers gives each rank whole experts of every layer."""
+        if not self.moe_layers:
+            return {}
+        plan = dict.fromkeys((f"layers.*.mlp.experts.{name}_proj" for name in ("gate_up", "down")), "grouped_gemm")
+        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that are a Mixture of Experts."""
         sparse = range(self.first_dense_layers, self.num_hidden_layers)

@@ -5,7 +5,6 @@ Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, d h
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -26,48 +24,7 @@ from .hyper_costs import Sizes
 from .hyper_experts import BakedHyperExperts, HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from .lm_head import LMHead
 from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, observe_router, router_z_loss
-
-
-@dataclass
-class HyperMoEModelOutput(BaseModelOutputWithPast):
-    """Output of the decoder.
-
-    Attributes:
-        last_hidden_state: [B, S, D] after the final norm.
-        past_key_values: the cache, when one is used.
-        hidden_states: the embeddings and each layer's output [B, S, D], the last after the final norm; when asked for.
-        attentions: per layer the attention weights [B, h, S, S]; when asked for. Only "eager" attention makes any.
-        router_logits: per MoE layer [T, N]; when asked for.
-        selected_experts: per MoE layer [T, K]; when asked for, with the logits.
-        branch_norms: per MoE layer ||MoE block's output|| and ||HyperExperts' output||, [2]; when asked for.
-    """
-
-    router_logits: tuple[Tensor, ...] | None = None
-    selected_experts: tuple[Tensor, ...] | None = None
-    branch_norms: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class HyperMoECausalLMOutput(CausalLMOutputWithPast):
-    """Output of the language model.
-
-    Attributes:
-        loss: lm_loss plus the weighted routing losses; given labels.
-        logits: [B, S, V]; None if the loss was asked for without them.
-        past_key_values, hidden_states, attentions: as of `HyperMoEModelOutput`.
-        lm_loss: mean cross-entropy in nats per token. Given `num_items_in_batch`, it and `loss` are
-            this batch's part of the mean over so many tokens.
-        aux_loss: load-balancing loss, mean over the MoE layers (1 when the load is even).
-        z_loss: router z-loss, mean over the MoE layers.
-        router_logits, selected_experts, branch_norms: as of `HyperMoEModelOutput`.
-    """
-
-    lm_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    selected_experts: tuple[Tensor, ...] | None = None
-    branch_norms: tuple[Tensor, ...] | None = None
+from .outputs import HyperMoECausalLMOutput, HyperMoEModelOutput
 
 
 class DecoderLayer(GradientCheckpointingLayer):
