@@ -357,47 +357,50 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BSD = decoded.last_hidden_state[:, kept]
-        output = HyperMoECausalLMOutput(
-            logits=self.lm_head(hidden_BSD) if output_logits or shift_labels is None else None,
+        logits = self.lm_head(hidden_BSD) if output_logits or shift_labels is None else None
+        losses = self._losses(hidden_BSD, logits, decoded, shift_labels, attention_mask, num_items)
+        return HyperMoECausalLMOutput(
+            logits=logits,
             past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             attentions=decoded.attentions,
+            router_logits=decoded.router_logits if output_router_logits else None,
+            selected_experts=decoded.selected_experts if output_router_logits else None,
+            branch_norms=decoded.branch_norms,
+            **losses,
         )
-        if output_router_logits:
-            output.router_logits, output.selected_experts = decoded.router_logits, decoded.selected_experts
-            output.branch_norms = decoded.branch_norms
-        if shift_labels is not None:
-            self._add_losses(output, hidden_BSD, decoded, shift_labels, attention_mask, num_items)
-        return output
 
-    def _add_losses(
+    def _losses(
         self,
-        output: HyperMoECausalLMOutput,
         hidden_BSD: Tensor,
+        logits_BSV: Tensor | None,
         decoded: HyperMoEModelOutput,
-        labels_BS: Tensor,
+        labels_BS: Tensor | None,
         attention_mask: Tensor | None,
         num_items: Tensor | int | None,
-    ) -> None:
-        """Put the losses into `output`.
+    ) -> dict[str, Tensor]:
+        """Losses by their names in the output; none without labels.
 
         With `num_items`, the tokens of an accumulated batch, the losses of its parts add up to the mean over all its
         tokens; the routing losses of the parts are weighted by their tokens too.
         """
+        if labels_BS is None:
+            return {}
         routing = tuple(map(Routing, decoded.router_logits or (), decoded.selected_experts or ()))
         routing, labels_BS = _without_padding(routing, labels_BS, attention_mask)
-        loss = lm_loss = self._language_loss(hidden_BSD, output.logits, labels_BS)
+        losses = {}
+        loss = lm_loss = self._language_loss(hidden_BSD, logits_BSV, labels_BS)
         if routing:
-            output.aux_loss, output.z_loss = self._routing_losses(routing)
-            weighted = self.config.router_aux_loss_coef * output.aux_loss
-            weighted = weighted + self.config.z_loss_coef * output.z_loss
+            losses["aux_loss"], losses["z_loss"] = self._routing_losses(routing)
+            weighted = self.config.router_aux_loss_coef * losses["aux_loss"]
+            weighted = weighted + self.config.z_loss_coef * losses["z_loss"]
             loss = lm_loss + len(routing) * weighted
         if num_items is not None:
             count = (labels_BS != -100).sum()
             share = count / torch.as_tensor(num_items, device=count.device)
             # The mean over no label is NaN.
-            lm_loss, loss = ((mean * share).masked_fill(count == 0, 0) for mean in (lm_loss, loss))
-        output.lm_loss, output.loss = lm_loss, loss
+            loss, lm_loss = ((mean * share).masked_fill(count == 0, 0) for mean in (loss, lm_loss))
+        return losses | {"loss": loss, "lm_loss": lm_loss}
 
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
         """Mean cross-entropy, of the logits where there are any."""

@@ -411,9 +411,3 @@ def test_equal_seeds_give_equal_models_and_others_do_not() -> None:
         assert torch.equal(parameter, same.get_parameter(name))
         if "norm" not in name:
             assert not torch.equal(parameter, other.get_parameter(name)), name
-
-
-def test_a_trainer_is_told_that_the_loss_is_a_plain_mean() -> None:
-    # Transformers' Trainer takes a forward with **kwargs for one that divides by the tokens of all
-    # accumulated batches, unless the model says otherwise, and would not divide by their number itself.
-    assert HyperMoEForCausalLM.accepts_loss_kwargs is False
