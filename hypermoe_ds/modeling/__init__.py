@@ -1,12 +1,13 @@
 """The model: configuration, decoder, Mixture of Experts and HyperExperts. Knows nothing of ranks."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_hypermoe import PRESETS, HyperMoEConfig
-from .modeling_hypermoe import HyperMoEForCausalLM
+from .modeling_hypermoe import HyperMoEForCausalLM, HyperMoEModel
 
 AutoConfig.register(HyperMoEConfig.model_type, HyperMoEConfig)
+AutoModel.register(HyperMoEConfig, HyperMoEModel)
 AutoModelForCausalLM.register(HyperMoEConfig, HyperMoEForCausalLM)
 
 __all__ = ["PRESETS", "HyperMoEConfig", "HyperMoEForCausalLM", "skeleton", "stored_shapes"]

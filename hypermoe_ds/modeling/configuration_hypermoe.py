@@ -1,6 +1,7 @@
 """Configuration of a HyperMoE language model, with its parameter and FLOP counts by formula."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -138,7 +139,16 @@ class HyperMoEConfig(PreTrainedConfig):
     """
 
     model_type = "hypermoe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # All but the logits, for the Trainer's `compute_metrics`. A list: the Trainer appends to it.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 (read by Transformers)
+        "past_key_values",
+        "lm_loss",
+        "aux_loss",
+        "z_loss",
+        "router_logits",
+        "selected_experts",
+        "branch_norms",
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -191,6 +201,16 @@ class HyperMoEConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self._check()
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the configuration and its code; next to a model, list every class that it loads as.
+
+        Transformers puts the class of the saved model alone into `auto_map`.
+        """
+        listed = getattr(self, "auto_map", None) or {}
+        if listed.keys() & _AUTO_CLASSES.keys():
+            self.auto_map = {**listed, **_AUTO_CLASSES}
+        super().save_pretrained(save_directory, **kwargs)
+
     def _check(self) -> None:
         smallest = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0)
         for key, least in smallest.items():
@@ -232,6 +252,41 @@ class HyperMoEConfig(PreTrainedConfig):
                 f"first_dense_layers={self.first_dense_layers}: more than num_hidden_layers="
                 f"{self.num_hidden_layers}; choose 0 to {self.num_hidden_layers}"
             )
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How Transformers splits the base model's weights over ranks for inference.
+
+        Heads of the attention and widths of all SwiGLUs, experts included; the rest is on every rank. A norm over all
+        heads of a layer needs them in one place: they are then gathered before it.
+        """
+        whole = self.qk_norm and self.qk_norm_scope == "all_heads"
+        plan = dict.fromkeys(
+            (f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise_gather_output" if whole else "colwise"
+        )
+        plan["layers.*.self_attn.o_proj"] = "rowwise_split_input" if whole else "rowwise"
+        if self.qk_norm and not whole:
+            plan |= dict.fromkeys(
+                (f"layers.*.self_attn.{name}_norm" for name in "qk"), "replicated_with_grad_allreduce"
+            )
+        dense = ["mlp"] * (len(self.moe_layers) < self.num_hidden_layers)
+        shared = ["mlp.shared_experts"] * bool(self.moe_layers and self.shared_expert_size)
+        for swiglu in dense + shared:
+            plan |= {f"layers.*.{swiglu}.{name}_proj": "colwise" for name in ("gate", "up")}
+            plan[f"layers.*.{swiglu}.down_proj"] = "rowwise"
+        if self.moe_layers:
+            plan["layers.*.mlp.experts"] = "moe_tp_experts"
+            plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+            plan["layers.*.mlp.experts.down_proj"] = "rowwise"
+        return plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How Transformers gives each rank whole experts of every layer."""
+        if not self.moe_layers:
+            return {}
+        plan = dict.fromkeys((f"layers.*.mlp.experts.{name}_proj" for name in ("gate_up", "down")), "grouped_gemm")
+        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
     @property
     def moe_layers(self) -> list[int]:
@@ -317,6 +372,10 @@ class HyperMoEConfig(PreTrainedConfig):
         return 2 * sets * (encoder + trunk + B * (2 * D * A + A + D))
 
 
+_AUTO_CLASSES = {
+    "AutoModel": "modeling_hypermoe.HyperMoEModel",
+    "AutoModelForCausalLM": "modeling_hypermoe.HyperMoEForCausalLM",
+}
 _AT_LEAST_ONE = (
     "vocab_size",
     "hidden_size",

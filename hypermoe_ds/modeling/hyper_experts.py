@@ -312,7 +312,9 @@ class HyperExperts(nn.Module):
             sets_UK, set_of_token_T = distinct_sets(selected_TK, self.num_experts)
             taken = Taken(set_of_token_T.unsqueeze(1))
             if cache is not None and len(sets_UK) <= cache.capacity:
-                fetched = cache.fetch(sets_UK, lambda missing_UK: self._generate(self.encoder(missing_UK), hypernetwork))
+                fetched = cache.fetch(
+                    sets_UK, lambda missing_UK: self._generate(self.encoder(missing_UK), hypernetwork)
+                )
                 return apply_generated(x_TD, taken, fetched)
             z_UH = self.encoder(sets_UK)
         form, recompute = self._choose(form, taken, len(z_UH), set_size, sizes, x_TD)

@@ -5,7 +5,6 @@ Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, d h
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .attention import Attention, rotary_tables
 from .configuration_hypermoe import HyperMoEConfig
 from .generated import HyperExpertWeights
 from .hyper_cache import KeptHyperExperts
@@ -33,115 +32,7 @@ from .hyper_experts import (
 )
 from .lm_head import LMHead
 from .moe import Experts, MoEBlock, ResidualLinear, Routing, SwiGLU, load_balancing_loss, router_z_loss, run_observed
-
-
-@dataclass
-class HyperMoEModelOutput(ModelOutput):
-    """Output of the decoder.
-
-    Attributes:
-        last_hidden_state: [B, S, D] after the final norm.
-        past_key_values: the cache, when one is used.
-        routing: per MoE layer what its router decided.
-        branch_norms: per MoE layer ||MoE block's output|| and ||HyperExperts' output||, [2];
-            only when asked for.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    routing: tuple[Routing, ...] | None = None
-    branch_norms: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class HyperMoECausalLMOutput(ModelOutput):
-    """Output of the language model.
-
-    Attributes:
-        loss: lm_loss plus the weighted routing losses; given labels.
-        lm_loss: mean cross-entropy in nats per token.
-        aux_loss: load-balancing loss, mean over the MoE layers (1 when the load is even).
-        z_loss: router z-loss, mean over the MoE layers.
-        logits: [B, S, V]; None where the loss was asked for without them.
-        past_key_values: the cache, when one is used.
-        router_logits: per MoE layer [T, N]; when asked for.
-        selected_experts: per MoE layer [T, K]; when asked for.
-        branch_norms: per MoE layer ||MoE block's output|| and ||HyperExperts' output||, [2]; when asked for.
-    """
-
-    loss: Tensor | None = None
-    lm_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    selected_experts: tuple[Tensor, ...] | None = None
-    branch_norms: tuple[Tensor, ...] | None = None
-
-
-def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, S, width] of the rotary embedding (RoFormer, arXiv 2104.09864).
-
-    Made anew in fp32 on each pass: a buffer would be rounded when the model is cast to bf16.
-    """
-    exponent_d = torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / width
-    angle_BSd = positions_BS.unsqueeze(-1).float() * base**-exponent_d
-    angle_BSd = torch.cat([angle_BSd, angle_BSd], dim=-1)
-    return angle_BSd.cos().to(dtype), angle_BSd.sin().to(dtype)
-
-
-def rotate(x_BhSd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (x_i, x_{i + d/2}) by its position's angle."""
-    cos_BSd, sin_BSd = rotary
-    first, second = x_BhSd.chunk(2, dim=-1)
-    return x_BhSd * cos_BSd.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_BSd.unsqueeze(1)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention through scaled-dot-product attention."""
-
-    is_causal = True
-
-    def __init__(self, config: HyperMoEConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = ResidualLinear(queries, config.hidden_size, bias=False)
-        self.norm_widths = (self.head_dim, self.head_dim) if config.qk_norm_scope == "head" else (queries, keys)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-            for width in self.norm_widths
-        )
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> Tensor:
-        B, S, _ = x_BSD.shape
-        heads = (B, S, -1, self.head_dim)
-        over_queries, over_keys = ((B, S, -1, width) for width in self.norm_widths)
-        q_BShd = self.q_norm(self.q_proj(x_BSD).view(over_queries)).view(heads)
-        k_BShd = self.k_norm(self.k_proj(x_BSD).view(over_keys)).view(heads)
-        q_BhSd, k_BhSd = rotate(q_BShd.transpose(1, 2), rotary), rotate(k_BShd.transpose(1, 2), rotary)
-        v_BhSd = self.v_proj(x_BSD).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            k_BhSd, v_BhSd = past_key_values.update(k_BhSd, v_BhSd, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, ALL_ATTENTION_FUNCTIONS["sdpa"]
-        )
-        y_BShd, _ = attend(self, q_BhSd, k_BhSd, v_BhSd, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0)
-        output: Tensor = self.o_proj(y_BShd.reshape(B, S, -1))
-        return output
+from .outputs import HyperMoECausalLMOutput, HyperMoEModelOutput
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -167,16 +58,20 @@ class DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         kept: KeptHyperExperts | None = None,
         output_branch_norms: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the residual stream, a MoE layer's logits and selection and, if asked for, its branch norms.
+        **attention_kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the residual stream, attention weights, a MoE layer's logits and selection and, if asked, its norms.
 
         Takes, generated, and returns bare tensors: reentrant activation checkpointing cuts off the graph what is
         wrapped in an object.
         """
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values)
+        y_BSD, weights_BhSS = self.self_attn(
+            self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values, **attention_kwargs
+        )
+        x_BSD = x_BSD + y_BSD
         hidden_BSD = self.post_attention_layernorm(x_BSD)
         if not self.is_moe:
-            return x_BSD + self.mlp(hidden_BSD), None, None, None
+            return x_BSD + self.mlp(hidden_BSD), weights_BhSS, None, None, None
 
         weights = HyperExpertWeights(*generated) if generated else None
         seen: list[Routing] = []
@@ -196,7 +91,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             if output_branch_norms:
                 norms = torch.stack([y_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
             y_BSD = y_BSD + hyper_TD.view_as(y_BSD)
-        return x_BSD + y_BSD, seen[0].logits_TN, seen[0].selected_TK, norms
+        return x_BSD + y_BSD, weights_BhSS, seen[0].logits_TN, seen[0].selected_TK, norms
 
     def _start_branch(
         self,
@@ -252,6 +147,8 @@ class HyperMoEPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
@@ -295,6 +192,8 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -303,11 +202,22 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         kept_hyper_experts: KeptHyperExperts | None = None,
         output_branch_norms: bool = False,
-        **_: Any,
+        **attention_kwargs: Any,
     ) -> HyperMoEModelOutput:
-        """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D]."""
+        """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D].
+
+        Args:
+            kept_hyper_experts: where `generate` keeps generated HyperExperts between its passes.
+            attention_kwargs: passed on to the attention function.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings are given.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -315,7 +225,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(start, start + x_BSD.shape[1], device=x_BSD.device).unsqueeze(0)
+            position_ids = (torch.arange(x_BSD.shape[1], device=x_BSD.device) + start).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BSD,
@@ -323,30 +233,68 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = self._decode(
+            x_BSD,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            output_branch_norms=output_branch_norms,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            kept=kept_hyper_experts,
+            **attention_kwargs,
+        )
+        output.past_key_values = past_key_values
+        return output
 
-        ahead = iter(() if kept_hyper_experts is not None else self._generate_ahead(x_BSD))
+    def _decode(
+        self,
+        x_BSD: Tensor,
+        *,
+        output_attentions: bool,
+        output_hidden_states: bool,
+        output_router_logits: bool | None,
+        position_ids: Tensor,
+        kept: KeptHyperExperts | None,
+        **arguments: Any,
+    ) -> HyperMoEModelOutput:
+        """Run the layers and the final norm, and keep the layers' outputs that are asked for."""
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
+        ahead = iter(() if kept is not None else self._generate_ahead(x_BSD))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
-        routings, norms = [], []
+        hidden, attentions, logits, selected, norms = [], [], [], [], []
         for layer in self.layers:
-            x_BSD, logits_TN, selected_TK, layer_norms = layer(
+            if output_hidden_states:
+                hidden.append(x_BSD)
+            x_BSD, weights_BhSS, logits_TN, selected_TK, layer_norms = layer(
                 x_BSD,
                 shared,
                 rotary,
                 *(next(ahead, ()) if layer.is_moe else ()),
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                kept=kept_hyper_experts,
-                output_branch_norms=output_branch_norms,
+                kept=kept,
+                position_ids=position_ids,
+                output_attentions=output_attentions,
+                **arguments,
             )
+            if output_attentions and weights_BhSS is not None:
+                attentions.append(weights_BhSS)
             if logits_TN is not None:
-                routings.append(Routing(logits_TN, selected_TK))
+                logits.append(logits_TN)
+                selected.append(selected_TK)
             if layer_norms is not None:
                 norms.append(layer_norms)
+        last_BSD = self.norm(x_BSD)
         return HyperMoEModelOutput(
-            last_hidden_state=self.norm(x_BSD),
-            past_key_values=past_key_values,
-            routing=tuple(routings),
+            last_hidden_state=last_BSD,
+            hidden_states=(*hidden, last_BSD) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(logits) if output_router_logits else None,
+            selected_experts=tuple(selected) if output_router_logits else None,
             branch_norms=tuple(norms) or None,
         )
 
@@ -366,8 +314,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             `router_aux_loss_scope` is "data_parallel".
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over this batch's tokens, whatever a Trainer accumulates
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read by Transformers)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 (read by Transformers)
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__(config)
@@ -393,6 +341,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         return inputs if self._kept is None else {**inputs, "kept_hyper_experts": self._kept}
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -401,13 +350,11 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
         output_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
-        kept_hyper_experts: KeptHyperExperts | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> HyperMoECausalLMOutput:
         """Predict the next token.
 
@@ -418,13 +365,17 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             past_key_values: keys and values of earlier tokens.
             inputs_embeds: [B, S, D] in the place of input_ids.
             labels: [B, S], the input ids themselves; -100 is left out of the loss.
-            shift_labels: [B, S], labels that are already the next tokens, in the place of `labels`.
-            use_cache: return a cache.
+            use_cache: return a cache; None follows the configuration.
             output_router_logits: return router logits, selections and branch norms.
             output_logits: return logits; False computes the loss without ever holding all of them, given labels.
             logits_to_keep: compute logits for the last so many positions only; 0 means all.
-            kept_hyper_experts: where `generate` keeps modules between its passes.
+            kwargs: `shift_labels` [B, S], labels that are already the next tokens, in the place of `labels`;
+                `num_items_in_batch`, the tokens that the loss is divided by; what `HyperMoEModel` takes.
         """
+        # No parameters: the Trainer takes each one with "label" in its name for a column that a dataset must have.
+        shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         decoded = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -432,30 +383,57 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            kept_hyper_experts=kept_hyper_experts,
-            output_branch_norms=output_router_logits,
+            output_router_logits=output_router_logits or shift_labels is not None,
+            output_branch_norms=bool(output_router_logits),
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BSD = decoded.last_hidden_state[:, kept]
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         logits = self.lm_head(hidden_BSD) if output_logits or shift_labels is None else None
+        losses = self._losses(hidden_BSD, logits, decoded, shift_labels, attention_mask, num_items)
+        return HyperMoECausalLMOutput(
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            router_logits=decoded.router_logits if output_router_logits else None,
+            selected_experts=decoded.selected_experts if output_router_logits else None,
+            branch_norms=decoded.branch_norms,
+            **losses,
+        )
 
-        output = HyperMoECausalLMOutput(logits=logits, past_key_values=decoded.past_key_values)
-        if output_router_logits:
-            output.router_logits = tuple(routing.logits_TN for routing in decoded.routing)
-            output.selected_experts = tuple(routing.selected_TK for routing in decoded.routing)
-            output.branch_norms = decoded.branch_norms
-        if shift_labels is not None:
-            routing, shift_labels = _without_padding(decoded.routing, shift_labels, attention_mask)
-            output.lm_loss = self._language_loss(hidden_BSD, logits, shift_labels)
-            output.loss = output.lm_loss
-            if routing:
-                output.aux_loss, output.z_loss = self._routing_losses(routing)
-                weighted = self.config.router_aux_loss_coef * output.aux_loss
-                weighted = weighted + self.config.z_loss_coef * output.z_loss
-                output.loss = output.lm_loss + len(routing) * weighted
-        return output
+    def _losses(
+        self,
+        hidden_BSD: Tensor,
+        logits_BSV: Tensor | None,
+        decoded: HyperMoEModelOutput,
+        labels_BS: Tensor | None,
+        attention_mask: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """Losses by their names in the output; none without labels.
+
+        With `num_items`, the tokens of an accumulated batch, the losses of its parts add up to the mean over all its
+        tokens; the routing losses of the parts are weighted by their tokens too.
+        """
+        if labels_BS is None:
+            return {}
+        routing = tuple(map(Routing, decoded.router_logits or (), decoded.selected_experts or ()))
+        routing, labels_BS = _without_padding(routing, labels_BS, attention_mask)
+        losses = {}
+        loss = lm_loss = self._language_loss(hidden_BSD, logits_BSV, labels_BS)
+        if routing:
+            losses["aux_loss"], losses["z_loss"] = self._routing_losses(routing)
+            weighted = self.config.router_aux_loss_coef * losses["aux_loss"]
+            weighted = weighted + self.config.z_loss_coef * losses["z_loss"]
+            loss = lm_loss + len(routing) * weighted
+        if num_items is not None:
+            count = (labels_BS != -100).sum()
+            share = count / torch.as_tensor(num_items, device=count.device)
+            # The mean over no label is NaN.
+            loss, lm_loss = ((mean * share).masked_fill(count == 0, 0) for mean in (loss, lm_loss))
+        return losses | {"loss": loss, "lm_loss": lm_loss}
 
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
         """Mean cross-entropy, of the logits where there are any."""
@@ -489,7 +467,10 @@ def _without_padding(
 
 
 HyperMoEConfig.register_for_auto_class()
+HyperMoEModel.register_for_auto_class("AutoModel")
 HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 # Here, and so in exports too: the Trainer's label smoothing (are labels to be shifted?), `transformers serve` and
-# lm-evaluation-harness ask this table what kind of model a name is. `AutoModel.register` does not write it.
+# lm-evaluation-harness ask these tables what kind of model a name is. The Auto classes'
+# `register` does not write them.
+MODEL_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEForCausalLM.__name__
