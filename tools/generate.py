@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from hypermoe_ds.config import validate
+from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.generation import SamplingConfig, continue_text
 from hypermoe_ds.export.hf import read_model
@@ -25,7 +24,7 @@ def main() -> None:
     folder = arguments.pop("model")
     sampling = validate(SamplingConfig, arguments, "arguments")
     model = read_model(folder)
-    print(continue_text(model, AutoTokenizer.from_pretrained(folder), sampling))
+    print(continue_text(model, load_tokenizer(folder), sampling))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -74,12 +75,11 @@ class RunFolder:
         """Configuration of the run's model.
 
         Raises:
-            UserError: this is no run folder.
+            UserError: this is no run folder, or its config.json is damaged.
         """
         if not self.exists():
             raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
-        config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
-        return config
+        return read_hypermoe_config(self.model)
 
     def check_same_model(self, config: HyperMoEConfig) -> None:
         """Refuse to go on with another model than the folder's.

@@ -138,7 +138,7 @@ def test_an_upcycled_model_learns(corpus: TokenisedCorpus, tmp_path: Path) -> No
 
 BAD = {
     "dense": ("--model LLAMA --output new", "model_type='llama': is dense; give --upcycle --experts N --top-k K"),
-    "no folder": ("--model none --output new", "config.json: cannot be read"),
+    "no folder": ("--model none --output new", "config.json: is missing"),
     "taken": ("--model LLAMA --output TAKEN", "TAKEN: exists already"),
     "half of an option": ("--model LLAMA --output new --upcycle --experts 4", "--upcycle: lacks --experts or --top-k"),
     "no upcycling": ("--model LLAMA --output new --granularity 2", "--granularity=2: belongs to --upcycle"),
