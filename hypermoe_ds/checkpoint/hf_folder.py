@@ -109,27 +109,26 @@ def last_line(error: Exception) -> str:
     return lines[-1].strip()[:200]
 
 
-def checked_shapes(where: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
+def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
     """List the tensors of a model, after a check that stored weights can be its own.
 
     Args:
-        where: the config.json.
+        folder: holds the weights.
         config: the model.
         stored: names of the stored tensors, whose layers are counted before a model of `num_hidden_layers` is built.
 
     Raises:
         UserError: the weights hold fewer layers, or a tensor is larger than any machine.
     """
-    layers = {match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    if len(layers) < config.num_hidden_layers:
-        problem = f"the weights hold {len(layers)}"
-        raise UserError(f"{where}: num_hidden_layers={config.num_hidden_layers}", problem, "mend that key")
+    layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
+    if layers < config.num_hidden_layers:
+        problem = f"holds weights of {layers} layers, and config.json says num_hidden_layers={config.num_hidden_layers}"
+        raise UserError(str(folder), problem, "mend config.json")
     try:
         return stored_shapes(config)
     except RuntimeError as error:  # sizes that overflow
-        raise UserError(
-            str(where), f"describes tensors that cannot be ({last_line(error)})", "mend that file"
-        ) from None
+        problem = f"its config.json describes tensors that cannot be ({last_line(error)})"
+        raise UserError(str(folder), problem, "mend config.json") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
+from hypermoe_ds.config import Section, load_yaml, validate
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -67,9 +68,20 @@ class RunFolder:
         return (self.model / "config.json").is_file()
 
     def read_settings(self) -> dict[str, Any]:
-        """The recipe as run."""
-        settings: dict[str, Any] = yaml.safe_load(self.settings.read_text())
-        return settings
+        """Read the recipe as run.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return load_yaml(self.settings)
+
+    def section(self, name: str, kind: type[Section]) -> Section:
+        """Read one section of the recipe as run.
+
+        Raises:
+            UserError: the recipe is missing or damaged.
+        """
+        return validate(kind, self.read_settings().get(name, {}), f"{self.settings}: {name}")
 
     def model_config(self) -> HyperMoEConfig:
         """Configuration of the run's model.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.hf_folder import CONFIG, FolderTensors, checked_shapes
+from hypermoe_ds.checkpoint.hf_folder import FolderTensors, checked_shapes
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.source import LazyWeights
 from hypermoe_ds.modeling import HyperMoEConfig
@@ -86,7 +86,7 @@ def read_folder(folder: Path, config: HyperMoEConfig) -> LazyWeights:
         UserError: a tensor is missing, has another shape, or belongs to no part of the model.
     """
     taken = TakenTensors(FolderWeights(folder))
-    shapes = checked_shapes(folder / CONFIG, config, taken.files.shapes)
+    shapes = checked_shapes(folder, config, taken.files.shapes)
     readers = {name: taken.reader(name, shape) for name, shape in shapes.items()}
     taken.refuse_the_rest(config)
     return LazyWeights(config, taken.files.dtype, readers)

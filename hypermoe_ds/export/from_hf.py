@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.hf_folder import CONFIG, checked_shapes, hypermoe_config, read_config
+from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, read_config
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.folder import FolderWeights, Reader, TakenTensors, read_folder
 from hypermoe_ds.export.foreign import DENSE, model_type, refuse_unknown, shape_of
@@ -74,7 +74,7 @@ def open_folder(
     made = upcycling.fields(shape["intermediate_size"]) if upcycling is not None else {}
     config = hypermoe_config(folder, {**shape, **made, **(fields or {})})
     taken = TakenTensors(FolderWeights(folder))
-    checked_shapes(folder / CONFIG, config, taken.files.shapes)
+    checked_shapes(folder, config, taken.files.shapes)
     readers = _readers(taken, config, upcycling, _MIXTRAL if kind == "mixtral" else _OTHERS)
     taken.refuse_the_rest(config)
     fresh = fresh_hyper_experts(config, upcycling.seed if upcycling is not None else seed)

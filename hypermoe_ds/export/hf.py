@@ -14,6 +14,9 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from hypermoe_ds.checkpoint.hf_folder import CONFIG, INDEX, read_hypermoe_config, read_json
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.sources import check_step
+from hypermoe_ds.checkpoint.weights import load_model
 from hypermoe_ds.data.output import check_output, check_room, scratch_beside
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
@@ -87,6 +90,30 @@ def shard_bytes_of(size: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM, Path]:
+    """Load the model of a run folder or of a Hugging Face folder.
+
+    Args:
+        folder: either of them.
+        step: which checkpoint of a run; None takes the newest. A Hugging Face folder has only one.
+
+    Returns:
+        The model, in the precision of its weights and in evaluation mode, and the folder of its tokenizer.
+
+    Raises:
+        UserError: it is neither, or its files are missing, damaged or of another model.
+    """
+    run = RunFolder(folder)
+    if run.exists():
+        return load_model(run, step), run.tokenizer
+    check_step(step, [folder])
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"--checkpoint={folder}", "is neither a run folder nor a Hugging Face folder", "give one of them"
+        )
+    return read_model(folder), folder
+
+
 def read_model(folder: Path) -> HyperMoEForCausalLM:
     """Load the model of a Hugging Face folder, in the precision of its safetensors files.
 
@@ -96,10 +123,6 @@ def read_model(folder: Path) -> HyperMoEForCausalLM:
         UserError: it is not a HyperMoE folder, its files are damaged or not safetensors, or the tensors are not those
             of its config.json.
     """
-    if not (folder / CONFIG).exists():
-        raise UserError(
-            str(folder), "is no Hugging Face folder (no config.json)", "make one with tools/convert_to_hf.py"
-        )
     weights = read_folder(folder, read_hypermoe_config(folder))
     model = skeleton(weights.config)
     tensors = {name: weights.read(name) for name in weights.shapes}
