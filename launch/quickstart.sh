@@ -73,7 +73,7 @@ rm -rf "$out/hf"
 python tools/convert_to_hf.py --checkpoint "$out/run" --output "$out/hf"
 
 step "a sample"
-python tools/generate.py --model "$out/hf" --prompt "def read_lines(path):" --max-new-tokens 80
+python tools/generate.py --checkpoint "$out/hf" --prompt "def read_lines(path):" --max-new-tokens 80
 
 step "result"
-python tools/summarize_run.py --run "$out/run"
+python tools/summarize_run.py --checkpoint "$out/run"

@@ -7,27 +7,21 @@ import torch
 from tqdm import tqdm
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.weights import load_model
-from hypermoe_ds.data.datasets import build_validation_set
+from hypermoe_ds.data.datasets import DataConfig, build_validation_set
 from hypermoe_ds.data.loader import validation_batches
-from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.export.hf import read_model
+from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.export.hf import load_any
 from hypermoe_ds.training.evaluation import evaluate
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    model, tokenizer = load_any(arguments.checkpoint, arguments.step)
     run = RunFolder(arguments.checkpoint)
-    if run.exists():
-        model, tokenizer = load_model(run, arguments.step), run.tokenizer
-        started = run.settings.exists()  # not yet where only weights from elsewhere lie
-        length = run.read_settings()["data"]["sequence_length"] if started else model.config.max_position_embeddings
-    elif not (arguments.checkpoint / "config.json").is_file():
-        where = f"--checkpoint={arguments.checkpoint}"
-        raise UserError(where, "is neither a run folder nor a Hugging Face folder", "give a run.dir or an export")
+    if run.exists() and run.settings.exists():  # not yet where only weights from elsewhere lie
+        length = run.section("data", DataConfig).sequence_length
     else:
-        model, tokenizer = read_model(arguments.checkpoint), arguments.checkpoint
         length = model.config.max_position_embeddings
     length = arguments.sequence_length or length
 

@@ -25,12 +25,12 @@ def main() -> None:
     check_output(given.output)
     upcycling = upcycling_of(given)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
-    weights = open_folder(given.model, upcycling, fields, given.seed)
+    weights = open_folder(given.checkpoint, upcycling, fields, given.seed)
     [precision] = [name for name, dtype in PRECISIONS.items() if dtype == weights.dtype]
     settings = {"model": model_section(weights.config), "train": {"precision": precision}}
-    tokenizer = given.tokenizer or given.model
+    tokenizer = given.tokenizer or given.checkpoint
     run = write_new_run(given.output, weights.config, weights.tensors(), tokenizer, settings, TrainState().to_dict())
-    for note in notes_on(given.model):
+    for note in notes_on(given.checkpoint):
         print(f"note: {note}")
     counts = weights.config.parameter_counts()
     print(f"{run.path}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, at step 0")
@@ -56,9 +56,11 @@ def upcycling_of(given: argparse.Namespace) -> Upcycling | None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="Hugging Face folder with safetensors")
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="Hugging Face folder with safetensors"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="RUN_DIR", help="run folder to make")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder; --model if left out")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder; --checkpoint if left out")
     parser.add_argument("--upcycle", action="store_true", help="make experts out of a dense model's MLPs")
     parser.add_argument("--experts", type=int, metavar="N", help="experts in each layer")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token")

@@ -30,6 +30,12 @@ def main() -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="most of one file, such as 200MB (default: 5GB)"
     )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template for apply_chat_template; the tokenizer's own if left out",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
     arguments = parser.parse_args()
 
@@ -44,7 +50,9 @@ def main() -> None:
             training=facts_of(run, arguments.step),
             command=shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         )
-        export(written, run.tokenizer, arguments.output, shard_bytes, weights if arguments.bake else None, card)
+        same_function = weights if arguments.bake else None
+        template = arguments.chat_template
+        export(written, run.tokenizer, arguments.output, shard_bytes, same_function, card, template)
     parameters = written.config.parameter_counts().total
     print(f"{arguments.output}: {parameters / 1e6:,.1f} M parameters in {str(written.dtype).removeprefix('torch.')}")
 

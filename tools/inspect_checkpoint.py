@@ -1,4 +1,4 @@
-"""Tell what a run's checkpoint or a Hugging Face folder holds, or how two of them differ.
+"""Report what a run's checkpoint or a Hugging Face folder holds, or how two of them differ.
 
 Exit code 1: a tensor holds NaN or Inf.
 """
@@ -20,7 +20,7 @@ from hypermoe_ds.errors import one_line_errors
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
-    paths = [path for path in (arguments.path, arguments.other) if path is not None]
+    paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
     check_step(arguments.step, paths)
     with ExitStack() as opened:
         sources = [opened.enter_context(open_source(path, arguments.step)) for path in paths]
@@ -42,8 +42,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path, metavar="PATH", help="run, checkpoint or Hugging Face folder")
-    parser.add_argument("other", nargs="?", type=Path, metavar="PATH2", help="another one, to tell the differences")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="run folder, checkpoint folder or Hugging Face folder",
+    )
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="another one, to report the differences")
     parser.add_argument(
         "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint; the newest if left out"
     )

@@ -5,23 +5,25 @@ import sys
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.config import validate
 from hypermoe_ds.data.datasets import DataConfig, build_datasets
 from hypermoe_ds.data.unigram import count_tokens, unigram_loss
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.monitor.summary import summarize
+from hypermoe_ds.training.evaluation import EvaluationConfig
+from hypermoe_ds.training.settings import TrainConfig
 
 
 def main() -> None:
     """Arguments and wiring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
-    folder = RunFolder(parser.parse_args().run)
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
+    folder = RunFolder(parser.parse_args().checkpoint)
 
-    model, settings = folder.model_config(), folder.read_settings()
+    model, data = folder.model_config(), folder.section("data", DataConfig)
+    seed = folder.section("train", TrainConfig).seed
+    most = folder.section("evaluation", EvaluationConfig).max_samples
     summary = summarize(folder.path / "metrics.jsonl")
-    data = validate(DataConfig, settings["data"], str(folder.settings))
-    _, valid_set = build_datasets(data, settings["train"]["seed"], 1, settings["evaluation"]["max_samples"])
+    _, valid_set = build_datasets(data, seed, 1, most)
     unigram = unigram_loss(count_tokens([source.prefix for source in data.train], model.vocab_size), valid_set)
 
     rows = {

@@ -19,6 +19,7 @@ from hypermoe_ds.checkpoint.sources import Origin, Source, ranges
 Progress = Callable[[int], Any]  # called with the number of elements read
 
 NEAR_COPIES = 0.9  # cosine of two experts from which they are called near copies
+_MOST_EXPERTS = 4096  # their cosines take 8 N^2 bytes
 COLLAPSING = 0.5  # mean cosine over a layer's pairs from which its experts are said to collapse
 
 # In the order they are shown. A name belongs to the first pattern that it matches; norms come first in that.
@@ -180,11 +181,11 @@ def norm_of(values: Tensor) -> float:
 
 
 def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """Names of the stacked expert weights [N, ...] of each MoE block that has more than one expert."""
+    """List the stacked expert weights [N, ...] of each MoE block with more than one expert and at most 4,096."""
     blocks: dict[str, list[str]] = {}
     for name in sorted(shapes, key=_by_layer):
         match = re.fullmatch(r"(.*)\.experts\.(w[123]|gate_up_proj|down_proj)", name)
-        if match and len(shapes[name]) == 3 and shapes[name][0] > 1:
+        if match and len(shapes[name]) == 3 and 1 < shapes[name][0] <= _MOST_EXPERTS:
             blocks.setdefault(match[1], []).append(name)
     return blocks
 
@@ -232,4 +233,4 @@ def _parts_of_experts(source: Source, name: str, N: int, elements: int) -> Itera
 
 def _by_layer(name: str) -> list[tuple[int, str]]:
     """Sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (-1, part) for part in name.split(".")]

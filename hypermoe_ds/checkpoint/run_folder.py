@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
 from hypermoe_ds.checkpoint.manifest import write_durably
+from hypermoe_ds.config import Section, load_yaml, validate
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -67,9 +69,20 @@ class RunFolder:
         return (self.model / "config.json").is_file()
 
     def read_settings(self) -> dict[str, Any]:
-        """The recipe as run."""
-        settings: dict[str, Any] = yaml.safe_load(self.settings.read_text())
-        return settings
+        """Read the recipe as run.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return load_yaml(self.settings)
+
+    def section(self, name: str, kind: type[Section]) -> Section:
+        """Read one section of the recipe as run.
+
+        Raises:
+            UserError: the recipe is missing or damaged.
+        """
+        return validate(kind, self.read_settings().get(name, {}), f"{self.settings}: {name}")
 
     def model_config(self) -> HyperMoEConfig:
         """Configuration of the run's model.
@@ -79,13 +92,7 @@ class RunFolder:
         """
         if not self.exists():
             raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
-        try:
-            config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
-        except Exception as error:  # Transformers raises errors of many kinds
-            problem = f"is damaged ({' '.join(str(error).split())[:200]})"
-            remedy = "restore it, or remove it: the next launch writes it again"
-            raise UserError(str(self.model / "config.json"), problem, remedy) from None
-        return config
+        return read_hypermoe_config(self.model)
 
     def check_same_model(self, config: HyperMoEConfig) -> None:
         """Refuse to go on with another model than the folder's.

@@ -5,7 +5,6 @@ So a run's checkpoint and a Hugging Face folder can be compared, and neither has
 Shape legend: N experts, F expert width, D hidden size.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.hf_folder import FolderTensors, read_config
 from hypermoe_ds.checkpoint.manifest import MANIFEST
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import WEIGHT, CheckpointReader
@@ -188,37 +188,29 @@ class HuggingFaceSource(Source):
     kinds = (WEIGHT,)
 
     def __init__(self, folder: Path) -> None:
-        config = _read_json(folder / "config.json")
+        config = read_config(folder)
+        tensors = FolderTensors(folder)
         self._open = ExitStack()
-        self._files: dict[str, Any] = {}  # of each stored tensor
-        shapes: dict[str, Shape] = {}
-        dtypes: set[str] = set()
-        paths = _weight_files(folder)
-        for path in paths:
-            file = self._open_file(path)
-            for name in file.keys():  # noqa: SIM118 (no dict)
-                part = file.get_slice(name)
-                self._files[name], shapes[name] = file, tuple(part.get_shape())
-                dtypes.add(part.get_dtype())
+        self._path_of = tensors.path_of
+        self._files: dict[Path, Any] = {}
         joined = config.get("model_type") == HyperMoEConfig.model_type
-        self._views = {name: view for stored in shapes for name, view in _views(stored, shapes[stored], joined)}
+        self._views = {name: view for stored in tensors.shapes.items() for name, view in _views(*stored, joined)}
         self.shapes = {name: view.shape for name, view in self._views.items()}
         version = config.get("transformers_version")
         self.origin = Origin(
             path=str(folder),
             kind="Hugging Face folder",
             step=None,
-            files={path.name: path.stat().st_size for path in paths},
+            files={path.name: path.stat().st_size for path in tensors.paths},
             cut_tensors=0,
-            dtypes=tuple(sorted(dtypes)),
-            written_by={"transformers": version} if version else {},
+            dtypes=tuple(sorted(set(tensors.dtypes.values()))),
+            written_by={"transformers": version} if isinstance(version, str) else {},
         )
 
     def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
         assert kind == WEIGHT
         view = self._views[name]
-        # A map of the file: only what is read below is fetched.
-        stored = self._files[view.stored].get_tensor(view.stored).view(-1)
+        stored = self._stored(view.stored)
         values = torch.empty(stop - start)
         position = start
         while position < stop:
@@ -233,44 +225,27 @@ class HuggingFaceSource(Source):
         self._files.clear()
         self._open.close()
 
-    def _open_file(self, path: Path) -> Any:
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of a file, flattened and mapped to it: only what is read of it is fetched."""
+        path = self._path_of(name)
         try:
-            return self._open.enter_context(safe_open(path, "pt"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(str(path), f"cannot be read ({error})", "export or fetch the folder again") from None
+            if path not in self._files:
+                self._files[path] = self._open.enter_context(safe_open(path, "pt"))
+            stored: Tensor = self._files[path].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: {name}", f"cannot be read ({error})", "export or fetch the folder again"
+            ) from None
+        return stored.view(-1)
 
 
 def _views(stored: str, shape: Shape, joined: bool) -> Iterator[tuple[str, _View]]:
     """The training model's parameters that lie in a stored tensor: one, or both halves of gate_up_proj [N, 2F, D]."""
     match = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", stored) if joined else None
-    if match is None or match[2] == "down_proj":
-        name = stored if match is None else f"{match[1]}.w2"
+    if match is None or match[2] == "down_proj" or len(shape) != 3 or shape[1] % 2:
+        name = f"{match[1]}.w2" if match is not None and match[2] == "down_proj" else stored
         yield name, _View(stored, shape, 0, max(prod(shape), 1), 0)
         return
     N, F, D = shape[0], shape[1] // 2, shape[2]
     for name, offset in (("w1", 0), ("w3", F * D)):
         yield f"{match[1]}.{name}", _View(stored, (N, F, D), offset, F * D, 2 * F * D)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        paths = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(str(folder), "holds no .safetensors file", "export the model, or fetch its weights")
-    for path in paths:
-        if not path.is_file():
-            raise UserError(str(path), f"is missing ({index.name} names it)", "export or fetch the folder again")
-    return paths
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "export or fetch the folder again") from None
-    if not isinstance(content, dict):
-        raise UserError(str(path), "holds no JSON object", "export or fetch the folder again")
-    return content

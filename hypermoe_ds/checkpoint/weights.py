@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.hf_folder import checked_shapes, short
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
 from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton, stored_shapes
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
@@ -41,8 +42,8 @@ class CheckpointWeights:
 
     def __init__(self, reader: CheckpointReader, config: HyperMoEConfig, dtype: torch.dtype | None = None) -> None:
         self.config = config
-        self.dtype = dtype or PRECISIONS[reader.manifest.settings["train"]["precision"]]
-        self.shapes = stored_shapes(config)
+        self.dtype = dtype or _precision_of(reader)
+        self.shapes = checked_shapes(reader.folder, config, reader.manifest.tensors)
         self._reader = reader
         self._mapped = 0
         stored = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
@@ -146,6 +147,15 @@ def _place(tensor: Tensor, part: str) -> Tensor:
         gate_NFD, up_NFD = tensor.chunk(2, dim=1)
         return gate_NFD if part.endswith("w1") else up_NFD
     return tensor
+
+
+def _precision_of(reader: CheckpointReader) -> torch.dtype:
+    """The precision that the checkpoint's run trained in."""
+    train = reader.manifest.settings.get("train")
+    precision = train.get("precision") if isinstance(train, dict) else None
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise _broken(reader.folder, f"train.precision={short(precision)} in its manifest")
+    return PRECISIONS[precision]
 
 
 def _broken(checkpoint: Path, problem: str) -> UserError:

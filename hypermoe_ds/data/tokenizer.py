@@ -14,6 +14,7 @@ import sentencepiece
 from hypermoe_ds.data.output import check_output, scratch_beside
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import file_of
 
 # SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their
 # number this bounds the text held in memory to 4 GB (a character is at most 4 bytes of UTF-8).
@@ -166,21 +167,27 @@ def _refusal(message: str, vocab_size: int) -> UserError:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Load any Hugging Face tokenizer folder, from the disk alone.
+    """Load any Hugging Face tokenizer folder from the disk alone, without running code of the folder.
 
     Returns:
         A `transformers.PreTrainedTokenizerBase` whose `eos_token_id` ends a document.
 
     Raises:
-        UserError: there is no such folder, it holds no tokenizer that loads, or that has no
-            end-of-sequence token.
+        UserError: there is no such folder, it holds no tokenizer that loads or only one that needs code of the
+            folder (`auto_map`), or the tokenizer has no end-of-sequence token.
     """
     vocabulary_file(folder)
     import transformers  # noqa: PLC0415 (takes seconds: once the folder is known to hold a tokenizer)
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Left out, trust_remote_code asks on the terminal whether to run the folder's code.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # each tokenizer class fails in a way of its own
+        if "trust_remote_code" in str(error):
+            problem = "its tokenizer needs code of the folder (auto_map), which is never run here"
+            raise UserError(str(folder), problem, "save it with a class that Transformers has") from None
         raise UserError(str(folder), f"its tokenizer cannot be loaded ({error})", _GIVE_A_FOLDER) from None
     if tokenizer.eos_token_id is None:
         raise UserError(str(folder), "its tokenizer has no eos_token to end a document", "name one in its config")
@@ -191,13 +198,14 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
     """Copy the files of a tokenizer out of a folder that may hold a model too.
 
     Raises:
-        UserError: there is no tokenizer in it, or one that does not load or has no end-of-sequence token.
+        UserError: there is no tokenizer in it, or one that does not load or has no end-of-sequence token, or a file is
+            a link that leads out of the folder: a copy would publish what it leads to.
     """
     vocabulary_file(folder)
     target.mkdir(parents=True)
     for name in (*_VOCABULARY_FILES, *_FILES_BESIDE):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, target)
+        if (folder / name).exists():
+            shutil.copy(file_of(folder, name), target)
     load_tokenizer(target)
 
 

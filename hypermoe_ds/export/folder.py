@@ -1,28 +1,31 @@
-"""The tensors of a Hugging Face folder, read from its safetensors files one at a time."""
+"""The tensors of a Hugging Face folder in the precisions that a model can have."""
 
-import json
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.hf_folder import FolderTensors, checked_shapes
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.export.source import LazyWeights
+from hypermoe_ds.modeling import HyperMoEConfig
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # kept by old versions; computed from rope_theta
+
+Reader = Callable[[], Tensor]
 
 
-class FolderWeights:
+class FolderWeights(FolderTensors):
     """Tensors by the names that the files give them.
 
     Args:
         folder: a Hugging Face folder with `model.safetensors`, or several files and their index.
 
     Attributes:
-        folder: the folder.
-        shapes: names and shapes.
         dtype: the widest precision among the tensors.
 
     Raises:
@@ -30,49 +33,60 @@ class FolderWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shapes: dict[str, torch.Size] = {}
-        self._files: dict[str, Path] = {}
-        dtypes = set()
-        for path in _files(folder):
-            try:
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (no dict)
-                        tensor = file.get_slice(name)
-                        self.shapes[name], self._files[name] = torch.Size(tensor.get_shape()), path
-                        dtypes.add(_dtype(path, name, tensor.get_dtype()))
-            except (OSError, SafetensorError) as error:
-                raise UserError(str(path), f"cannot be read ({error})", "copy the folder again") from None
+        super().__init__(folder)
+        for name, stored in self.dtypes.items():
+            if stored not in _DTYPES:
+                where = f"{self.path_of(name)}: {name}"
+                raise UserError(where, f"is stored as {stored}", f"save the model as one of {', '.join(_DTYPES)}")
+        dtypes = {_DTYPES[stored] for stored in self.dtypes.values()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored, no longer mapped to its file."""
-        with safe_open(self._files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor.clone()
+
+class TakenTensors:
+    """Tensors of a folder, and which of them were asked for: none may be left over."""
+
+    def __init__(self, files: FolderWeights) -> None:
+        self.files = files
+        self._names: set[str] = set()
+
+    def holds(self, name: str) -> bool:
+        return name in self.files.shapes
+
+    def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
+        """What reads a tensor of this shape."""
+        if not self.holds(name):
+            raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
+        found = tuple(self.files.shapes[name])
+        if found != tuple(shape):
+            raise UserError(
+                f"{self.files.folder}: {name}",
+                f"is {list(found)}, by config.json it is {list(shape)}",
+                "mend config.json",
+            )
+        self._names.add(name)
+        return partial(self.files.read, name)
+
+    def refuse_the_rest(self, config: HyperMoEConfig) -> None:
+        """Nothing is dropped without a word."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        for name in self.files.shapes:
+            if name in self._names or _DERIVED.fullmatch(name):
+                continue
+            tied = name == head and config.tie_word_embeddings
+            if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
+                continue
+            reason = "differs from the embedding it is tied to" if tied else "has no place in HyperMoE"
+            raise UserError(f"{self.files.folder}: {name}", reason, "choose a model without it")
 
 
-def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
-    if stored not in _DTYPES:
-        raise UserError(f"{path}: {name}", f"is stored as {stored}", f"save the model as one of {', '.join(_DTYPES)}")
-    return _DTYPES[stored]
+def read_folder(folder: Path, config: HyperMoEConfig) -> LazyWeights:
+    """Open the tensors of a HyperMoE folder, each compared with what its configuration says.
 
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder."""
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(str(folder / INDEX), f"cannot be read ({error})", "copy the folder again") from None
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
-    if pickles:
-        raise UserError(
-            str(folder / pickles[0]),
-            "is a pickle, which can run any code when it is read",
-            "save the model as safetensors: Transformers' save_pretrained does",
-        )
-    raise UserError(str(folder), f"holds no weights (neither {WEIGHTS} nor {INDEX})", "give a Hugging Face folder")
+    Raises:
+        UserError: a tensor is missing, has another shape, or belongs to no part of the model.
+    """
+    taken = TakenTensors(FolderWeights(folder))
+    shapes = checked_shapes(folder, config, taken.files.shapes)
+    readers = {name: taken.reader(name, shape) for name, shape in shapes.items()}
+    taken.refuse_the_rest(config)
+    return LazyWeights(config, taken.files.dtype, readers)

@@ -1,13 +1,13 @@
 """What other models' config.json says, as a HyperMoE configuration: every key is carried over, checked, or refused."""
 
-import json
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from hypermoe_ds.checkpoint.hf_folder import CONFIG, last_line, read_config, short
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -88,7 +88,7 @@ def model_type(folder: Path) -> str:
     """
     kind = read_config(folder).get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{folder / 'config.json'}: model_type={kind!r}", "is no model", "give a Hugging Face folder")
+        raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is no model", "give a Hugging Face folder")
     return kind
 
 
@@ -106,13 +106,18 @@ def shape_of(folder: Path) -> dict[str, Any]:
         raise _refused(folder, "model_type", kind, "has biases in its attention, for which HyperMoE has no place")
     if kind not in (*DENSE, *MOE):
         known = ", ".join(("hypermoe", *DENSE, *MOE))
-        raise UserError(f"{folder / 'config.json'}: model_type={kind!r}", "is unknown", f"give one of {known}")
+        raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is unknown", f"give one of {known}")
+    refuse_unknown(folder, raw, {*_CARRIED, *_CARRIED_IN_OTHER_WORDS, *_NEUTRAL, *_LEFT_TO_THE_RUN})
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(str(folder / "config.json"), f"is not valid ({reason})", "mend that key") from None
-    _check(folder, raw, config)
+        # Without `auto_map`, so that no code of the folder is looked for.
+        config = CONFIG_MAPPING[kind](**{key: value for key, value in raw.items() if key not in _WITHOUT_EFFECT})
+        _check(folder, config)
+        return _fields(kind, config)
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(str(folder / CONFIG), f"is not valid ({last_line(error)})", "mend that key") from None
+
+
+def _fields(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     fields = {key: getattr(config, key) for key in _CARRIED}
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fields["rope_theta"] = float(config.rope_parameters["rope_theta"])
@@ -127,24 +132,10 @@ def notes_on(folder: Path) -> list[str]:
     if raw.get("model_type") == HyperMoEConfig.model_type:
         return []
     return [
-        f"{key}={raw[key]!r} is not carried over: it is a setting of training" for key in _LEFT_TO_THE_RUN if key in raw
+        f"{key}={short(raw[key])} is not carried over: it is a setting of training"
+        for key in _LEFT_TO_THE_RUN
+        if key in raw
     ]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json.
-
-    Raises:
-        UserError: there is none, or it is no mapping.
-    """
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "give a Hugging Face folder") from None
-    if not isinstance(content, dict):
-        raise UserError(str(path), "holds no mapping", "give a Hugging Face folder")
-    return content
 
 
 def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
@@ -161,7 +152,7 @@ def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _check(folder: Path, raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
+def _check(folder: Path, config: PreTrainedConfig) -> None:
     """Refuse what would be dropped."""
     for key, neutral in _NEUTRAL.items():
         value = getattr(config, key, neutral[0])
@@ -177,7 +168,7 @@ def _check(folder: Path, raw: Mapping[str, Any], config: PreTrainedConfig) -> No
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise UserError(
-            f"{folder / 'config.json'}: sliding_window={window}",
+            f"{folder / CONFIG}: sliding_window={window}",
             "HyperMoE attends to the whole sequence",
             f"set max_position_embeddings to at most {window} there: up to that the model is the same",
         )
@@ -190,7 +181,6 @@ def _check(folder: Path, raw: Mapping[str, Any], config: PreTrainedConfig) -> No
         )
     if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
         raise _refused(folder, "norm_topk_prob", True, "with K = 1 the gates of HyperMoE are never renormalised")
-    refuse_unknown(folder, raw, {*_CARRIED, *_CARRIED_IN_OTHER_WORDS, *_NEUTRAL, *_LEFT_TO_THE_RUN})
 
 
 def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> None:
@@ -203,11 +193,11 @@ def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> Non
     for key, value in raw.items():
         if key not in known and key not in _WITHOUT_EFFECT and not (key in general and general[key] == value):
             raise UserError(
-                f"{folder / 'config.json'}: {key}={value!r}",
+                f"{folder / CONFIG}: {key}={short(value)}",
                 "is unknown, and to drop it might change the model",
                 "take it out of that file if it changes nothing",
             )
 
 
 def _refused(folder: Path, key: str, value: Any, reason: str) -> UserError:
-    return UserError(f"{folder / 'config.json'}: {key}={value!r}", reason, "choose a model without it")
+    return UserError(f"{folder / CONFIG}: {key}={short(value)}", reason, "choose a model without it")

@@ -4,7 +4,7 @@ Shape legend: D hidden size, N experts, F expert width.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, read_config
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.export.folder import FolderWeights
-from hypermoe_ds.export.foreign import DENSE, model_type, read_config, refuse_unknown, shape_of
+from hypermoe_ds.export.folder import FolderWeights, Reader, TakenTensors, read_folder
+from hypermoe_ds.export.foreign import DENSE, model_type, refuse_unknown, shape_of
 from hypermoe_ds.export.fresh import fresh_hyper_experts
 from hypermoe_ds.export.source import LazyWeights
 from hypermoe_ds.export.upcycle import Upcycling
@@ -35,14 +36,11 @@ OPEN_FIELDS = (
     "adapter_size",
 )
 _FIELDS = set(HyperMoEConfig.__annotations__) - {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # kept by old versions; computed from rope_theta
 _EXPERTS = re.compile(
     r"(?P<layer>model\.layers\.\d+)\.mlp\.(?P<part>experts\.gate_up_proj|experts\.down_proj|router\.gate\.weight)"
 )
 _MIXTRAL = ("block_sparse_moe", "w1", "w3", "w2")
 _OTHERS = ("mlp", "gate_proj", "up_proj", "down_proj")
-
-Reader = Callable[[], Tensor]
 
 
 def open_folder(
@@ -74,50 +72,14 @@ def open_folder(
                 f"{key}={(fields or {})[key]!r}", "is what the weights say", f"open are {', '.join(OPEN_FIELDS)}"
             )
     made = upcycling.fields(shape["intermediate_size"]) if upcycling is not None else {}
-    config = _config({**shape, **made, **(fields or {})})
-    taken = _Taken(FolderWeights(folder))
+    config = hypermoe_config(folder, {**shape, **made, **(fields or {})})
+    taken = TakenTensors(FolderWeights(folder))
+    checked_shapes(folder, config, taken.files.shapes)
     readers = _readers(taken, config, upcycling, _MIXTRAL if kind == "mixtral" else _OTHERS)
     taken.refuse_the_rest(config)
     fresh = fresh_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
     readers |= {name: partial(fresh.__getitem__, name) for name in fresh}
     return LazyWeights(config, taken.files.dtype, readers)
-
-
-class _Taken:
-    """Tensors of a folder, and which of them were asked for: none may be left over."""
-
-    def __init__(self, files: FolderWeights) -> None:
-        self.files = files
-        self._names: set[str] = set()
-
-    def holds(self, name: str) -> bool:
-        return name in self.files.shapes
-
-    def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
-        """What reads a tensor of this shape."""
-        if not self.holds(name):
-            raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
-        found = tuple(self.files.shapes[name])
-        if found != tuple(shape):
-            raise UserError(
-                f"{self.files.folder}: {name}",
-                f"is {list(found)}, by config.json it is {list(shape)}",
-                "mend config.json",
-            )
-        self._names.add(name)
-        return partial(self.files.read, name)
-
-    def refuse_the_rest(self, config: HyperMoEConfig) -> None:
-        """Nothing is dropped without a word."""
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        for name in self.files.shapes:
-            if name in self._names or _DERIVED.fullmatch(name):
-                continue
-            tied = name == head and config.tie_word_embeddings
-            if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
-                continue
-            reason = "differs from the embedding it is tied to" if tied else "has no place in HyperMoE"
-            raise UserError(f"{self.files.folder}: {name}", reason, "choose a model without it")
 
 
 def _refuse_options(upcycling: Upcycling | None, fields: Mapping[str, Any] | None) -> None:
@@ -131,31 +93,19 @@ def _hypermoe(folder: Path) -> LazyWeights:
     """A model of our own, as it is."""
     raw = read_config(folder)
     refuse_unknown(folder, raw, HyperMoEConfig.__annotations__.keys())
-    if raw.get("baked_hyper_experts"):
+    if raw.get("baked_hyper_experts", False) is not False:
         raise UserError(
             f"{folder / 'config.json'}: baked_hyper_experts=True",
             "there is no hypernetwork left to train",
             "give a folder that was exported without --bake",
         )
     # As a recipe gives the model: these are the tokenizer's and the export's.
-    config = _config({key: value for key, value in raw.items() if key in _FIELDS})
-    taken = _Taken(FolderWeights(folder))
-    readers = {name: taken.reader(name, shape) for name, shape in stored_shapes(config).items()}
-    taken.refuse_the_rest(config)
-    return LazyWeights(config, taken.files.dtype, readers)
-
-
-def _config(fields: Mapping[str, Any]) -> HyperMoEConfig:
-    try:
-        return HyperMoEConfig(**fields)
-    except ValueError as error:
-        where, _, rest = str(error).partition(": ")
-        problem, _, remedy = rest.partition("; ")
-        raise UserError(where, problem, remedy) from None
+    config = hypermoe_config(folder, {key: value for key, value in raw.items() if key in _FIELDS})
+    return read_folder(folder, config)
 
 
 def _readers(
-    taken: _Taken, config: HyperMoEConfig, upcycling: Upcycling | None, words: tuple[str, str, str, str]
+    taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling | None, words: tuple[str, str, str, str]
 ) -> dict[str, Reader]:
     """What gives each tensor but the HyperExperts'."""
     readers: dict[str, Reader] = {}
@@ -177,7 +127,9 @@ def _readers(
     return readers
 
 
-def _upcycled(taken: _Taken, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]) -> Reader:
+def _upcycled(
+    taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
+) -> Reader:
     """A tensor of a layer's router or experts, out of the dense MLP."""
     D, width = config.hidden_size, config.intermediate_size
 
@@ -193,7 +145,7 @@ def _upcycled(taken: _Taken, config: HyperMoEConfig, upcycling: Upcycling, name:
 
 
 def _one_by_one(
-    taken: _Taken, block: str, part: str, words: tuple[str, str, str, str], shape: tuple[int, ...]
+    taken: TakenTensors, block: str, part: str, words: tuple[str, str, str, str], shape: tuple[int, ...]
 ) -> Reader:
     """Experts that are stored one by one, put together: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
     N, rows, columns = shape

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,23 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
+from hypermoe_ds.checkpoint.hf_folder import CONFIG, INDEX, read_hypermoe_config, read_json
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.sources import check_step
+from hypermoe_ds.checkpoint.weights import load_model
 from hypermoe_ds.data.output import check_output, check_room, scratch_beside
+from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.export.folder import INDEX, FolderWeights
+from hypermoe_ds.export.folder import FolderWeights, read_folder
 from hypermoe_ds.export.source import LazyWeights, WeightSource
 from hypermoe_ds.export.streaming import streamed_logits
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton
+from hypermoe_ds.export.tokenizer import write_tokenizer
+from hypermoe_ds.modeling import HyperMoEForCausalLM, skeleton
 
+_GENERATION = "generation_config.json"
+_CONTROL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _TOKENS_TO_CHECK = 16
 
@@ -33,6 +39,7 @@ def export(
     shard_bytes: int,
     same_function: WeightSource | None = None,
     add: Callable[[Path], None] | None = None,
+    chat_template: Path | None = None,
 ) -> None:
     """Write weights (safetensors), config, modeling files and tokenizer.
 
@@ -46,9 +53,11 @@ def export(
         shard_bytes: most bytes of a file of more than one tensor.
         same_function: the model whose logits the folder must give up to rounding; None takes the source's own bits.
         add: writes what else the folder shall hold, such as a model card.
+        chat_template: file of a Jinja template for the tokenizer; None keeps the tokenizer's own.
 
     Raises:
-        UserError: the folder exists and is not empty, the disk has no room, or the model's logits are no numbers.
+        UserError: the folder exists and is not empty, the disk has no room, the tokenizer or the template is bad, or
+            the model's logits are no numbers.
         RuntimeError: what was written does not read back; nothing is left then.
     """
     check_output(output)
@@ -57,7 +66,7 @@ def export(
     with scratch_beside(output) as scratch:
         check_room(output, scratch, needed)
         folder = scratch / output.name
-        shutil.copytree(tokenizer, folder)
+        write_tokenizer(tokenizer, folder, chat_template)
         _write_config_and_code(model, folder)
         _write_weights(source, model, folder, shard_bytes)
         _compare_tensors(source, folder)
@@ -81,24 +90,67 @@ def shard_bytes_of(size: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def read_model(folder: Path) -> HyperMoEForCausalLM:
-    """The model of a Hugging Face folder, in the precision it was written in.
+def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM, Path]:
+    """Load the model of a run folder or of a Hugging Face folder.
+
+    Args:
+        folder: either of them.
+        step: which checkpoint of a run; None takes the newest. A Hugging Face folder has only one.
+
+    Returns:
+        The model, in the precision of its weights and in evaluation mode, and the folder of its tokenizer.
 
     Raises:
-        UserError: it is no such folder.
+        UserError: it is neither, or its files are missing, damaged or of another model.
     """
-    if not (folder / "config.json").is_file():
+    run = RunFolder(folder)
+    if run.exists():
+        return load_model(run, step), run.tokenizer
+    check_step(step, [folder])
+    if not (folder / CONFIG).exists():
         raise UserError(
-            str(folder), "is no Hugging Face folder (no config.json)", "make one with tools/convert_to_hf.py"
+            f"--checkpoint={folder}", "is neither a run folder nor a Hugging Face folder", "give one of them"
         )
-    model: HyperMoEForCausalLM = HyperMoEForCausalLM.from_pretrained(folder)
-    model.eval()
+    return read_model(folder), folder
+
+
+def read_model(folder: Path) -> HyperMoEForCausalLM:
+    """Load the model of a Hugging Face folder, in the precision of its safetensors files.
+
+    Of generation_config.json it takes the ids of control tokens alone.
+
+    Raises:
+        UserError: it is not a HyperMoE folder, its files are damaged or not safetensors, or the tensors are not those
+            of its config.json.
+    """
+    weights = read_folder(folder, read_hypermoe_config(folder))
+    model = skeleton(weights.config)
+    tensors = {name: weights.read(name) for name in weights.shapes}
+    if weights.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    if (folder / _GENERATION).exists():
+        _take_control_tokens(model, folder)
     return model
 
 
+def _take_control_tokens(model: HyperMoEForCausalLM, folder: Path) -> None:
+    content = read_json(folder, _GENERATION)
+    for key in _CONTROL_IDS:
+        value = content.get(key)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not ids or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
+            where = f"{folder / _GENERATION}: {key}={str(value)[:80]}"
+            raise UserError(where, f"is not an id below vocab_size={model.config.vocab_size}", "mend that key")
+        setattr(model.generation_config, key, value)
+
+
 def _with_tokens_of(tokenizer: Path, model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    ids = AutoTokenizer.from_pretrained(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    ids = load_tokenizer(tokenizer)
+    for name in _CONTROL_IDS:
         setattr(model.config, name, getattr(ids, name))
         setattr(model.generation_config, name, getattr(ids, name))
     return model
@@ -135,7 +187,7 @@ def _write_weights(source: WeightSource, model: HyperMoEForCausalLM, folder: Pat
 def read_back(folder: Path) -> LazyWeights:
     """The tensors of a folder that was written here, with the configuration it carries."""
     files = FolderWeights(folder)
-    config = HyperMoEConfig.from_pretrained(folder)
+    config = read_hypermoe_config(folder)
     return LazyWeights(config, files.dtype, {name: partial(files.read, name) for name in files.shapes})
 
 

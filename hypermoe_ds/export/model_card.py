@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
 PAPER = "https://arxiv.org/abs/2402.12656"
@@ -42,6 +44,9 @@ class TrainingFacts:
     written_by: Mapping[str, str] | None = None
 
 
+_CHECKED = TypeAdapter(TrainingFacts)
+
+
 def training_facts(
     settings: Mapping[str, Any],
     step: int,
@@ -57,7 +62,24 @@ def training_facts(
         consumed_samples: sequences trained on; None counts `step` global batches.
         valid_loss: of that step, if there was a validation.
         written_by: git commit and versions of packages.
+
+    Raises:
+        UserError: the settings are not those of a recipe.
     """
+    try:
+        return _facts(settings, step, consumed_samples, valid_loss, written_by)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        problem = f"is not a recipe as run ({error!r:.100})"
+        raise UserError("resolved/config.yaml", problem, "restore that file of the run folder") from None
+
+
+def _facts(
+    settings: Mapping[str, Any],
+    step: int,
+    consumed_samples: int | None,
+    valid_loss: float | None,
+    written_by: Mapping[str, str] | None,
+) -> TrainingFacts:
     data, train = settings.get("data", {}), settings.get("train", {})
     length, batch = data.get("sequence_length"), train.get("global_batch_size")
     if consumed_samples is None and batch is not None:
@@ -66,14 +88,17 @@ def training_facts(
     shares: dict[str, float] = dict.fromkeys((name for name, _ in sources), 0.0)
     for name, weight in sources:
         shares[name] += weight / sum(weight for _, weight in sources)
-    return TrainingFacts(
-        data=shares,
-        step=step,
-        tokens=None if consumed_samples is None or length is None else consumed_samples * length,
-        sequence_length=length,
-        precision=train.get("precision"),
-        valid_loss=valid_loss,
-        written_by=written_by,
+    tokens = None if consumed_samples is None or length is None else consumed_samples * length
+    return _CHECKED.validate_python(
+        {
+            "data": shares,
+            "step": step,
+            "tokens": tokens,
+            "sequence_length": length,
+            "precision": train.get("precision"),
+            "valid_loss": valid_loss,
+            "written_by": written_by,
+        }
     )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 RouterAuxLossScope = Literal["micro_batch", "data_parallel"]
 HyperConditioning = Literal["selection", "route"]
 QKNormScope = Literal["head", "all_heads"]
+RouterDtype = Literal["model", "fp32"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -115,6 +116,7 @@ class HyperMoEConfig(PreTrainedConfig):
         shared_expert_size: width of a SwiGLU that every token passes; 0 means none.
         norm_topk_prob: the K gates of a token sum to one. Without effect for K = 1, where the gate
             is always the router's probability (p / p = 1 would cut the router off the loss).
+        router_dtype: precision in which the router's logits are computed from its weights: that of the model, or fp32.
         router_aux_loss_coef: weight of the load-balancing loss, summed over the MoE layers.
         router_aux_loss_scope: where the expert loads in that loss are counted: in each rank's
             micro-batch, or in the micro-batches of all data-parallel ranks together.
@@ -169,6 +171,7 @@ class HyperMoEConfig(PreTrainedConfig):
     moe_intermediate_size: int = 2048
     shared_expert_size: int = 0
     norm_topk_prob: bool = False
+    router_dtype: RouterDtype = "model"
     router_aux_loss_coef: float = 0.01
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
     z_loss_coef: float = 0.001
@@ -229,6 +232,10 @@ class HyperMoEConfig(PreTrainedConfig):
         if self.qk_norm_scope not in get_args(QKNormScope):
             raise ValueError(
                 f"qk_norm_scope={self.qk_norm_scope}: unknown; choose one of {', '.join(get_args(QKNormScope))}"
+            )
+        if self.router_dtype not in get_args(RouterDtype):
+            raise ValueError(
+                f"router_dtype={self.router_dtype}: unknown; choose one of {', '.join(get_args(RouterDtype))}"
             )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(

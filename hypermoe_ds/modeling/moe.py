@@ -9,6 +9,7 @@ Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, N experts, K
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,43 @@ class SwiGLU(nn.Module):
         return output
 
 
+class _Fp32Product(torch.autograd.Function):
+    """x W^T in fp32; what the backward pass needs is kept in the inputs' precision, not in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ND)
+        return F.linear(x_TD.float(), weight_ND.float())
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x_TD, weight_ND = ctx.saved_tensors
+        of_x_TD = gradient_TN @ weight_ND.float()
+        of_weight_ND = gradient_TN.flatten(0, -2).T @ x_TD.flatten(0, -2).float()
+        return of_x_TD.to(x_TD.dtype), of_weight_ND.to(weight_ND.dtype)
+
+
+class Fp32Gate(nn.Linear):
+    """A router's gate that computes its logits in fp32, in whatever precision its input and weights are."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(x_TD)
+        if x_TD.dtype == self.weight.dtype == torch.float32:
+            return super().forward(x_TD)
+        logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)
+        return logits_TN
+
+
 class TopKRouter(nn.Module):
     """Sends each token to the K experts of highest probability (step 1 of docs/METHOD.md)."""
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        gate = Fp32Gate if config.router_dtype == "fp32" else nn.Linear
+        self.gate = gate(config.hidden_size, config.num_experts, bias=False)
         self.top_k = config.num_experts_per_tok
         self.renormalises = config.renormalises_gates
 

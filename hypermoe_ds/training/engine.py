@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from hypermoe_ds.data.loader import signal_when_parent_ends
 from hypermoe_ds.errors import MachineError, UserError, local_rank
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling.moe import Fp32Gate
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
 from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -137,8 +139,17 @@ def build_engine(
         lr_scheduler=lambda basic: build_schedule(basic, schedule, train.steps),
         config=ds_config,
     )
+    if config.router_dtype == "fp32":
+        _compute_router_in_fp32(model)
     overlap_hyper_experts(model, parallel.overlap_hyper_experts)
     return engine
+
+
+def _compute_router_in_fp32(model: HyperMoEForCausalLM) -> None:
+    """Have AutoEP's routers compute as the model's own; their gates keep parameters, names and DeepSpeed's hooks."""
+    for module in model.modules():
+        if isinstance(module, TokenChoiceTopKRouter):
+            module.gate.__class__ = Fp32Gate
 
 
 def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

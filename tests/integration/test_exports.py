@@ -136,7 +136,7 @@ def test_generated_text_goes_on_from_the_prompt_and_follows_the_seed(
     whole_run: Path, exported: dict[Path, Path], tmp_path: Path
 ) -> None:
     def generate(*arguments: object) -> str:
-        common = ["--model", exported[whole_run], "--prompt", "def read(path):", "--max-new-tokens", 12]
+        common = ["--checkpoint", exported[whole_run], "--prompt", "def read(path):", "--max-new-tokens", 12]
         done = run_script("tools/generate.py", *common, *arguments, folder=tmp_path)
         assert done.returncode == 0, done.told()
         return done.stdout
@@ -156,7 +156,14 @@ BAD = {
         "is neither a run folder nor a Hugging Face folder",
     ),
     "no data": ("pretrain/evaluate.py --checkpoint RUN --data none", "none.idx: no such file"),
-    "no model": ("tools/generate.py --model EMPTY --prompt a", "is no Hugging Face folder"),
+    "no template": (
+        "tools/convert_to_hf.py --checkpoint RUN --output new --chat-template none",
+        "--chat-template=none: cannot be read",
+    ),
+    "no model": (
+        "tools/generate.py --checkpoint EMPTY --prompt a",
+        "is neither a run folder nor a Hugging Face folder",
+    ),
 }
 
 

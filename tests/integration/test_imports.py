@@ -42,7 +42,7 @@ def test_a_run_exported_imported_and_exported_again_is_bit_identical(
 ) -> None:
     run: Path = request.getfixturevalue(name)
     convert("convert_to_hf", "--checkpoint", run, "--output", "first", folder=tmp_path)
-    convert("convert_from_hf", "--model", "first", "--output", "run", folder=tmp_path)
+    convert("convert_from_hf", "--checkpoint", "first", "--output", "run", folder=tmp_path)
     convert("convert_to_hf", "--checkpoint", "run", "--output", "second", folder=tmp_path)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == files
@@ -70,7 +70,7 @@ def test_training_goes_on_from_the_weights_of_an_export(
     whole_run: Path, corpus: TokenisedCorpus, tmp_path: Path
 ) -> None:
     convert("convert_to_hf", "--checkpoint", whole_run, "--output", "hf", folder=tmp_path)
-    told = convert("convert_from_hf", "--model", "hf", "--output", "run", folder=tmp_path)
+    told = convert("convert_from_hf", "--checkpoint", "hf", "--output", "run", folder=tmp_path)
     assert re.search(r"^start: deepspeed pretrain/train.py .* run.dir=run train.precision=fp32$", told, re.MULTILINE)
     records = go_on(tmp_path / "run", corpus, *STILL)
     before = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
@@ -110,7 +110,7 @@ def test_a_model_of_others_is_evaluated_and_trained_on_under_expert_parallelism_
     else:
         model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None)).eval()
     model.save_pretrained(tmp_path / "theirs")
-    arguments = ["--model", "theirs", "--tokenizer", corpus.tokenizer, "--output", "run", *options, *HYPER]
+    arguments = ["--checkpoint", "theirs", "--tokenizer", corpus.tokenizer, "--output", "run", *options, *HYPER]
     convert("convert_from_hf", *arguments, folder=tmp_path)
     expected = loss_of(model, corpus)
     done = run_script("pretrain/evaluate.py", "--checkpoint", "run", "--data", corpus.valid, folder=tmp_path)
@@ -127,7 +127,7 @@ def test_an_upcycled_model_learns(corpus: TokenisedCorpus, tmp_path: Path) -> No
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "initializer_range": 0.02})).eval()
     model.save_pretrained(tmp_path / "theirs")
     options = ["--upcycle", "--experts", 4, "--top-k", 1, *HYPER, "--tokenizer", corpus.tokenizer]
-    convert("convert_from_hf", "--model", "theirs", "--output", "run", *options, folder=tmp_path)
+    convert("convert_from_hf", "--checkpoint", "theirs", "--output", "run", *options, folder=tmp_path)
     records = go_on(tmp_path / "run", corpus, "parallel.expert=2", "train.steps=12")
     steps = [record for record in records if "loss" in record]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
@@ -137,17 +137,20 @@ def test_an_upcycled_model_learns(corpus: TokenisedCorpus, tmp_path: Path) -> No
 
 
 BAD = {
-    "dense": ("--model LLAMA --output new", "model_type='llama': is dense; give --upcycle --experts N --top-k K"),
-    "no folder": ("--model none --output new", "config.json: cannot be read"),
-    "taken": ("--model LLAMA --output TAKEN", "TAKEN: exists already"),
-    "half of an option": ("--model LLAMA --output new --upcycle --experts 4", "--upcycle: lacks --experts or --top-k"),
-    "no upcycling": ("--model LLAMA --output new --granularity 2", "--granularity=2: belongs to --upcycle"),
-    "no tokenizer": ("--model LLAMA --output new --upcycle --experts 4 --top-k 1", "LLAMA: holds no tokenizer"),
+    "dense": ("--checkpoint LLAMA --output new", "model_type='llama': is dense; give --upcycle --experts N --top-k K"),
+    "no folder": ("--checkpoint none --output new", "config.json: is missing"),
+    "taken": ("--checkpoint LLAMA --output TAKEN", "TAKEN: exists already"),
+    "half of an option": (
+        "--checkpoint LLAMA --output new --upcycle --experts 4",
+        "--upcycle: lacks --experts or --top-k",
+    ),
+    "no upcycling": ("--checkpoint LLAMA --output new --granularity 2", "--granularity=2: belongs to --upcycle"),
+    "no tokenizer": ("--checkpoint LLAMA --output new --upcycle --experts 4 --top-k 1", "LLAMA: holds no tokenizer"),
     "no field": (
-        "--model LLAMA --output new adaptor_size=3",
+        "--checkpoint LLAMA --output new adaptor_size=3",
         "adaptor_size: unknown key; did you mean 'adapter_size'?",
     ),
-    "no value": ("--model LLAMA --output new adapter_size=wide", "adapter_size='wide': is not valid"),
+    "no value": ("--checkpoint LLAMA --output new adapter_size=wide", "adapter_size='wide': is not valid"),
 }
 
 

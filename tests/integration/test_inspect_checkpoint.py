@@ -30,7 +30,9 @@ def test_a_run_its_checkpoint_and_its_export_are_told_apart_and_hold_the_same(ru
     small_model(2).save_pretrained(tmp_path / "hf")
     parameters = small_model().config.parameter_counts().total
     for path, kind in ((run, "run folder"), (run / "checkpoints/step_00000005", "checkpoint folder")):
-        done = run_script(TOOL, path, tmp_path / "hf", "--json", "seen.json", folder=tmp_path)
+        done = run_script(
+            TOOL, "--checkpoint", path, "--compare", tmp_path / "hf", "--json", "seen.json", folder=tmp_path
+        )
         assert done.returncode == 0, done.told()
         assert f": {kind}\n" in done.stdout
         assert ": Hugging Face folder\n" in done.stdout
@@ -43,7 +45,9 @@ def test_a_run_its_checkpoint_and_its_export_are_told_apart_and_hold_the_same(ru
 
 
 def test_an_earlier_step_differs(run: Path, tmp_path: Path) -> None:
-    done = run_script(TOOL, run, run / "checkpoints/step_00000005", "--step", 3, folder=tmp_path)
+    done = run_script(
+        TOOL, "--checkpoint", run, "--compare", run / "checkpoints/step_00000005", "--step", 3, folder=tmp_path
+    )
     assert done.returncode == 0, done.told()
     assert "step_00000003: run folder\n" in done.stdout
     assert "no difference" not in done.stdout
@@ -54,7 +58,7 @@ def test_nan_ends_with_exit_code_1_and_the_tensors_name(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     weights["model.norm.weight"] = torch.full((32,), math.nan)
     write_cut_checkpoint(tmp_path / "cut", weights, moments=False)
-    done = run_script(TOOL, tmp_path / "cut", folder=tmp_path)
+    done = run_script(TOOL, "--checkpoint", tmp_path / "cut", folder=tmp_path)
     assert done.returncode == 1
     assert "weight/model.norm.weight: 32 NaN, 0 Inf of 32\n" in done.stdout
     assert done.stderr == ""
@@ -72,7 +76,7 @@ def test_nan_ends_with_exit_code_1_and_the_tensors_name(tmp_path: Path) -> None:
 def test_bad_input_ends_with_one_line(arguments: str, message: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "EMPTY").mkdir()
     words = [str(run) if word == "RUN" else word for word in arguments.split()]
-    done = run_script(TOOL, *words, folder=tmp_path)
+    done = run_script(TOOL, "--checkpoint", *words, folder=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -124,7 +128,8 @@ def test_memory_stays_far_below_the_model_and_below_its_largest_tensor(tmp_path:
     total = sum(path.stat().st_size for path in (tmp_path / "first").iterdir())
     assert total > 400 * MIB
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, REPOSITORY / TOOL, tmp_path / "first", tmp_path / "second"],
+        [sys.executable, "-c", WATCHED, REPOSITORY / TOOL, "--checkpoint", "first", "--compare", "second"],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -76,7 +76,7 @@ def test_conversions_hold_a_file_or_a_layer_and_come_back_bit_for_bit(run: Path,
         "tools/convert_to_hf.py", "--checkpoint", run, "--output", tmp_path / "hf", "--max-shard-size", "50MB"
     )  # fmt: skip
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 8
-    back = raised_by("tools/convert_from_hf.py", "--model", tmp_path / "hf", "--output", tmp_path / "back")
+    back = raised_by("tools/convert_from_hf.py", "--checkpoint", tmp_path / "hf", "--output", tmp_path / "back")
     told = f"model {model / MB:.0f} MB, layer {layer / MB:.0f} MB, to hf {to_hf / MB:.0f} MB, back {back / MB:.0f} MB"
     assert max(to_hf, back) < model / 2, told
     print(told)

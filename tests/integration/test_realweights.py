@@ -93,7 +93,7 @@ def recipe(run: Path, prefixes: tuple[Path, Path]) -> dict[str, Any]:
 
 
 def test_training_on_lowers_the_loss(smollm2: Path, tmp_path: Path) -> None:
-    arguments = ["--model", smollm2, "--output", "run", "--upcycle", "--experts", 2, "--top-k", 1]
+    arguments = ["--checkpoint", smollm2, "--output", "run", "--upcycle", "--experts", 2, "--top-k", 1]
     fields = [f"{key}={value}" for key, value in SMALL_HYPER.items()]
     done = run_script("tools/convert_from_hf.py", *arguments, *fields, folder=tmp_path)
     assert done.returncode == 0, done.told()

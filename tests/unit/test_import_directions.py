@@ -13,9 +13,10 @@ SCRIPTS = ("pretrain", "tools")
 ORDER = (
     {PACKAGE},  # the package's own __init__
     {"errors"},
-    {"config"},
+    {"config", "files"},
     {"modeling", "data", "parallel"},
-    {"checkpoint", "export", "monitor", "planner"},
+    {"checkpoint", "monitor", "planner"},
+    {"export"},
     {"training", "supervision"},
     {"run_config"},
     set(SCRIPTS),
@@ -182,7 +183,7 @@ def plant(root: Path, name: str, source: str) -> Path:
         ("hypermoe_ds/data/a.py", "import importlib\nimportlib.import_module('hypermoe_ds.training')", "not below"),
         ("hypermoe_ds/data/a.py", "import tools.plan", "not below"),
         ("hypermoe_ds/errors.py", "from hypermoe_ds.config import Settings", "not below"),
-        ("hypermoe_ds/export/hf.py", "from hypermoe_ds.checkpoint.manager import load", "not below"),
+        ("hypermoe_ds/checkpoint/manager.py", "from hypermoe_ds.export.hf import export", "not below"),
         ("pretrain/train.py", "from tools.plan import main", "not below"),
         ("hypermoe_ds/data/a.py", "import hypermoe_ds.attic.old", "no place in the order"),
         ("hypermoe_ds/attic/old.py", "", "no place in the order"),

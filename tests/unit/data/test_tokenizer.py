@@ -116,3 +116,34 @@ def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path) -> No
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "b"}))
     assert load_tokenizer(tmp_path).eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_config", "config"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, None),
+        ({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Evil"}, None),
+        ({"tokenizer_class": None}, {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}),
+    ],
+)
+def test_code_of_a_tokenizers_folder_is_never_run_nor_asked_about(
+    corpus: TokenisedCorpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer_config: dict[str, object],
+    config: dict[str, object] | None,
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(corpus.tokenizer, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **tokenizer_config}))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nTokenizer = Config = object\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    try:
+        load_tokenizer(folder)
+    except UserError as refusal:
+        assert "needs code of the folder (auto_map), which is never run here" in str(refusal)  # noqa: PT017
+    assert (asked, (tmp_path / "ran").exists()) == ([], False)

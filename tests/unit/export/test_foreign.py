@@ -99,7 +99,8 @@ def test_what_cannot_be_expressed_is_refused_by_key_and_value(
 def test_what_is_no_configuration_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config.json.*; give a Hugging Face folder"):
+    remedy = "(give a Hugging Face folder|export or fetch the folder again)"
+    with pytest.raises(UserError, match=rf"config.json.*; {remedy}$"):
         shape_of(tmp_path)
 
 

@@ -156,7 +156,7 @@ def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{second.name}: cannot be read"):
         open_folder(tmp_path)
     first.unlink()
-    with pytest.raises(UserError, match=rf"{first.name}: cannot be read"):
+    with pytest.raises(UserError, match=rf"{first.name}: is missing or not a file"):
         open_folder(tmp_path)
 
 

@@ -19,7 +19,7 @@ from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export import hf
 from hypermoe_ds.export.bake import bake_weights
-from hypermoe_ds.export.hf import export, read_model, shard_bytes_of
+from hypermoe_ds.export.hf import export, load_any, read_model, shard_bytes_of
 from hypermoe_ds.export.source import LazyWeights, weights_of
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.helpers.corpus import stdlib_texts
@@ -89,8 +89,7 @@ def test_a_folder_holds_weights_code_and_tokenizer_and_names_the_tokens(
     names = {path.name for path in output.iterdir()}
     code = {path.name for path in Path(modeling.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert names >= code | {"config.json", "generation_config.json", "model.safetensors"}
-    for file in tokenizer.iterdir():
-        assert (output / file.name).read_bytes() == file.read_bytes()
+    assert (output / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     config = json.loads((output / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 3)
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hypermoe.HyperMoEForCausalLM"
@@ -234,5 +233,7 @@ def test_an_export_asks_for_the_room_of_its_weights(
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no Hugging Face folder \(no config.json\); make one with"):
+    with pytest.raises(UserError, match=r"is neither a run folder nor a Hugging Face folder; give one of them$"):
+        load_any(tmp_path)
+    with pytest.raises(UserError, match=r"config.json: is missing; give a Hugging Face folder$"):
         read_model(tmp_path)

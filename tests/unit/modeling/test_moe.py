@@ -7,7 +7,7 @@ from model_references import SMALL, build, distance, moe_block, random_selection
 from torch import Tensor, nn
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
-from hypermoe_ds.modeling.moe import MoEBlock, Routing, load_balancing_loss, observe_router, router_z_loss
+from hypermoe_ds.modeling.moe import Fp32Gate, MoEBlock, Routing, load_balancing_loss, observe_router, router_z_loss
 
 N = 6
 
@@ -205,3 +205,43 @@ def test_a_models_forward_pass_leaves_no_hook_behind() -> None:
     model = build()
     model(input_ids=torch.randint(0, 61, (1, 9)))
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_fp32_router_rounds_neither_its_logits_nor_what_it_keeps_for_the_backward_pass(dtype: torch.dtype) -> None:
+    gate, x = Fp32Gate(32, N, bias=False).to(dtype), torch.randn(3, 11, 32, dtype=dtype, requires_grad=True)
+    exact, exact_x = copy.deepcopy(gate).double(), x.detach().double().requires_grad_()
+    weight = torch.randn(3, 11, N)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        logits = gate(x)
+    (logits * weight).sum().backward()
+    (nn.Linear.forward(exact, exact_x) * weight.double()).sum().backward()
+    assert logits.dtype == torch.float32
+    assert distance(logits, nn.Linear.forward(exact, exact_x)) < 1e-6
+    assert {tensor.dtype for tensor in kept} == {dtype}
+    eps = torch.finfo(dtype).eps
+    for ours, theirs in ((x.grad, exact_x.grad), (gate.weight.grad, exact.weight.grad)):
+        assert ours.dtype == dtype
+        assert distance(ours, theirs) < eps
+
+
+def test_an_fp32_router_stays_in_fp32_under_autocast() -> None:
+    block = make(num_experts_per_tok=2, router_dtype="fp32")
+    x = torch.randn(7, 32)
+    expected = block.router.gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = block.router.gate(x)
+    assert torch.equal(logits, expected)
+    assert logits.dtype == torch.float32
+
+
+def test_in_fp32_the_routers_precision_changes_no_bit_of_output_and_gradients() -> None:
+    results = []
+    for router_dtype in ("model", "fp32"):
+        torch.manual_seed(3)
+        block, x = make(num_experts_per_tok=2, router_dtype=router_dtype), torch.randn(2, 5, 32, requires_grad=True)
+        y = block(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

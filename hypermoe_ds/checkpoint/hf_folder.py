@@ -1,0 +1,222 @@
+"""The files of a Hugging Face folder, read without running code of it and without leaving it.
+
+What such a folder says is checked before anything is built from it: sizes in its JSON are bounded, and a file is opened
+only if it is a regular file of the folder.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, ValidationError, create_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import file_of
+from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
+
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors has 10 MB
+_AGAIN = "export or fetch the folder again"
+
+# Far above any model, and low enough that nothing made from them takes long.
+_LARGEST_NUMBER = 2**40
+_LIMITS = {"num_hidden_layers": 10_000, "num_experts": 65_536, "num_local_experts": 65_536}
+
+_ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)
+_types: dict[str, Any] = {name: (kind, None) for name, kind in (HyperMoEConfig.__annotations__ | _ids).items()}
+_Fields = create_model("_Fields", __config__=ConfigDict(strict=True, allow_inf_nan=False), **_types)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object from a file of a folder.
+
+    Raises:
+        UserError: the file is missing, larger than 64 MiB, damaged, or holds something else.
+    """
+    path = file_of(folder, name)
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise UserError(str(path), f"is larger than {_LARGEST_JSON / 2**20:.0f} MiB", _AGAIN)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(str(path), "is nested too deep", _AGAIN) from None
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", _AGAIN) from None
+    if not isinstance(content, dict):
+        raise UserError(str(path), "holds no JSON object", _AGAIN)
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        UserError: there is none, it is damaged, or one of its numbers is larger than any model's.
+    """
+    if not (folder / CONFIG).exists():
+        raise UserError(str(folder / CONFIG), "is missing", "give a Hugging Face folder")
+    content = read_json(folder, CONFIG)
+    for key, value in content.items():
+        limit = _LIMITS.get(key, _LARGEST_NUMBER)
+        if isinstance(value, int | float) and value > limit:
+            raise UserError(f"{folder / CONFIG}: {key}={short(value)}", f"is more than {limit:,}", "mend that key")
+    return content
+
+
+def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
+    """Read a folder's config.json as a HyperMoE model's; keys that it does not know are left alone.
+
+    Raises:
+        UserError: as `read_config`; it is another model's, or a value is of another type or does not fit the others.
+    """
+    content, path = read_config(folder), folder / CONFIG
+    kind = content.get("model_type")
+    if kind != HyperMoEConfig.model_type:
+        raise UserError(f"{path}: model_type={short(kind)}", "is not a HyperMoE model", "give an export of one")
+    return hypermoe_config(folder, content)
+
+
+def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
+    """Build the configuration of a folder's model; of fields that it does not know nothing is taken.
+
+    Raises:
+        UserError: a value is of another type or does not fit the others.
+    """
+    path = folder / CONFIG
+    try:
+        config: HyperMoEConfig = HyperMoEConfig(**_Fields.model_validate(fields).model_dump(exclude_unset=True))
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        where = f"{path}: {error['loc'][0]}={short(error['input'])}"
+        raise UserError(where, "is not valid", short(error["msg"])) from None
+    except ValueError as error:
+        where, _, rest = str(error).partition(": ")
+        problem, _, remedy = rest.partition("; ")
+        raise UserError(f"{path}: {where}", problem or "is not valid", remedy or "mend that key") from None
+    return config
+
+
+def last_line(error: Exception) -> str:
+    """The part of a library's message that names the cause, at most 200 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()[:200]
+
+
+def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
+    """List the tensors of a model, after a check that stored weights can be its own.
+
+    Args:
+        folder: holds the weights.
+        config: the model.
+        stored: names of the stored tensors, whose layers are counted before a model of `num_hidden_layers` is built.
+
+    Raises:
+        UserError: the weights hold fewer layers, or a tensor is larger than any machine.
+    """
+    layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
+    if layers < config.num_hidden_layers:
+        problem = f"holds weights of {layers} layers, and config.json says num_hidden_layers={config.num_hidden_layers}"
+        raise UserError(str(folder), problem, "mend config.json")
+    try:
+        return stored_shapes(config)
+    except RuntimeError as error:  # sizes that overflow
+        problem = f"its config.json describes tensors that cannot be ({last_line(error)})"
+        raise UserError(str(folder), problem, "mend config.json") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a folder.
+
+    Raises:
+        UserError: there are none, the index is damaged or names another kind of file, or a file is missing or a link
+            that leads out of the folder.
+    """
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder, INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX}: weight_map={short(weight_map)}", "names no files", _AGAIN)
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors"):
+                where = f"{folder / INDEX}: weight_map[{short(name)}]={short(file)}"
+                raise UserError(where, "is not a safetensors file", "save the model as safetensors")
+        return [file_of(folder, name) for name in sorted(set(weight_map.values()))]
+    if (folder / WEIGHTS).exists():
+        return [file_of(folder, WEIGHTS)]
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles:
+        raise UserError(
+            str(folder / pickles[0]),
+            "is a pickle, which can run any code when it is read",
+            "save the model as safetensors: Transformers' save_pretrained does",
+        )
+    raise UserError(str(folder), f"holds no weights (neither {WEIGHTS} nor {INDEX})", "give a Hugging Face folder")
+
+
+class FolderTensors:
+    """The tensors of a folder's safetensors files, by the names that the files give them.
+
+    Args:
+        folder: a Hugging Face folder.
+
+    Attributes:
+        folder: the folder.
+        paths: the files.
+        shapes: name and shape of each tensor.
+        dtypes: its type, as safetensors names it ("F32", "BF16").
+
+    Raises:
+        UserError: as `weight_files`, or a file is damaged, or a tensor is in two files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths = weight_files(folder)
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, str] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (no dict)
+                        if name in self._file_of:
+                            other = self._file_of[name].name
+                            raise UserError(f"{path}: {short(name)}", f"is in {other} too", _AGAIN)
+                        part = file.get_slice(name)
+                        self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part.get_dtype()
+                        self._file_of[name] = path
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from None
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor as it is stored; its memory is not the file's.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            with safe_open(self._file_of[name], "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor.clone()
+        except (OSError, SafetensorError) as error:
+            raise _damaged(self._file_of[name], error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(str(path), f"cannot be read ({error})", _AGAIN)
+
+
+def short(value: object) -> str:
+    """A value from a file for a message, at most 80 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

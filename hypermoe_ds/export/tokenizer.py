@@ -1,0 +1,57 @@
+"""The tokenizer of an export: the run's, in the form that Transformers' users expect."""
+
+import json
+from pathlib import Path
+
+from jinja2 import TemplateError
+
+from hypermoe_ds.checkpoint.hf_folder import read_json
+from hypermoe_ds.data.tokenizer import copy_tokenizer, load_tokenizer
+from hypermoe_ds.errors import UserError
+
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_PROBE = [{"role": "user", "content": "Hello"}]
+
+
+def write_tokenizer(tokenizer: Path, folder: Path, chat_template: Path | None = None) -> None:
+    """Copy a run's tokenizer into an export.
+
+    In the copy "</s>" within a text is the control token, so that texts of a fine-tuning can end: the key
+    `split_special_tokens` is removed. `tools/preprocess_data.py` encodes it as text whatever that key says.
+
+    Args:
+        tokenizer: the run's tokenizer folder.
+        folder: the export; it does not exist yet.
+        chat_template: file of a Jinja template to write in the place of the tokenizer's own.
+
+    Raises:
+        UserError: as `copy_tokenizer`, or the template cannot be read or rendered.
+    """
+    template = None if chat_template is None else _read_template(chat_template)
+    copy_tokenizer(tokenizer, folder)
+    if (folder / _CONFIG).exists():
+        content = read_json(folder, _CONFIG)
+        replaced = ("split_special_tokens",) if template is None else ("split_special_tokens", "chat_template")
+        kept = {key: value for key, value in content.items() if key not in replaced}
+        (folder / _CONFIG).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if template is not None:
+        (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+        _check_template(chat_template, folder)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template={path}", f"cannot be read ({error})", "give a Jinja file") from None
+
+
+def _check_template(path: Path | None, folder: Path) -> None:
+    """Render one message, as a user of the export would."""
+    try:
+        rendered = load_tokenizer(folder).apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        problem = f"cannot be rendered for a user's message ({error})"
+        raise UserError(f"--chat-template={path}", problem, "mend the template") from None
+    if _PROBE[0]["content"] not in rendered:
+        raise UserError(f"--chat-template={path}", "leaves a user's message out", "mend the template")
