@@ -37,6 +37,7 @@ def main() -> None:
     check_sources(config.data, model.vocab_size)
     folder = RunFolder(Path(config.run.dir))
     folder.check_same_model(model)
+    folder.check_same_tokenizer(Path(config.data.tokenizer))
 
     rank, world_size = start_ranks(config.train.collective_timeout)
     check_same_settings(config.model_dump(mode="json"), ds_json)

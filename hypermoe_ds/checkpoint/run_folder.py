@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.tokenizer import vocabulary_digests
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -98,6 +100,23 @@ class RunFolder:
                     "choose another run.dir or the model of that run",
                 )
 
+    def check_same_tokenizer(self, tokenizer: Path) -> None:
+        """Refuse another tokenizer than the one of the run's first launch.
+
+        Raises:
+            UserError: the folder holds a tokenizer, and a vocabulary file of `tokenizer` differs from it.
+        """
+        if not self.tokenizer.is_dir():
+            return
+        given, own = vocabulary_digests(tokenizer), vocabulary_digests(self.tokenizer)
+        for name in sorted(given | own):
+            if given.get(name) != own.get(name):
+                raise UserError(
+                    f"data.tokenizer={tokenizer}",
+                    f"is another tokenizer than the run's, {self.tokenizer} ({name} differs)",
+                    "give the tokenizer of that run or choose another run.dir",
+                )
+
     def write_model(self, config: HyperMoEConfig) -> None:
         """Write the model's config.json; no code goes with it."""
         self.model.mkdir(parents=True, exist_ok=True)
@@ -106,13 +125,18 @@ class RunFolder:
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
-        """Write `resolved/`: what the run is started with, derived values included."""
+        """Write `resolved/`: what the run is launched with, derived values included.
+
+        The tokenizer is copied at the first launch only.
+        """
         self.settings.parent.mkdir(parents=True, exist_ok=True)
         self.settings.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
         self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n")
         self.write_model(model)
-        if tokenizer.resolve() != self.tokenizer.resolve():
-            shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
+        if not self.tokenizer.exists():
+            with scratch_beside(self.tokenizer) as scratch:
+                shutil.copytree(tokenizer, scratch / self.tokenizer.name)
+                (scratch / self.tokenizer.name).rename(self.tokenizer)
 
 
 def _facts(config: HyperMoEConfig) -> dict[str, Any]:
