@@ -55,7 +55,7 @@ def test_the_tokenizer_of_the_first_launch_stays_the_runs(run: RunFolder, tmp_pa
     (other / "tokenizer.json").write_text("{}")
     for name, path in (("tokenizer.json", other), ("tokenizer.model", tmp_path / "tokenizer")):
         (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"other pieces")
-        with pytest.raises(UserError, match=rf"={path}: is another tokenizer than the run's, .* \({name} differs\); give"):
+        with pytest.raises(UserError, match=rf"={path}: is another tokenizer than the run's, .* \({name} differs\);"):
             run.check_same_tokenizer(path)
         run.write_settings({}, {}, HyperMoEConfig(**FIELDS), path)
         assert [file.name for file in run.tokenizer.iterdir()] == ["tokenizer.model"]
