@@ -1,5 +1,6 @@
 """Settings of a training run that the YAML recipe owns."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -47,13 +48,37 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """Learning rate over the steps, by `transformers.get_scheduler`."""
+    """Learning rate over the steps, by formula."""
 
     name: Literal["cosine", "warmup_stable_decay", "linear", "constant"] = Field(
-        "cosine", description="shape after the warm-up"
+        "cosine", description="shape after the warm-up; `warmup_stable_decay` decays by a cosine"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up: step `s` of them has `s / warmup_steps` of the largest rate"
+    )
     decay_steps: int = Field(0, ge=0, description="last steps of warmup_stable_decay, in which the rate falls")
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="last learning rate / largest, for cosine and warmup_stable_decay"
+        0.0, ge=0, le=1, description="learning rate of the last step / largest; without effect on `constant`"
     )
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the learning rate of an optimizer step, as a factor of the largest.
+
+        With W warm-up steps, the factor is `step / W` up to step W, 1 up to the turning step T, and falls from there
+        to `min_lr_ratio` at the last step. T is W, or for `warmup_stable_decay` the last step - `decay_steps`, but at
+        least 1, so that no run begins with a rate of 0.
+
+        Args:
+            step: optimizer step, counted from 1; after the last one the factor stays.
+            steps: last step of the run.
+        """
+        step = min(step, steps)
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        decaying = self.decay_steps if self.name == "warmup_stable_decay" else steps - self.warmup_steps
+        turning = max(steps - decaying, 1)
+        if self.name == "constant" or step <= turning:
+            return 1.0
+        progress = (step - turning) / (steps - turning)
+        left = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left
