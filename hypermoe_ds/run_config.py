@@ -127,6 +127,10 @@ class RunConfig(Settings):
             if first >= end:
                 problem = f"begins after the run's last sample, {end - 1}"
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
+        if self.optimizer.lr * self.optimizer.weight_decay >= 1:
+            where = f"optimizer.weight_decay={self.optimizer.weight_decay}"
+            # AdamW multiplies the weights by 1 - lr * weight_decay in each step.
+            raise UserError(where, f"times optimizer.lr={self.optimizer.lr} is 1 or more", "lower it")
         ramps = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramps > self.train.steps:
             raise UserError(

@@ -20,7 +20,7 @@ from hypermoe_ds.checkpoint import store
 from hypermoe_ds.checkpoint.engine_state import EngineState, Held
 from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, sync_folder
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader, shard_name, write_shard
-from hypermoe_ds.config import Settings
+from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.parallel.host_group import HostGroup
 
@@ -35,9 +35,13 @@ Value = TypeVar("Value")
 class CheckpointConfig(Settings):
     """When checkpoints are written and which are kept."""
 
-    interval: int = Field(1000, ge=1, description="steps between two checkpoints; one more is written at the end")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(None, ge=1, description="steps whose multiples are kept for good; null keeps none")
+    interval: int = Field(
+        1000, ge=1, le=LARGEST_COUNT, description="steps between two checkpoints; one more is written at the end"
+    )
+    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(
+        None, ge=1, le=LARGEST_COUNT, description="steps whose multiples are kept for good; null keeps none"
+    )
     resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
     verify: Verify = Field("sizes", description="compared with the manifest at a resume: sizes, or full (hashes too)")
     asynchronous: bool = Field(

@@ -88,6 +88,11 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps=None: is not valid"),
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
+        (
+            "optimizer.weight_decay=1000",
+            "optimizer.weight_decay=1000.0: times optimizer.lr=0.001 is 1 or more; lower it",
+        ),
+        ("train.seed=4294967296", "train.seed=4294967296: is not valid"),
         ("checkpoint.resume=maybe", "checkpoint.resume='maybe': is not valid"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0: is not valid"),
         ("monitor.interval=0", "monitor.interval=0: is not valid"),
@@ -98,6 +103,37 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
 )
 def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
     assert says in refusal(recipe, override)
+
+
+def numbers(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Dotted name and type of each numeric setting."""
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Settings):
+                yield from numbers(kind, f"{prefix}{name}.")
+            elif kind in (int, float):
+                yield f"{prefix}{name}", kind
+
+
+NUMBERS = dict(numbers(RunConfig))
+OUT_OF_RANGE = ("-1", ".nan", ".inf", "-.inf", "1e300", str(10**30), "true", "'3'")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", OUT_OF_RANGE)
+def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key: str, value: str) -> None:
+    if key.startswith(("data.train", "data.valid")):
+        section, leaf = key.rsplit(".", 1)
+        assert f"{section}.0.{leaf}=" in refusal(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
+    else:
+        assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+
+
+def test_there_are_numbers_of_every_section() -> None:
+    sections = {key.partition(".")[0] for key in NUMBERS}
+    assert sections == RunConfig.model_fields.keys() - {"run"}
+    assert NUMBERS["train.consistency_interval"] is int
+    assert NUMBERS["data.train.weight"] is float
 
 
 @pytest.mark.parametrize(
