@@ -120,13 +120,13 @@ OUT_OF_RANGE = ("-1", ".nan", ".inf", "-.inf", "1e300", str(10**30), "true", "'3
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", OUT_OF_RANGE)
-def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key: str, value: str) -> None:
-    if key.startswith(("data.train", "data.valid")):
-        section, leaf = key.rsplit(".", 1)
-        assert f"{section}.0.{leaf}=" in refusal(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
-    else:
-        assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key: str) -> None:
+    section, leaf = key.rsplit(".", 1)
+    for value in OUT_OF_RANGE:
+        if section in ("data.train", "data.valid"):
+            assert f"{section}.0.{leaf}=" in refusal(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
+        else:
+            assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
 def test_there_are_numbers_of_every_section() -> None:

@@ -172,10 +172,10 @@ NUMBERS = {key: kind for key, kind in HyperMoEConfig.__annotations__.items() if 
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, 1e300, 10**30, "8", True, None])
-def test_every_number_is_finite_of_its_type_and_within_limits(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{key}={re.escape(str(value))}: [^;\n]+; give [^;\n]+$|^{key}='8': not a "):
-        HyperMoEConfig(**{**SMALL, key: value})
+def test_every_number_is_finite_of_its_type_and_within_limits(key: str) -> None:
+    for value in (math.nan, math.inf, -math.inf, -1, 1e300, 10**30, "8", True, None):
+        with pytest.raises(ValueError, match=rf"^{key}='?{re.escape(str(value))}'?: [^;\n]+; give [^;\n]+$"):
+            HyperMoEConfig(**{**SMALL, key: value})
 
 
 def test_a_switch_is_true_or_false() -> None:
