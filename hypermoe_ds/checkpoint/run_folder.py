@@ -83,6 +83,15 @@ class RunFolder:
         config: HyperMoEConfig = HyperMoEConfig.from_pretrained(self.model)
         return config
 
+    def check_same_run(self, config: HyperMoEConfig, tokenizer: Path) -> None:
+        """Refuse to continue with another model or tokenizer than the folder's.
+
+        Raises:
+            UserError: as `check_same_model` and `check_same_tokenizer`.
+        """
+        self.check_same_model(config)
+        self.check_same_tokenizer(tokenizer)
+
     def check_same_model(self, config: HyperMoEConfig) -> None:
         """Refuse to go on with another model than the folder's.
 

@@ -12,6 +12,7 @@ from hypermoe_ds.config import Settings
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.run_config import ModelSection, RunConfig, load_run_config, settings_table
+from hypermoe_ds.training.state import TrainState
 
 RECIPES = sorted((Path(__file__).parents[2] / "pretrain" / "recipes").glob("*.yaml"))
 SMALL = {
@@ -81,10 +82,6 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.clip_grad_norm=-1", "train.clip_grad_norm=-1: is not valid"),
         ("train.stop_at_step=0", "train.stop_at_step=0: is not valid"),
         ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
-        (
-            "train.skip_samples=[[3, 4], [42, 43]]",
-            "train.skip_samples=[[42, 43]]: begins after the run's last sample, 11",
-        ),
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps=None: is not valid"),
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
@@ -227,3 +224,21 @@ def test_the_model_section_has_the_models_fields_with_their_types_and_meanings()
         assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name in CHOICES
         assert field.description
         assert not any(f"{other}: " in field.description for other in own), "one setting's text alone"
+
+
+def test_the_samples_needed_are_those_consumed_and_those_to_come(recipe: Path) -> None:
+    ten = load_run_config(recipe, ["train.global_batch_size=4"])
+    assert ten.samples(TrainState()) == 40
+    assert ten.samples(TrainState(step=6, consumed_samples=24)) == 40
+    assert ten.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, "after six steps of 16"
+    assert ten.samples(TrainState(step=12, consumed_samples=48)) == 48, "a run whose steps were lowered"
+    left_out = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
+    assert left_out.samples(TrainState()) == 13
+    assert left_out.samples(TrainState(step=4, consumed_samples=6)) == 13
+
+
+def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
+    config = load_run_config(recipe, ["train.skip_samples=[[3, 4], [42, 43]]"])
+    with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; leave"):
+        config.samples(TrainState())
+    assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
