@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hypermoe_ds.errors import UserError
 
+LARGEST_COUNT = 10**9  # of steps, sequences and the like: products of two still fit into 64 bits
+
 
 class Settings(BaseModel):
-    """Base of every settings section: typed, frozen, unknown keys refused."""
+    """Base of every settings section: typed, frozen, finite; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Section = TypeVar("Section", bound=Settings)

@@ -18,6 +18,7 @@ from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.evaluation import EvaluationConfig
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from hypermoe_ds.training.state import TrainState
 
 # The tokenizer's, generation's or the export's.
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
@@ -76,10 +77,21 @@ class RunConfig(Settings):
         """The samples that nobody trains on."""
         return LeftOut(self.train.skip_samples)
 
-    @property
-    def samples(self) -> int:
-        """Places in the order of the training samples that the whole run needs."""
-        return self.train.steps * self.train.global_batch_size + self.left_out.total
+    def samples(self, state: TrainState) -> int:
+        """Return how many places of the order of the training samples the run needs: consumed and still to come.
+
+        The steps taken may have had other batch sizes.
+
+        Raises:
+            UserError: a stretch of `train.skip_samples` begins after the last sample.
+        """
+        to_come = max(self.train.steps - state.step, 0) * self.train.global_batch_size
+        end = self.left_out.after(state.consumed_samples, to_come) if to_come else state.consumed_samples
+        for first, last in self.train.skip_samples:
+            if first >= end:
+                problem = f"begins after the run's last sample, {end - 1}"
+                raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
+        return end
 
     def architecture(self) -> HyperMoEConfig:
         """The model: the preset, if one is named, with the recipe's fields over it.
@@ -101,10 +113,11 @@ class RunConfig(Settings):
     def opening_line(self, world_size: int, step: int) -> str:
         """What is about to run, from `step` on."""
         counts = self.architecture().parameter_counts()
+        idle = " | nothing to train: raise train.steps or train.stop_at_step to go on" * (step >= self.last_step)
         return (
             f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, "
             f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork | {world_size} ranks, "
-            f"expert parallelism {self.parallel.expert} | step {step} of {self.train.steps} | {self.run.dir}"
+            f"expert parallelism {self.parallel.expert} | step {step} of {self.train.steps} | {self.run.dir}{idle}"
         )
 
     def check(self) -> None:
@@ -120,13 +133,13 @@ class RunConfig(Settings):
                 f"longer than model.max_position_embeddings={longest}",
                 "shorten the sequences or raise that limit",
             )
-        end = self.left_out.after(0, self.train.steps * self.train.global_batch_size)
         for first, last in self.train.skip_samples:
             if first > last:
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", "ends before it begins", "give first, last")
-            if first >= end:
-                problem = f"begins after the run's last sample, {end - 1}"
-                raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
+        if self.optimizer.lr * self.optimizer.weight_decay >= 1:
+            where = f"optimizer.weight_decay={self.optimizer.weight_decay}"
+            # AdamW multiplies the weights by 1 - lr * weight_decay in each step.
+            raise UserError(where, f"times optimizer.lr={self.optimizer.lr} is 1 or more", "lower it")
         ramps = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramps > self.train.steps:
             raise UserError(

@@ -18,6 +18,7 @@ from hypermoe_ds.errors import EXIT_SAVED, one_line_errors
 from hypermoe_ds.monitor.sinks import Sinks
 from hypermoe_ds.run_config import load_run_config
 from hypermoe_ds.training.agreement import check_same_settings
+from hypermoe_ds.training.changes import record_launch
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
@@ -36,25 +37,23 @@ def main() -> None:
     model = config.architecture()
     check_sources(config.data, model.vocab_size)
     folder = RunFolder(Path(config.run.dir))
-    folder.check_same_model(model)
+    folder.check_same_run(model, Path(config.data.tokenizer))
 
     rank, world_size = start_ranks(config.train.collective_timeout)
-    check_same_settings(config.model_dump(mode="json"), ds_json)
+    settings = config.model_dump(mode="json")
+    check_same_settings(settings, ds_json)
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
     watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout)
     with claimed(folder.path), watchdog.watching():
         engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
-        checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, config.model_dump(mode="json"))
+        checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, settings)
         checkpoints.check_room()
         state = TrainState.from_dict(checkpoints.resume() or {})
-        if rank == 0:
-            folder.write_settings(config.model_dump(), ds_config, model, Path(config.data.tokenizer))
-
         sinks = Sinks(config.monitor, folder.path, rank, state.step)
         sinks.say(config.opening_line(world_size, state.step))
-        if state.step >= config.last_step:
-            sinks.say("nothing to train: raise train.steps or train.stop_at_step to go on")
-        seed, samples, micro_batch = config.train.seed, config.samples, config.train.micro_batch_size
+        if rank == 0:
+            record_launch(folder, settings, ds_config, model, state.step, sinks.say)
+        seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         train_set, valid_set = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
         if state.follow(train_set.order_key):
             sinks.say("warning: data or train.steps changed the order of the samples: some come again, some never")

@@ -37,7 +37,7 @@ from hypermoe_ds.checkpoint.shards import (
     first_not_finite,
     write_shard,
 )
-from hypermoe_ds.config import Settings
+from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.parallel.host_group import HostGroup
 
@@ -53,9 +53,13 @@ Value = TypeVar("Value")
 class CheckpointConfig(Settings):
     """When checkpoints are written and which are kept."""
 
-    interval: int = Field(1000, ge=1, description="steps between two checkpoints; one more is written at the end")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(None, ge=1, description="steps whose multiples are kept for good; null keeps none")
+    interval: int = Field(
+        1000, ge=1, le=LARGEST_COUNT, description="steps between two checkpoints; one more is written at the end"
+    )
+    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(
+        None, ge=1, le=LARGEST_COUNT, description="steps whose multiples are kept for good; null keeps none"
+    )
     resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
     verify: Verify = Field(
         "full", description="compared with the manifest at a resume: sizes and headers, or full (hashes too, no NaN)"

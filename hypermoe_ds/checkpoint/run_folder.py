@@ -12,6 +12,8 @@ import yaml
 from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
 from hypermoe_ds.checkpoint.manifest import write_durably
 from hypermoe_ds.config import Section, load_yaml, validate
+from hypermoe_ds.data.output import scratch_beside
+from hypermoe_ds.data.tokenizer import vocabulary_digests
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -94,6 +96,15 @@ class RunFolder:
             raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
         return read_hypermoe_config(self.model)
 
+    def check_same_run(self, config: HyperMoEConfig, tokenizer: Path) -> None:
+        """Refuse to continue with another model or tokenizer than the folder's.
+
+        Raises:
+            UserError: as `check_same_model` and `check_same_tokenizer`.
+        """
+        self.check_same_model(config)
+        self.check_same_tokenizer(tokenizer)
+
     def check_same_model(self, config: HyperMoEConfig) -> None:
         """Refuse to go on with another model than the folder's.
 
@@ -104,6 +115,23 @@ class RunFolder:
             return
         refuse_other_model(model_fields(config), model_fields(self.model_config()), self.path)
 
+    def check_same_tokenizer(self, tokenizer: Path) -> None:
+        """Refuse another tokenizer than the one of the run's first launch.
+
+        Raises:
+            UserError: the folder holds a tokenizer, and a vocabulary file of `tokenizer` differs from it.
+        """
+        if not self.tokenizer.is_dir():
+            return
+        given, own = vocabulary_digests(tokenizer), vocabulary_digests(self.tokenizer)
+        for name in sorted(given | own):
+            if given.get(name) != own.get(name):
+                raise UserError(
+                    f"data.tokenizer={tokenizer}",
+                    f"is another tokenizer than the run's, {self.tokenizer} ({name} differs)",
+                    "give the tokenizer of that run or choose another run.dir",
+                )
+
     def write_model(self, config: HyperMoEConfig) -> None:
         """Write the model's config.json; no code goes with it."""
         self.model.mkdir(parents=True, exist_ok=True)
@@ -112,13 +140,18 @@ class RunFolder:
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
-        """Write `resolved/`: what the run is started with, derived values included."""
+        """Write `resolved/`: what the run is launched with, derived values included.
+
+        The tokenizer is copied at the first launch only.
+        """
         self.settings.parent.mkdir(parents=True, exist_ok=True)
         write_durably(self.settings, yaml.safe_dump(dict(settings), sort_keys=False))
         write_durably(self.ds_config, json.dumps(ds_config, indent=2) + "\n")
         self.write_model(model)
-        if tokenizer.resolve() != self.tokenizer.resolve():
-            shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
+        if not self.tokenizer.exists():
+            with scratch_beside(self.tokenizer) as scratch:
+                shutil.copytree(tokenizer, scratch / self.tokenizer.name)
+                (scratch / self.tokenizer.name).rename(self.tokenizer)
 
 
 def model_fields(config: HyperMoEConfig) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch.distributed
 from pydantic import Field
 from torch.utils.data import Dataset
 
-from hypermoe_ds.config import Settings
+from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
-from hypermoe_ds.data.tokenizer import load_tokenizer, sha256_of, vocabulary_file
+from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer, sha256_of
 from hypermoe_ds.errors import UserError
 
 _VALIDATION_SEED = 0
@@ -31,7 +31,7 @@ class DataSource(Settings):
     weight: float = Field(
         default=1.0,
         gt=0,
-        allow_inf_nan=False,
+        le=1e9,
         description="share of the training samples drawn from here, relative to the other sources' weights; "
         "validation goes through every source once, whatever its weight",
     )
@@ -42,11 +42,13 @@ class DataConfig(Settings):
 
     train: list[DataSource] = Field(min_length=1, description="sources of the training samples")
     valid: list[DataSource] = Field(default=[], description="sources of the validation samples; empty: none")
-    sequence_length: int = Field(gt=0, description="tokens in a sample")
+    sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens in a sample")
     tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with")
     # tiny-10m on two ranks and 2 cores, three times in turn: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2.
     # Steps of 30 ms are some 10 % slower with 2; a GPU, whose host launches kernels, is what it is for.
-    workers: int = Field(default=2, ge=0, description="processes per rank that load samples; 0: the rank itself")
+    workers: int = Field(
+        default=2, ge=0, le=1024, description="processes per rank that load samples; 0: the rank itself"
+    )
     cache: str | None = Field(
         default=None,
         description="folder for the indices of the samples, visible to all nodes; "
@@ -121,11 +123,15 @@ def check_sources(config: DataConfig, vocab_size: int) -> None:
 
     Raises:
         UserError: the tokenizer folder or a token file is missing, a token file is truncated, a
-            source was made with another tokenizer or has more token ids than the model, or is
-            shorter than one sample. Where a source has no `.json`, its largest id is looked for
-            among its first 16,777,216 tokens.
+            source was made with another tokenizer, the tokenizer or a source has more token ids than
+            the model, or a source is shorter than one sample. Where a source has no `.json`, its
+            largest id is looked for among its first 16,777,216 tokens.
     """
-    vocabulary_file(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    needed = embeddings_needed(tokenizer)
+    if needed > vocab_size:
+        problem = f"has token ids up to {needed - 1} and the model {vocab_size} embeddings"
+        raise UserError(f"data.tokenizer={config.tokenizer}", problem, f"set model.vocab_size to {needed} or more")
     for source in [*config.train, *config.valid]:
         files = inspect(source.prefix)
         metadata = read_metadata(source.prefix)
@@ -134,15 +140,25 @@ def check_sources(config: DataConfig, vocab_size: int) -> None:
             problem = f"has {ids} token ids and the model {vocab_size}"
             raise UserError(source.prefix, problem, f"set model.vocab_size to {ids} or more")
         if metadata is not None:
-            _check_tokenizer(config, source, metadata)
+            _check_tokenizer(config.tokenizer, tokenizer, source, metadata)
         _check_long_enough(files, config.sequence_length)
 
 
-def _check_tokenizer(config: DataConfig, source: DataSource, metadata: Metadata) -> None:
-    path = Path(config.tokenizer) / metadata.tokenizer_file
-    if path.is_file() and sha256_of(path) != metadata.tokenizer_sha256:
-        problem = f"was made with another tokenizer than {config.tokenizer}"
-        raise UserError(source.prefix, problem, f"set data.tokenizer (it was {metadata.tokenizer})")
+def _check_tokenizer(folder: str, tokenizer: Any, source: DataSource, metadata: Metadata) -> None:
+    path = Path(folder) / metadata.tokenizer_file
+    problem = f"was made with another tokenizer than {folder}"
+    if not path.is_file():
+        problem += f", which has no {metadata.tokenizer_file}"
+    elif sha256_of(path) != metadata.tokenizer_sha256:
+        problem += f", whose {metadata.tokenizer_file} differs"
+    elif (len(tokenizer), tokenizer.eos_token_id) != (metadata.vocab_size, metadata.eos_id):
+        problem += (
+            f", with {metadata.vocab_size} tokens and end-of-sequence token {metadata.eos_id} "
+            f"instead of {len(tokenizer)} and {tokenizer.eos_token_id}"
+        )
+    else:
+        return
+    raise UserError(source.prefix, problem, f"set data.tokenizer (it was {metadata.tokenizer})")
 
 
 def _check_long_enough(files: TokenFiles, sequence_length: int) -> None:

@@ -223,6 +223,17 @@ def vocabulary_file(folder: str | Path) -> Path:
     raise UserError(str(folder), "holds no tokenizer", _GIVE_A_FOLDER)
 
 
+def vocabulary_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a tokenizer folder that decides which id a text gets, by file name."""
+    names = (*_VOCABULARY_FILES, "merges.txt", "added_tokens.json")
+    return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
+
+
+def embeddings_needed(tokenizer: Any) -> int:
+    """Return the largest token id of a loaded tokenizer + 1; ids may have gaps, so this can exceed its length."""
+    return 1 + int(max(tokenizer.get_vocab().values()))
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -193,8 +193,10 @@ class HyperMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        _check_number("num_attention_heads", self.num_attention_heads, *_LIMITS["num_attention_heads"])
+        _check_number("hidden_size", self.hidden_size, *_LIMITS["hidden_size"])
         if self.head_dim == 0:
-            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"num_attention_heads={self.num_attention_heads}: does not divide hidden_size="
                     f"{self.hidden_size}; choose a divisor or give head_dim"
@@ -215,10 +217,11 @@ class HyperMoEConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def _check(self) -> None:
-        smallest = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_AT_LEAST_ZERO, 0)
-        for key, least in smallest.items():
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}={getattr(self, key)}: too small; give at least {least}")
+        for key, (least, largest) in _LIMITS.items():
+            _check_number(key, getattr(self, key), least, largest)
+        for key in (key for key, kind in HyperMoEConfig.__annotations__.items() if kind is bool):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r}: neither true nor false; give one of them")
         if self.router_aux_loss_scope not in get_args(RouterAuxLossScope):
             raise ValueError(
                 f"router_aux_loss_scope={self.router_aux_loss_scope}: unknown; choose one of "
@@ -383,24 +386,45 @@ _AUTO_CLASSES = {
     "AutoModel": "modeling_hypermoe.HyperMoEModel",
     "AutoModelForCausalLM": "modeling_hypermoe.HyperMoEForCausalLM",
 }
-_AT_LEAST_ONE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "intermediate_size",
-    "moe_every",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "expert_embedding_size",
-    "selection_hidden_size",
-    "hypernetwork_input_size",
-    "layer_embedding_size",
-    "bottleneck_size",
-    "adapter_size",
+# Smallest and largest value of each number; of whole numbers where both limits are. The largest are beyond any model,
+# and small enough that no loop over layers or experts runs away.
+_LIMITS: Mapping[str, tuple[int, int] | tuple[float, float]] = MappingProxyType(
+    {
+        "vocab_size": (1, 1 << 24),
+        "hidden_size": (1, 1 << 20),
+        "num_hidden_layers": (1, 10_000),
+        "num_attention_heads": (1, 1 << 16),
+        "num_key_value_heads": (1, 1 << 16),
+        "head_dim": (1, 1 << 16),
+        "max_position_embeddings": (1, 1 << 30),
+        "rope_theta": (1.0, 1e12),
+        "rms_norm_eps": (1e-20, 1.0),
+        "intermediate_size": (1, 1 << 24),
+        "first_dense_layers": (0, 10_000),
+        "moe_every": (1, 10_000),
+        "num_experts": (1, 1 << 16),
+        "num_experts_per_tok": (1, 1 << 16),
+        "moe_intermediate_size": (1, 1 << 24),
+        "shared_expert_size": (0, 1 << 24),
+        "router_aux_loss_coef": (0.0, 1e4),
+        "z_loss_coef": (0.0, 1e4),
+        "expert_embedding_size": (1, 1 << 20),
+        "selection_hidden_size": (1, 1 << 20),
+        "hypernetwork_input_size": (1, 1 << 20),
+        "layer_embedding_size": (1, 1 << 20),
+        "bottleneck_size": (1, 1 << 20),
+        "adapter_size": (1, 1 << 20),
+        "initializer_range": (0.0, 100.0),
+    }
 )
-_AT_LEAST_ZERO = ("first_dense_layers", "shared_expert_size", "router_aux_loss_coef", "z_loss_coef")
+
+
+def _check_number(key: str, value: object, least: float, largest: float) -> None:
+    whole = isinstance(least, int)
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{key}={value!r}: not a {kind}; give a {kind} from {least} to {largest}")
+    if not least <= value <= largest:  # NaN too
+        problem = "too small" if value < least else "too large" if value > largest else "not a number"
+        limit = f"at most {largest}" if value > largest else f"at least {least}"
+        raise ValueError(f"{key}={value}: {problem}; give {limit}")

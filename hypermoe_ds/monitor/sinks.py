@@ -1,17 +1,19 @@
-"""Where a run's numbers go: the console, metrics.jsonl and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
+"""Where a run's numbers go: the console, metrics.jsonl, TensorBoard, Weights & Biases and CSV files."""
 
+import csv
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from hypermoe_ds.errors import MachineError
 from hypermoe_ds.monitor.files import write_whole
@@ -47,15 +49,62 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+class CsvFiles:
+    """RUN_DIR/csv: one file a metric, with the columns `step` and the metric's name.
+
+    Args:
+        folder: where they are; made if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def drop_after(self, step: int) -> None:
+        """Remove rows of steps that a resumed run will take again, repeated headers and a row that was cut off."""
+        for path in self._folder.glob("*.csv"):
+            with path.open(newline="") as file:
+                header, *rows = list(csv.reader(file)) or [["step", path.stem]]
+            kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([header, *kept])
+            write_whole(path, text.getvalue())
+
+    def append(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add one row to the file of each metric."""
+        for name, value in scalars.items():
+            path = self._folder / f"{name.replace('/', '_')}.csv"
+            rows = [[step, value]] if path.exists() else [["step", name.rpartition("/")[2]], [step, value]]
+            with path.open("a", newline="") as file:
+                csv.writer(file).writerows(rows)
+
+
 class Sinks:
-    """All of them, written to by rank 0 only."""
+    """All of them, written to by rank 0 only.
+
+    Args:
+        config: which there are.
+        run_dir: the run folder.
+        rank: this rank.
+        resumed_step: step of the checkpoint that the run continues from; what was logged after it is removed.
+    """
 
     def __init__(self, config: MonitorConfig, run_dir: Path, rank: int, resumed_step: int) -> None:
-        self._monitor = MonitorMaster(get_monitor_config(_monitor_sections(config, run_dir)))
-        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._speaks = rank == 0
-        if self._speaks:
-            self._metrics.drop_after(resumed_step)
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self._board: SummaryWriter | None = None
+        self._tables: CsvFiles | None = None
+        self._wandb: Any = None
+        if not self._speaks:
+            return
+        self._metrics.drop_after(resumed_step)
+        if config.tensorboard:
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        if config.csv:
+            self._tables = CsvFiles(run_dir / "csv")
+            self._tables.drop_after(resumed_step)
+        if config.wandb_project is not None:
+            self._wandb = import_module("wandb").init(project=config.wandb_project)
 
     def say(self, line: str) -> None:
         """One line on the console; nowhere where its other end is gone, as with a launcher that was killed."""
@@ -84,25 +133,22 @@ class Sinks:
             f"expert_load/moe_layer_{layer}": load_N for layer, load_N in enumerate(() if load_MN is None else load_MN)
         }
         self._metrics.append({"step": step, **scalars, **{name: load_N.tolist() for name, load_N in loads.items()}})
-        if self._monitor.tb_monitor is not None:
-            for name, load_N in loads.items():  # before the scalars, whose writing flushes both
-                self._monitor.tb_monitor.summary_writer.add_histogram(name, load_N, step)
-        self._monitor.write_events([(_group(name), value, step) for name, value in scalars.items()])
+        grouped = {_group(name): value for name, value in scalars.items()}
+        if self._board is not None:
+            for name, value in grouped.items():
+                self._board.add_scalar(name, value, step)
+            for name, load_N in loads.items():
+                self._board.add_histogram(name, load_N, step)
+            self._board.flush()
+        if self._tables is not None:
+            self._tables.append(step, grouped)
+        if self._wandb is not None:
+            self._wandb.log(grouped, step=step)
 
 
 def _group(name: str) -> str:
     """TensorBoard shows what stands before the slash as one group."""
     return name if "/" in name else f"{'valid' if name.startswith('valid_') else 'train'}/{name}"
-
-
-def _monitor_sections(config: MonitorConfig, run_dir: Path) -> dict[str, Any]:
-    sections: dict[str, Any] = {
-        "tensorboard": {"enabled": config.tensorboard, "output_path": str(run_dir), "job_name": "tensorboard"},
-        "csv_monitor": {"enabled": config.csv, "output_path": str(run_dir), "job_name": "csv"},
-    }
-    if config.wandb_project:
-        sections["wandb"] = {"enabled": True, "project": config.wandb_project}
-    return sections
 
 
 def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left: float, load_MN: Tensor) -> str:

@@ -5,14 +5,16 @@ from itertools import accumulate
 
 from pydantic import Field
 
-from hypermoe_ds.config import Settings
+from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.errors import UserError
 
 
 class ParallelConfig(Settings):
     """How the model is spread over the ranks."""
 
-    expert: int = Field(1, ge=1, description="ranks that share one copy of the experts (expert parallelism)")
+    expert: int = Field(
+        1, ge=1, le=LARGEST_COUNT, description="ranks that share one copy of the experts (expert parallelism)"
+    )
     overlap_hyper_experts: bool = Field(
         True,
         description="on GPUs, run HyperExperts generated before routing on a stream of their own, beside the "

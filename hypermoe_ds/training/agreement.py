@@ -81,7 +81,7 @@ def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -
     Raises:
         UserError: the first difference of a rank from rank 0, on every rank.
     """
-    own = dict(_flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
+    own = dict(flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
     (_, first), *others = HostGroup().gather((socket.gethostname(), own))
     for rank, (host, given) in enumerate(others, start=1):
         for key in {**first, **given}:
@@ -91,10 +91,10 @@ def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -
                 raise UserError(key, f"is {here} on rank 0 and {there} on rank {rank} ({host})", remedy)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names, and the values as JSON."""
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten nested settings into dotted names and values as JSON."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value)

@@ -148,6 +148,13 @@ def _fits(value: object, kind: type) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
+def without_owned_by_recipe(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """What `merge` did not take from the recipe or the model."""
+    own = {key: value for key, value in merged.items() if key not in _OWNED_BY_RECIPE}
+    zero = own.get("zero_optimization", {})
+    return {**own, "zero_optimization": {key: value for key, value in zero.items() if key != "leaf_module"}}
+
+
 def zero_stage(ds_json: Mapping[str, Any]) -> int:
     """ZeRO stage of a DeepSpeed JSON; 0 when it has none."""
     return int(ds_json.get("zero_optimization", {}).get("stage", 0))

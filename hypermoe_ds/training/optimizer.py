@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from hypermoe_ds.training.settings import ScheduleConfig
 
@@ -25,17 +24,5 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_schedule(optimizer: Optimizer, schedule: ScheduleConfig, steps: int) -> LRScheduler:
-    """The learning rate over `steps` optimizer steps, from Transformers' schedules."""
-    names = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
-    specific: dict[str, dict[str, float]] = {
-        "cosine": {"min_lr_rate": schedule.min_lr_ratio},
-        "warmup_stable_decay": {"num_decay_steps": schedule.decay_steps, "min_lr_ratio": schedule.min_lr_ratio},
-    }
-    scheduler: LRScheduler = get_scheduler(
-        names.get(schedule.name, schedule.name),
-        optimizer,
-        num_warmup_steps=schedule.warmup_steps,
-        num_training_steps=steps,
-        scheduler_specific_kwargs=specific.get(schedule.name),
-    )
-    return scheduler
+    """The learning rate over `steps` optimizer steps."""
+    return LambdaLR(optimizer, lambda taken: schedule.factor(taken + 1, steps))

@@ -1,59 +1,105 @@
 """Settings of a training run that the YAML recipe owns."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hypermoe_ds.config import Settings
+from hypermoe_ds.config import LARGEST_COUNT, Settings
 
-Stretch = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+Stretch = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_COUNT**2)]], Field(min_length=2, max_length=2)]
 
 
 class TrainConfig(Settings):
     """Length, batch and precision of a run."""
 
-    steps: int = Field(ge=1, description="length of the run in optimizer steps; the schedule spans it")
-    stop_at_step: int | None = Field(None, ge=1, description="save and end this start after that step")
-    micro_batch_size: int = Field(ge=1, description="sequences of one forward pass on one rank")
-    global_batch_size: int = Field(ge=1, description="sequences of one optimizer step over all ranks")
-    seed: int = Field(1234, ge=0, description="seed of the initial weights and of the order of the data")
+    steps: int = Field(
+        ge=1, le=LARGEST_COUNT, description="length of the run in optimizer steps; the schedule spans it"
+    )
+    stop_at_step: int | None = Field(
+        None, ge=1, le=LARGEST_COUNT, description="save and end this start after that step"
+    )
+    micro_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences of one forward pass on one rank")
+    global_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences of one optimizer step over all ranks")
+    seed: int = Field(1234, ge=0, lt=2**32, description="seed of the initial weights and of the order of the data")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="precision of weights and activations")
-    clip_grad_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    clip_grad_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 does not clip")
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
     collective_timeout: float = Field(
-        1800, gt=0, description="seconds without progress of this rank after which a lost or hanging rank ends the job"
+        1800,
+        gt=0,
+        le=30 * 24 * 3600,
+        description="seconds without progress of this rank after which a lost or hanging rank ends the job",
     )
     max_bad_steps: int = Field(
-        20, ge=0, description="steps in a row that are skipped for a NaN or Inf in loss or gradient; one more stops"
+        20,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="steps in a row that are skipped for a NaN or Inf in loss or gradient; one more stops",
     )
     skip_samples: list[Stretch] = Field(
         [], description="`[[first, last], ...]`, places in the order of the training samples that are left out"
     )
     consistency_interval: int | None = Field(
-        1000, ge=1, description="steps between two comparisons of the ranks' copies of parameters; null never compares"
+        1000,
+        ge=1,
+        le=LARGEST_COUNT,
+        description="steps between two comparisons of the ranks' copies of parameters; null never compares",
     )
 
 
 class OptimizerConfig(Settings):
     """AdamW (arXiv 1711.05101)."""
 
-    lr: float = Field(gt=0, description="largest learning rate")
+    lr: float = Field(gt=0, le=10, description="largest learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    eps: float = Field(1e-8, ge=1e-30, le=1, description="added to the root of the second moment")
     weight_decay: float = Field(
-        0.1, ge=0, description="decay of weight matrices; norms, biases and expert and layer embeddings have none"
+        0.1,
+        ge=0,
+        le=1e6,
+        description="decay of weight matrices; norms, biases and expert and layer embeddings have none",
     )
 
 
 class ScheduleConfig(Settings):
-    """Learning rate over the steps, by `transformers.get_scheduler`."""
+    """Learning rate over the steps, by formula."""
 
     name: Literal["cosine", "warmup_stable_decay", "linear", "constant"] = Field(
-        "cosine", description="shape after the warm-up"
+        "cosine", description="shape after the warm-up; `warmup_stable_decay` decays by a cosine"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
-    decay_steps: int = Field(0, ge=0, description="last steps of warmup_stable_decay, in which the rate falls")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="steps of linear warm-up: step `s` of them has `s / warmup_steps` of the largest rate",
+    )
+    decay_steps: int = Field(
+        0, ge=0, le=LARGEST_COUNT, description="last steps of warmup_stable_decay, in which the rate falls"
+    )
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="last learning rate / largest, for cosine and warmup_stable_decay"
+        0.0, ge=0, le=1, description="learning rate of the last step / largest; without effect on `constant`"
     )
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the learning rate of an optimizer step, as a factor of the largest.
+
+        With W warm-up steps, the factor is `step / W` up to step W, 1 up to the turning step T, and falls from there
+        to `min_lr_ratio` at the last step. T is W, or for `warmup_stable_decay` the last step - `decay_steps`, but at
+        least 1, so that no run begins with a rate of 0.
+
+        Args:
+            step: optimizer step, counted from 1; after the last one the factor stays.
+            steps: last step of the run.
+        """
+        step = min(step, steps)
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        decaying = self.decay_steps if self.name == "warmup_stable_decay" else steps - self.warmup_steps
+        turning = max(steps - decaying, 1)
+        if self.name == "constant" or step <= turning:
+            return 1.0
+        progress = (step - turning) / (steps - turning)
+        left = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left

@@ -94,7 +94,8 @@ def test_metrics_hold_what_is_documented(whole_run: Path) -> None:
             assert max(load) * len(load) == pytest.approx(record[f"expert_load_max_over_mean/moe_layer_{layer}"])
     validations = [record for record in records(whole_run) if "valid_loss" in record]
     assert [record["step"] for record in validations] == [4, 8]
-    assert training_records(whole_run)[0]["lr"] == 0, "the rate that the step was taken with: warm-up from zero"
+    first = training_records(whole_run)[0]["lr"]
+    assert first == yaml.safe_load((whole_run / "resolved" / "config.yaml").read_text())["optimizer"]["lr"] / 2
 
 
 def test_the_run_learns(whole_run: Path) -> None:

@@ -50,6 +50,24 @@ def test_settings_can_be_written_again_from_the_folders_own_tokenizer(run: RunFo
     assert (run.tokenizer / "tokenizer.model").read_bytes() == b"pieces"
 
 
+def test_the_tokenizer_of_the_first_launch_stays_the_runs(run: RunFolder, tmp_path: Path) -> None:
+    run.check_same_tokenizer(tmp_path / "tokenizer")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("{}")
+    for name, path in (("tokenizer.json", other), ("tokenizer.model", tmp_path / "tokenizer")):
+        (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"other pieces")
+        with pytest.raises(UserError, match=rf"={path}: is another tokenizer than the run's, .* \({name} differs\);"):
+            run.check_same_tokenizer(path)
+        run.write_settings({}, {}, HyperMoEConfig(**FIELDS), path)
+        assert [file.name for file in run.tokenizer.iterdir()] == ["tokenizer.model"]
+        assert (run.tokenizer / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_a_new_run_takes_any_tokenizer(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").check_same_tokenizer(tmp_path / "anything")
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert not run.exists()

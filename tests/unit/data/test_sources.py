@@ -10,6 +10,7 @@ import pytest
 
 from hypermoe_ds.config import validate
 from hypermoe_ds.data.datasets import DataConfig, build_datasets, check_sources
+from hypermoe_ds.data.tokenizer import load_tokenizer, vocabulary_file
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
 
@@ -65,7 +66,15 @@ def test_whole_sources_pass(config: DataConfig) -> None:
         (lambda folder: (folder / "valid.idx").write_bytes(b"x" * 99), r"valid\.idx: is no index of tokens"),
         (lambda folder: (folder / "train.json").write_text("{"), r"train\.json: is no description of tokens"),
         (change("train.json", colour="red"), r"train\.json: is no description of tokens"),
-        (change("valid.json", tokenizer_sha256="0"), r"valid: was made with another tokenizer"),
+        (change("valid.json", tokenizer_sha256="0"), r"valid: was made with another .*, whose tokenizer\.model"),
+        (
+            change("valid.json", tokenizer_file="tokenizer.json"),
+            r"valid: was made with another tokenizer than .*, which has no tokenizer\.json",
+        ),
+        (
+            change("valid.json", eos_id=7),
+            r"another tokenizer than .*, with 1000 tokens and end-of-sequence token 7 instead of 1000 and 2",
+        ),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer: no such tokenizer folder"),
     ],
 )
@@ -75,16 +84,33 @@ def test_damage_is_named(config: DataConfig, tmp_path: Path, damage: Callable[[P
         check_sources(config, VOCAB)
 
 
+def test_the_same_vocabulary_in_a_folder_of_the_other_kind_is_another_tokenizer(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    load_tokenizer(config.tokenizer).save_pretrained(tmp_path / "saved")
+    assert vocabulary_file(tmp_path / "saved").name == "tokenizer.json"
+    with pytest.raises(UserError, match=r"train: was made with another tokenizer .*, which has no tokenizer\.model;"):
+        check_sources(config.model_copy(update={"tokenizer": str(tmp_path / "saved")}), VOCAB)
+
+
 def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has 1000 token ids and the model 999; set model\.vocab_size to 1000 or more"):
+    with pytest.raises(
+        UserError, match=r"tokenizer: has token ids up to 999 and the model 999 embeddings; set model\.vocab_size to"
+    ):
         check_sources(config, VOCAB - 1)
-    write_token_files(f"{tmp_path}/plain", [[5, 40, 2] * 50])
+    change("train.json", vocab_size=1001)(tmp_path / "copy")
+    with pytest.raises(UserError, match=r"has 1001 token ids and the model 1000; set model\.vocab_size to 1001"):
+        check_sources(config, VOCAB)
+
+
+def test_token_files_without_metadata_are_searched_for_the_largest_id(config: DataConfig, tmp_path: Path) -> None:
+    write_token_files(f"{tmp_path}/plain", [[5, 1040, 2] * 50])
     plain = config.model_copy(
         update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/plain"}]).train, "valid": []}
     )
-    check_sources(plain, 41)
-    with pytest.raises(UserError, match="has 41 token ids and the model 40"):
-        check_sources(plain, 40)
+    check_sources(plain, 1041)
+    with pytest.raises(UserError, match="has 1041 token ids and the model 1040"):
+        check_sources(plain, 1040)
 
 
 @pytest.mark.parametrize("tokens", [64, 65])

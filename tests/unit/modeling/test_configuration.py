@@ -1,3 +1,4 @@
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -165,6 +166,21 @@ def test_flops_by_formula_are_the_matrix_products_that_a_forward_pass_does(
 def test_a_value_that_does_not_fit_is_named_with_its_remedy(key: str, value: Any, others: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{key}={re.escape(str(value))}: [^;\n]+; [^;\n]+$"):
         HyperMoEConfig(**{**SMALL, **others, key: value})
+
+
+NUMBERS = {key: kind for key, kind in HyperMoEConfig.__annotations__.items() if kind in (int, float)}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_is_finite_of_its_type_and_within_limits(key: str) -> None:
+    for value in (math.nan, math.inf, -math.inf, -1, 1e300, 10**30, "8", True, None):
+        with pytest.raises(ValueError, match=rf"^{key}='?{re.escape(str(value))}'?: [^;\n]+; give [^;\n]+$"):
+            HyperMoEConfig(**{**SMALL, key: value})
+
+
+def test_a_switch_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match=r"^qk_norm=1: neither true nor false; give one of them$"):
+        HyperMoEConfig(**{**SMALL, "qk_norm": 1})
 
 
 def test_errors_name_the_other_value_that_they_depend_on() -> None:

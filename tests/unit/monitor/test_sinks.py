@@ -6,9 +6,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import deepspeed.comm
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,15 +53,14 @@ def test_what_is_not_finite_is_null_for_json_has_no_word_for_it(tmp_path: Path) 
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "expert_load": [0.5]}\n' * 3
 
 
-def sinks(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **config: Any) -> Sinks:
-    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: rank)
-    return Sinks(MonitorConfig(**config), folder, rank, resumed_step=0)
+def sinks(folder: Path, rank: int = 0, resumed_step: int = 0, **config: Any) -> Sinks:
+    return Sinks(MonitorConfig(**config), folder, rank, resumed_step)
 
 
 def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = sinks(tmp_path, monkeypatch, csv=True)
+    written = sinks(tmp_path, csv=True)
     loads = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     written.write(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25}, loads)
     written.write(4, {"valid_loss": 2.25})
@@ -83,28 +82,61 @@ def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv
     assert len(list((tmp_path / "csv").rglob("*.csv"))) == 3
 
 
-def test_what_is_switched_off_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = sinks(tmp_path, monkeypatch, tensorboard=False)
+def test_what_is_switched_off_is_not_written(tmp_path: Path) -> None:
+    written = sinks(tmp_path, tensorboard=False)
     written.write(1, {"loss": 2.5}, torch.ones(1, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_other_ranks_are_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written = sinks(tmp_path, monkeypatch, rank=1, csv=True)
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = sinks(tmp_path, rank=1, csv=True)
     written.say("a line")
     written.write(1, {"loss": 2.5}, torch.ones(1, 2))
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_resumed_run_drops_the_records_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sinks(tmp_path, monkeypatch, tensorboard=False)
-    for step in (1, 2, 3):
-        first.write(step, {"loss": 1.0})
-    Sinks(MonitorConfig(tensorboard=False), tmp_path, 0, resumed_step=2).write(3, {"loss": 2.0})
-    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+def test_after_a_crash_each_step_stands_once_in_every_file(tmp_path: Path) -> None:
+    for resumed, last in ((0, 8), (5, 8), (8, 9)):
+        written = sinks(tmp_path, resumed_step=resumed, csv=True)
+        for step in range(resumed + 1, last + 1):
+            written.write(step, {"loss": resumed + step / 16, "z/layer_0": 1.0}, torch.ones(1, 2))
+    losses = [(step, step / 16 + (0 if step <= 5 else 5 if step <= 8 else 8)) for step in range(1, 10)]
+    assert steps_in(tmp_path / "metrics.jsonl") == list(range(1, 10))
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == losses
+    assert [event.step for event in board.Histograms("expert_load/moe_layer_0")] == list(range(1, 10))
+    expected = ["step,loss", *(f"{step},{loss}" for step, loss in losses)]
+    assert (tmp_path / "csv" / "train_loss.csv").read_text().splitlines() == expected
+    assert (tmp_path / "csv" / "z_layer_0.csv").read_text().count("step") == 1
+
+
+def test_a_csv_row_that_was_cut_off_and_headers_within_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train_loss.csv").write_text("step,loss\n1,1.5\nstep,loss\n2,2.5\n3,3.5\n3")
+    (tmp_path / "csv" / "train_lr.csv").write_text("")
+    sinks(tmp_path, resumed_step=3, csv=True).write(4, {"loss": 4.5, "lr": 0.5})
+    assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == [
+        "step,loss",
+        "1,1.5",
+        "2,2.5",
+        "3,3.5",
+        "4,4.5",
+    ]
+    assert (tmp_path / "csv" / "train_lr.csv").read_text().split()[1:] == ["4,0.5"]
+
+
+def test_weights_and_biases_gets_the_numbers_of_a_step_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    run = SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
+    wandb = SimpleNamespace(init=lambda project: logged.append(project) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    sinks(tmp_path, wandb_project="p", tensorboard=False).write(3, {"loss": 1.5, "valid_loss": 2.5})
+    sinks(tmp_path, rank=1, wandb_project="p").write(3, {"loss": 1.5})
+    assert logged == ["p", (3, {"train/loss": 1.5, "valid/valid_loss": 2.5})]
 
 
 def test_the_line_of_a_step_tells_where_it_stands() -> None:
@@ -117,7 +149,7 @@ def test_the_line_of_a_step_tells_where_it_stands() -> None:
 
 
 def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking = sinks(tmp_path, monkeypatch)
+    speaking = sinks(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as gone:
@@ -126,8 +158,8 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch
             speaking.say("step 1")
 
 
-def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = sinks(tmp_path / "run", monkeypatch)
+def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path) -> None:
+    written = sinks(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(MachineError, match=r"/run/metrics\.jsonl: cannot be written \(No such file or directory\)$"):
         written.write(1, {"loss": 1.0})

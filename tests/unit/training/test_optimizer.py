@@ -49,52 +49,66 @@ def test_the_bias_heads_of_the_hypernetwork_are_weight_matrices() -> None:
 
 
 STEPS, WARMUP, DECAY, FLOOR = 20, 4, 6, 0.1
+SHAPES = ("cosine", "warmup_stable_decay", "linear", "constant")
 
 
-def warmed(after: Callable[[int], float], start: float = 0.0) -> Callable[[int], float]:
-    return lambda step: start + (1 - start) * step / WARMUP if step < WARMUP else after(step)
-
-
-def cosine(step: int) -> float:
-    progress = (step - WARMUP) / (STEPS - WARMUP)
+def cosine(progress: float) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def stable_then_decay(step: int) -> float:
-    if step < STEPS - DECAY:
-        return 1.0
-    progress = (step - (STEPS - DECAY)) / DECAY
-    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
-
-
-FORMULAS = {
-    "cosine": warmed(cosine),
-    "warmup_stable_decay": warmed(stable_then_decay, start=FLOOR),  # Transformers warms up from the last rate
-    "linear": warmed(lambda step: (STEPS - step) / (STEPS - WARMUP)),
-    "constant": warmed(lambda _step: 1.0),
+# Factor of step s = 1 ... 20 after the warm-up.
+FORMULAS: dict[str, Callable[[int], float]] = {
+    "cosine": lambda s: cosine((s - WARMUP) / (STEPS - WARMUP)),
+    "warmup_stable_decay": lambda s: 1.0 if s <= STEPS - DECAY else cosine((s - STEPS + DECAY) / DECAY),
+    "linear": lambda s: 1 - (1 - FLOOR) * (s - WARMUP) / (STEPS - WARMUP),
+    "constant": lambda _: 1.0,
 }
 
 
-def rates(schedule: ScheduleConfig) -> list[float]:
+def rates(schedule: ScheduleConfig, steps: int = STEPS) -> list[float]:
+    """The learning rates with which the optimizer takes its steps, the largest being 0.5."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.5)
-    scheduler = build_schedule(optimizer, schedule, STEPS)
+    scheduler = build_schedule(optimizer, schedule, steps)
     taken = []
-    for _ in range(STEPS + 1):
-        taken.append(scheduler.get_last_lr()[0])
+    for _ in range(steps):
+        taken.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     return taken
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_the_rate_follows_its_formula(name: str) -> None:
-    ratio = FLOOR if name in ("cosine", "warmup_stable_decay") else 0.0
-    schedule = ScheduleConfig(name=name, warmup_steps=WARMUP, decay_steps=DECAY, min_lr_ratio=ratio)
-    expected = [0.5 * FORMULAS[name](step) for step in range(STEPS + 1)]
-    assert rates(schedule) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_rate_of_each_step_follows_its_formula(name: str) -> None:
+    schedule = ScheduleConfig(name=name, warmup_steps=WARMUP, decay_steps=DECAY, min_lr_ratio=FLOOR)
+    expected = [0.5 * (s / WARMUP if s < WARMUP else FORMULAS[name](s)) for s in range(1, STEPS + 1)]
+    assert rates(schedule) == pytest.approx(expected, rel=1e-12)
 
 
-def test_without_warm_up_the_first_rate_is_the_largest() -> None:
-    assert rates(ScheduleConfig(name="cosine"))[0] == 0.5
-    assert rates(ScheduleConfig(name="cosine"))[-1] == pytest.approx(0, abs=1e-12)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("warmup", [0, 1, 4, 14])
+def test_the_rate_at_the_first_turning_and_last_step(name: str, warmup: int) -> None:
+    schedule = ScheduleConfig(name=name, warmup_steps=warmup, decay_steps=DECAY, min_lr_ratio=FLOOR)
+    taken = rates(schedule)
+    assert taken[0] == 0.5 / max(warmup, 1)
+    assert taken[max(warmup, 1) - 1] == 0.5
+    assert taken[-1] == (0.5 if name == "constant" else 0.5 * FLOOR)
+    stable = 0 if name in ("cosine", "linear") else STEPS - DECAY - max(warmup, 1)
+    assert taken.count(0.5) == 1 + stable + (DECAY if name == "constant" else 0)
+
+
+@pytest.mark.parametrize(("decay", "last"), [(1, [1, 1, 0.1]), (2, [1, 0.55, 0.1]), (20, [0.1])])
+def test_warmup_stable_decay_ends_at_the_smallest_rate_however_short_its_decay(decay: int, last: list[float]) -> None:
+    taken = rates(ScheduleConfig(name="warmup_stable_decay", decay_steps=decay, min_lr_ratio=FLOOR))
+    assert taken[-len(last) :] == pytest.approx([0.5 * factor for factor in last], rel=1e-12)
+    assert taken[0] == 0.5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_first_rate_of_the_shortest_runs_is_above_zero(name: str, steps: int) -> None:
+    for warmup in range(steps + 1):
+        decay = steps - warmup
+        taken = rates(ScheduleConfig(name=name, warmup_steps=warmup, decay_steps=decay), steps)
+        assert taken[0] == 0.5 / max(warmup, 1)
+        assert taken[-1] == (0 if name != "constant" and max(warmup, 1) < steps else 0.5)

@@ -1,0 +1,145 @@
+"""What changed in a run's settings since its last launch, and the effect of each change."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.config import validate
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+from hypermoe_ds.training.agreement import flat
+from hypermoe_ds.training.ds_config import without_owned_by_recipe
+from hypermoe_ds.training.settings import ScheduleConfig
+
+_NOT_IN_RESULTS = "results stay the same"
+_ROUNDING = "other memory and speed; results stay the same up to rounding"
+
+# Of a key, the longest prefix counts.
+_EFFECTS: Mapping[str, str] = MappingProxyType(
+    {
+        "run.dir": _NOT_IN_RESULTS,
+        "model": "the model is that of the run",
+        "data.train": "the order of the training samples may change",
+        "data.sequence_length": "samples are cut anew: some text comes again, some never",
+        "data.valid": "validation losses are of other data",
+        "data.tokenizer": "the run keeps its copy of the first launch",
+        "data": _NOT_IN_RESULTS,
+        "train": _NOT_IN_RESULTS,
+        "train.steps": "the schedule spans the new number of steps",
+        "train.stop_at_step": "this launch ends at another step",
+        "train.micro_batch_size": _ROUNDING + ", and the router's losses count other micro-batches",
+        "train.global_batch_size": "each step takes so many sequences from here on; the learning rate stays",
+        "train.seed": "the training samples come in another order; weights are kept",
+        "train.precision": "continues from the fp32 weights; losses change by rounding",
+        "train.clip_grad_norm": "gradients are clipped at the new norm",
+        "train.activation_checkpointing": _ROUNDING,
+        "train.skip_samples": "these samples are skipped from here on",
+        "optimizer.lr": "the schedule continues with the new largest rate",
+        "optimizer": "holds from the next step on; the moments are kept",
+        "schedule": "the learning rate follows the new schedule from the next step on",
+        "parallel": _ROUNDING,
+        "checkpoint": _NOT_IN_RESULTS,
+        "evaluation": "validation happens at other steps or on other samples",
+        "monitor": _NOT_IN_RESULTS,
+        "deepspeed": _ROUNDING,
+    }
+)
+
+
+def record_launch(
+    run: RunFolder,
+    settings: dict[str, Any],
+    ds_config: dict[str, Any],
+    model: HyperMoEConfig,
+    step: int,
+    say: Callable[[str], None],
+) -> None:
+    """Write `resolved/`; on a resume, print what changed since the last launch first.
+
+    Args:
+        run: the run folder.
+        settings: the recipe as run.
+        ds_config: the configuration that DeepSpeed gets.
+        model: the model.
+        step: optimizer steps taken.
+        say: prints a line.
+    """
+    if step and run.settings.is_file() and run.ds_config.is_file():
+        former = json.loads(run.ds_config.read_text())
+        for line in setting_changes(run.read_settings(), settings, former, ds_config, step):
+            say(line)
+    run.write_settings(settings, ds_config, model, Path(settings["data"]["tokenizer"]))
+
+
+def setting_changes(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    old_deepspeed: Mapping[str, Any],
+    new_deepspeed: Mapping[str, Any],
+    step: int,
+) -> list[str]:
+    """Describe each setting that differs from the last launch in one line, with its effect.
+
+    Args:
+        old: the recipe as run by the last launch.
+        new: the recipe of this launch.
+        old_deepspeed: the configuration that DeepSpeed got in the last launch.
+        new_deepspeed: the one that it gets now.
+        step: optimizer steps taken.
+
+    Returns:
+        The lines, and one more with the learning rates if they differ; none if nothing changed.
+    """
+    before = dict(flat({**old, "deepspeed": without_owned_by_recipe(old_deepspeed)}))
+    after = dict(flat({**new, "deepspeed": without_owned_by_recipe(new_deepspeed)}))
+    lines = [
+        f"changed since the last launch: {key} {_short(before.get(key))} -> {_short(after.get(key))}: {_effect(key)}"
+        for key in {**before, **after}
+        if before.get(key, "null") != after.get(key, "null")
+    ]
+    with suppress(UserError, KeyError, TypeError):  # a folder whose settings do not hold a schedule
+        lines += _rate_line(_Rates(old), _Rates(new), step)
+    return lines
+
+
+def _effect(key: str) -> str:
+    parts = key.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((_EFFECTS[prefix] for prefix in prefixes if prefix in _EFFECTS), "takes effect from here on")
+
+
+def _short(value: str | None) -> str:
+    """The value as JSON, of at most 80 characters."""
+    value = value or "unset"
+    return value if len(value) <= 80 else f"{value[:77]}..."
+
+
+class _Rates:
+    """Learning rates that a recipe gives."""
+
+    def __init__(self, recipe: Mapping[str, Any]) -> None:
+        self._largest = float(recipe["optimizer"]["lr"])
+        self._schedule = validate(ScheduleConfig, recipe["schedule"], "schedule")
+        self._steps = int(recipe["train"]["steps"])
+
+    def of(self, step: int) -> float:
+        """The rate of an optimizer step, counted from 1."""
+        return self._largest * self._schedule.factor(step, self._steps)
+
+    def falls_until(self, step: int) -> bool:
+        """Whether the rate of this step is below that of an earlier one after the warm-up."""
+        return step > self._schedule.warmup_steps and self.of(step) < self._largest
+
+
+def _rate_line(old: _Rates, new: _Rates, step: int) -> Iterator[str]:
+    planned, now, last = old.of(step + 1), new.of(step + 1), old.of(step)
+    if planned == now:
+        return
+    line = f"learning rate of step {step + 1}: {now:.3e} instead of {planned:.3e}; step {step} had {last:.3e}"
+    if old.falls_until(step) and now > last:
+        line = f"warning: the learning rate rises again after it had fallen, which can raise the loss; {line}"
+    yield line

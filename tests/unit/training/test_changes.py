@@ -1,0 +1,91 @@
+"""Changed settings are printed with their effect, one line each."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.modeling import HyperMoEConfig
+from hypermoe_ds.run_config import RunConfig
+from hypermoe_ds.training.changes import record_launch, setting_changes
+
+RECIPE: dict[str, Any] = {
+    "run": {"dir": "x"},
+    "model": {"vocab_size": 64},
+    "data": {"train": [{"prefix": "a"}], "sequence_length": 32, "tokenizer": "t"},
+    "train": {"steps": 100, "micro_batch_size": 2, "global_batch_size": 8},
+    "optimizer": {"lr": 1e-3},
+    "schedule": {"warmup_steps": 10, "min_lr_ratio": 0.1},
+}
+ZERO_1 = {"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+
+
+def as_run(**changes: dict[str, Any]) -> dict[str, Any]:
+    recipe = {key: value | changes.get(key, {}) for key, value in RECIPE.items()}
+    return RunConfig.model_validate(recipe).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "shown"),
+    [
+        ("train", "precision", "fp32", 'train.precision "bf16" -> "fp32": continues from the fp32 weights'),
+        ("train", "global_batch_size", 4, "train.global_batch_size 8 -> 4: each step takes so many sequences"),
+        ("train", "micro_batch_size", 1, "train.micro_batch_size 2 -> 1: other memory and speed"),
+        ("train", "max_bad_steps", 3, "train.max_bad_steps 20 -> 3: results stay the same"),
+        ("optimizer", "beta1", 0.8, "optimizer.beta1 0.9 -> 0.8: holds from the next step on; the moments are kept"),
+        ("data", "cache", "c" * 200, f'data.cache null -> "{"c" * 76}...: results stay the same'),
+    ],
+)
+def test_a_changed_setting_is_one_line_with_its_effect(section: str, key: str, value: object, shown: str) -> None:
+    [line] = setting_changes(as_run(), as_run(**{section: {key: value}}), ZERO_1, ZERO_1, 50)
+    assert line.startswith(f"changed since the last launch: {shown}")
+
+
+def test_every_setting_has_an_effect() -> None:
+    for line in setting_changes({}, as_run(), {}, ZERO_1, 50):
+        assert not line.endswith(": takes effect from here on"), line
+
+
+def test_nothing_is_printed_where_nothing_changed() -> None:
+    assert setting_changes(as_run(), as_run(), ZERO_1, ZERO_1, 50) == []
+    upgraded = {**as_run(), "monitor": {**as_run()["monitor"], "newer": None}}
+    assert setting_changes(as_run(), upgraded, ZERO_1, ZERO_1, 50) == []
+
+
+def test_of_the_deepspeed_configuration_only_its_own_keys_count() -> None:
+    zero_3 = {"train_batch_size": 4, "zero_optimization": {"stage": 3, "leaf_module": {"classes": ["HyperNetwork"]}}}
+    [line] = setting_changes(as_run(), as_run(), ZERO_1, zero_3, 50)
+    assert line.startswith("changed since the last launch: deepspeed.zero_optimization.stage 1 -> 3: other memory and")
+
+
+def test_a_smaller_learning_rate_is_printed_with_the_rate_of_the_next_step() -> None:
+    change, rate = setting_changes(as_run(), as_run(optimizer={"lr": 1e-4}), ZERO_1, ZERO_1, 54)
+    assert change.startswith("changed since the last launch: optimizer.lr 0.001 -> 0.0001: the schedule continues")
+    # Half of the 90 steps after the warm-up: (1 + 0.1) / 2 of the largest rate.
+    assert rate == "learning rate of step 55: 5.500e-05 instead of 5.500e-04; step 54 had 5.657e-04"
+
+
+@pytest.mark.parametrize("changes", [{"train": {"steps": 1000}}, {"optimizer": {"lr": 1.0}}])
+def test_a_rate_that_rises_again_is_warned_of(changes: dict[str, Any]) -> None:
+    *_, rate = setting_changes(as_run(), as_run(**changes), ZERO_1, ZERO_1, 100)
+    assert rate.startswith("warning: the learning rate rises again after it had fallen, which can raise the loss; ")
+    assert rate.endswith("step 100 had 1.000e-04")
+
+
+def test_a_longer_stable_phase_is_no_rise() -> None:
+    stable = {"name": "warmup_stable_decay", "decay_steps": 10}
+    old, new = as_run(schedule=stable), as_run(schedule=stable, train={"steps": 200})
+    assert [line for line in setting_changes(old, new, ZERO_1, ZERO_1, 90) if "warning" in line] == []
+    assert [line for line in setting_changes(old, new, ZERO_1, ZERO_1, 95) if "warning" in line] != []
+
+
+def test_a_resume_prints_the_changes_and_keeps_the_new_settings(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.model").write_bytes(b"pieces")
+    run, lines, data = RunFolder(tmp_path / "run"), list[str](), {"tokenizer": str(tmp_path / "t")}
+    for step, seed in ((0, 1), (0, 2), (5, 3), (6, 3)):
+        settings = as_run(data=data, train={"seed": seed})
+        record_launch(run, settings, ZERO_1, HyperMoEConfig(vocab_size=64), step, lines.append)
+        assert run.read_settings() == settings
+    assert [line.partition(":")[2].partition(":")[0] for line in lines] == [" train.seed 2 -> 3"]
