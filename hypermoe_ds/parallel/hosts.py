@@ -160,7 +160,7 @@ def shell_line(command: list[str], environment: Mapping[str, str], folder: Path)
     variables = [f"{name}={value}" for name, value in environment.items()]
     run = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
     watch = "cat <&3; kill $command"
-    return (
-        f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & watch=$!; "
-        "wait $command; code=$?; kill $watch; exit $code"
+    return (  # `jobs -rp`: the watch may have ended long before the command, and its number gone to another process
+        f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & "
+        "wait $command; code=$?; kill $(jobs -rp) 2>/dev/null; exit $code"
     )
