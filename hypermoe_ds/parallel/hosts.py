@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hypermoe_ds.errors import UserError
 
-_LINE = re.compile(r"(\S+)\s+slots=([1-9][0-9]*)\s*(#.*)?$")
+_NAME = r"[A-Za-z0-9_:][A-Za-z0-9_.:@-]*"  # nothing that ssh, pdsh or a shell would read as an option or a pattern
+_LINE = re.compile(rf"({_NAME})\s+slots=([1-9][0-9]*)\s*(#.*)?$")
 _SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _HERE = "localhost"
 
@@ -113,7 +114,7 @@ def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tupl
     There other hosts of the job may already knock at the job's port.
 
     Raises:
-        UserError: MASTER_PORT is no number.
+        UserError: MASTER_PORT is no number, or MASTER_ADDR no host.
     """
     if hosts[0].reach == "here":
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -121,7 +122,10 @@ def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tupl
     port = environment.get("MASTER_PORT", "29500")
     if not port.isdecimal():
         raise UserError(f"MASTER_PORT={port}", "is no number", "set it to a free port")
-    return environment.get("MASTER_ADDR", hosts[0].name), int(port)
+    address = environment.get("MASTER_ADDR", hosts[0].name)
+    if not re.fullmatch(_NAME, address):
+        raise UserError(f"MASTER_ADDR={address}", "is no host", "set it to a name or an address")
+    return address, int(port)
 
 
 def travelling(patterns: Path, environment: Mapping[str, str]) -> dict[str, str]:
