@@ -30,9 +30,9 @@ from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
-# Arguments: a process, when it began, the verdict. A stopped process, or one that waits for a disk, does not end itself.
-# DeepSpeed's launcher sends SIGTERM to a rank's children too, and then waits for half a minute. The process may end in
-# these seconds and its number go to another one: only one that began at the same time is killed.
+# Arguments: a process, when it began, the verdict. A stopped process, or one that waits for a disk, does not end
+# itself. DeepSpeed's launcher sends SIGTERM to a rank's children too, and then waits for half a minute. The process may
+# end in these seconds and its number go to another one: only one that began at the same time is killed.
 _END_WITH_VERDICT = f"""
 trap '' TERM
 runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
@@ -266,7 +266,7 @@ def _told(sign: SignOfLife, fate: str) -> str:
 
 
 def start_time() -> str:
-    """When this process began, in clock ticks since the machine did; with the process id it names one process for good."""
+    """When this process began, in clock ticks since the machine did: with its number that names it alone."""
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
