@@ -19,7 +19,7 @@ from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # after which a rank finishes its step
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a rank then finishes its step
 IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
 
 
