@@ -6,9 +6,10 @@ from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.datasets import DataConfig, build_datasets
+from hypermoe_ds.data.datasets import build_datasets
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.unigram import count_tokens, unigram_loss
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.monitor.summary import summarize
 
 
@@ -22,6 +23,8 @@ def main() -> None:
     summary = summarize(folder.path / "metrics.jsonl")
     data = validate(DataConfig, settings["data"], str(folder.settings))
     _, valid_set = build_datasets(data, settings["train"]["seed"], 1, settings["evaluation"]["max_samples"])
+    if valid_set is None:
+        raise UserError(f"{folder.settings}: data.valid", "is empty", "give the run a validation source")
     unigram = unigram_loss(count_tokens([source.prefix for source in data.train], model.vocab_size), valid_set)
 
     rows = {

@@ -57,3 +57,12 @@ class ScheduleConfig(Settings):
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="last learning rate / largest, for cosine and warmup_stable_decay"
     )
+
+
+class EvaluationConfig(Settings):
+    """When the model is validated, and on how much."""
+
+    interval: int = Field(1000, ge=1, description="steps between two validations; one more comes at the end")
+    max_samples: int | None = Field(
+        None, ge=1, description="validate on the first so many sequences; null takes all of them"
+    )
