@@ -1,26 +1,29 @@
 """All settings of a run: the recipe's sections, their cross-checks and the table of them."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, create_model
 
-from hypermoe_ds.checkpoint.manager import CheckpointConfig
+from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
-from hypermoe_ds.data.datasets import DataConfig
 from hypermoe_ds.data.left_out import LeftOut
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.parallel.topology import ParallelConfig
-from hypermoe_ds.training.evaluation import EvaluationConfig
-from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from hypermoe_ds.training.settings import EvaluationConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from hypermoe_ds.training.state import TrainState
 
+if TYPE_CHECKING:
+    from hypermoe_ds.modeling import HyperMoEConfig
+
 # The tokenizer's, generation's or the export's.
+_MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
 
 
@@ -30,25 +33,55 @@ class RunSection(Settings):
     dir: str = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
 
 
+class _Declared(NamedTuple):
+    """A field of `HyperMoEConfig`."""
+
+    kind: Any
+    default: Any
+    description: str
+
+
+def _read_model_source() -> tuple[dict[str, _Declared], list[str]]:
+    """The fields of `HyperMoEConfig` and the names of the presets, off the source.
+
+    Importing it takes Transformers and torch, 3 s, and most mistakes in a recipe show without them.
+    """
+    tree = ast.parse(_MODEL_SOURCE.read_text(encoding="utf-8"))
+    literal: Any = Literal
+    kinds: dict[str, Any] = {"int": int, "float": float, "bool": bool}
+    fields, presets = {}, []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
+            choices = node.value.slice  # type: ignore[attr-defined]
+            kinds[ast.unparse(node.targets[0])] = literal[ast.literal_eval(choices)]
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS":
+            presets = [ast.literal_eval(key) for key in node.value.args[0].keys]  # type: ignore[union-attr]
+        elif isinstance(node, ast.ClassDef) and node.name == "HyperMoEConfig":
+            docs = (ast.get_docstring(node, clean=False) or "").partition("Args:\n")[2]
+            described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+:|^    \w|\Z)", docs, re.S | re.M))
+            declared = [item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is not None]
+            for name, item in ((ast.unparse(item.target), item) for item in declared):
+                if name not in _NOT_SETTINGS:
+                    kind, default = kinds[ast.unparse(item.annotation)], ast.literal_eval(item.value)
+                    fields[name] = _Declared(kind, default, " ".join(described[name].split()).rstrip("."))
+    return fields, presets
+
+
+_MODEL_FIELDS, _PRESETS = _read_model_source()
+
+
 def _model_fields() -> dict[str, Any]:
-    """The fields of `HyperMoEConfig`, each optional, so that a preset may stand below them."""
-    described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+:|^    \w|\Z)", _model_docs(), re.S | re.M))
-    fields: dict[str, Any] = {"preset": (str | None, Field(None, description=f"start from {', '.join(PRESETS)}"))}
-    for name, kind in HyperMoEConfig.__annotations__.items():
-        if name not in _NOT_SETTINGS:
-            description = " ".join(described[name].split()).rstrip(".")
-            fields[name] = (kind | None, Field(None, description=description))
+    """The fields of the model, each optional, so that a preset may stand below them."""
+    fields: dict[str, Any] = {"preset": (str | None, Field(None, description=f"start from {', '.join(_PRESETS)}"))}
+    for name, field in _MODEL_FIELDS.items():
+        fields[name] = (field.kind | None, Field(None, description=field.description))
     return fields
-
-
-def _model_docs() -> str:
-    return (HyperMoEConfig.__doc__ or "").partition("Args:\n")[2]
 
 
 ModelSection = create_model("ModelSection", __base__=Settings, **_model_fields())
 
 
-def model_section(config: HyperMoEConfig) -> dict[str, Any]:
+def model_section(config: "HyperMoEConfig") -> dict[str, Any]:
     """The section of a recipe that gives this model, with every field."""
     return {key: getattr(config, key) for key in ModelSection.model_fields if key != "preset"}
 
@@ -93,7 +126,7 @@ class RunConfig(Settings):
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
         return end
 
-    def architecture(self) -> HyperMoEConfig:
+    def architecture(self) -> "HyperMoEConfig":
         """The model: the preset, if one is named, with the recipe's fields over it.
 
         Raises:
@@ -101,14 +134,20 @@ class RunConfig(Settings):
         """
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         preset = given.pop("preset", None)
-        if preset is not None and preset not in PRESETS:
-            raise UserError(f"model.preset={preset}", "is unknown", closest(preset, PRESETS))
+        self._check_preset()
+        from hypermoe_ds.modeling import PRESETS, HyperMoEConfig  # noqa: PLC0415 (takes seconds)
+
         try:
             return HyperMoEConfig(**{**PRESETS.get(preset, {}), **given})
         except ValueError as error:
             where, _, rest = str(error).partition(": ")
             problem, _, remedy = rest.partition("; ")
             raise UserError(f"model.{where}", problem, remedy) from None
+
+    def _check_preset(self) -> None:
+        preset = self.model.preset  # type: ignore[attr-defined]
+        if preset is not None and preset not in _PRESETS:
+            raise UserError(f"model.preset={preset}", "is unknown", closest(preset, _PRESETS))
 
     def opening_line(self, world_size: int, step: int) -> str:
         """What is about to run, from `step` on."""
@@ -126,13 +165,7 @@ class RunConfig(Settings):
         Raises:
             UserError: the first misfit.
         """
-        longest = self.architecture().max_position_embeddings
-        if self.data.sequence_length > longest:
-            raise UserError(
-                f"data.sequence_length={self.data.sequence_length}",
-                f"longer than model.max_position_embeddings={longest}",
-                "shorten the sequences or raise that limit",
-            )
+        self._check_preset()
         for first, last in self.train.skip_samples:
             if first > last:
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", "ends before it begins", "give first, last")
@@ -149,6 +182,13 @@ class RunConfig(Settings):
             )
         if self.schedule.name == "warmup_stable_decay" and self.schedule.decay_steps == 0:
             raise UserError("schedule.decay_steps=0", "warmup_stable_decay never decays", "give its last steps")
+        longest = self.architecture().max_position_embeddings
+        if self.data.sequence_length > longest:
+            raise UserError(
+                f"data.sequence_length={self.data.sequence_length}",
+                f"longer than model.max_position_embeddings={longest}",
+                "shorten the sequences or raise that limit",
+            )
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -173,8 +213,8 @@ def settings_table() -> str:
 def _rows(section: str, model: type[Settings]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         default = field.default
-        if model is ModelSection and name in HyperMoEConfig.__annotations__:
-            default = getattr(HyperMoEConfig, name)
+        if model is ModelSection and name in _MODEL_FIELDS:
+            default = _MODEL_FIELDS[name].default
         shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
         yield f"| `{section}.{name}` | {shown} | {field.description} |"
         for item in get_args(field.annotation):

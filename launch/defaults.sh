@@ -27,6 +27,15 @@ export MASTER_PORT
 : "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 export HYPERMOE_SSH_OPTIONS
 
+# What a host may be called: nothing that ssh, pdsh or a shell would read as an option or a pattern.
+readonly host_name='[A-Za-z0-9_:][A-Za-z0-9_.:@-]*'
+
+# check_meeting_place ADDRESS PORT: where the ranks meet, as far as it is known here.
+check_meeting_place() {
+    [[ -z $1 || $1 =~ ^$host_name$ ]] || fail "MASTER_ADDR=$1: is no host; set it to a name or an address"
+    [[ $2 =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$2: is no number; set it to a free port"
+}
+
 # usage TEXT: what --help prints; a script whose TEXT has no --hostfile takes none.
 usage() {
     printf 'usage: %s\n\n' "$1"
@@ -73,6 +82,7 @@ read_command_line() {
         esac
         shift
     done
+    check_meeting_place "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
     [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; name a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then
         train=(--deepspeed_config "$HYPERMOE_DEEPSPEED_CONFIG" "${train[@]}")
@@ -83,7 +93,7 @@ read_command_line() {
 read_hostfile() {
     [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and name your hosts"
     local odd
-    odd=$(grep -vnE '^[[:space:]]*(#.*)?$|^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?$' "$hostfile") &&
+    odd=$(grep -vnE "^[[:space:]]*(#.*)?\$|^[[:space:]]*${host_name}[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?\$" "$hostfile") &&
         odd=${odd%%$'\n'*} && fail "$hostfile:${odd%%:*}: '${odd#*:}' is no host; write NAME slots=N"
     ranks=$(sed -nE 's/^[^#]*slots=([0-9]+).*/\1/p' "$hostfile" | awk '{ sum += $1 } END { print sum + 0 }')
     [ "$ranks" -gt 0 ] || fail "$hostfile: names no host; write 'host slots=RANKS'"

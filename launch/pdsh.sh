@@ -4,15 +4,48 @@ set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
 
+# DeepSpeed joins all words to one line, which pdsh (%h, %n, %u) and each host's shell read once more. It puts double
+# quotes around words with a space, where it writes \" for ", and around values of variables, where it does not.
+
+# in_double_quotes TEXT: what a shell reads as TEXT between double quotes, but for those in it.
+in_double_quotes() { printf '%s' "${1//%/%%}" | sed 's/[\\$`]/\\&/g'; }
+
+# quoted WORD: what reaches train.py as WORD.
+quoted() {
+    if [[ $1 =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
+        printf '%s' "$1"
+    elif [[ $1 == *" "* ]]; then
+        in_double_quotes "$1"
+    else
+        printf "'%s'" "$(printf '%s' "${1//%/%%}" | sed "s/'/'\\\\''/g")"
+    fi
+}
+
 read_command_line "bash launch/pdsh.sh [--hostfile FILE] --config R.yaml [section.key=value ...]" \
     "the slots in the hostfile" "$@"
 read_hostfile
 needs deepspeed "the environment: bash launch/setup.sh"
 needs pdsh "it: apt-get install pdsh"
 needs ssh "it: apt-get install openssh-client"
+for path in "$PWD" "$repo" "$venv"; do # the launcher writes them into that line as they are
+    [[ $path =~ ^[A-Za-z0-9_@+=:,./-]*$ ]] ||
+        fail "'$path': reaches no other host over pdsh; use a path of letters, digits and _@+=:,.-"
+done
+words=()
+for word in "${train[@]}"; do
+    [[ $word != *$'\n'* ]] || fail "'$word': has more than one line and cannot travel to other hosts; put it into the recipe"
+    words+=("$(quoted "$word")")
+done
 write_environment
 preflight --hostfile "$hostfile" --environment "$environment_file"
+if ! $dry_run; then
+    for variable in "${environment[@]}"; do
+        printf '%s=%s\n' "${variable%%=*}" "$(in_double_quotes "${variable#*=}" | sed 's/"/\\"/g')"
+    done | (umask 077 && cat >"$environment_file.pdsh")
+fi
+kept=() # the launcher would pass these on too, as they are
+for name in $(compgen -e | grep -E '^(MLFLOW|MV2|PYTHON)' | grep -vEf "$repo/launch/travelling.txt"); do kept+=(-u "$name"); done
 # Ctrl-C on this command ends every DeepSpeed job of this Python on the hosts: see docs/CLUSTERS.md
-run exec env "DS_ENV_FILE=$environment_file" "PDSH_SSH_ARGS_APPEND=$HYPERMOE_SSH_OPTIONS" \
+run exec env "${kept[@]}" "DS_ENV_FILE=$environment_file.pdsh" "PDSH_SSH_ARGS_APPEND=$HYPERMOE_SSH_OPTIONS" \
     deepspeed --force_multi --hostfile "$hostfile" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
-    --master_port "$MASTER_PORT" "$repo/pretrain/train.py" "${train[@]}"
+    --master_port "$MASTER_PORT" "$repo/pretrain/train.py" "${words[@]}"

@@ -60,7 +60,7 @@ def main() -> None:
 
         def validate() -> Evaluation:
             engine.eval()
-            batches = validation_batches(valid_set, micro_batch, rank, world_size)
+            batches = validation_batches(valid_set, micro_batch, rank, world_size)  # type: ignore[arg-type]
             result = evaluate(engine, watchdog.each(batches, "validating"), engine.device)
             engine.train()
             return result

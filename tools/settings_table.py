@@ -30,8 +30,8 @@ def presets_table() -> str:
 def with_tables(page: str) -> str:
     """The page with its tables made anew between their markers."""
     for name, table in (("presets", presets_table()), ("settings", settings_table())):
-        between = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        page = between.sub(lambda match, table=table: f"{match[1]}{table}{match[2]}", page)
+        before, *around = re.split(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", page, maxsplit=1, flags=re.DOTALL)
+        page = before + table.join(["".join(around[:1]), "".join(around[1:])]) if around else page
     return page
 
 

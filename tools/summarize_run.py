@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.data.datasets import DataConfig, build_datasets
+from hypermoe_ds.data.datasets import build_datasets
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.unigram import count_tokens, unigram_loss
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.monitor.summary import summarize
-from hypermoe_ds.training.evaluation import EvaluationConfig
-from hypermoe_ds.training.settings import TrainConfig
+from hypermoe_ds.training.settings import EvaluationConfig, TrainConfig
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
     most = folder.section("evaluation", EvaluationConfig).max_samples
     summary = summarize(folder.path / "metrics.jsonl")
     _, valid_set = build_datasets(data, seed, 1, most)
+    if valid_set is None:
+        raise UserError(f"{folder.settings}: data.valid", "is empty", "give the run a validation source")
     unigram = unigram_loss(count_tokens([source.prefix for source in data.train], model.vocab_size), valid_set)
 
     rows = {

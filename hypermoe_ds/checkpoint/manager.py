@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from hypermoe_ds.checkpoint.manifest import (
     sync_folder,
 )
 from hypermoe_ds.checkpoint.run_folder import refuse_other_model
+from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.checkpoint.shards import (
     MOMENTS,
     WEIGHT,
@@ -37,7 +38,6 @@ from hypermoe_ds.checkpoint.shards import (
     first_not_finite,
     write_shard,
 )
-from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.parallel.host_group import HostGroup
 
@@ -48,25 +48,6 @@ _RANDOM_STATE = "random_state/cpu"
 _RANDOM_STATE_OF_GPU = "random_state/cuda"
 
 Value = TypeVar("Value")
-
-
-class CheckpointConfig(Settings):
-    """When checkpoints are written and which are kept."""
-
-    interval: int = Field(
-        1000, ge=1, le=LARGEST_COUNT, description="steps between two checkpoints; one more is written at the end"
-    )
-    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="steps whose multiples are kept for good; null keeps none"
-    )
-    resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
-    verify: Verify = Field(
-        "full", description="compared with the manifest at a resume: sizes and headers, or full (hashes too, no NaN)"
-    )
-    asynchronous: bool = Field(
-        True, description="write while training goes on, from a copy in host memory (12 bytes a parameter of a rank)"
-    )
 
 
 class CheckpointManager:

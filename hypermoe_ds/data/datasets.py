@@ -11,54 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed
-from pydantic import Field
 from torch.utils.data import Dataset
 
-from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+from hypermoe_ds.data.settings import DataConfig, DataSource
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer, sha256_of
 from hypermoe_ds.errors import UserError
 
 _VALIDATION_SEED = 0
 _ORDER_KEY_ENTRIES = 1 << 16
-
-
-class DataSource(Settings):
-    """Token files and their share of the training samples."""
-
-    prefix: str = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        le=1e9,
-        description="share of the training samples drawn from here, relative to the other sources' weights; "
-        "validation goes through every source once, whatever its weight",
-    )
-
-
-class DataConfig(Settings):
-    """What to train and validate on."""
-
-    train: list[DataSource] = Field(min_length=1, description="sources of the training samples")
-    valid: list[DataSource] = Field(default=[], description="sources of the validation samples; empty: none")
-    sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens in a sample")
-    tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with")
-    # tiny-10m on two ranks and 2 cores, three times in turn: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2.
-    # Steps of 30 ms are some 10 % slower with 2; a GPU, whose host launches kernels, is what it is for.
-    workers: int = Field(
-        default=2, ge=0, le=1024, description="processes per rank that load samples; 0: the rank itself"
-    )
-    cache: str | None = Field(
-        default=None,
-        description="folder for the indices of the samples, visible to all nodes; "
-        "null means `cache` beside the files of the first training source",
-    )
-
-    @property
-    def cache_folder(self) -> str:
-        """The folder for the indices of the samples."""
-        return self.cache or str(Path(self.train[0].prefix).parent / "cache")
 
 
 class SequenceDataset(Dataset[dict[str, torch.Tensor]]):

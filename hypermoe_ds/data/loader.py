@@ -7,9 +7,11 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from threading import Thread
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -17,7 +19,7 @@ from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # after which a rank finishes its step
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a rank then finishes its step
 IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
 
 
@@ -154,7 +156,8 @@ class _Padded(Dataset[dict[str, torch.Tensor]]):
 
 
 def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
+    pinned = torch.cuda.is_available()
+    loader: DataLoader[Any] = DataLoader(
         cast(Dataset[dict[str, torch.Tensor]], dataset),
         batch_sampler=sampler,
         num_workers=workers,
@@ -162,12 +165,12 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
         worker_init_fn=_live_as_long_as_the_rank,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         persistent_workers=workers > 0,
         # Its own: a loader draws a seed, and would move the random numbers of the model.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return iter(loader) if pinned else map(_Batch.tensors, loader)
 
 
 def _live_as_long_as_the_rank(_worker: int) -> None:
@@ -193,8 +196,25 @@ def signal_when_parent_ends(number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.stack([sample["tokens"] for sample in samples]),
-        "labels": torch.stack([sample["labels"] for sample in samples]),
-    }
+@dataclass(frozen=True)
+class _Batch:
+    """A micro-batch on its way from a worker to its rank.
+
+    As arrays: for tensors torch opens a socket in a folder `pymp-*` of TMPDIR, which stays when the worker is killed.
+    """
+
+    input_ids: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the model takes."""
+        return {name: torch.from_numpy(array) for name, array in vars(self).items()}
+
+    def pin_memory(self) -> dict[str, torch.Tensor]:
+        """The same in pinned memory; the loader calls it, in a thread of its own where it has workers."""
+        return {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
+
+
+def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> _Batch:
+    stacked = (torch.stack([sample[name] for sample in samples]).numpy() for name in ("tokens", "labels"))
+    return _Batch(*stacked)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hypermoe_ds.errors import UserError
 
-_LINE = re.compile(r"(\S+)\s+slots=([1-9][0-9]*)\s*(#.*)?$")
+_NAME = r"[A-Za-z0-9_:][A-Za-z0-9_.:@-]*"  # nothing that ssh, pdsh or a shell would read as an option or a pattern
+_LINE = re.compile(rf"({_NAME})\s+slots=([1-9][0-9]*)\s*(#.*)?$")
 _SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _HERE = "localhost"
 
@@ -113,7 +114,7 @@ def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tupl
     There other hosts of the job may already knock at the job's port.
 
     Raises:
-        UserError: MASTER_PORT is no number.
+        UserError: MASTER_PORT is no number, or MASTER_ADDR no host.
     """
     if hosts[0].reach == "here":
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -121,7 +122,10 @@ def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tupl
     port = environment.get("MASTER_PORT", "29500")
     if not port.isdecimal():
         raise UserError(f"MASTER_PORT={port}", "is no number", "set it to a free port")
-    return environment.get("MASTER_ADDR", hosts[0].name), int(port)
+    address = environment.get("MASTER_ADDR", hosts[0].name)
+    if not re.fullmatch(_NAME, address):
+        raise UserError(f"MASTER_ADDR={address}", "is no host", "set it to a name or an address")
+    return address, int(port)
 
 
 def travelling(patterns: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -160,7 +164,7 @@ def shell_line(command: list[str], environment: Mapping[str, str], folder: Path)
     variables = [f"{name}={value}" for name, value in environment.items()]
     run = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
     watch = "cat <&3; kill $command"
-    return (
-        f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & watch=$!; "
-        "wait $command; code=$?; kill $watch; exit $code"
+    return (  # `jobs -rp`: the watch may have ended long before the command, and its number gone to another process
+        f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & "
+        "wait $command; code=$?; kill $(jobs -rp) 2>/dev/null; exit $code"
     )

@@ -13,6 +13,7 @@ RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # one of them
 _SECONDS_TO_DIE = 10
 _SECONDS_TO_ANSWER = 60
 # /proc/PID/environ is what a process was started with. A rank and its loaders have the launcher's number of it.
+# A list of processes is old when its end is reached: each is looked at again in the moment before it is signalled.
 _FUNCTIONS = """
 job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
 ranks() {
@@ -20,7 +21,13 @@ ranks() {
         if grep -qzsE "$rank" /proc/$process/environ; then echo $process; fi
     done
 }
-signal() { if [ $# -gt 1 ]; then kill -s "$@" 2>/dev/null; fi; }
+signal() {
+    number=$1
+    shift
+    for process; do
+        if grep -qzsx "$name" /proc/$process/environ; then kill -s $number $process 2>/dev/null; fi
+    done
+}
 gone_within() {
     left=$1
     while [ -n "$(job)" ]; do

@@ -45,17 +45,17 @@ class Supervisor:
         self._choice = choice
         self._processes = JobProcesses(choice.hosts if choice else [])
         self._history = HistoryFile(command.run_dir / "supervisor.jsonl")
-        self._signal: signal.Signals | None = None
+        self._asked_to_end = False
 
     def run(self) -> int:
         """Until the end; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a script's `&` have it
                 signal.signal(number, self._note)
         tries: list[Try] = []
         while True:
             words = self._words(patient=bool(tries))
-            if self._signal is not None:
+            if self._asked_to_end:
                 return _exit_code(tries)
             tries.append(self._try(words))
             try:
@@ -63,7 +63,7 @@ class Supervisor:
             except OSError as error:
                 _say(f"what ended this try could not be kept ({error})")
             decision = decide(tries, self._limits)
-            again = decision.again and self._signal is None
+            again = decision.again and not self._asked_to_end
             step = "before the first step" if tries[-1].step is None else f"in step {tries[-1].step}"
             _say(f"try {len(tries)} ended {step} with exit code {tries[-1].exit_code}: {decision.why}")
             if not again:
@@ -73,8 +73,8 @@ class Supervisor:
                 self._rest(_SECONDS_AFTER_REFUSAL)
             _say("starting again from the newest checkpoint")
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._signal = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked_to_end = True
 
     def _words(self, patient: bool) -> list[str]:
         """The command of the next try, once there are hosts for it or a signal has come.
@@ -86,7 +86,7 @@ class Supervisor:
             return self._command.started_with(None, [])
         pause = _FIRST_PAUSE
         self._processes.end(0)  # on hosts that could not be reached when their try ended
-        while (chosen := self._choice.choose()) is None and self._signal is None:
+        while (chosen := self._choice.choose()) is None and not self._asked_to_end:
             if not patient:
                 raise UserError("--hostfile", "no host can train", "mend what the lines above name")
             _say(f"no host can train; looking again in {pause:.0f} s")
@@ -96,7 +96,7 @@ class Supervisor:
 
     def _rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self._signal is None:
+        while time.monotonic() < end and not self._asked_to_end:
             time.sleep(_POLL_SECONDS)
 
     def _try(self, words: Sequence[str]) -> Try:
@@ -123,9 +123,9 @@ class Supervisor:
         latest: float | None = None
         while launcher.poll() is None:
             time.sleep(_POLL_SECONDS)
-            if self._signal is not None and not passed_on:
-                passed_on = True
-                if not self._processes.signal_ranks(self._signal) or not watch.signs():  # nothing to save yet
+            if self._asked_to_end and not passed_on:
+                passed_on = True  # as SIGTERM: what the terminal sends, the command may have its ranks ignore
+                if not self._processes.signal_ranks(signal.SIGTERM) or not watch.signs():  # nothing to save yet
                     latest = time.monotonic()
             if latest is None and watch.verdict():
                 latest = time.monotonic() + _SECONDS_AFTER_VERDICT

@@ -4,14 +4,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypermoe_ds.config import closest
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEConfig
-from hypermoe_ds.parallel.expert_parallel import autoep_section
 from hypermoe_ds.parallel.topology import check_expert_parallel, gradient_accumulation_steps
 from hypermoe_ds.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from hypermoe_ds.modeling import HyperMoEConfig
 
 # Who owns a key that must not stand in the JSON.
 _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
@@ -163,7 +164,7 @@ def zero_stage(ds_json: Mapping[str, Any]) -> int:
 def merge(
     ds_json: Mapping[str, Any],
     train: TrainConfig,
-    model: HyperMoEConfig,
+    model: "HyperMoEConfig",
     expert_parallel_size: int,
     world_size: int,
 ) -> dict[str, Any]:
@@ -193,6 +194,8 @@ def merge(
         "fp16": {"enabled": train.precision == "fp16"},
     }
     if model.moe_layers:
+        from hypermoe_ds.parallel.expert_parallel import autoep_section  # noqa: PLC0415 (it imports torch)
+
         merged["expert_parallel"] = autoep_section(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
         )

@@ -7,21 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from pydantic import Field
 from torch import Tensor
-
-from hypermoe_ds.config import LARGEST_COUNT, Settings
-
-
-class EvaluationConfig(Settings):
-    """When the model is validated, and on how much."""
-
-    interval: int = Field(
-        1000, ge=1, le=LARGEST_COUNT, description="steps between two validations; one more comes at the end"
-    )
-    max_samples: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="validate on the first so many sequences; null takes all of them"
-    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hypermoe_ds.training.state import TrainState
 
 class Guard:
     """Moves the run on by a step and says what all ranks know of it. Building it is collective, and from then on
-    SIGTERM, SIGINT and SIGUSR1 end the run after a step and not at once.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after a step and not at once.
 
     Args:
         engine: the DeepSpeed engine.

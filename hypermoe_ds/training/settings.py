@@ -103,3 +103,14 @@ class ScheduleConfig(Settings):
         progress = (step - turning) / (steps - turning)
         left = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * left
+
+
+class EvaluationConfig(Settings):
+    """When the model is validated, and on how much."""
+
+    interval: int = Field(
+        1000, ge=1, le=LARGEST_COUNT, description="steps between two validations; one more comes at the end"
+    )
+    max_samples: int | None = Field(
+        None, ge=1, le=LARGEST_COUNT, description="validate on the first so many sequences; null takes all of them"
+    )

@@ -31,14 +31,16 @@ _WRITTEN = ("rank_*", "stack_*", "told_*", "speaker", f"{VERDICT}*")  # names of
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
-# Arguments: a process, the verdict. A stopped process, or one that waits for a disk, does not end itself. DeepSpeed's
-# launcher sends SIGTERM to a rank's children too, and then waits for half a minute.
+# Arguments: a process, when it began, the verdict. A stopped process, or one that waits for a disk, does not end
+# itself. DeepSpeed's launcher sends SIGTERM to a rank's children too, and then waits for half a minute. The process may
+# end in these seconds and its number go to another one: only one that began at the same time is killed.
 _END_WITH_VERDICT = f"""
 trap '' TERM
-while kill -0 "$1"; do
-    if [ -e "$2" ]; then
+runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
+while runs "$1" "$2"; do
+    if [ -e "$3" ]; then
         sleep {_SECONDS_TO_END}
-        kill -KILL "$1"
+        if runs "$1" "$2"; then kill -KILL "$1"; fi
     fi
     sleep 1
 done
@@ -135,7 +137,7 @@ class Watchdog:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        words = ["sh", "-c", _END_WITH_VERDICT, "sh", str(os.getpid()), str(self._verdict)]
+        words = ["sh", "-c", _END_WITH_VERDICT, "sh", str(os.getpid()), start_time(), str(self._verdict)]
         nowhere = subprocess.DEVNULL  # it keeps no pipe of the launcher's open
         process = subprocess.Popen(words, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
         try:
@@ -263,6 +265,11 @@ def _gone(signs: dict[int, SignOfLife]) -> list[str]:
 def _told(sign: SignOfLife, fate: str) -> str:
     """A sign is some seconds old."""
     return f"{sign.who()} {fate}, last heard of in {sign.place()}"
+
+
+def start_time() -> str:
+    """When this process began, in clock ticks since the machine did: with its number that names it alone."""
+    return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def limit_collectives(seconds: float) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "hypermoe_ds"
-SCRIPTS = ("pretrain", "tools")
+SCRIPTS = ("pretrain", "tools", "launch")
 ORDER = (
     {PACKAGE},  # the package's own __init__
     {"errors"},
     {"config", "files"},
     {"modeling", "data", "parallel"},
-    {"checkpoint", "monitor", "planner"},
+    {"checkpoint", "monitor"},
     {"export"},
     {"training", "supervision"},
     {"run_config"},
@@ -29,7 +29,7 @@ DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
     "hypermoe_ds/monitor/sinks.py",
 }
 DEEPSPEED_PEERS = "tools/bench/"  # beside them: a comparison with DeepSpeed's own layers needs the library itself
-WITHOUT_DEEPSPEED = ("hypermoe_ds/planner/", "hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
+WITHOUT_DEEPSPEED = ("hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
 MODELING_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
 FILE_LINES, FUNCTION_LINES, MAIN_JOB_LINES = 500, 60, 100
 
@@ -144,6 +144,12 @@ def test_imports_go_down_only() -> None:
     assert import_violations(REPOSITORY) == []
 
 
+def test_every_room_of_the_order_is_there() -> None:
+    inside = {path.stem for path in (REPOSITORY / PACKAGE).iterdir() if not path.stem.startswith("__")}
+    assert set(LEVELS) == {PACKAGE, *SCRIPTS, *inside}
+    assert all((REPOSITORY / folder).is_dir() for folder in SCRIPTS)
+
+
 def test_pieces_stay_small() -> None:
     assert size_violations(REPOSITORY, (PACKAGE, *SCRIPTS, "tests")) == []
 
@@ -193,6 +199,9 @@ def plant(root: Path, name: str, source: str) -> Path:
         ("hypermoe_ds/modeling/moe.py", "import deepspeed", "modeling uses"),
         ("hypermoe_ds/parallel/topology.py", "from deepspeed.utils import groups", "DeepSpeed is used through"),
         ("tools/plan.py", "def main():\n    import deepspeed", "DeepSpeed is used through"),
+        ("launch/start.py", "import deepspeed", "DeepSpeed is used through"),
+        ("launch/start.py", "from tools.plan import main", "not below"),
+        ("hypermoe_ds/supervision/a.py", "from launch import supervise", "not below"),
     ],
 )
 def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, complaint: str) -> None:
@@ -223,7 +232,7 @@ def test_an_allowed_import_passes(tmp_path: Path, name: str, source: str) -> Non
 
 
 def test_deepspeed_is_found_behind_other_modules(tmp_path: Path) -> None:
-    start = plant(tmp_path, "hypermoe_ds/planner/plan.py", "from hypermoe_ds.parallel import topology")
+    start = plant(tmp_path, "hypermoe_ds/training/plan.py", "from hypermoe_ds.parallel import topology")
     topology = plant(tmp_path, "hypermoe_ds/parallel/topology.py", "import math")
     assert not reaches_deepspeed(start, tmp_path)
     topology.write_text("from . import expert_parallel", encoding="utf-8")

@@ -82,11 +82,11 @@ def test_pdsh_starts_deepspeeds_launcher_after_a_look_at_the_hosts(
 ) -> None:
     look, start = commands("pdsh.sh", *arguments, folder=folder, **environment)
     [file] = [word.removeprefix("DS_ENV_FILE=") for word in start if word.startswith("DS_ENV_FILE=")]
+    assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file.removesuffix(".pdsh"), *train]
     assert start == [
         "env", f"DS_ENV_FILE={file}", f"PDSH_SSH_ARGS_APPEND={SSH}",
         "deepspeed", "--force_multi", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
     ]  # fmt: skip
-    assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file, *train]
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,29 @@ def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(fol
     assert bare.returncode == 2
 
 
-@pytest.mark.parametrize("line", ["node1", "node1 slots=0", "node1 slots=two", "node1:8", "node1 slots=8 gpus"])
-def test_a_bad_line_of_a_hostfile_is_named(folder: Path, line: str) -> None:
+BAD_LINES = ["node1", "node1 slots=0", "node1 slots=two", "node1:8", "node1 slots=8 gpus"]
+BAD_LINES += [f"{name} slots=1" for name in ("-oProxyCommand=id", "--x", "^f", "/n/", "n[1-2]", "a,b", "$(id)", "`id`")]
+
+
+@pytest.mark.parametrize("script", WITH_HOSTFILE)
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str) -> None:
     (folder / "hostfile").write_text(f"node0 slots=8\n{line}\n")
-    done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder)
-    assert done.stderr == f"pdsh.sh: hostfile:2: '{line}' is no host; write NAME slots=N\n"
+    done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder)
+    assert done.stderr == f"{script}: hostfile:2: '{line}' is no host; write NAME slots=N\n"
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [("MASTER_ADDR", "-x", "no host"), ("MASTER_ADDR", "$(id)", "no host"), ("MASTER_PORT", "$(id)", "no number")],
+)
+def test_a_place_to_meet_that_is_none_is_refused(
+    folder: Path, script: str, name: str, value: str, problem: str
+) -> None:
+    done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **{name: value})
+    assert (done.returncode, done.stderr[: done.stderr.index(";")]) == (2, f"{script}: {name}={value}: is {problem}")
 
 
 @pytest.mark.parametrize(
@@ -189,12 +206,14 @@ def test_a_bad_line_of_a_hostfile_is_named(folder: Path, line: str) -> None:
             {"DS_ENV_FILE": "hostfile"},
             "hostfile: '# two hosts' is no variable; write NAME=VALUE, one a line",
         ),
+        ("pdsh.sh", {"HYPERMOE_VENV": "a b"}, "'a b': reaches no other host over pdsh; use a path of letters"),
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
     ],
 )
 def test_what_a_launcher_cannot_start_with_is_told_in_one_line(
     folder: Path, script: str, environment: dict[str, str], told: str
 ) -> None:
+    (folder / "a b").symlink_to("venv")
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **environment)
     [line] = done.stderr.splitlines()
     assert line.startswith(f"{script}: {told}")

@@ -16,8 +16,9 @@ from typing import Any, get_args
 
 import torch
 
-from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
+from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.manifest import Verify
+from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.config import apply_overrides
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
@@ -42,7 +43,7 @@ def main() -> None:
     check_arguments(given, {"repeats": 1})
 
     rank, ranks = start_ranks()
-    engine = build(HyperMoEConfig(**apply_overrides(PRESETS[given.preset], given.overrides)), ranks)
+    engine = build(HyperMoEConfig(**apply_overrides(dict(PRESETS[given.preset]), given.overrides)), ranks)
     place = [tempfile.mkdtemp(dir=given.folder)] if rank == 0 else [None]
     torch.distributed.broadcast_object_list(place)
     folder = Path(str(place[0]))

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.modeling.generated import HyperExpertWeights
 from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, cost_factored, cost_per_set
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from report import check_arguments, device_name, machine
@@ -66,13 +67,13 @@ def main() -> None:
 
     device = device_name() if given.device == "cuda" else "cpu"
     found: dict[str, Any] = {"machine": machine(device), "dtype": given.dtype, "threads": torch.get_num_threads()}
-    bar = tqdm(shapes_of(given.dtype), "beside an expert", unit="shape", leave=False)
-    found["branch"] = [beside_an_expert(N, K, T, given.repeats, where) for N, K, T in bar]
+    shapes = tqdm(shapes_of(given.dtype), "beside an expert", unit="shape", leave=False)
+    found["branch"] = [beside_an_expert(N, K, T, given.repeats, where) for N, K, T in shapes]
     found["memory"] = memory_ratio(given.device, given.dtype)
     print(branch_table(found))
     if not given.skip_grid:
-        bar = tqdm(GRID, "forms", unit="shape", leave=False)
-        found["forms"] = [forms_of(sizes, N, K, T, given.repeats, where) for sizes, N, K, T in bar]
+        grid = tqdm(GRID, "forms", unit="shape", leave=False)
+        found["forms"] = [forms_of(sizes, N, K, T, given.repeats, where) for sizes, N, K, T in grid]
         # The published form makes weights for each token: neither N nor K changes what it costs.
         found["per_token"] = {T: per_token(T, given.repeats, where) for T in sorted({T for *_, T in GRID})}
         print(forms_table(found["forms"], found["per_token"]))
@@ -113,11 +114,11 @@ def all_layers(
 
     def run() -> None:
         selected = next(endless)
-        ahead = None
+        modules_of: Sequence[HyperExpertWeights | None] = [None] * len(branches)
         if form == "auto":
-            ahead = generate_ahead(branches, hypernetwork, x_TD, selected.shape[-1])
+            modules_of = generate_ahead(branches, hypernetwork, x_TD, selected.shape[-1]) or modules_of
         y_TD = x_TD
-        for branch, selected_TK, modules in zip(branches, selected, ahead or [None] * len(branches), strict=True):
+        for branch, selected_TK, modules in zip(branches, selected, modules_of, strict=True):
             y_TD = y_TD + branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
         y_TD.backward(x_TD.detach())
 

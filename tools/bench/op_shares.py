@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 # The first pattern that occurs in a name decides; names are those of operators on a CPU, of kernels on a GPU.
 _PATTERNS: tuple[tuple[str, str], ...] = (

@@ -109,7 +109,7 @@ def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
 
 def milliseconds(work: Callable[[], object]) -> float:
     """Median GPU time of `work`, after as many runs that do not count."""
-    times = []
+    times: list[float] = []
     for _ in range(2 * _REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

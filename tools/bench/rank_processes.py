@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 Ranks = list[tuple[subprocess.Popen[str], TextIO, Path]]  # each with its answers and the file of what it prints
 Answers = list[dict[str, Any]]

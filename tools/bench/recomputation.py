@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def compare(sets: int, repeats: int, dtype: str, where: dict[str, Any]) -> dict[
     branches, hypernetwork, x_TD = parts(sets, where)
     sides = {
         name: without_gradients(
-            lambda again=again: one_pass(branches, hypernetwork, x_TD, recompute=again), hypernetwork, *branches
+            partial(one_pass, branches, hypernetwork, x_TD, recompute=again), hypernetwork, *branches
         )
         for name, again in (("kept", False), ("recomputed", True))
     }

@@ -79,7 +79,7 @@ def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None
     for layer in model.model.layers:
-        layer.hyper_experts = None
+        layer.hyper_experts = None  # type: ignore[assignment]
     model.config.hypernetwork = False
     return model
 
@@ -146,10 +146,11 @@ def _mixtral(
 
 def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
     """Mixtral at our shape. It has neither dense layers, shared experts nor QK-norm: these it leaves out."""
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    same += ("num_experts_per_tok", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
+    same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
+    same += "router_aux_loss_coef"
     return MixtralConfig(
-        **{name: getattr(config, name) for name in (*same, "max_position_embeddings", "router_aux_loss_coef")},
+        **{name: getattr(config, name) for name in same.split()},
         intermediate_size=config.moe_intermediate_size,
         num_local_experts=config.num_experts,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
@@ -176,7 +177,7 @@ def _deepspeed_moe(
     first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
     for layer in (model.model.layers[index] for index in config.moe_layers):
         layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)
-        layer.is_moe = False  # the decoder then takes it for a plain MLP: its routing losses are added below
+        layer.is_moe = False  # type: ignore[assignment] # the decoder then takes it for a plain MLP: its routing losses are added below
     blocks = [module for module in model.modules() if isinstance(module, MoE)]
 
     def add_balancing_loss(_module: nn.Module, _inputs: object, output: Any) -> None:

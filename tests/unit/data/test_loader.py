@@ -1,9 +1,13 @@
 """Loader: which samples each rank takes, against a plain enumeration."""
 
 import multiprocessing
+import os
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import islice, product
+from pathlib import Path
 
 import psutil
 import pytest
@@ -91,6 +95,20 @@ def test_workers_outlive_a_signal_and_not_their_rank() -> None:
     ended, process_code = not process.is_alive(), process.exitcode
     process.kill()
     assert (ended, process_code) == (True, 3)
+
+
+def test_killed_workers_leave_no_folder_behind(tmp_path: Path) -> None:
+    def rank() -> None:
+        tempfile.tempdir = str(tmp_path)
+        multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+        batches = build_loader(Numbered(20), 1, rank=0, size=1, consumed_samples=0, workers=2)
+        assert [int(next(batches)["labels"][0, 0]) for _ in range(4)] == [1, 2, 3, 4]
+        os.kill(os.getpid(), signal.SIGKILL)  # its workers get one too
+
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    process.join(60)
+    assert (process.exitcode, list(tmp_path.iterdir())) == (-signal.SIGKILL, [])
 
 
 def batches_until(batches: Iterator[dict[str, torch.Tensor]], end: int) -> list[dict[str, torch.Tensor]]:

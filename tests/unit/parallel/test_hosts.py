@@ -22,6 +22,8 @@ from hypermoe_ds.parallel.hosts import (
 REPOSITORY = Path(__file__).parents[3]
 
 TEXT = "# hosts\nnode1 slots=8\n\n  node2\tslots=4\nten.nine-8 slots=16 # big\n"
+# An option of ssh and mpirun; pdsh reads a file, a pattern and a list; a shell runs or expands the others.
+NO_HOSTS = ["-oProxyCommand=id", "--", "^all", "/n1/", "n[1-2]", "a,b", "$(id)", "`id`", "a;id", "a%h"]
 
 
 def test_a_hostfile_means_what_deepspeed_takes_it_for(tmp_path: Path) -> None:
@@ -35,6 +37,7 @@ def test_a_hostfile_means_what_deepspeed_takes_it_for(tmp_path: Path) -> None:
     [
         ("a slots=1\nb\n", ":2: 'b' is no host; write 'host slots=RANKS'"),
         ("a slots=0\n", ":1: 'a slots=0' is no host; write"),
+        *((f"{name} slots=1\n", f":1: '{name} slots=1' is no host; write") for name in NO_HOSTS),
         ("a slots=1\na slots=2\n", ":2: names a again; give each host one line"),
         ("# none\n", ": names no host; write 'host slots=RANKS'"),
     ],
@@ -44,6 +47,12 @@ def test_a_hostfile_with_a_mistake_is_refused_at_its_line(tmp_path: Path, text: 
     path.write_text(text)
     with pytest.raises(UserError, match=re.escape(f"{path}{told}")):
         read_hostfile(path)
+
+
+@pytest.mark.parametrize("name", NO_HOSTS)
+def test_an_address_that_is_an_option_or_a_pattern_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"MASTER_ADDR={name}: is no host; set it to a name")):
+        meeting_place([Host("a", 1)], {"MASTER_ADDR": name})
 
 
 def test_a_missing_hostfile_is_told_with_a_remedy(tmp_path: Path) -> None:

@@ -92,3 +92,11 @@ def test_a_signal_reaches_the_ranks_alone_and_it_is_told_whether_there_are_any(s
     psutil.wait_procs([rank], timeout=10)
     assert (started.folder / "saved").read_text() == str(int(signal.SIGUSR1))
     assert runs(launcher)
+
+
+def test_a_process_of_another_job_is_not_signalled_where_it_has_taken_a_number_of_this_one(started: Started) -> None:
+    job = JobProcesses([])
+    rank, stranger = started.orphan(job.environment | RANK), started.orphan(RANK)
+    job._everywhere(f"signal KILL {stranger.pid} {rank.pid}", 10)
+    psutil.wait_procs([rank], timeout=10)
+    assert (runs(rank), runs(stranger)) == (False, True)

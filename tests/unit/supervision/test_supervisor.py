@@ -28,12 +28,15 @@ start = Path("starts").stat().st_size
 """
 
 
-def supervised(folder: Path, job: str, *options: str, words: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+def supervised(
+    folder: Path, job: str, *options: str, dispositions: str = "--default-signal"
+) -> "subprocess.Popen[str]":
+    """A supervisor with this job; signals that this process ignores, as in the background, are not ignored there."""
     (folder / "train.py").write_text(JOB + job)
     (folder / "r.yaml").write_text("run:\n  dir: run\n")
-    command = ["env", "RANK=0", sys.executable, str(folder / "train.py"), "--config", "r.yaml", *words]
+    command = ["env", "RANK=0", sys.executable, str(folder / "train.py"), "--config", "r.yaml"]
     return subprocess.Popen(
-        [sys.executable, str(SUPERVISE), *options, "--", *command],
+        ["env", f"{dispositions}=INT,HUP", sys.executable, str(SUPERVISE), *options, "--", *command],
         cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])},
     )  # fmt: skip
 
@@ -81,26 +84,43 @@ except psutil.NoSuchProcess:
     assert outcome(supervised(tmp_path, job), tmp_path) == (0, ["lost", "done"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_is_passed_on_to_a_rank_and_ends_it_all(number: signal.Signals, tmp_path: Path) -> None:
-    job = """
+# Saves when it is asked to end, and is done when it finds a file; ignores what comes from a terminal.
+SAVES = """
 def end(number, frame):
     sign(end='saved')
-    print(number, flush=True)
     os._exit(75)
-signal.signal(int(sys.argv[-2]), end)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 sign()
 Path("ready").touch()
-time.sleep(1000)
+while not Path("over").exists():
+    time.sleep(0.02)
+sign(end='done')
 """
-    before = set(psutil.Process().children())
-    process = supervised(tmp_path, job, words=(str(int(number)),))
-    while not (tmp_path / "ready").exists():
+
+
+def signalled(folder: Path, number: signal.Signals, dispositions: str) -> "subprocess.Popen[str]":
+    """A supervisor that got this signal while its job ran."""
+    process = supervised(folder, SAVES, dispositions=dispositions)
+    while not (folder / "ready").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    assert outcome(process, tmp_path) == (75, ["saved"])
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_makes_the_ranks_save_and_ends_it_all(number: signal.Signals, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    assert outcome(signalled(tmp_path, number, "--default-signal"), tmp_path) == (75, ["saved"])
     assert set(psutil.Process().children()) <= before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_in_the_background_what_a_terminal_sends_ends_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    process = signalled(tmp_path, number, "--ignore-signal")
+    (tmp_path / "over").touch()
+    assert outcome(process, tmp_path) == (0, ["done"])
 
 
 # Stands for tools/preflight.py: finds no host in its second look, and another one in each that succeeds.

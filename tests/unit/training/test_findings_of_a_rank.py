@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hypermoe_ds.monitor.signs import SignOfLife
-from hypermoe_ds.training.watchdog import Watchdog
+from hypermoe_ds.training.watchdog import _END_WITH_VERDICT, Watchdog, start_time
 
 
 def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
@@ -26,3 +26,26 @@ def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
         watchdog._beat()
         monkeypatch.setattr("hypermoe_ds.training.watchdog.time.sleep", die)
         assert watchdog._findings().startswith(f"rank 1 (process {process.pid} on {socket.gethostname()}) died, last ")
+
+
+# A process that ends in the seconds before it would be killed; what would be killed then is printed.
+ENDS_IN_TIME = """
+command sleep 1000 & process=$!
+sleep() { command kill -KILL $process; wait $process; } 2>/dev/null
+kill() { echo "$@"; }
+set -- $process $(sed 's/.*) //' /proc/$process/stat | cut -d ' ' -f 20) .
+"""
+
+
+def test_a_process_that_ended_before_it_was_killed_leaves_its_number_to_others() -> None:
+    script = ENDS_IN_TIME + _END_WITH_VERDICT
+    assert subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=False, timeout=60).stdout == b""
+
+
+def test_a_process_that_began_at_another_time_is_not_ended(tmp_path: Path) -> None:
+    (tmp_path / "verdict").touch()
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        words = ["sh", "-c", _END_WITH_VERDICT, "sh", str(other.pid), start_time() + "0", str(tmp_path / "verdict")]
+        subprocess.run(words, check=False, timeout=5)
+        assert other.poll() is None
+        other.kill()
