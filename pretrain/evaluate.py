@@ -7,8 +7,9 @@ import torch
 from tqdm import tqdm
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.data.datasets import DataConfig, build_validation_set
+from hypermoe_ds.data.datasets import build_validation_set
 from hypermoe_ds.data.loader import validation_batches
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.hf import load_any
 from hypermoe_ds.training.evaluation import evaluate

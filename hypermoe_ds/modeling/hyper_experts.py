@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_hypermoe import HyperConditioning
 from .generated import HyperExpertWeights, SortedRows, Taken, apply_generated, sort_rows
-from .hyper_cache import HyperExpertCache, KeptHyperExperts
+from .hyper_cache import KeptHyperExperts
 from .hyper_costs import Form, Sizes, cheaper_form, modules_fit
 from .selections import all_sets, distinct_sets, rank_sets
 

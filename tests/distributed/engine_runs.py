@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypermoe_ds.checkpoint.engine_state import EngineState
-from hypermoe_ds.checkpoint.manager import CheckpointConfig, CheckpointManager
+from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import hyper_experts
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics

@@ -14,7 +14,7 @@ from hypermoe_ds.checkpoint.sources import open_source
 from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.checkpoint.weights import load_model, open_weights
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.training.evaluation import EvaluationConfig
+from hypermoe_ds.training.settings import EvaluationConfig
 from tests.helpers.checkpoints import small_model, training_weights
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.datasets import DataConfig, SequenceDataset, build_datasets
+from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
 from hypermoe_ds.data.loader import build_loader
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
 

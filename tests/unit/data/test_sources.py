@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.datasets import DataConfig, build_datasets, check_sources
+from hypermoe_ds.data.datasets import build_datasets, check_sources
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.tokenizer import load_tokenizer, vocabulary_file
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
