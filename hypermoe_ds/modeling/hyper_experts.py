@@ -317,7 +317,7 @@ class HyperExperts(nn.Module):
                 )
                 return apply_generated(x_TD, taken, fetched)
             z_UH = self.encoder(sets_UK)
-        form, recompute = self._choose(form, taken, len(z_UH), set_size, sizes, x_TD)
+        form, recompute = self._choose(form, taken, z_UH.shape[0], set_size, sizes, x_TD)
         output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, taken, form, recompute)
         return output.to(x_TD.device)  # the hypernetwork may be on another
 
@@ -348,7 +348,7 @@ class HyperExperts(nn.Module):
         """The form, and whether the backward pass generates modules again."""
         if torch.compiler.is_compiling():
             return ("per_set" if form == "auto" else form), False
-        tokens, rows = len(x_TD), taken.sets_TJ.numel()
+        tokens, rows = x_TD.shape[0], taken.sets_TJ.numel()
         # By the most sets there can be, not those that occur: all ranks then decide alike.
         recompute = not modules_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), sizes)
         if form == "auto":
@@ -361,7 +361,7 @@ class HyperExperts(nn.Module):
         return take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning)
 
     def _layer_of(self, z_UH: Tensor) -> Tensor:
-        return torch.full((len(z_UH),), self.layer_index, device=z_UH.device)
+        return torch.full((z_UH.shape[0],), self.layer_index, device=z_UH.device)
 
     def _most_kept(self, sizes: Sizes) -> int:
         """Modules to keep at most: they then take no more memory than the hypernetwork, or are the N of K = 1."""
@@ -444,7 +444,7 @@ def generate_ahead(
     Returns:
         One entry a layer; None where each layer shall generate its own.
     """
-    set_size, sizes, tokens = branches[0].set_size(top_k), hypernetwork.sizes, len(x_TD)
+    set_size, sizes, tokens = branches[0].set_size(top_k), hypernetwork.sizes, x_TD.shape[0]
     sets = math.comb(branches[0].num_experts, set_size)
     rows = tokens * (top_k if branches[0].conditioning == "route" else 1)
     if torch.compiler.is_compiling():  # in a graph whatever their cost, for the tokens may be a symbol
