@@ -29,8 +29,8 @@ _AGAIN = "export or fetch the folder again"
 _LARGEST_NUMBER = 2**40
 _LIMITS = {"num_hidden_layers": 10_000, "num_experts": 65_536, "num_local_experts": 65_536}
 
-_ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), int | list[int] | None)
-_types: dict[str, Any] = {name: (kind, None) for name, kind in (HyperMoEConfig.__annotations__ | _ids).items()}
+_types: dict[str, Any] = {name: (kind, None) for name, kind in HyperMoEConfig.__annotations__.items()}
+_types["eos_token_id"] = (int | list[int] | None, None)  # a chat has several
 _Fields = create_model("_Fields", __config__=ConfigDict(strict=True, allow_inf_nan=False), **_types)
 
 

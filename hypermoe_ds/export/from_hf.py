@@ -23,6 +23,7 @@ from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
 
 # Fields that the weights of a model without HyperExperts leave open.
 OPEN_FIELDS = (
+    "router_dtype",
     "router_aux_loss_coef",
     "router_aux_loss_scope",
     "z_loss_coef",

@@ -141,7 +141,7 @@ def _take_control_tokens(model: HyperMoEForCausalLM, folder: Path) -> None:
         value = content.get(key)
         if value is None:
             continue
-        ids = value if isinstance(value, list) else [value]
+        ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
         if not ids or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
             where = f"{folder / _GENERATION}: {key}={str(value)[:80]}"
             raise UserError(where, f"is not an id below vocab_size={model.config.vocab_size}", "mend that key")

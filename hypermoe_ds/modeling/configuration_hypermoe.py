@@ -171,7 +171,7 @@ class HyperMoEConfig(PreTrainedConfig):
     moe_intermediate_size: int = 2048
     shared_expert_size: int = 0
     norm_topk_prob: bool = False
-    router_dtype: RouterDtype = "model"
+    router_dtype: RouterDtype = "fp32"
     router_aux_loss_coef: float = 0.01
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
     z_loss_coef: float = 0.001

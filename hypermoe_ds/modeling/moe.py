@@ -46,7 +46,7 @@ class _Fp32Product(torch.autograd.Function):
         return F.linear(x_TD.float(), weight_ND.float())
 
     @staticmethod
-    def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ND = ctx.saved_tensors
         of_x_TD = gradient_TN @ weight_ND.float()
         of_weight_ND = gradient_TN.flatten(0, -2).T @ x_TD.flatten(0, -2).float()
@@ -63,7 +63,7 @@ class Fp32Gate(nn.Linear):
                 return self.forward(x_TD)
         if x_TD.dtype == self.weight.dtype == torch.float32:
             return super().forward(x_TD)
-        logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)
+        logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TN
 
 

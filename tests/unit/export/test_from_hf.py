@@ -179,7 +179,7 @@ def test_options_that_do_not_belong_to_the_folder_are_refused(tmp_path: Path) ->
     saved(their_model("llama"), tmp_path / "llama")
     with pytest.raises(UserError, match=r"model_type='llama': is dense; give --upcycle --experts N --top-k K"):
         open_folder(tmp_path / "llama")
-    with pytest.raises(UserError, match=r"hidden_size=5: is what the weights say; open are router_aux_loss_coef, "):
+    with pytest.raises(UserError, match=r"hidden_size=5: is what the weights say; open are router_dtype, "):
         open_folder(tmp_path / "mixtral", fields={"hidden_size": 5})
     with pytest.raises(UserError, match=r"adapter_size=0: too small; give at least 1"):
         open_folder(tmp_path / "mixtral", fields={"adapter_size": 0})
