@@ -1,6 +1,7 @@
 """Whole runs: resuming equals never having stopped, and a run folder holds what it should."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hypermoe_ds.checkpoint.shards import CheckpointReader
-from tests.helpers.jobs import CLOCK
+from hypermoe_ds.errors import EXIT_BAD_INPUT
+from tests.helpers.jobs import CLOCK, TRAIN, arguments_of, run_script
 from tests.helpers.routing import AFTER_A_TIE, assert_same_until_a_tie, read_routing
 
 STEPS = 8
@@ -142,3 +144,51 @@ def test_a_recipe_as_run_starts_the_run_again(stopped_run: Path) -> None:
 
     config = load_run_config(stopped_run / "resolved" / "config.yaml")
     assert config.run.dir == str(stopped_run)
+
+
+def test_a_launch_survives_what_others_left_in_the_run_folder(stopped_run: Path, recipe: Path, tmp_path: Path) -> None:
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    shutil.copytree(stopped_run, run)
+    checkpoints = run / "checkpoints"
+    (checkpoints / "step_00000006").rename(archive)
+    (checkpoints / "step_00000006").symlink_to(archive)
+    shutil.copytree(checkpoints / "step_00000008", checkpoints / "step_00000010")
+    shard = checkpoints / "step_00000010/shard_00001.safetensors"
+    shard.write_bytes(bytes(64) + shard.read_bytes()[64:])
+    (checkpoints / "latest").write_bytes(b"\xff\xfe")
+    (checkpoints / ".step_notes").touch()
+    (checkpoints / ".step_00000012.partial").touch()
+    (run / "watch/notes").mkdir()
+    with (run / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'\xff\xfe\0\n[]\n{"st')
+    words = ["train.steps=10", "train.stop_at_step=9", "checkpoint.keep_last=1", "checkpoint.interval=1"]
+    done = run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", *words), folder=tmp_path)
+    assert done.returncode == 0, done.told()
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert "checkpoints/latest: names no checkpoint next to it; the newest is step_00000010" in warnings[0]
+    assert "step_00000010/shard_00001.safetensors: is not what was written" in warnings[1]
+    assert " step 8 of 10 " in done.stdout
+    left = {".step_notes", "latest", "step_00000009", "step_00000010.damaged"}
+    assert {path.name for path in checkpoints.iterdir()} == left
+    assert (archive / "manifest.json").exists(), "of a link only the link is removed"
+    assert [record["step"] for record in training_records(run)] == list(range(1, STEPS + 2))
+
+
+def test_a_launch_writes_a_removed_configuration_again_and_names_a_damaged_one(
+    stopped_run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped_run, run)
+    model, words = run / "resolved/model/config.json", arguments_of(recipe, f"run.dir={run}")
+    before = model.read_bytes()
+    model.write_bytes(b"")
+    done = run_script(TRAIN, *words, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (EXIT_BAD_INPUT, "")
+    assert f"error: {model}: is damaged (" in done.stderr
+    model.unlink()
+    done = run_script(TRAIN, *words, "model.num_experts_per_tok=1", folder=tmp_path)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert f"error: model.num_experts_per_tok=1: {run} is the run of another model (there it is 2); " in done.stderr
+    done = run_script(TRAIN, *words, folder=tmp_path)
+    assert done.returncode == 0, done.told()
+    assert model.read_bytes() == before
