@@ -3,21 +3,22 @@
 import argparse
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.weights import load_model
-from hypermoe_ds.data.datasets import build_validation_set
-from hypermoe_ds.data.loader import validation_batches
 from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.export.hf import read_model
-from hypermoe_ds.training.evaluation import evaluate
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    import torch
+    from tqdm import tqdm
+
+    from hypermoe_ds.checkpoint.run_folder import RunFolder
+    from hypermoe_ds.checkpoint.weights import load_model
+    from hypermoe_ds.data.datasets import build_validation_set
+    from hypermoe_ds.data.loader import validation_batches
+    from hypermoe_ds.export.hf import read_model
+    from hypermoe_ds.training.evaluation import evaluate
+
     run = RunFolder(arguments.checkpoint)
     if run.exists():
         model, tokenizer = load_model(run, arguments.step), run.tokenizer

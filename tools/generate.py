@@ -3,12 +3,8 @@
 import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from hypermoe_ds.config import validate
 from hypermoe_ds.errors import one_line_errors
-from hypermoe_ds.export.generation import SamplingConfig, continue_text
-from hypermoe_ds.export.hf import read_model
 
 
 def main() -> None:
@@ -21,6 +17,10 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="probability mass to sample from (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     arguments = vars(parser.parse_args())
+    from transformers import AutoTokenizer
+
+    from hypermoe_ds.export.generation import SamplingConfig, continue_text
+    from hypermoe_ds.export.hf import read_model
 
     folder = arguments.pop("model")
     sampling = validate(SamplingConfig, arguments, "arguments")
