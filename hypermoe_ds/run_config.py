@@ -59,9 +59,9 @@ def _read_model_source() -> tuple[dict[str, _Declared], list[str]]:
         elif isinstance(node, ast.ClassDef) and node.name == "HyperMoEConfig":
             docs = (ast.get_docstring(node, clean=False) or "").partition("Args:\n")[2]
             described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+:|^    \w|\Z)", docs, re.S | re.M))
-            declared = [item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is not None]
+            declared = [item for item in node.body if isinstance(item, ast.AnnAssign)]
             for name, item in ((ast.unparse(item.target), item) for item in declared):
-                if name not in _NOT_SETTINGS:
+                if name not in _NOT_SETTINGS and item.value is not None:
                     kind, default = kinds[ast.unparse(item.annotation)], ast.literal_eval(item.value)
                     fields[name] = _Declared(kind, default, " ".join(described[name].split()).rstrip("."))
     return fields, presets

@@ -43,7 +43,7 @@ usage() {
         echo "  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)"
     fi
     cat <<TEXT
-  --dry-run               print the commands, run nothing
+  --dry-run               check the settings and print the commands, run nothing
   --no-preflight          start without looking at the hosts first
   --help                  this
 
@@ -150,7 +150,12 @@ run() {
     $dry_run || "${how[@]}" "$@"
 }
 
-# preflight ARGUMENT...: looks at the hosts before the job starts; a failed check ends the script.
+# preflight ARGUMENT...: looks at the hosts before the job starts, or at the settings alone where nothing is to be run;
+# a failed check ends the script.
 preflight() {
+    if $dry_run; then
+        command -v python >/dev/null || fail "python: not found; make the environment: bash launch/setup.sh"
+        python "$repo/tools/preflight.py" --dry-run "$@" "${train[@]}" || exit
+    fi
     if $with_preflight; then run python "$repo/tools/preflight.py" "$@" "${train[@]}"; fi
 }

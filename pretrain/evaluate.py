@@ -3,21 +3,22 @@
 import argparse
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.data.datasets import build_validation_set
-from hypermoe_ds.data.loader import validation_batches
-from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.errors import one_line_errors
-from hypermoe_ds.export.hf import load_any
-from hypermoe_ds.training.evaluation import evaluate
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    import torch
+    from tqdm import tqdm
+
+    from hypermoe_ds.checkpoint.run_folder import RunFolder
+    from hypermoe_ds.data.datasets import build_validation_set
+    from hypermoe_ds.data.loader import validation_batches
+    from hypermoe_ds.data.settings import DataConfig
+    from hypermoe_ds.export.hf import load_any
+    from hypermoe_ds.training.evaluation import evaluate
+
     model, tokenizer = load_any(arguments.checkpoint, arguments.step)
     run = RunFolder(arguments.checkpoint)
     if run.exists() and run.settings.exists():  # not yet where only weights from elsewhere lie

@@ -6,6 +6,28 @@ deepspeed [--hostfile F] pretrain/train.py --config R.yaml --deepspeed_config F.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from hypermoe_ds.errors import EXIT_SAVED, one_line_errors
+from hypermoe_ds.run_config import RunConfig, load_run_config
+from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
+    parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the recipe")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":  # most mistakes end here: what is imported below takes 6 s
+    with one_line_errors():
+        given = parse_arguments()
+        recipe = load_run_config(given.config, given.overrides)
+        deepspeed_json = load_deepspeed_json(given.deepspeed_config)
 
 import torch
 
@@ -14,12 +36,9 @@ from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.datasets import build_datasets, check_sources
 from hypermoe_ds.data.loader import build_loader, validation_batches
-from hypermoe_ds.errors import EXIT_SAVED, one_line_errors
 from hypermoe_ds.monitor.sinks import Sinks
-from hypermoe_ds.run_config import load_run_config
 from hypermoe_ds.training.agreement import check_same_settings
 from hypermoe_ds.training.changes import record_launch
-from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
 from hypermoe_ds.training.guard import Guard
@@ -29,11 +48,8 @@ from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.watchdog import Watchdog
 
 
-def main() -> None:
-    """Check everything, build the parts, hand them to the loop."""
-    arguments = parse_arguments()
-    config = load_run_config(arguments.config, arguments.overrides)
-    ds_json = load_deepspeed_json(arguments.deepspeed_config)
+def main(config: RunConfig, ds_json: dict[str, Any]) -> None:
+    """Check everything else, build the parts, hand them to the loop."""
     model = config.architecture()
     check_sources(config.data, model.vocab_size)
     folder = RunFolder(Path(config.run.dir))
@@ -84,16 +100,6 @@ def main() -> None:
     sys.exit(EXIT_SAVED if stopped else 0)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
-    parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
-    parser.add_argument("--local_rank", type=int, help="given by the launcher")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the recipe")
-    return parser.parse_intermixed_args()
-
-
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        main(recipe, deepspeed_json)

@@ -6,25 +6,29 @@ With --upcycle a dense Llama, Mistral or Qwen3 becomes a Mixture of Experts that
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hypermoe_ds.checkpoint.new_run import write_new_run
-from hypermoe_ds.checkpoint.weights import PRECISIONS
 from hypermoe_ds.config import apply_overrides, validate
 from hypermoe_ds.data.output import check_output
 from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.export.foreign import notes_on
-from hypermoe_ds.export.from_hf import OPEN_FIELDS, open_folder
-from hypermoe_ds.export.upcycle import Upcycling
 from hypermoe_ds.run_config import ModelSection, model_section
-from hypermoe_ds.training.state import TrainState
+
+if TYPE_CHECKING:
+    from hypermoe_ds.export.upcycle import Upcycling
 
 
 def main() -> None:
     """Arguments and wiring."""
     given = parse_arguments()
     check_output(given.output)
-    upcycling = upcycling_of(given)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
+    upcycling = upcycling_of(given)
+    from hypermoe_ds.checkpoint.new_run import write_new_run
+    from hypermoe_ds.checkpoint.weights import PRECISIONS
+    from hypermoe_ds.export.foreign import notes_on
+    from hypermoe_ds.export.from_hf import open_folder
+    from hypermoe_ds.training.state import TrainState
+
     weights = open_folder(given.checkpoint, upcycling, fields, given.seed)
     [precision] = [name for name, dtype in PRECISIONS.items() if dtype == weights.dtype]
     settings = {"model": model_section(weights.config), "train": {"precision": precision}}
@@ -41,11 +45,13 @@ def main() -> None:
     )
 
 
-def upcycling_of(given: argparse.Namespace) -> Upcycling | None:
+def upcycling_of(given: argparse.Namespace) -> "Upcycling | None":
     """The options of --upcycle, which belong together."""
     if given.upcycle:
         if given.experts is None or given.top_k is None:
             raise UserError("--upcycle", "lacks --experts or --top-k", "give both")
+        from hypermoe_ds.export.upcycle import Upcycling
+
         return Upcycling(given.experts, given.top_k, given.granularity, given.noise, given.seed, given.router_std)
     for name, default in (("experts", None), ("top_k", None), ("granularity", 1), ("noise", 0.0), ("router_std", None)):
         if (value := getattr(given, name)) != default:
@@ -81,7 +87,8 @@ def parse_arguments() -> argparse.Namespace:
         "fields",
         nargs="*",
         metavar="key=value",
-        help=f"of the model, where it has no HyperExperts: {', '.join(OPEN_FIELDS)}",
+        help="of the recipe's section `model`, for a model without HyperExperts: what its weights leave open, such as "
+        "adapter_size, hypernetwork or router_aux_loss_coef",
     )
     return parser.parse_intermixed_args()
 

@@ -6,14 +6,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.weights import PRECISIONS, open_weights
 from hypermoe_ds.data.output import check_output
 from hypermoe_ds.errors import one_line_errors
-from hypermoe_ds.export.bake import bake_weights
-from hypermoe_ds.export.hf import export, shard_bytes_of
-from hypermoe_ds.export.model_card import write_model_card
-from hypermoe_ds.training.facts import facts_of
 
 
 def main() -> None:
@@ -40,6 +34,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     check_output(arguments.output)
+    from hypermoe_ds.checkpoint.run_folder import RunFolder
+    from hypermoe_ds.checkpoint.weights import PRECISIONS, open_weights
+    from hypermoe_ds.export.bake import bake_weights
+    from hypermoe_ds.export.hf import export, shard_bytes_of
+    from hypermoe_ds.export.model_card import write_model_card
+    from hypermoe_ds.training.facts import facts_of
+
     shard_bytes = shard_bytes_of(arguments.max_shard_size)
     run = RunFolder(arguments.checkpoint)
     with open_weights(run, arguments.step, PRECISIONS.get(arguments.dtype)) as weights:

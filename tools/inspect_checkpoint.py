@@ -8,18 +8,19 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from tqdm import tqdm
-
-from hypermoe_ds.checkpoint.differences import compare, elements_to_compare
-from hypermoe_ds.checkpoint.inspection import elements_to_inspect, inspect
-from hypermoe_ds.checkpoint.inspection_report import difference_lines, inspection_lines, write_json
-from hypermoe_ds.checkpoint.sources import check_step, open_source
 from hypermoe_ds.errors import one_line_errors
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    from tqdm import tqdm
+
+    from hypermoe_ds.checkpoint.differences import compare, elements_to_compare
+    from hypermoe_ds.checkpoint.inspection import elements_to_inspect, inspect
+    from hypermoe_ds.checkpoint.inspection_report import difference_lines, inspection_lines, write_json
+    from hypermoe_ds.checkpoint.sources import check_step, open_source
+
     paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
     check_step(arguments.step, paths)
     with ExitStack() as opened:

@@ -16,10 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.store import saved_steps
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.parallel.host_facts import Asked
 from hypermoe_ds.parallel.hosts import (
@@ -42,9 +38,8 @@ from hypermoe_ds.parallel.preflight import (
     measure_links,
     table,
 )
-from hypermoe_ds.parallel.topology import check_expert_parallel, gradient_accumulation_steps
 from hypermoe_ds.run_config import RunConfig, load_run_config
-from hypermoe_ds.training.ds_config import load_deepspeed_json
+from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 
 REPOSITORY = Path(__file__).parents[1]
 DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
@@ -54,10 +49,13 @@ def main() -> None:
     """Ask, compare, measure."""
     arguments = parse_arguments()
     config = load_run_config(arguments.config, arguments.overrides)
-    load_deepspeed_json(arguments.deepspeed_config)
-    hosts = hosts_of(arguments)
-    if arguments.fit is None and arguments.slots is None:
-        check_layout(config, sum(host.slots for host in hosts))
+    ds_json = load_deepspeed_json(arguments.deepspeed_config)
+    hosts = [] if arguments.dry_run and arguments.slurm else hosts_of(arguments)
+    if arguments.fit is None and arguments.slots is None and hosts:
+        ranks = sum(host.slots for host in hosts)
+        merge(ds_json, config.train, config.architecture(), config.parallel.expert, ranks)  # refuses what cannot be
+    if arguments.dry_run:
+        return
     starter = Starter(environment_of(arguments.environment), Path.cwd())
     with token_in(Path(config.run.dir)) as token:
         files = (arguments.config, arguments.deepspeed_config, arguments.overrides, data_files(config))
@@ -100,6 +98,8 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
     if arguments.slurm:
         return slurm_hosts(os.environ)
     if arguments.slots is not None:
+        import torch
+
         return this_host(arguments.slots, torch.cuda.device_count())
     return read_hostfile(arguments.hostfile)
 
@@ -110,12 +110,6 @@ def environment_of(file: Path | None) -> dict[str, str]:
     for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
         given |= read_environment(own) if file or own.is_file() else {}
     return given | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), given.get("PYTHONPATH"))))}
-
-
-def check_layout(config: RunConfig, ranks: int) -> None:
-    """Refuse what these ranks cannot share."""
-    check_expert_parallel(config.parallel.expert, config.architecture().num_experts, ranks)
-    gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, ranks)
 
 
 def data_files(config: RunConfig) -> list[str]:
@@ -145,6 +139,9 @@ def token_in(folder: Path) -> Iterator[str]:
 
 def needed_gib(config: RunConfig) -> float:
     """Space for the checkpoints to be kept that are not there yet and the one being written: 12 bytes a parameter."""
+    from hypermoe_ds.checkpoint.run_folder import RunFolder
+    from hypermoe_ds.checkpoint.store import saved_steps
+
     one = 12 * config.architecture().parameter_counts().total / 2**30
     there = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))
     return one * max(1, config.checkpoint.keep_last + 1 - there)
@@ -166,6 +163,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="GB/s that each pair of hosts must reach (default: 0, any)")  # fmt: skip
     parser.add_argument("--fit", type=Path, metavar="FILE",
                         help="leave out hosts that fail; write the others and what they need changed")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check the settings and the hostfile, look at no host")
     parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")

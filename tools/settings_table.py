@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.run_config import settings_table
 
 _SEQUENCE_LENGTH = 2048
@@ -13,6 +12,8 @@ _SEQUENCE_LENGTH = 2048
 
 def presets_table() -> str:
     """Every preset with its parameters and FLOPs, as a Markdown table."""
+    from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
+
     rows = [
         "| `model.preset` | total | active | hypernetwork | MoE layers, N, K | forward, MFLOPs | generation, MFLOPs |",
         "| --- | --- | --- | --- | --- | --- | --- |",

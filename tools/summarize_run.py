@@ -4,10 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.data.datasets import build_datasets
 from hypermoe_ds.data.settings import DataConfig
-from hypermoe_ds.data.unigram import count_tokens, unigram_loss
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.monitor.summary import summarize
 from hypermoe_ds.training.settings import EvaluationConfig, TrainConfig
@@ -17,7 +14,12 @@ def main() -> None:
     """Arguments and wiring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
-    folder = RunFolder(parser.parse_args().checkpoint)
+    path = parser.parse_args().checkpoint
+    from hypermoe_ds.checkpoint.run_folder import RunFolder
+    from hypermoe_ds.data.datasets import build_datasets
+    from hypermoe_ds.data.unigram import count_tokens, unigram_loss
+
+    folder = RunFolder(path)
 
     model, data = folder.model_config(), folder.section("data", DataConfig)
     seed = folder.section("train", TrainConfig).seed

@@ -8,32 +8,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-LINKS = "links: "  # before the JSON: libraries print too
+from hypermoe_ds.parallel.preflight import LINKS, Links
+
 _TRIALS = 3
 _TIMEOUT = timedelta(seconds=30)
-
-
-@dataclass(frozen=True)
-class Links:
-    """What was measured, in GB/s of what one rank sends.
-
-    Attributes:
-        all_reduce: over all ranks; None with one rank.
-        all_to_all: over all ranks; None with one rank.
-        pairs: number of one host, number of the other, between their first ranks, both ways at once.
-        wrong: exchanges whose result was not what it must be.
-    """
-
-    all_reduce: float | None
-    all_to_all: float | None
-    pairs: list[tuple[int, int, float]]
-    wrong: list[str]
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.host_facts import FACTS, Asked, HostFacts
 from hypermoe_ds.parallel.hosts import Host, shell_line
-from hypermoe_ds.parallel.links import LINKS, Links
 from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
 
+LINKS = "links: "  # before the JSON that parallel/links.py prints: libraries print too
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
 _MEETING_SECONDS = 60
@@ -57,6 +57,23 @@ class Told:
     trouble: str = ""
     exit_code: int | None = None
     clock_ahead: float = 0.0
+
+
+@dataclass(frozen=True)
+class Links:
+    """What was measured, in GB/s of what one rank sends.
+
+    Attributes:
+        all_reduce: over all ranks; None with one rank.
+        all_to_all: over all ranks; None with one rank.
+        pairs: number of one host, number of the other, between their first ranks, both ways at once.
+        wrong: exchanges whose result was not what it must be.
+    """
+
+    all_reduce: float | None
+    all_to_all: float | None
+    pairs: list[tuple[int, int, float]]
+    wrong: list[str]
 
 
 class Failure(NamedTuple):

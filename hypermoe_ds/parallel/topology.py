@@ -51,8 +51,13 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, w
 def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> None:
     """Refuse a layout that cannot be built.
 
+    Args:
+        expert: ranks that share one copy of the experts.
+        num_experts: experts N of a layer.
+        world_size: number of ranks.
+
     Raises:
-        UserError: `expert` divides neither the experts nor the ranks.
+        UserError: `expert` does not divide the experts, or does not divide the ranks.
     """
     where = f"parallel.expert={expert}"
     both = [n for n in range(1, min(num_experts, world_size) + 1) if num_experts % n == 0 and world_size % n == 0]

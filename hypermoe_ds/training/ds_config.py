@@ -35,14 +35,7 @@ _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_OFFLOAD = MappingProxyType(
-    {
-        "device": str,
-        "nvme_path": str,
-        "buffer_count": int,
-        "pin_memory": bool,
-    }
-)
+_OFFLOAD = MappingProxyType({"device": str, "pin_memory": bool})
 
 # Keys of DeepSpeed 0.19.8 that may stand in the JSON, with their types. DeepSpeed itself ignores an
 # unknown one in silence: {"zero_optimizaton": ...} would run stage 0.
@@ -62,8 +55,8 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
             "stage3_param_persistence_threshold": int,
             "stage3_max_live_parameters": int,
             "stage3_max_reuse_distance": int,
-            "offload_optimizer": {**_OFFLOAD, "pipeline_read": bool, "pipeline_write": bool, "ratio": float},
-            "offload_param": {**_OFFLOAD, "buffer_size": int, "max_in_cpu": int},
+            "offload_optimizer": {**_OFFLOAD, "ratio": float},
+            "offload_param": _OFFLOAD,
         },
         "communication_data_type": str,
         "prescale_gradients": bool,
@@ -85,13 +78,6 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
             "top_modules": int,
             "detailed": bool,
             "output_file": str,
-        },
-        "aio": {
-            "block_size": int,
-            "queue_depth": int,
-            "intra_op_parallelism": int,
-            "single_submit": bool,
-            "overlap_events": bool,
         },
     }
 )

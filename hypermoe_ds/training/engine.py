@@ -9,16 +9,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.git_version_info import installed_ops
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.cpp_extension import get_default_build_root
 
 from hypermoe_ds.data.loader import signal_when_parent_ends
 from hypermoe_ds.errors import MachineError, UserError, local_rank
@@ -29,6 +32,8 @@ from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def start_ranks(timeout: float = 1800) -> tuple[int, int]:
@@ -171,5 +176,14 @@ def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: boo
     """Fused AdamW on the device, or DeepSpeed's where the optimizer's state lives in host memory."""
     arguments: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else partial(torch.optim.AdamW, fused=True)
+    if offload:
+        _announce_compilation("cpu_adam", "DeepSpeed's Adam for the host")
     adamw: Optimizer = kind(groups, **arguments)
     return adamw
+
+
+def _announce_compilation(operator: str, name: str) -> None:
+    """Log a line where DeepSpeed is about to compile an operator, for it prints none."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not installed_ops.get(operator, False) and not any(folder.rglob(f"{operator}.so")):
+        _LOGGER.info("compiling %s, once for this environment: one to five minutes, in %s", name, folder)

@@ -31,7 +31,7 @@ DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
 DEEPSPEED_PEERS = "tools/bench/"  # beside them: a comparison with DeepSpeed's own layers needs the library itself
 WITHOUT_DEEPSPEED = ("hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
 MODELING_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
-FILE_LINES, FUNCTION_LINES, MAIN_JOB_LINES = 500, 60, 100
+FILE_LINES, FUNCTION_LINES, MAIN_JOB_LINES = 500, 60, 110
 
 
 def python_files(root: Path, folders: tuple[str, ...] = (PACKAGE, *SCRIPTS)) -> list[Path]:
@@ -254,7 +254,7 @@ def test_an_oversized_piece_is_found(tmp_path: Path) -> None:
     path.write_text("\n" * (FILE_LINES + 1), encoding="utf-8")
     assert ["a.py: 501 lines" in v for v in size_violations(tmp_path, (PACKAGE,))] == [True]
     plant(tmp_path, "pretrain/train.py", "\n" * (MAIN_JOB_LINES + 1))
-    assert ["train.py: 101 lines" in v for v in size_violations(tmp_path, ("pretrain",))] == [True]
+    assert ["train.py: 111 lines" in v for v in size_violations(tmp_path, ("pretrain",))] == [True]
 
 
 def test_logic_in_a_script_and_module_state_are_found(tmp_path: Path) -> None:

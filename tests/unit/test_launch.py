@@ -185,6 +185,24 @@ def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str)
 
 
 @pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+def test_a_dry_run_tells_a_mistake_in_the_recipe_and_no_command(folder: Path, script: str) -> None:
+    (folder / "r.yaml").write_text("modle: {}\n")
+    environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)}
+    done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **environment)
+    assert done.stderr == "error: r.yaml: modle: unknown key; did you mean 'model'?\n"
+    assert done.returncode == 2
+    assert [line for line in done.stdout.splitlines() if not line.startswith("# ")] == []
+
+
+def test_a_dry_run_tells_a_batch_that_the_hosts_of_the_hostfile_cannot_share(folder: Path) -> None:
+    words = ["--config", f"{REPOSITORY}/pretrain/recipes/quickstart.yaml", "train.global_batch_size=8"]
+    environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+    done = launch("openmpi.sh", "--dry-run", *words, folder=folder, **environment)
+    assert done.returncode == 2
+    assert "times 12 ranks does not divide train.global_batch_size=8" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [("MASTER_ADDR", "-x", "no host"), ("MASTER_ADDR", "$(id)", "no host"), ("MASTER_PORT", "$(id)", "no number")],

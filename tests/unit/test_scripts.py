@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON_SCRIPTS = sorted(p for folder in ("pretrain", "tools") for p in (REPOSITORY / folder).glob("*.py"))
-PYTHON_SCRIPTS += [REPOSITORY / "tools/bench" / f"{name}.py" for name in ("compare_losses", "overlap", "train_step")]
+PYTHON_SCRIPTS += [REPOSITORY / "launch/supervise.py", REPOSITORY / "tools/bench/compare_losses.py"]
+BENCHMARKS = [REPOSITORY / "tools/bench" / f"{name}.py" for name in ("overlap", "train_step")]
 COMMANDS = ["bash", "basename", "cat", "dirname", "grep", "head", "ls", "mkdir", "paste", "sed", "sha256sum"]
 COMMANDS += ["sort", "tail", "tr"]
 CHECKS = ("ruff", "mypy", "shellcheck", "hadolint", "python")
@@ -214,11 +217,59 @@ def test_a_failing_setup_ends_the_run(checkout: Path) -> None:
 # The Python scripts
 
 
-@pytest.mark.parametrize("script", PYTHON_SCRIPTS, ids=lambda path: path.name)
-def test_a_script_explains_itself(script: Path) -> None:
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.name)
+def test_a_benchmark_explains_itself(script: Path) -> None:
     result = run(sys.executable, script, "--help", DS_ACCELERATOR="cpu")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: ")
+
+
+# Libraries that take seconds to import are not to be found.
+WITHOUT_LIBRARIES = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("torch", "transformers", "deepspeed", "megatron.core"))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without_libraries(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-c", WITHOUT_LIBRARIES, script, *arguments, PYTHONPATH=str(REPOSITORY))
+
+
+@pytest.mark.parametrize("script", PYTHON_SCRIPTS, ids=lambda path: path.name)
+def test_a_script_explains_itself_before_it_imports_torch(script: Path) -> None:
+    result = run_without_libraries(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: ")
+
+
+RECIPE = yaml.safe_load((REPOSITORY / "pretrain/recipes/quickstart.yaml").read_text())
+JSON = REPOSITORY / "ds_configs/zero1.json"
+
+
+@pytest.mark.parametrize("script", ["pretrain/train.py", "tools/preflight.py"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"modle": {}}, "{recipe}: modle: unknown key; did you mean 'model'?"),
+        ({"model": {"hiden_size": 8}}, "{recipe}: model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        ({"model": {"hidden_size": "8"}}, "{recipe}: model.hidden_size='8': is not valid; Input should be a valid"),
+        ({"model": {"preset": "tiny"}}, "model.preset=tiny: is unknown; did you mean 'tiny-10m'?"),
+        ({"data": {}}, "{recipe}: data.train: is missing; add this key"),
+        ({"train": {**RECIPE["train"], "steps": 0}}, "{recipe}: train.steps=0: is not valid; Input should be greater"),
+        ({"schedule": {"warmup_steps": 10**6}}, "schedule.warmup_steps=1000000: with decay_steps="),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(
+    script: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    result = run_without_libraries(REPOSITORY / script, "--config", recipe, "--deepspeed_config", JSON)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert result.stderr.startswith("error: " + told.format(recipe=recipe))
 
 
 def test_the_benchmarks_of_a_gpu_say_in_one_line_that_there_is_none(bare_path: Path) -> None:

@@ -310,7 +310,7 @@ def calibration(forms: list[dict[str, Any]], dtype: torch.dtype) -> str:
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Seconds of each form against the number of sets, one picture for each T."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (of an extra)
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     published = [case for case in found["forms"] if case["sizes"] == astuple(PUBLISHED)]

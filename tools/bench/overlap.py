@@ -34,7 +34,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("no GPU", "the overlap is one of CUDA streams", "run it on a machine with an NVIDIA GPU")
 
-    from hypermoe_ds.parallel.overlap import overlap_hyper_experts  # noqa: PLC0415 (needless where refused)
+    from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 
     model, hidden_BSD = one_layer(given.preset, given.tokens)
     cycles = int(_CALIBRATION_CYCLES * given.wait / milliseconds(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES)))

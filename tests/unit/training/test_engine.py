@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training import engine
-from hypermoe_ds.training.engine import build_engine, start_ranks
+from hypermoe_ds.training.engine import _announce_compilation, build_engine, start_ranks
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 from tests.helpers.ranks import process_group, run_in_processes, run_on_ranks
 
@@ -180,3 +181,16 @@ def test_liger_computes_the_loss_where_there_are_both_it_and_a_gpu(
     seen = model(input_ids=ids, labels=ids, output_logits=False).lm_loss
     assert calls == [torch.float32] * (gpu and installed)
     assert seen.item() == pytest.approx(model(input_ids=ids, labels=ids).lm_loss.item(), rel=1e-6)
+
+
+def test_an_operator_that_is_not_compiled_yet_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hypermoe_ds")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    _announce_compilation("cpu_adam", "Adam")
+    assert [line.split(":")[0] for line in caplog.messages] == ["compiling Adam, once for this environment"]
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam/cpu_adam.so").touch()
+    _announce_compilation("cpu_adam", "Adam")
+    assert len(caplog.messages) == 1
