@@ -174,7 +174,7 @@ def test_every_setting_has_a_row_with_its_default_and_meaning() -> None:
     assert names["checkpoint.keep_last"][1] == "`2`"
 
 
-CHOICES = ("router_aux_loss_scope", "hyper_conditioning", "qk_norm_scope")
+CHOICES = ("router_aux_loss_scope", "hyper_conditioning", "qk_norm_scope", "router_dtype")
 
 
 def test_the_model_section_has_the_models_fields_with_their_types_and_meanings() -> None:
