@@ -94,7 +94,11 @@ class RunFolder:
         """
         if not self.exists():
             raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
-        return read_hypermoe_config(self.model)
+        try:
+            return read_hypermoe_config(self.model)
+        except UserError as error:
+            remedy = "restore it, or remove it: the next launch writes it again"
+            raise UserError(str(self.model / "config.json"), f"is damaged ({error})", remedy) from None
 
     def check_same_run(self, config: HyperMoEConfig, tokenizer: Path) -> None:
         """Refuse to continue with another model or tokenizer than the folder's.
