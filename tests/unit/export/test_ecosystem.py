@@ -16,12 +16,12 @@ from tests.helpers.jobs import REPOSITORY
 PROMPTS = ["def read(path):", "import", "class Absent(Exception):\n    pass"]
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
-# Both ways to load, and the pipeline, in a process of their own; without an answer to any question.
+# All ways to load, and the pipeline, in a process of their own; without an answer to any question.
 USE = """
 import json, sys
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 torch.set_num_threads(1)
@@ -33,12 +33,17 @@ config = AutoConfig.from_pretrained(folder, **trusted)
 model = AutoModelForCausalLM.from_pretrained(folder, **trusted)
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **trusted)
 batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+decoder = AutoModel.from_pretrained(folder, **trusted)
+with torch.no_grad():
+    hidden = decoder(**batch).last_hidden_state
+    same = torch.allclose(hidden, model(**batch, output_hidden_states=True).hidden_states[-1], atol=1e-5)
 texts = tokenizer.batch_decode(model.generate(**batch, **greedy), skip_special_tokens=True)
 writer = pipeline("text-generation", model=folder, device="cpu", **trusted)
 config_made = AutoModelForCausalLM.from_config(config, **trusted)
 print(json.dumps({
     "module": type(model).__module__,
     "classes": [type(config).__name__, type(model).__name__, type(writer.model).__name__, type(config_made).__name__],
+    "decoder": [type(decoder).__name__, same],
     "listed": (config.model_type, type(model).__name__) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(),
     "texts": texts,
     "piped": [texts[0]["generated_text"] for texts in writer(prompts, batch_size=2, **greedy)],
@@ -83,6 +88,7 @@ def test_a_folder_generates_the_same_here_and_elsewhere_without_a_question_or_a_
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["classes"] == ["HyperMoEConfig", *["HyperMoEForCausalLM"] * 3]
+    assert seen["decoder"] == ["HyperMoEModel", True]
     assert seen["module"].startswith("hypermoe_ds.modeling" if first else "transformers_modules.")
     assert seen["ours"] == (["hypermoe_ds"] if first else [])
     assert seen["listed"], "the Trainer's label smoothing would not shift the labels"
