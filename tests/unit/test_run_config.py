@@ -242,3 +242,12 @@ def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; leave"):
         config.samples(TrainState())
     assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
+
+
+def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: None)
+    assert refusal(recipe, "monitor.wandb_project=p") == (
+        "monitor.wandb_project=p: the package wandb is not installed; pip install wandb, or leave this setting out"
+    )
+    monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: "found")
+    assert load_run_config(recipe, ["monitor.wandb_project=p"]).monitor.wandb_project == "p"
