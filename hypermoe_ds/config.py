@@ -51,10 +51,10 @@ def _values_in(node: yaml.Node, known: dict[int, float]) -> float:
     """Number of values that a node has once its aliases are written out; infinity if it holds itself."""
     if id(node) not in known:
         known[id(node)] = math.inf  # until it is known: who meets it within itself
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + (
-            0 if isinstance(node, yaml.ScalarNode) else sum(_values_in(part, known) for part in parts)
-        )
+        parts: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
     return known[id(node)]
 
 

@@ -137,7 +137,7 @@ def test_hostile_yaml_is_refused_in_one_line(tmp_path: Path, text: str, says: st
     assert "\n" not in told(refused)
     override = text.partition(": ")[2].strip()
     if "\n" not in override and "&" not in override:
-        with pytest.raises(UserError, match="^a="):
+        with pytest.raises(UserError, match=r"^a="):
             apply_overrides({}, [f"a={override}"])
 
 
