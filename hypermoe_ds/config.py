@@ -1,6 +1,7 @@
 """Strict settings: YAML files and dotted overrides into frozen, typed models."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,16 +23,39 @@ class Settings(BaseModel):
 
 Section = TypeVar("Section", bound=Settings)
 
+_MOST_VALUES = 100_000  # of one file: nested aliases write out exponentially many
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once and `3e-4` is a number (YAML 1.1 reads a string)."""
+    """Safe YAML in which a key stands once, `3e-4` is a number (YAML 1.1 reads a string) and aliases are bounded."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _values_in(node, {}) > _MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"it expands to more than {_MOST_VALUES:,} values")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key '{key}' is given twice", problem_mark=node.start_mark)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = None if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key}' is given twice", problem_mark=key_node.start_mark)
+            if isinstance(key, str | int | float):
+                seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _values_in(node: yaml.Node, known: dict[int, float]) -> float:
+    """Number of values that a node has once its aliases are written out; infinity if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: who meets it within itself
+        parts: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
+    return known[id(node)]
 
 
 _StrictLoader.add_implicit_resolver(
@@ -45,7 +69,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file is missing, is no YAML, repeats a key or is no mapping.
+        UserError: the file is missing, is no YAML, repeats a key, is nested too deeply, expands to more than 100,000
+            values or is no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -65,6 +90,10 @@ def _parse(text: str, where: str) -> Any:
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise UserError(where, f"is not valid YAML{line} ({problem})", "mend that line") from None
+    except RecursionError:
+        raise UserError(where, "is nested too deeply", "start from a file in pretrain/recipes") from None
+    except Exception as error:  # each constructor of PyYAML fails in a way of its own: !!int x, 2001-99-99
+        raise UserError(where, f"is not valid YAML ({error})", "mend that value") from None
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

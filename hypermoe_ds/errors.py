@@ -10,6 +10,7 @@ EXIT_BAD_INPUT = 2  # what argparse uses for bad usage
 EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command goes on
 EXIT_FAULT = 76  # a rank died or hung, or memory went wrong: the same command goes on from the last checkpoint
 _SILENT_SECONDS = 30
+_LONGEST_PART = 1500  # characters; the longest part of our own is a list of 60 settings
 
 
 class UserError(Exception):
@@ -25,8 +26,13 @@ class UserError(Exception):
         super().__init__(where, problem, remedy)  # its arguments, so that it can be sent to other ranks
 
     def __str__(self) -> str:
-        where, problem, remedy = self.args
+        where, problem, remedy = (_shortened(part) for part in self.args)
         return f"{where}: {problem}; {remedy}"
+
+
+def _shortened(text: str) -> str:
+    """The first 1,500 characters of a part of a message, and how many it has: values may be megabytes."""
+    return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}... ({len(text):,} characters)"
 
 
 class MachineError(Exception):

@@ -82,12 +82,11 @@ class EngineState:
 
     def counters(self) -> dict[str, Any]:
         """How far the engine is, as JSON."""
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return {
             "optimizer_steps": self._optimizer_steps,
             "schedule_steps": self._engine.lr_scheduler.last_epoch,
             **{name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
-            "loss_scaler": {key: value for key, value in vars(scaler).items() if type(value) in (int, float)},
+            "loss_scaler": self._loss_scale(),
         }
 
     def load(self, reader: CheckpointReader, counters: dict[str, Any]) -> None:
@@ -176,14 +175,18 @@ class EngineState:
         else:
             optimizer.update_lp_params()
 
+    def _loss_scale(self) -> dict[str, float]:
+        """State of the loss scaler; {} for an optimizer without one (bf16, ZeRO-1, gradients added up in fp32)."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return {} if scaler is None else {key: v for key, v in vars(scaler).items() if type(v) in (int, float)}
+
     def _take_counters(self, counters: dict[str, Any]) -> None:
         engine = self._engine
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, counters[name])
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        for key, value in counters["loss_scaler"].items():
-            if key in vars(scaler):
-                setattr(scaler, key, value)
+        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # else of another precision
+            for key, value in counters["loss_scaler"].items():
+                setattr(engine.optimizer.loss_scaler, key, value)
         steps = counters["schedule_steps"]
         if steps:
             scheduler = engine.lr_scheduler

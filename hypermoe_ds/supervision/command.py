@@ -43,8 +43,9 @@ class TrainingCommand:
             remedy = "give `deepspeed ... train.py --config ...` or a script of launch/"
             raise UserError(shlex.join(words), "is no training command", remedy)
         overrides = [word for word in words if _OVERRIDE.match(word)]
-        folder = apply_overrides(load_yaml(recipe), overrides).get("run", {}).get("dir")
-        if folder is None:
+        section = apply_overrides(load_yaml(recipe), overrides).get("run")
+        folder = section.get("dir") if isinstance(section, dict) else None
+        if not isinstance(folder, str):
             raise UserError(f"{recipe}: run.dir", "is missing", "give the run folder")
         return cls(words, recipe, _option(words, "--deepspeed_config"), overrides, Path(folder))
 

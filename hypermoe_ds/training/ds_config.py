@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: a JSON of what is DeepSpeed's alone, merged with what the recipe owns."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -87,9 +88,16 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Read and check a file of ds_configs/.
 
     Raises:
-        UserError: unreadable, not JSON, an unknown key or wrong type at any depth, or a key that
-            the recipe owns.
+        UserError: unreadable, not JSON, nested too deeply, an unknown key or wrong type at any depth,
+            or a key that the recipe owns.
     """
+    try:
+        return _load(path)
+    except RecursionError:
+        raise UserError(str(path), "is nested too deeply", "start from ds_configs/zero1.json") from None
+
+
+def _load(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
@@ -106,11 +114,11 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys stand once; Python's reader takes the last of several in silence."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"key '{name}' is given twice")
-    return dict(pairs)
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"key '{names.most_common(1)[0][0]}' is given twice")
+    return content
 
 
 def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str, prefix: str) -> None:

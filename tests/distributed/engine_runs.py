@@ -52,8 +52,10 @@ def train_config(layout: Layout) -> TrainConfig:
 
 
 def ds_config_of(layout: Layout) -> dict[str, Any]:
-    stage = {"zero_optimization": {"stage": layout.stage}}
-    return merge(stage, train_config(layout), model_config(layout), layout.expert, layout.ranks)
+    ds_json: dict[str, Any] = {"zero_optimization": {"stage": layout.stage}}
+    if layout.accumulate is not None:
+        ds_json["data_types"] = {"grad_accum_dtype": layout.accumulate}
+    return merge(ds_json, train_config(layout), model_config(layout), layout.expert, layout.ranks)
 
 
 def engine_of(layout: Layout) -> Any:

@@ -65,6 +65,7 @@ class Layout:
         accumulation: micro-batches of a rank in a step.
         recompute: activation checkpointing.
         precision: of weights and activations.
+        accumulate: in which gradients are added up; None leaves it to the default.
         form: of the HyperExperts; None leaves it to the cost, which at these sizes says "factored".
         model: fields of the model that differ from `SMALL`.
     """
@@ -75,6 +76,7 @@ class Layout:
     accumulation: int = 1
     recompute: bool = False
     precision: str = "fp32"
+    accumulate: str | None = None
     form: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
 

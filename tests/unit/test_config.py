@@ -107,6 +107,44 @@ def test_exotic_yaml_is_refused_without_a_traceback(tmp_path: Path, text: str) -
         load_yaml(file_of(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
+        ("a: " + "{b: " * 5000 + "1" + "}" * 5000, "is nested too deeply"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{f'*a{n}, ' * 9}]\n" for n in range(60)),
+            "expands to more than",
+        ),
+        (
+            "a0: &a0 {x: 1}\n" + "".join(f"a{n + 1}: &a{n + 1} {{b: *a{n}, c: *a{n}}}\n" for n in range(60)),
+            "expands to",
+        ),
+        ("a: &a [*a]", "expands to more than 100,000 values"),
+        (f"a: [{'1,' * 100_001}]", "expands to more than 100,000 values"),
+        (f"a: {'1' * 5000}", "is not valid YAML (Exceeds the limit"),
+        ("a: 2001-99-99", "is not valid YAML (month must be in 1..12"),
+        ("a: !!int x", "is not valid YAML ("),
+        ("a: !!bool x", "is not valid YAML ("),
+        ("a: !!timestamp x", "is not valid YAML ("),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_hostile_yaml_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_yaml(file_of(tmp_path, text))
+    assert says in told(refused)
+    assert "\n" not in told(refused)
+    override = text.partition(": ")[2].strip()
+    if "\n" not in override and "&" not in override:
+        with pytest.raises(UserError, match=r"^a="):
+            apply_overrides({}, [f"a={override}"])
+
+
+def test_a_key_may_hold_the_text_of_a_number_and_the_number(tmp_path: Path) -> None:
+    assert load_yaml(file_of(tmp_path, "a: {1: x, '1': y}")) == {"a": {1: "x", "1": "y"}}
+
+
 def test_an_anchor_may_be_used_again(tmp_path: Path) -> None:
     content = load_yaml(file_of(tmp_path, "base: &b {x: 1}\na: *b\nc:\n  <<: *b\n  y: 2"))
     assert content == {"base": {"x": 1}, "a": {"x": 1}, "c": {"x": 1, "y": 2}}

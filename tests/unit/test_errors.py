@@ -43,6 +43,13 @@ def test_the_message_names_place_problem_and_remedy() -> None:
     assert str(UserError("a.b=1", "is odd", "use 2")) == "a.b=1: is odd; use 2"
 
 
+def test_a_part_of_megabytes_is_cut_and_its_length_given() -> None:
+    text = str(UserError(f"train.steps={'9' * 100_000}", "is not valid", "r" * 1500))
+    assert text.startswith("train.steps=9999")
+    assert f"... (100,012 characters): is not valid; {'r' * 1500}" in text
+    assert len(text) < 3100
+
+
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(rank: str | None) -> None:
     process = start(RAISE.format(before=""), rank)

@@ -12,6 +12,7 @@ from hypermoe_ds.config import Settings
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.run_config import ModelSection, RunConfig, load_run_config, settings_table
+from hypermoe_ds.training.state import TrainState
 
 RECIPES = sorted((Path(__file__).parents[2] / "pretrain" / "recipes").glob("*.yaml"))
 SMALL = {
@@ -81,13 +82,14 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.clip_grad_norm=-1", "train.clip_grad_norm=-1: is not valid"),
         ("train.stop_at_step=0", "train.stop_at_step=0: is not valid"),
         ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
-        (
-            "train.skip_samples=[[3, 4], [42, 43]]",
-            "train.skip_samples=[[42, 43]]: begins after the run's last sample, 11",
-        ),
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps=None: is not valid"),
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
+        (
+            "optimizer.weight_decay=1000",
+            "optimizer.weight_decay=1000.0: times optimizer.lr=0.001 is 1 or more; lower it",
+        ),
+        ("train.seed=4294967296", "train.seed=4294967296: is not valid"),
         ("checkpoint.resume=maybe", "checkpoint.resume='maybe': is not valid"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0: is not valid"),
         ("monitor.interval=0", "monitor.interval=0: is not valid"),
@@ -98,6 +100,37 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
 )
 def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
     assert says in refusal(recipe, override)
+
+
+def numbers(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Dotted name and type of each numeric setting."""
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Settings):
+                yield from numbers(kind, f"{prefix}{name}.")
+            elif kind in (int, float):
+                yield f"{prefix}{name}", kind
+
+
+NUMBERS = dict(numbers(RunConfig))
+OUT_OF_RANGE = ("-1", ".nan", ".inf", "-.inf", "1e300", str(10**30), "true", "'3'")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key: str) -> None:
+    section, leaf = key.rsplit(".", 1)
+    for value in OUT_OF_RANGE:
+        if section in ("data.train", "data.valid"):
+            assert f"{section}.0.{leaf}=" in refusal(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
+        else:
+            assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+
+
+def test_there_are_numbers_of_every_section() -> None:
+    sections = {key.partition(".")[0] for key in NUMBERS}
+    assert sections == RunConfig.model_fields.keys() - {"run"}
+    assert NUMBERS["train.consistency_interval"] is int
+    assert NUMBERS["data.train.weight"] is float
 
 
 @pytest.mark.parametrize(
@@ -174,7 +207,7 @@ def test_every_setting_has_a_row_with_its_default_and_meaning() -> None:
     assert names["checkpoint.keep_last"][1] == "`2`"
 
 
-CHOICES = ("router_aux_loss_scope", "hyper_conditioning", "qk_norm_scope", "router_dtype")
+CHOICES = ("router_dtype", "router_aux_loss_scope", "hyper_conditioning", "qk_norm_scope")
 
 
 def test_the_model_section_has_the_models_fields_with_their_types_and_meanings() -> None:
@@ -191,3 +224,30 @@ def test_the_model_section_has_the_models_fields_with_their_types_and_meanings()
         assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name in CHOICES
         assert field.description
         assert not any(f"{other}: " in field.description for other in own), "one setting's text alone"
+
+
+def test_the_samples_needed_are_those_consumed_and_those_to_come(recipe: Path) -> None:
+    ten = load_run_config(recipe, ["train.global_batch_size=4"])
+    assert ten.samples(TrainState()) == 40
+    assert ten.samples(TrainState(step=6, consumed_samples=24)) == 40
+    assert ten.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, "after six steps of 16"
+    assert ten.samples(TrainState(step=12, consumed_samples=48)) == 48, "a run whose steps were lowered"
+    left_out = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
+    assert left_out.samples(TrainState()) == 13
+    assert left_out.samples(TrainState(step=4, consumed_samples=6)) == 13
+
+
+def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
+    config = load_run_config(recipe, ["train.skip_samples=[[3, 4], [42, 43]]"])
+    with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; leave"):
+        config.samples(TrainState())
+    assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
+
+
+def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: None)
+    assert refusal(recipe, "monitor.wandb_project=p") == (
+        "monitor.wandb_project=p: the package wandb is not installed; pip install wandb, or leave this setting out"
+    )
+    monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: "found")
+    assert load_run_config(recipe, ["monitor.wandb_project=p"]).monitor.wandb_project == "p"

@@ -44,6 +44,13 @@ def test_a_command_without_a_recipe_is_refused(line: str) -> None:
         TrainingCommand.read(line.split())
 
 
+@pytest.mark.parametrize("run", ["x", "[]", "{}", "{dir: 3}", "null", "{dir: {a: b}}"])
+def test_a_recipe_that_names_no_run_folder_is_refused(run: str) -> None:
+    Path("bare.yaml").write_text(f"run: {run}\n")
+    with pytest.raises(UserError, match=r"^bare\.yaml: run\.dir: is missing; give the run folder$"):
+        TrainingCommand.read(["train.py", "--config", "bare.yaml"])
+
+
 def test_a_start_is_given_its_hosts_its_overrides_and_the_newest_checkpoint() -> None:
     command = TrainingCommand.read(["launcher", "--hostfile={hosts}", "--config", "r.yaml"])
     started = command.started_with(Path("run/hostfile"), ["parallel.expert=1"])

@@ -122,6 +122,14 @@ def test_what_is_no_json_object_is_refused(text: str, says: str, tmp_path: Path)
     assert "ds_configs/zero1.json" in refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize("depth", [900, 990, 200_000])
+def test_deep_nesting_is_refused(depth: int, tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text('{"communication_data_type": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(UserError, match=r"is nested too deeply; start from|is no str; give a str"):
+        load_deepspeed_json(path)
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
