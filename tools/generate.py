@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from hypermoe_ds.config import validate
+from hypermoe_ds.data.output import check_input
 from hypermoe_ds.errors import one_line_errors
 
 
@@ -17,12 +18,13 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="probability mass to sample from (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     arguments = vars(parser.parse_args())
+    folder = arguments.pop("model")
+    check_input(folder)
     from transformers import AutoTokenizer
 
     from hypermoe_ds.export.generation import SamplingConfig, continue_text
     from hypermoe_ds.export.hf import read_model
 
-    folder = arguments.pop("model")
     sampling = validate(SamplingConfig, arguments, "arguments")
     model = read_model(folder)
     print(continue_text(model, AutoTokenizer.from_pretrained(folder), sampling))
