@@ -18,6 +18,7 @@ if ! $dry_run && [ "$per_node" = gpu ]; then # torchrun looks with torch too, an
         fail "NPROC_PER_NODE: is ${NPROC_PER_NODE:-not set} and this host has no GPU; set it to the number of ranks on this host"
 fi
 preflight --slots "$per_node"
+# Without a log_dir torchrun leaves an empty folder in TMPDIR.
 run exec torchrun --nnodes "$nodes" --node_rank "${NODE_RANK:-${PET_NODE_RANK:-0}}" --nproc_per_node "$per_node" \
-    --master_addr "${address:-127.0.0.1}" --master_port "${PET_MASTER_PORT:-$MASTER_PORT}" \
+    --master_addr "${address:-127.0.0.1}" --master_port "${PET_MASTER_PORT:-$MASTER_PORT}" --log_dir /dev/null \
     "$repo/pretrain/train.py" "${train[@]}"

@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
+from hypermoe_ds.data.output import check_input
 from hypermoe_ds.errors import one_line_errors
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    check_input(arguments.checkpoint)
     import torch
     from tqdm import tqdm
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypermoe_ds.config import apply_overrides, validate
-from hypermoe_ds.data.output import check_output
+from hypermoe_ds.data.output import check_input, check_output
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.run_config import ModelSection, model_section
 
@@ -21,6 +21,7 @@ def main() -> None:
     """Arguments and wiring."""
     given = parse_arguments()
     check_output(given.output)
+    check_input(given.model)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
     upcycling = upcycling_of(given)
     from hypermoe_ds.checkpoint.new_run import write_new_run

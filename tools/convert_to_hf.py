@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hypermoe_ds.data.output import check_output
+from hypermoe_ds.data.output import check_input, check_output
 from hypermoe_ds.errors import one_line_errors
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     check_output(arguments.output)
+    check_input(arguments.checkpoint)
     from hypermoe_ds.checkpoint.run_folder import RunFolder
     from hypermoe_ds.checkpoint.weights import PRECISIONS, open_weights
     from hypermoe_ds.export.bake import bake_weights

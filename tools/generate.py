@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from hypermoe_ds.config import validate
+from hypermoe_ds.data.output import check_input
 from hypermoe_ds.errors import one_line_errors
 
 
@@ -19,11 +20,12 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="probability mass to sample from (default: 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     arguments = vars(parser.parse_args())
+    folder = arguments.pop("checkpoint")
+    check_input(folder)
     from hypermoe_ds.data.tokenizer import load_tokenizer
     from hypermoe_ds.export.generation import SamplingConfig, continue_text
     from hypermoe_ds.export.hf import load_any
 
-    folder = arguments.pop("checkpoint")
     sampling = validate(SamplingConfig, arguments, "arguments")
     model, tokenizer = load_any(folder)
     print(continue_text(model, load_tokenizer(tokenizer), sampling))

@@ -8,12 +8,16 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from hypermoe_ds.data.output import check_input
 from hypermoe_ds.errors import one_line_errors
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
+    for path in paths:
+        check_input(path)
     from tqdm import tqdm
 
     from hypermoe_ds.checkpoint.differences import compare, elements_to_compare
@@ -21,7 +25,6 @@ def main() -> None:
     from hypermoe_ds.checkpoint.inspection_report import difference_lines, inspection_lines, write_json
     from hypermoe_ds.checkpoint.sources import check_step, open_source
 
-    paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
     check_step(arguments.step, paths)
     with ExitStack() as opened:
         sources = [opened.enter_context(open_source(path, arguments.step)) for path in paths]

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hypermoe_ds.data.output import check_input
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.monitor.summary import summarize
@@ -15,6 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
     path = parser.parse_args().checkpoint
+    check_input(path)
     from hypermoe_ds.checkpoint.run_folder import RunFolder
     from hypermoe_ds.data.datasets import build_datasets
     from hypermoe_ds.data.unigram import count_tokens, unigram_loss

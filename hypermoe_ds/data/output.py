@@ -19,6 +19,16 @@ def check_output(output: Path) -> None:
         raise UserError(str(output), "exists already", "remove it or choose another folder")
 
 
+def check_input(folder: Path) -> None:
+    """Refuse a folder that is not there, before what it takes to read it is imported.
+
+    Raises:
+        UserError: it is missing or no folder.
+    """
+    if not folder.is_dir():
+        raise UserError(str(folder), "is no folder", "check the path; give the run folder or Hugging Face folder")
+
+
 def check_room(output: Path, beside: Path, needed: int) -> None:
     """Refuse to write what the disk cannot hold.
 

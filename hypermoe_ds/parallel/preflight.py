@@ -233,7 +233,7 @@ def measure_links(hosts: Sequence[Host], starter: Starter, address: str, port: i
         UserError: the ranks do not meet, or one fails.
     """
     shared = [f"--nnodes={len(hosts)}", f"--master_addr={address}", f"--master_port={port}"]
-    shared.append(f"--rdzv_conf=timeout={_MEETING_SECONDS}")
+    shared += [f"--rdzv_conf=timeout={_MEETING_SECONDS}", "--log_dir=/dev/null"]  # else a folder stays in TMPDIR
     processes = []
     for number, host in enumerate(hosts):
         own = [f"--node_rank={number}", f"--nproc_per_node={host.slots}", "-m", "hypermoe_ds.parallel.links"]

@@ -245,6 +245,24 @@ def test_a_script_explains_itself_before_it_imports_torch(script: Path) -> None:
     assert result.stdout.startswith("usage: ")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain/evaluate.py --checkpoint MISSING --data x",
+        "tools/convert_to_hf.py --checkpoint MISSING --output new",
+        "tools/convert_from_hf.py --model MISSING --output new",
+        "tools/generate.py --model MISSING --prompt x",
+        "tools/inspect_checkpoint.py MISSING",
+        "tools/summarize_run.py --run MISSING",
+    ],
+)
+def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    script, *words = command.replace("MISSING", str(tmp_path / "frist")).replace("new", str(tmp_path / "new")).split()
+    result = run_without_libraries(REPOSITORY / script, *words)
+    told = f"error: {tmp_path}/frist: is no folder; check the path; give the run folder or Hugging Face folder\n"
+    assert (result.returncode, result.stderr) == (2, told)
+
+
 RECIPE = yaml.safe_load((REPOSITORY / "pretrain/recipes/quickstart.yaml").read_text())
 JSON = REPOSITORY / "ds_configs/zero1.json"
 
