@@ -250,10 +250,10 @@ def test_a_script_explains_itself_before_it_imports_torch(script: Path) -> None:
     [
         "pretrain/evaluate.py --checkpoint MISSING --data x",
         "tools/convert_to_hf.py --checkpoint MISSING --output new",
-        "tools/convert_from_hf.py --model MISSING --output new",
-        "tools/generate.py --model MISSING --prompt x",
-        "tools/inspect_checkpoint.py MISSING",
-        "tools/summarize_run.py --run MISSING",
+        "tools/convert_from_hf.py --checkpoint MISSING --output new",
+        "tools/generate.py --checkpoint MISSING --prompt x",
+        "tools/inspect_checkpoint.py --checkpoint MISSING",
+        "tools/summarize_run.py --checkpoint MISSING",
     ],
 )
 def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: str, tmp_path: Path) -> None:
