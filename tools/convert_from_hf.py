@@ -21,7 +21,7 @@ def main() -> None:
     """Arguments and wiring."""
     given = parse_arguments()
     check_output(given.output)
-    check_input(given.model)
+    check_input(given.checkpoint)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
     upcycling = upcycling_of(given)
     from hypermoe_ds.checkpoint.new_run import write_new_run
