@@ -184,6 +184,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        tokenizer("text")  # some damages show at the first use only
     except Exception as error:  # each tokenizer class fails in a way of its own
         if "trust_remote_code" in str(error):
             problem = "its tokenizer needs code of the folder (auto_map), which is never run here"

@@ -58,11 +58,12 @@ class Fp32Gate(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         device = x_TD.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(x_TD)
-        if x_TD.dtype == self.weight.dtype == torch.float32:
-            return super().forward(x_TD)
+        if not self.weight.requires_grad or x_TD.dtype == self.weight.dtype == torch.float32:
+            # Also of a quantised weight, whose class has this product alone.
+            return F.linear(x_TD.float(), self.weight.float())
         logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TN
 

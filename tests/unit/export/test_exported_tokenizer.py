@@ -129,12 +129,21 @@ def test_a_link_out_of_a_tokenizers_folder_is_not_published(trained: Path, tmp_p
         write_tokenizer(tmp_path / "own", tmp_path / "exported")
 
 
-def test_a_damaged_tokenizer_configuration_is_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
-    for number, content in enumerate(
-        ("{", "[]", "3", "[" * 200_000, '{"eos_token": {"content": 3}}', '{"eos_token": []}')
-    ):
-        folder = tmp_path / str(number)
-        shutil.copytree(trained, folder)
-        (folder / "tokenizer_config.json").write_text(content)
-        with pytest.raises(UserError, match=str(folder)):
-            load_tokenizer(folder)
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "3",
+        "[" * 200_000,
+        '{"eos_token": {"content": 3}}',
+        '{"eos_token": []}',
+        '{"eos_token": "</s>", "model_max_length": "x"}',
+    ],
+    ids=lambda content: content[:40],
+)
+def test_a_damaged_tokenizer_configuration_is_refused_in_one_line(content: str, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match="damaged: its tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path / "damaged")

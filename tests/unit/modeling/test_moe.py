@@ -245,3 +245,16 @@ def test_in_fp32_the_routers_precision_changes_no_bit_of_output_and_gradients() 
         y.square().sum().backward()
         results.append([y, x.grad, *(parameter.grad for parameter in block.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_fp32_router_has_its_shapes_on_the_meta_device() -> None:
+    gate = Fp32Gate(32, N, bias=False, device="meta", dtype=torch.bfloat16)
+    logits = gate(torch.empty(4, 32, device="meta", dtype=torch.bfloat16))
+    assert (logits.shape, logits.dtype) == ((4, N), torch.float32)
+
+
+def test_a_frozen_fp32_router_passes_the_gradient_on_to_its_input() -> None:
+    gate, x = Fp32Gate(32, N, bias=False).bfloat16(), torch.randn(4, 32, dtype=torch.bfloat16, requires_grad=True)
+    expected = torch.autograd.grad(gate(x).square().sum(), x)[0]
+    gate.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(gate(x).square().sum(), x)[0], expected)
