@@ -55,7 +55,7 @@ def test_a_run_moved_to_other_ranks_and_stages_logs_what_one_that_stayed_does(
         for of in (moved, stayed)
     ]
     routing = read_routing(moved_run, STEPS), read_routing(stopped_run, STEPS)
-    tie = assert_same_until_a_tie(*numbers, routing, 1e-5)
+    tie = assert_same_until_a_tie(*numbers, routing, 1e-4)
     ours, theirs = (
         {record["step"]: record["valid_loss"] for record in records(run) if "valid_loss" in record}
         for run in (moved_run, stopped_run)
