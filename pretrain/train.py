@@ -26,8 +26,8 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":  # most mistakes end here: what is imported below takes 6 s
     with one_line_errors():
         given = parse_arguments()
-        recipe = load_run_config(given.config, given.overrides)
         deepspeed_json = load_deepspeed_json(given.deepspeed_config)
+        recipe = load_run_config(given.config, given.overrides)
 
 import torch
 

@@ -48,8 +48,8 @@ DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 def main() -> None:
     """Ask, compare, measure."""
     arguments = parse_arguments()
-    config = load_run_config(arguments.config, arguments.overrides)
     ds_json = load_deepspeed_json(arguments.deepspeed_config)
+    config = load_run_config(arguments.config, arguments.overrides)
     hosts = [] if arguments.dry_run and arguments.slurm else hosts_of(arguments)
     if arguments.fit is None and arguments.slots is None and hosts:
         ranks = sum(host.slots for host in hosts)

@@ -268,6 +268,15 @@ JSON = REPOSITORY / "ds_configs/zero1.json"
 
 
 @pytest.mark.parametrize("script", ["pretrain/train.py", "tools/preflight.py"])
+def test_a_mistake_in_a_deepspeed_json_is_told_before_torch_is_imported(script: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimizaton": {}}')
+    words = ["--config", REPOSITORY / "pretrain/recipes/quickstart.yaml", "--deepspeed_config", tmp_path / "ds.json"]
+    result = run_without_libraries(REPOSITORY / script, *words)
+    told = f"error: {tmp_path}/ds.json: zero_optimizaton: unknown key; did you mean 'zero_optimization'?\n"
+    assert (result.returncode, result.stderr) == (2, told)
+
+
+@pytest.mark.parametrize("script", ["pretrain/train.py", "tools/preflight.py"])
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
