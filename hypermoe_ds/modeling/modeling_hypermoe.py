@@ -307,7 +307,10 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         output_branch_norms: bool = False,
         **_: Any,
     ) -> HyperMoEModelOutput:
-        """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D]."""
+        """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D].
+
+        `kept_hyper_experts` is where `generate` keeps HyperExperts between its passes.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -325,7 +328,8 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         )
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
 
-        ahead = iter(() if kept_hyper_experts is not None else self._generate_ahead(x_BSD))
+        kept = None if torch.is_grad_enabled() else kept_hyper_experts
+        ahead = iter(self._generate_ahead(x_BSD, kept))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         routings, norms = [], []
         for layer in self.layers:
@@ -336,7 +340,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
                 *(next(ahead, ()) if layer.is_moe else ()),
                 attention_mask=mask,
                 past_key_values=past_key_values,
-                kept=kept_hyper_experts,
+                kept=kept,
                 output_branch_norms=output_branch_norms,
             )
             if logits_TN is not None:
@@ -350,12 +354,13 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             branch_norms=tuple(norms) or None,
         )
 
-    def _generate_ahead(self, x_BSD: Tensor) -> list[HyperExpertWeights]:
+    def _generate_ahead(self, x_BSD: Tensor, kept: KeptHyperExperts | None) -> list[HyperExpertWeights]:
         """Each MoE layer's generated modules, or nothing where the layers see to it themselves."""
         if self.hypernetwork is None:
             return []
-        branches = [layer.hyper_experts for layer in self.layers if layer.is_moe]
-        return generate_ahead(branches, self.hypernetwork, x_BSD.flatten(0, 1), self.config.num_experts_per_tok) or []
+        branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
+        x_TD, top_k = x_BSD.flatten(0, 1), self.config.num_experts_per_tok
+        return generate_ahead(branches, self.hypernetwork, x_TD, top_k, kept) or []
 
 
 class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
@@ -406,8 +411,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool = False,
         output_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
-        kept_hyper_experts: KeptHyperExperts | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> HyperMoECausalLMOutput:
         """Predict the next token.
 
@@ -423,7 +427,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             output_router_logits: return router logits, selections and branch norms.
             output_logits: return logits; False computes the loss without ever holding all of them, given labels.
             logits_to_keep: compute logits for the last so many positions only; 0 means all.
-            kept_hyper_experts: where `generate` keeps modules between its passes.
+            kwargs: handed to the decoder.
         """
         decoded = self.model(
             input_ids=input_ids,
@@ -432,8 +436,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            kept_hyper_experts=kept_hyper_experts,
             output_branch_norms=output_router_logits,
+            **kwargs,
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_BSD = decoded.last_hidden_state[:, kept]
@@ -448,12 +452,10 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             output.branch_norms = decoded.branch_norms
         if shift_labels is not None:
             routing, shift_labels = _without_padding(decoded.routing, shift_labels, attention_mask)
-            output.lm_loss = self._language_loss(hidden_BSD, logits, shift_labels)
-            output.loss = output.lm_loss
+            output.loss = output.lm_loss = self._language_loss(hidden_BSD, logits, shift_labels)
             if routing:
                 output.aux_loss, output.z_loss = self._routing_losses(routing)
-                weighted = self.config.router_aux_loss_coef * output.aux_loss
-                weighted = weighted + self.config.z_loss_coef * output.z_loss
+                weighted = self.config.router_aux_loss_coef * output.aux_loss + self.config.z_loss_coef * output.z_loss
                 output.loss = output.lm_loss + len(routing) * weighted
         return output
 
