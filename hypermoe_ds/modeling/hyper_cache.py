@@ -24,12 +24,6 @@ class HyperExpertCache:
         self._row_of_set: dict[tuple[int, ...], int] = {}
         self._weights: HyperExpertWeights | None = None
 
-    def fetch_all(self, generate: Callable[[], HyperExpertWeights]) -> HyperExpertWeights:
-        """The HyperExperts of all sets there can be, in one go; nothing waits for the host."""
-        if self._weights is None:
-            self._weights = generate()
-        return self._weights
-
     def fetch(self, sets_UK: Tensor, generate: Callable[[Tensor], HyperExpertWeights]) -> HyperExpertWeights:
         """The HyperExperts of U distinct sets, at most `capacity` of them; generates those that are missing.
 
@@ -59,9 +53,15 @@ class HyperExpertCache:
 
 
 class KeptHyperExperts:
-    """The caches of all layers. Only the forward passes that are given it use it."""
+    """The HyperExperts of all layers. Only the forward passes that are given it use it.
+
+    Attributes:
+        all_sets: of each layer those of all sets there can be, where these are few enough to be kept; otherwise each
+            layer has a cache of those that occur.
+    """
 
     def __init__(self) -> None:
+        self.all_sets: list[HyperExpertWeights] | None = None
         self._layers: dict[int, HyperExpertCache] = {}
 
     def layer(self, index: int, capacity: int) -> HyperExpertCache:

@@ -94,9 +94,9 @@ class GeneratorHead(nn.Linear):
 class HyperNetwork(nn.Module):
     """The one hypernetwork shared by all layers and experts (steps 4 to 6).
 
-    Its parameters are read inside its own forward only, so that a sharded copy can be gathered for it, and those of each
-    map by calling the map, which may be adapted, quantised or offloaded. `_factored` alone reads weights itself, of maps
-    that are neither.
+    Its parameters are read inside its own forward only, so that a sharded copy can be gathered for it, and those of
+    each map by calling the map, which may be adapted, quantised or offloaded. `_factored` alone reads weights itself,
+    of maps that are none of these.
 
     Args:
         hidden_size: D.
@@ -198,7 +198,7 @@ class HyperNetwork(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._per_token(x_RD, u_RB)
-        chunks = zip(x_RD.split(self.bottleneck_size), u_RB.split(self.bottleneck_size), strict=True)
+        chunks = zip(*(torch.split(rows, self.bottleneck_size) for rows in (x_RD, u_RB)), strict=True)
         return torch.cat([checkpoint(self._per_token, x_rD, u_rB, use_reentrant=False) for x_rD, u_rB in chunks])
 
     def _factored(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
@@ -238,8 +238,8 @@ class SharedHyperNetwork:
 def _computes_its_weight(head: nn.Module) -> bool:
     """Whether calling `head` computes nothing but its stored weight and bias.
 
-    Not so with an adapter, a parametrization or a quantised weight (other types), where accelerate offloads it (a forward
-    of its own) or where hooks may do anything.
+    Not so with an adapter, a parametrization or a quantised weight (other types), where accelerate offloads it (a
+    forward of its own) or where hooks may do anything.
     """
     return (
         type(head) is GeneratorHead
@@ -297,9 +297,7 @@ class HyperExperts(nn.Module):
         """
         tokens, set_size, sizes = selected_TK.shape[0], self.set_size(selected_TK.shape[1]), hypernetwork.sizes
         keeps = kept is not None and form == "auto" and not torch.is_grad_enabled()
-        cache = kept.layer(self.layer_index, self._most_kept(sizes)) if kept is not None and keeps else None
-        if cache is not None and generated is None and math.comb(self.num_experts, set_size) <= cache.capacity:
-            generated = cache.fetch_all(lambda: self._generate(self.encode_all(set_size, x_TD.device), hypernetwork))
+        cache = kept.layer(self.layer_index, self.most_kept(sizes)) if kept is not None and keeps else None
         if generated is not None:
             self._announce("per_set", len(generated.up_bias), tokens, "generated with those of all layers")
             return apply_generated(x_TD, self._take(selected_TK, gates_TK), generated)
@@ -312,10 +310,8 @@ class HyperExperts(nn.Module):
             sets_UK, set_of_token_T = distinct_sets(selected_TK, self.num_experts)
             taken = Taken(set_of_token_T.unsqueeze(1))
             if cache is not None and len(sets_UK) <= cache.capacity:
-                fetched = cache.fetch(
-                    sets_UK, lambda missing_UK: self._generate(self.encoder(missing_UK), hypernetwork)
-                )
-                return apply_generated(x_TD, taken, fetched)
+                weights = cache.fetch(sets_UK, lambda new_UK: self._generate(self.encoder(new_UK), hypernetwork))
+                return apply_generated(x_TD, taken, weights)
             z_UH = self.encoder(sets_UK)
         form, recompute = self._choose(form, taken, z_UH.shape[0], set_size, sizes, x_TD)
         output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, taken, form, recompute)
@@ -363,7 +359,7 @@ class HyperExperts(nn.Module):
     def _layer_of(self, z_UH: Tensor) -> Tensor:
         return torch.full((z_UH.shape[0],), self.layer_index, device=z_UH.device)
 
-    def _most_kept(self, sizes: Sizes) -> int:
+    def most_kept(self, sizes: Sizes) -> int:
         """Modules to keep at most: they then take no more memory than the hypernetwork, or are the N of K = 1."""
         return max(self.num_experts, sizes.bottleneck)
 
@@ -429,7 +425,11 @@ def take_of_all(
 
 
 def generate_ahead(
-    branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, top_k: int
+    branches: list[HyperExperts],
+    hypernetwork: HyperNetwork,
+    x_TD: Tensor,
+    top_k: int,
+    kept: KeptHyperExperts | None = None,
 ) -> list[HyperExpertWeights] | None:
     """The modules of all layers by one matrix product, where the sets are known before routing and the modules fit.
 
@@ -440,14 +440,20 @@ def generate_ahead(
         hypernetwork: the one they share.
         x_TD: the tokens of the pass; only their number, dtype and device matter.
         top_k: K.
+        kept: where this call of `generate` keeps them, if it does: for its later passes, so in any case that they are
+            not too many.
 
     Returns:
         One entry a layer; None where each layer shall generate its own.
     """
+    if kept is not None and kept.all_sets is not None:
+        return kept.all_sets
     set_size, sizes, tokens = branches[0].set_size(top_k), hypernetwork.sizes, x_TD.shape[0]
     sets = math.comb(branches[0].num_experts, set_size)
     rows = tokens * (top_k if branches[0].conditioning == "route" else 1)
-    if torch.compiler.is_compiling():  # in a graph whatever their cost, for the tokens may be a symbol
+    if kept is not None:
+        ahead = sets <= branches[0].most_kept(sizes)
+    elif torch.compiler.is_compiling():  # in a graph whatever their cost, for the tokens may be a symbol
         ahead = branches[0].knows_sets(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
@@ -458,6 +464,8 @@ def generate_ahead(
     # Layers may be on other devices than the tokens of the first one.
     z_UH = torch.cat([branch.encoder(sets_UK).to(x_TD.device) for branch in branches])
     layer_U = torch.arange(len(branches), device=z_UH.device).repeat_interleave(sets)
-    return [
-        HyperExpertWeights(*layer) for layer in zip(*(w.split(sets) for w in hypernetwork(z_UH, layer_U)), strict=True)
-    ]
+    parts = (weight.split(sets) for weight in hypernetwork(z_UH, layer_U))
+    generated = [HyperExpertWeights(*layer) for layer in zip(*parts, strict=True)]
+    if kept is not None:
+        kept.all_sets = generated
+    return generated

@@ -246,7 +246,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             attention_mask=mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            kept=kept_hyper_experts,
+            kept=None if torch.is_grad_enabled() else kept_hyper_experts,
             **attention_kwargs,
         )
         output.past_key_values = past_key_values
@@ -265,7 +265,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
     ) -> HyperMoEModelOutput:
         """Run the layers and the final norm, and keep the layers' outputs that are asked for."""
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
-        ahead = iter(() if kept is not None else self._generate_ahead(x_BSD))
+        ahead = iter(self._generate_ahead(x_BSD, kept))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         hidden, attentions, logits, selected, norms = [], [], [], [], []
         for layer in self.layers:
@@ -298,12 +298,13 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             branch_norms=tuple(norms) or None,
         )
 
-    def _generate_ahead(self, x_BSD: Tensor) -> list[HyperExpertWeights]:
+    def _generate_ahead(self, x_BSD: Tensor, kept: KeptHyperExperts | None) -> list[HyperExpertWeights]:
         """Each MoE layer's generated modules, or nothing where the layers see to it themselves."""
         if self.hypernetwork is None:
             return []
-        branches = [layer.hyper_experts for layer in self.layers if layer.is_moe]
-        return generate_ahead(branches, self.hypernetwork, x_BSD.flatten(0, 1), self.config.num_experts_per_tok) or []
+        branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
+        x_TD, top_k = x_BSD.flatten(0, 1), self.config.num_experts_per_tok
+        return generate_ahead(branches, self.hypernetwork, x_TD, top_k, kept) or []
 
 
 class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):

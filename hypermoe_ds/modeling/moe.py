@@ -98,7 +98,7 @@ class TopKRouter(nn.Module):
 
 
 class _ExpertsForms(ExpertsInterface):
-    """Transformers' grouped matrix products in graphs of torch.compile and torch.export, `Experts.forward` elsewhere."""
+    """Transformers' grouped products in graphs of torch.compile and torch.export, `Experts.forward` elsewhere."""
 
     def get_interface(self, experts_implementation: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
         grouped: Callable[..., Tensor] = self["grouped_mm"]

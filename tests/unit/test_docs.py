@@ -21,6 +21,7 @@ PAGES = [
     "docs/ARCHITECTURE.md",
     "docs/CLUSTERS.md",
     "docs/RELIABILITY.md",
+    "docs/DEPLOYMENT.md",
 ]
 ROOMS = ("pretrain", "hypermoe_ds", "launch", "tools")
 

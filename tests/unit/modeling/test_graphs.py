@@ -1,4 +1,4 @@
-"""torch.compile and torch.export take a forward pass as one graph, which computes what the modules compute one by one."""
+"""torch.compile and torch.export take a forward pass as one graph, which computes what the modules compute."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -346,9 +346,10 @@ def test_route_is_the_papers_model_for_one_expert_a_token_up_to_the_gate() -> No
         route(x, selected, hypernetwork)
 
 
-@pytest.mark.parametrize(("N", "K"), [(8, 1), (8, 2), (16, 4)])
+@pytest.mark.parametrize(("N", "K"), [(8, 1), (16, 1), (16, 4)])
 def test_modules_are_generated_once_for_the_passes_that_share_them_and_anew_in_any_other(N: int, K: int) -> None:
     branch, hypernetwork = make(N, torch.float64)
+    branch.layer_index = 0
     x, selected = torch.randn(12, D).double(), random_selection(12, N, K)
     made: list[int] = []
     hypernetwork.register_forward_hook(lambda _module, inputs, _output: made.append(len(inputs[0])))
@@ -357,7 +358,9 @@ def test_modules_are_generated_once_for_the_passes_that_share_them_and_anew_in_a
         with torch.no_grad():
             expected = branch(x, selected, hypernetwork, "per_token")
             made.clear()
-            assert distance(branch(x, selected, hypernetwork, kept=kept), expected) < 1e-12
+            ahead = generate_ahead([branch], hypernetwork, x, K, kept) if kept else None
+            y = branch(x, selected, hypernetwork, generated=ahead[0] if ahead else None, kept=kept)
+            assert distance(y, expected) < 1e-12
         assert len(made) == generations
 
     kept = KeptHyperExperts()
@@ -366,8 +369,6 @@ def test_modules_are_generated_once_for_the_passes_that_share_them_and_anew_in_a
     hypernetwork.up_bias.bias.data += 1  # no version counter sees it
     check(generations=1)
     check(generations=1, kept=KeptHyperExperts())
-    branch(x, selected, hypernetwork, kept=kept).sum().backward()
-    assert len(made) == 2, "gradients need modules of their own"
 
 
 def test_only_as_many_modules_are_kept_as_there_is_room_for() -> None:
