@@ -41,7 +41,7 @@ def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
 
 
 def _save(layout: Layout, folder: Path) -> Ended:
-    engine = engine_of(layout)
+    engine = engine_of(layout, BEFORE + AFTER)
     checkpoints = manager_of(engine, RunFolder(folder))
     batches = batches_from(layout, torch.distributed.get_rank(), 0)
     steps_on(engine, batches, BEFORE)
@@ -59,7 +59,7 @@ def resume_each(layouts: list[Layout], folders: list[Path], again: list[Path]) -
 
 
 def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
-    engine = engine_of(layout)
+    engine = engine_of(layout, BEFORE + AFTER)
     assert manager_of(engine, RunFolder(folder)).resume() == {"step": BEFORE}
     copy = manager_of(engine, RunFolder(other))
     copy.save(BEFORE, {"step": BEFORE})
@@ -72,7 +72,7 @@ def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
 
 def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
     """Save the model as it is built, weights alone, then train: the steps."""
-    engine = engine_of(layout)
+    engine = engine_of(layout, BEFORE + AFTER)
     checkpoints = manager_of(engine, RunFolder(folder))
     checkpoints.save(0, {"step": 0})
     checkpoints.finish()
@@ -97,7 +97,7 @@ def build_engine_with_other_weights(layout: Layout) -> Any:
                 parameter.mul_(1.5)
 
     HyperMoEForCausalLM.__init__ = larger  # type: ignore[method-assign] (this process runs nothing else)
-    return engine_of(layout)
+    return engine_of(layout, BEFORE + AFTER)
 
 
 def with_one_micro_batch(layout: Layout) -> Layout:

@@ -39,9 +39,9 @@ from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, Train
 from tests.helpers.routing import StepRouting, of_all_ranks, routing_of
 
 
-def train_config(layout: Layout) -> TrainConfig:
+def train_config(layout: Layout, steps: int = STEPS) -> TrainConfig:
     return TrainConfig(
-        steps=STEPS,
+        steps=steps,
         micro_batch_size=layout.micro_batch,
         global_batch_size=GLOBAL_BATCH,
         seed=SEED,
@@ -58,15 +58,15 @@ def ds_config_of(layout: Layout) -> dict[str, Any]:
     return merge(ds_json, train_config(layout), model_config(layout), layout.expert, layout.ranks)
 
 
-def engine_of(layout: Layout) -> Any:
+def engine_of(layout: Layout, steps: int = STEPS) -> Any:
+    """An engine whose learning rate falls to zero after `steps`."""
     wake_hypernetwork()
     if layout.form is not None:
         hyper_experts.cheaper_form = lambda *_: layout.form  # this process runs nothing else
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     schedule = ScheduleConfig(name="linear")
-    return build_engine(
-        model_config(layout), ds_config_of(layout), optimizer, schedule, train_config(layout), ParallelConfig()
-    )
+    train = train_config(layout, steps)
+    return build_engine(model_config(layout), ds_config_of(layout), optimizer, schedule, train, ParallelConfig())
 
 
 class Watcher:

@@ -25,8 +25,9 @@ from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
 
 STEPS, INTERVAL, TIMEOUT = 60, 5, 20
 LONGEST_WAIT = 300
-# A run that moves to another layout has no other jump than the selection of experts: the HyperExperts' ReLU is one.
-SMOOTH = "model.hypernetwork=false"
+# In a run that moves to another layout: at the recipe's rate, ten times as high, AdamW turns the rounding of small
+# gradients into other selections and other ReLU branches within 20 steps. At this one all 60 losses agreed to 2e-7.
+STEADY = "optimizer.lr=1e-3"
 SETTINGS = [
     "parallel.expert=2", f"train.collective_timeout={TIMEOUT}", "evaluation.interval=1000000",
     f"checkpoint.interval={INTERVAL}",
@@ -185,7 +186,7 @@ def assert_same_steps(job: SupervisedJob, expected: Path) -> None:
 
 def assert_same_losses(job: SupervisedJob, expected: Path) -> None:
     """On fewer ranks sums have another order, so a token may go to another of two experts that are as good as equal."""
-    found, there = ([[step["loss"]] for step in logged_steps(run)] for run in (job.run, expected))
+    found, there = ([[step["loss"], step["grad_norm"]] for step in logged_steps(run)] for run in (job.run, expected))
     routing = read_routing(job.run, STEPS), read_routing(expected, STEPS)
     assert_same_until_a_tie(list(found), list(there), routing, 1e-5)
 
@@ -218,7 +219,7 @@ def test_a_killed_rank_of_the_second_host_costs_less_than_an_interval(
 def test_a_host_whose_power_fails_is_left_out_and_the_run_goes_on_without_it(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    with supervised(hosts, tmp_path, recipe, SMOOTH, recorded=True) as job:
+    with supervised(hosts, tmp_path, recipe, STEADY, recorded=True) as job:
         job.reaches(12)
         hosts.crash("right")
         tries = job.ends()
@@ -226,7 +227,7 @@ def test_a_host_whose_power_fails_is_left_out_and_the_run_goes_on_without_it(
     assert outcomes(tries) == ["lost", "done"]
     assert "1 of 2 hosts can train: left parallel.expert=1" in job.said()
     assert max(work_lost(job)) <= INTERVAL + 1
-    assert_same_losses(job, undisturbed(STEPS, SMOOTH))
+    assert_same_losses(job, undisturbed(STEPS, STEADY))
 
 
 @pytest.mark.slow
@@ -249,7 +250,7 @@ def test_a_killed_launcher_of_the_second_host_has_its_rank_save_and_all_start_ag
 def test_a_cable_that_is_out_for_less_than_the_timeout_is_waited_for_and_for_longer_its_host_left_out(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed, seconds: int
 ) -> None:
-    with supervised(hosts, tmp_path, recipe, SMOOTH, recorded=True) as job:
+    with supervised(hosts, tmp_path, recipe, STEADY, recorded=True) as job:
         job.reaches(12)
         hosts.cut("right")
         cut = time.monotonic()
@@ -260,7 +261,7 @@ def test_a_cable_that_is_out_for_less_than_the_timeout_is_waited_for_and_for_lon
     short = seconds < TIMEOUT
     assert outcomes(tries) == (["done"] if short else ["lost", "done"])
     assert short or max(work_lost(job)) <= INTERVAL + 1
-    (assert_same_steps if short else assert_same_losses)(job, undisturbed(STEPS, SMOOTH))
+    (assert_same_steps if short else assert_same_losses)(job, undisturbed(STEPS, STEADY))
 
 
 @pytest.mark.slow
@@ -345,14 +346,14 @@ def test_a_host_that_lost_the_run_folder_is_left_out(
     (tmp_path / "run").mkdir()
     for host in ("left", "right"):
         assert hosts.run(host, "mount", "--bind", "storage", "run", folder=tmp_path).returncode == 0
-    with supervised(hosts, tmp_path, recipe, SMOOTH, seen="storage", recorded=True) as job:
+    with supervised(hosts, tmp_path, recipe, STEADY, seen="storage", recorded=True) as job:
         job.reaches(12)
         job.on("right", "umount", "--lazy", "run")
         tries = job.ends()
     assert outcomes(tries) == ["error", "done"]
     assert "is no longer the folder that the run began in, on right" in tries[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
-    assert_same_losses(job, undisturbed(STEPS, SMOOTH))
+    assert_same_losses(job, undisturbed(STEPS, STEADY))
 
 
 @pytest.mark.slow
