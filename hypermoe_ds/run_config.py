@@ -13,6 +13,7 @@ from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -21,6 +22,8 @@ from hypermoe_ds.training.state import TrainState
 
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
+
+_VOCABULARY_MULTIPLE = 128  # products with the embeddings are fastest on GPUs in multiples of it
 
 # The tokenizer's, generation's or the export's.
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
@@ -74,7 +77,13 @@ def _model_fields() -> dict[str, Any]:
     """The fields of the model, each optional, so that a preset may stand below them."""
     fields: dict[str, Any] = {"preset": (str | None, Field(None, description=f"start from {', '.join(_PRESETS)}"))}
     for name, field in _MODEL_FIELDS.items():
-        fields[name] = (field.kind | None, Field(None, description=field.description))
+        description = field.description
+        if name == "vocab_size":
+            description += (
+                "; null takes the preset's, and without one the largest token id of data.tokenizer + 1, "
+                f"rounded up to a multiple of {_VOCABULARY_MULTIPLE}"
+            )
+        fields[name] = (field.kind | None, Field(None, description=description))
     return fields
 
 
@@ -129,16 +138,23 @@ class RunConfig(Settings):
     def architecture(self) -> "HyperMoEConfig":
         """The model: the preset, if one is named, with the recipe's fields over it.
 
+        A vocabulary that neither gives is that of the tokenizer.
+
         Raises:
-            UserError: an unknown preset, or fields that do not fit each other.
+            UserError: an unknown preset, fields that do not fit each other, or a tokenizer that is needed and does not
+                load.
         """
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         preset = given.pop("preset", None)
         self._check_preset()
         from hypermoe_ds.modeling import PRESETS, HyperMoEConfig  # noqa: PLC0415 (takes seconds)
 
+        fields = {**PRESETS.get(preset, {}), **given}
+        if "vocab_size" not in fields:
+            needed = embeddings_needed(load_tokenizer(self.data.tokenizer))
+            fields["vocab_size"] = -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         try:
-            return HyperMoEConfig(**{**PRESETS.get(preset, {}), **given})
+            return HyperMoEConfig(**fields)
         except ValueError as error:
             where, _, rest = str(error).partition(": ")
             problem, _, remedy = rest.partition("; ")
@@ -151,12 +167,14 @@ class RunConfig(Settings):
 
     def opening_line(self, world_size: int, step: int) -> str:
         """What is about to run, from `step` on."""
-        counts = self.architecture().parameter_counts()
+        model = self.architecture()
+        counts = model.parameter_counts()
         idle = " | nothing to train: raise train.steps or train.stop_at_step to go on" * (step >= self.last_step)
         return (
             f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, "
-            f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork | {world_size} ranks, "
-            f"expert parallelism {self.parallel.expert} | step {step} of {self.train.steps} | {self.run.dir}{idle}"
+            f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork, vocabulary {model.vocab_size:,} | "
+            f"{world_size} ranks, expert parallelism {self.parallel.expert} | "
+            f"step {step} of {self.train.steps} | {self.run.dir}{idle}"
         )
 
     def check(self) -> None:
@@ -214,7 +232,7 @@ def settings_table() -> str:
 def _rows(section: str, model: type[Settings]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         default = field.default
-        if model is ModelSection and name in _MODEL_FIELDS:
+        if model is ModelSection and name in _MODEL_FIELDS and name != "vocab_size":
             default = _MODEL_FIELDS[name].default
         shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
         yield f"| `{section}.{name}` | {shown} | {field.description} |"

@@ -70,6 +70,17 @@ def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
     return steps, logits
 
 
+def first_norms(layouts: list[Layout]) -> list[float]:
+    """Norm of the first step's gradient under each layout, of the same ranks."""
+    norms = []
+    for layout in layouts:
+        engine = engine_of(layout, BEFORE + AFTER)
+        [step] = steps_on(engine, batches_from(layout, torch.distributed.get_rank(), 0), 1)
+        norms.append(step.grad_norm)
+        engine.destroy()
+    return norms
+
+
 def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
     """Save the model as it is built, weights alone, then train: the steps."""
     engine = engine_of(layout, BEFORE + AFTER)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic_runs import BEFORE, Ended, resume_each, save_each
+from elastic_runs import BEFORE, Ended, first_norms, resume_each, save_each
 from small_runs import Layout
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -63,10 +63,15 @@ def test_each_goes_on_from_a_checkpoint_of_another(
                     assert torch.equal(first.read(name, kind), second.read(name, kind)), (named(layout), kind, name)
 
 
-def test_adding_up_in_fp32_is_nearer_to_fp32_than_in_bf16_and_alike_under_each_stage(saved: list[Ended]) -> None:
-    first_norms = {
-        (layout.precision, layout.accumulate, layout.stage): steps[0][1]
-        for layout, (steps, _) in zip(LAYOUTS, saved, strict=True)
-    }
-    for stage in (1, 2, 3):
-        assert first_norms["bf16", "fp32", stage] == pytest.approx(first_norms["bf16", "fp32", 2], rel=2e-2)
+def test_losses_of_fp32_sums_of_bf16_gradients_are_alike_under_each_stage(saved: list[Ended]) -> None:
+    *_, (one, _), (two, _), (three, _) = saved
+    for steps in (one, three):
+        losses = [step.loss for step in steps]
+        # Up to 2.1e-3 seen: in bf16 a token's experts change with the last digit.
+        assert losses == pytest.approx([step.loss for step in two], rel=1e-2)
+
+
+def test_the_norm_of_fp32_sums_of_bf16_gradients_is_that_of_fp32_under_each_stage() -> None:
+    layouts = [LAYOUTS[1], *LAYOUTS[6:]]
+    expected, *norms = run_on_ranks(2, first_norms, layouts)[0]
+    assert norms == pytest.approx([expected] * 3, rel=1e-2)

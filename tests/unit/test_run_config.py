@@ -1,11 +1,13 @@
 """Recipes: every file of the repository loads, and what does not fit is refused by name."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import tokenizers
 import yaml
 
 from hypermoe_ds.config import Settings
@@ -251,3 +253,35 @@ def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeyp
     )
     monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: "found")
     assert load_run_config(recipe, ["monitor.wandb_project=p"]).monitor.wandb_project == "p"
+
+
+def write_tokenizer(folder: Path, largest_id: int) -> None:
+    """A tokenizer folder of four tokens whose ids have a gap."""
+    model = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": largest_id}, unk_token="<unk>")
+    folder.mkdir()
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("largest_id", "vocabulary"), [(127, 128), (128, 256), (300, 384)])
+def test_a_vocabulary_that_nothing_gives_is_the_tokenizers_in_multiples_of_128(
+    tmp_path: Path, largest_id: int, vocabulary: int
+) -> None:
+    write_tokenizer(tmp_path / "tokenizer", largest_id)
+    recipe = SMALL | {"model": {"max_position_embeddings": 32}}
+    recipe["data"] = {**SMALL["data"], "tokenizer": str(tmp_path / "tokenizer")}  # type: ignore[dict-item]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = load_run_config(tmp_path / "recipe.yaml")
+    assert config.architecture().vocab_size == vocabulary
+    assert config.model.vocab_size is None, "what the user wrote stays"  # type: ignore[attr-defined]
+    assert f"vocabulary {vocabulary}" in config.opening_line(1, 0)
+    presets = load_run_config(tmp_path / "recipe.yaml", ["model.preset=tiny-10m"])
+    assert presets.architecture().vocab_size == 4096
+    assert load_run_config(tmp_path / "recipe.yaml", ["model.vocab_size=64"]).architecture().vocab_size == 64
+
+
+def test_without_a_vocabulary_and_a_tokenizer_the_tokenizer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"model": {}}))
+    assert refusal(path).startswith("t: no such tokenizer folder; ")

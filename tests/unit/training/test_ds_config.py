@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: every number has one owner, and nothing is passed on that is not understood."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def test_merging_adds_the_recipes_numbers_once_and_leaves_the_rest_alone() -> No
     assert json.dumps(content) == before
     assert {key: merged[key] for key in content} == content
     added = merged.keys() - content.keys()
-    assert added <= _OWNED_BY_RECIPE.keys()
+    assert added <= _OWNED_BY_RECIPE.keys() | {"data_types"}
     assert merged["train_batch_size"] == 16
     assert merged["train_micro_batch_size_per_gpu"] * merged["gradient_accumulation_steps"] * 4 == 16
     assert merged["expert_parallel"]["autoep_size"] == 2
@@ -220,3 +221,39 @@ def test_a_model_without_a_mixture_needs_no_expert_parallelism() -> None:
 def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^zero_optimization.stage=(-1|0|4): is not supported; set it to 1, 2 or 3$"):
         merge(content, train(), MODEL, 1, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "micro_batch", "given", "expected"),
+    [
+        ("bf16", 2, {}, "fp32"),
+        ("bf16", 4, {}, None),  # one micro-batch a step
+        ("bf16", 2, {"grad_accum_dtype": "bf16"}, "bf16"),
+        ("bf16", 4, {"grad_accum_dtype": "fp32"}, "fp32"),
+        ("fp32", 2, {}, None),
+        ("fp16", 2, {}, None),
+    ],
+)
+def test_gradients_of_several_bf16_micro_batches_are_added_up_in_fp32_unless_told(
+    precision: str, micro_batch: int, given: dict[str, str], expected: str | None
+) -> None:
+    content = {"zero_optimization": {"stage": 1}, **({"data_types": given} if given else {})}
+    settings = train(precision=precision, micro_batch_size=micro_batch, global_batch_size=16)
+    merged = merge(content, settings, MODEL, 1, world_size=4)
+    assert merged.get("data_types", {}).get("grad_accum_dtype") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            {"data_types": {"grad_accum_dtype": "fp16"}},
+            "data_types.grad_accum_dtype=fp16: does not fit train.precision=",
+        ),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, "set it to fp32 or bf16"),
+        ({"communication_data_type": "int8"}, "communication_data_type=int8: is unknown; set it to fp32, bf16 or fp16"),
+    ],
+)
+def test_data_types_that_deepspeed_does_not_take_are_refused(content: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        merge({"zero_optimization": {"stage": 1}, **content}, train(precision="bf16"), MODEL, 1, world_size=1)
