@@ -193,3 +193,31 @@ def test_generate_generates_all_hyper_experts_once(kind: str) -> None:
         made.clear()
         model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
         assert len(made) == 1
+
+
+def test_a_loop_written_by_hand_gets_nothing_that_generate_kept() -> None:
+    model, ids = build(**KINDS["top-1"]), tokens(1, 9)
+    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    _write_data(model.model.hypernetwork)
+    with torch.no_grad():
+        by_hand = model(**model.prepare_inputs_for_generation(ids, use_cache=False)).logits
+    assert distance(by_hand[:, -1], logits_of(model, ids)[:, -1]) < 1e-6
+
+
+def test_modules_generated_again_in_the_backward_pass_drop_what_they_dropped_in_the_forward_pass() -> None:
+    hypernetwork = HyperNetwork(24, 14, 3, 5, 16, 10)
+    wake(hypernetwork)
+    lora = LoraConfig(target_modules=["down_weight", "up_weight"], init_lora_weights=False, lora_dropout=0.5)
+    peft = get_peft_model(hypernetwork, lora)
+    x, z, layers = torch.randn(40, 24), torch.randn(8, 14), torch.full((8,), 1)
+    taken = Taken((torch.arange(40) % 8).unsqueeze(1))
+
+    def gradient(recompute: bool) -> Tensor:
+        x.requires_grad_().grad = None
+        torch.manual_seed(3)
+        y = peft(z, layers, x, taken, "per_set", recompute)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert distance(gradient(recompute=True), gradient(recompute=False)) < 1e-6

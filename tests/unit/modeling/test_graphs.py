@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_references import build, distance, random_selection, tokens
 from torch import Tensor
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import HyperMoEForCausalLM
@@ -72,6 +72,21 @@ def test_one_graph_prefills_and_one_decodes(baked: bool) -> None:
     assert distance(whole, each) < 1e-5
     with torch.no_grad():
         assert distance(each, model(input_ids=ids).logits) < 1e-5
+
+
+def test_generate_decodes_with_one_graph_that_uses_the_hyper_experts_of_its_first_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids, how = model_of("top-1"), tokens(2, 7), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    monkeypatch.setattr(HyperMoEForCausalLM, "_can_compile_fullgraph", True)
+    with_graph = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    with_graph._compile_all_devices = True
+    plain = model.generate(ids, **how)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        text = model.generate(ids, cache_implementation="static", compile_config=with_graph, **how)
+        assert torch.equal(text, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", ["top-2 of 8, shared", "route"])
