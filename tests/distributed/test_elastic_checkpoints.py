@@ -142,7 +142,7 @@ def test_the_covering_pairs_cover() -> None:
 
 @pytest.mark.slow
 def test_every_layout_goes_on_under_every_other(saved: dict[str, Saved], tmp_path: Path) -> None:
-    """Prints the table of docs/CHECKPOINTS.md: largest relative difference of ten losses and gradient norms."""
+    """Print a table: largest relative difference of ten losses and gradient norms."""
     table = {}
     for number, target in enumerate(LAYOUTS):
         pairs = [(source, target) for source in LAYOUTS]
