@@ -117,15 +117,18 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(N, D, width))
 
     def forward(self, x_TD: Tensor, selected_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Sum of each token's experts, weighted by its gates; y_TD."""
+        """Sum of each token's experts, weighted by its gates; y_TD.
+
+        Where Transformers splits the experts over ranks, index N marks one of another rank, which adds zero.
+        """
         top_k, chosen_R = selected_TK.shape[1], selected_TK.flatten()
         order_R = torch.argsort(chosen_R, stable=True)  # R = T * K rows, sorted by expert
-        counts = torch.bincount(chosen_R, minlength=self.num_experts).tolist()
-        groups = torch.split(x_TD[order_R // top_k], counts)
+        counts = torch.bincount(chosen_R, minlength=self.num_experts + 1).tolist()
+        *groups, elsewhere_tD = torch.split(x_TD[order_R // top_k], counts)
         outputs = []
         for x_tD, gate_up_FD, down_DF in zip(groups, self.gate_up_proj, self.down_proj, strict=True):
             outputs.append(F.linear(self._apply_gate(F.linear(x_tD, gate_up_FD)), down_DF))
-        y_RD = torch.cat(outputs)
+        y_RD = torch.cat([*outputs, torch.zeros_like(elsewhere_tD)])
         y_TKD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD).view(-1, top_k, x_TD.shape[1])
         return (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 

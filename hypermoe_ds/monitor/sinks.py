@@ -74,9 +74,9 @@ class CsvFiles:
         """Add one row to the file of each metric."""
         for name, value in scalars.items():
             path = self._folder / f"{name.replace('/', '_')}.csv"
-            rows = [[step, value]] if path.exists() else [["step", name.rpartition("/")[2]], [step, value]]
+            header = [] if path.exists() else [("step", name.rpartition("/")[2])]
             with path.open("a", newline="") as file:
-                csv.writer(file).writerows(rows)
+                csv.writer(file).writerows([*header, (step, value)])
 
 
 class Sinks:

@@ -1,11 +1,13 @@
 """The one place where DeepSpeed is started and given the model."""
 
+import io
 import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -137,13 +139,14 @@ def build_engine(
     if train.activation_checkpointing:
         model.activation_checkpointing_enable()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, optimizer.weight_decay),
-        optimizer=lambda groups: _adamw(configure_moe_param_groups(groups), optimizer, offload),
-        lr_scheduler=lambda basic: build_schedule(basic, schedule, train.steps),
-        config=ds_config,
-    )
+    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, some 25 lines
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, optimizer.weight_decay),
+            optimizer=lambda groups: _adamw(configure_moe_param_groups(groups), optimizer, offload),
+            lr_scheduler=lambda basic: build_schedule(basic, schedule, train.steps),
+            config=ds_config,
+        )
     if config.router_dtype == "fp32":
         _compute_router_in_fp32(model)
     overlap_hyper_experts(model, parallel.overlap_hyper_experts)

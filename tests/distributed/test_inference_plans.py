@@ -82,6 +82,16 @@ def test_a_model_split_over_two_ranks_gives_the_logits_and_text_of_the_whole(nam
         assert torch.equal(rank["text"], text)
 
 
+def test_a_model_with_half_of_the_experts_on_each_rank_gives_the_logits_of_the_whole(tmp_path: Path) -> None:
+    settings = {"first_dense_layers": 1, "shared_expert_size": 12}
+    model, ids = saved(settings, tmp_path), torch.randint(0, 61, (2, 9))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    for (rank,) in run_on_ranks(2, load_and_run, [tmp_path], ids, {"tp_size": 2, "ep_size": 2}):
+        assert torch.allclose(rank["logits"], expected, atol=1e-5)
+        assert {f"model.layers.1.{name}" for name in EXPERTS} < set(rank["split"])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_rank_holds_half_of_the_attention_of_all_swiglus_and_of_the_embeddings(name: str, runs: Any) -> None:
     _, first, second = CASES[name]

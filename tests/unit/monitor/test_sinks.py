@@ -159,7 +159,8 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch
 
 
 def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path) -> None:
-    written = sinks(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    written = sinks(tmp_path / "run", tensorboard=False)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(MachineError, match=r"/run/metrics\.jsonl: cannot be written \(No such file or directory\)$"):
         written.write(1, {"loss": 1.0})
