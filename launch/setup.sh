@@ -119,7 +119,9 @@ communication_is_compiled() { [ -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/dee
 
 compile_communication() {
     PATH="$venv/bin:$PATH" DS_ACCELERATOR=cpu "$python" -c \
-        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder; Builder().load()'
+        'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
+from hypermoe_ds.training.operators import without_stale_locks
+with without_stale_locks(): Builder().load()'
 }
 
 install() {

@@ -11,7 +11,6 @@ from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,7 +22,6 @@ from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.cpp_extension import get_default_build_root
 
 from hypermoe_ds.data.loader import signal_when_parent_ends
 from hypermoe_ds.errors import MachineError, UserError, local_rank
@@ -32,6 +30,7 @@ from hypermoe_ds.modeling.moe import Fp32Gate
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
 from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 from hypermoe_ds.parallel.topology import ParallelConfig
+from hypermoe_ds.training.operators import operators_folder, without_stale_locks
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -59,6 +58,7 @@ def start_ranks(timeout: float = 1800) -> tuple[int, int]:
     _name_ranks()
     launched = os.environ.get("WORLD_SIZE")
     get_accelerator().set_device(local_rank())
+    _load_communication()
     try:
         deepspeed.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
@@ -98,6 +98,14 @@ def _set_up_libraries() -> None:
         os.environ.setdefault(cache, "128")
     # DeepSpeed 0.19.8 calls it on every rank and step; torch 2.13 says each time that it has a new name.
     warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
+
+
+def _load_communication() -> None:
+    """Load the operator that DeepSpeed's process groups use on CPU, before ranks wait for each other."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        with without_stale_locks():
+            builder.load()
 
 
 def _name_ranks() -> None:
@@ -178,15 +186,16 @@ def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: bool) -> Optimizer:
     """Fused AdamW on the device, or DeepSpeed's where the optimizer's state lives in host memory."""
     arguments: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
-    kind = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else partial(torch.optim.AdamW, fused=True)
     if offload:
         _announce_compilation("cpu_adam", "DeepSpeed's Adam for the host")
-    adamw: Optimizer = kind(groups, **arguments)
-    return adamw
+        with without_stale_locks():
+            on_host: Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
+        return on_host
+    return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
 def _announce_compilation(operator: str, name: str) -> None:
     """Log a line where DeepSpeed is about to compile an operator, for it prints none."""
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    folder = operators_folder()
     if not installed_ops.get(operator, False) and not any(folder.rglob(f"{operator}.so")):
         _LOGGER.info("compiling %s, once for this environment: one to five minutes, in %s", name, folder)
