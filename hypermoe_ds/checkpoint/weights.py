@@ -112,10 +112,14 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
         UserError: no such checkpoint, or one that is not whole or of another model.
     """
     with open_weights(run, step) as weights:
-        model = skeleton(weights.config)
-        tensors = {name: weights.read(name) for name in weights.shapes}
-    if weights.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        return model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
+
+
+def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
+    """Build a model of tensors that are not copied, each under its name in the Transformers model."""
+    model = skeleton(config)
+    if config.tie_word_embeddings:
+        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model

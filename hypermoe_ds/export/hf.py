@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from hypermoe_ds.checkpoint.hf_folder import CONFIG, INDEX, read_hypermoe_config, read_json
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.sources import check_step
-from hypermoe_ds.checkpoint.weights import load_model
+from hypermoe_ds.checkpoint.weights import load_model, model_of
 from hypermoe_ds.data.output import check_output, check_room, scratch_beside
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
@@ -124,12 +124,7 @@ def read_model(folder: Path) -> HyperMoEForCausalLM:
             of its config.json.
     """
     weights = read_folder(folder, read_hypermoe_config(folder))
-    model = skeleton(weights.config)
-    tensors = {name: weights.read(name) for name in weights.shapes}
-    if weights.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
+    model = model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
     if (folder / _GENERATION).exists():
         _take_control_tokens(model, folder)
     return model
