@@ -165,15 +165,15 @@ def model_fields(config: HyperMoEConfig) -> dict[str, Any]:
 
 
 def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
-    """Compare the fields of two models.
+    """Compare the fields of two models. A field that the run's lacks, because it is newer, is not compared.
 
     Raises:
         UserError: the first one of ours that differs from the run's.
     """
     for key in ours:
-        if ours[key] != theirs.get(key):
+        if key in theirs and ours[key] != theirs[key]:
             raise UserError(
                 f"model.{key}={ours[key]!r}",
-                f"{run} is the run of another model (there it is {theirs.get(key)!r})",
+                f"{run} is the run of another model (there it is {theirs[key]!r})",
                 "choose another run.dir or the model of that run",
             )

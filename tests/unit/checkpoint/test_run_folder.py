@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.run_folder import RunFolder, model_fields, refuse_other_model
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -93,6 +93,14 @@ def test_another_model_is_refused_by_the_name_of_the_field(
     expected = f"model.{field}={value!r}: {run.path} is the run of another model (there it is {there!r}); "
     with pytest.raises(UserError, match=re.escape(expected)):
         run.check_same_model(HyperMoEConfig(**{**FIELDS, field: value}))
+
+
+def test_a_field_that_is_newer_than_a_checkpoint_is_not_compared_with_it(tmp_path: Path) -> None:
+    now = model_fields(HyperMoEConfig(**FIELDS))
+    before = {key: value for key, value in now.items() if key != "router_dtype"}
+    refuse_other_model(now, before, tmp_path)
+    with pytest.raises(UserError, match=r"model.num_experts=4: .* is the run of another model \(there it is 8\)"):
+        refuse_other_model(now, {**before, "num_experts": 8}, tmp_path)
 
 
 def test_the_same_model_may_go_on(run: RunFolder) -> None:
