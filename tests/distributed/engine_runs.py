@@ -11,6 +11,7 @@ from small_runs import (
     CLIP,
     EPSILON,
     GLOBAL_BATCH,
+    LAST_RATE,
     LEARNING_RATE,
     SEED,
     STEPS,
@@ -59,12 +60,12 @@ def ds_config_of(layout: Layout) -> dict[str, Any]:
 
 
 def engine_of(layout: Layout, steps: int = STEPS) -> Any:
-    """An engine whose learning rate falls to zero after `steps`."""
+    """An engine whose learning rate falls to `LAST_RATE` of the first in step `steps`."""
     wake_hypernetwork()
     if layout.form is not None:
         hyper_experts.cheaper_form = lambda *_: layout.form  # this process runs nothing else
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
-    schedule = ScheduleConfig(name="linear")
+    schedule = ScheduleConfig(name="linear", min_lr_ratio=LAST_RATE)
     train = train_config(layout, steps)
     return build_engine(model_config(layout), ds_config_of(layout), optimizer, schedule, train, ParallelConfig())
 

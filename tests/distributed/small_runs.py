@@ -48,6 +48,7 @@ STEPS = 4
 GLOBAL_BATCH = 8
 MOST_RANKS = 4
 LEARNING_RATE = 1e-2
+LAST_RATE = 0.2  # of the last step, relative to the first
 WEIGHT_DECAY = 0.1
 EPSILON = 1e-6  # above the rounding of the gradients, which Adam would else magnify
 CLIP = 0.8  # some steps are clipped and some are not
@@ -174,7 +175,7 @@ def _plain_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> PlainRun:
         _note_routing(run, outputs, network.config.num_experts)
         run.routing.append(joined([routing_of(output) for output in outputs]))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - number / STEPS)
+            group["lr"] = LEARNING_RATE * (1 - (1 - LAST_RATE) * number / (STEPS - 1))
         optimizer.step()
     run.last_logits = _probe(network)
     run.parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
