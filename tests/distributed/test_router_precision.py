@@ -38,7 +38,7 @@ def routed_on_rank(layouts: list[Layout]) -> list[Routed]:
         plain = HyperMoEForCausalLM(model_config(layout)).to(torch.bfloat16)
         parallel = routing_of(engine.module, rank)
         engine.train()
-        losses = [loss for loss, _ in steps_on(engine, batches_of_rank(layout, rank), STEPS)]
+        losses = [step.loss for step in steps_on(engine, batches_of_rank(layout, rank), STEPS)]
         results.append((parallel, routing_of(plain, rank), losses))
     return results
 

@@ -108,7 +108,8 @@ CASES = {
         ("train.global_batch_size=7",),
     ),
     "vocabulary too small": Bad(
-        ("train: has 500 token ids and the model 64", "set model.vocab_size to 500 or more"), ("model.vocab_size=64",)
+        ("has token ids up to 499 and the model 64 embeddings", "set model.vocab_size to 500 or more"),
+        ("model.vocab_size=64",),
     ),
     "token ids beyond the vocabulary": Bad(
         ("large: has 600 token ids and the model 512", "set model.vocab_size to 600 or more"),

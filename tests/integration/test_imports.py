@@ -138,7 +138,7 @@ def test_an_upcycled_model_learns(corpus: TokenisedCorpus, tmp_path: Path) -> No
 
 BAD = {
     "dense": ("--checkpoint LLAMA --output new", "model_type='llama': is dense; give --upcycle --experts N --top-k K"),
-    "no folder": ("--checkpoint none --output new", "config.json: is missing"),
+    "no folder": ("--checkpoint none --output new", "none: is no folder"),
     "taken": ("--checkpoint LLAMA --output TAKEN", "TAKEN: exists already"),
     "half of an option": (
         "--checkpoint LLAMA --output new --upcycle --experts 4",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hypermoe_ds.config import LARGEST_COUNT
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import SwiGLU
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -48,7 +49,7 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
     """
     config = HyperMoEConfig(**{**settings["model"], "hypernetwork": side in ("hypermoe", "per_token")})
     train = TrainConfig(
-        steps=2**31,
+        steps=LARGEST_COUNT,
         micro_batch_size=settings["micro_batch_size"],
         global_batch_size=settings["micro_batch_size"] * settings["accumulation"] * world_size,
         precision=settings["precision"],
