@@ -33,7 +33,7 @@ _REMEDY = "choose another checkpoint"
 _PACKAGES = ("hypermoe-ds", "torch", "deepspeed", "transformers")
 
 
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
 FileName = Annotated[str, Field(strict=True, pattern=r"^shard_[0-9]{5,9}\.safetensors$")]
 Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]

@@ -128,6 +128,10 @@ def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key:
             assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
+def test_ranks_are_given_a_second_to_meet(recipe: Path) -> None:
+    assert refusal(recipe, "train.collective_timeout=0.9").startswith("train.collective_timeout=0.9: is not valid")
+
+
 def test_there_are_numbers_of_every_section() -> None:
     sections = {key.partition(".")[0] for key in NUMBERS}
     assert sections == RunConfig.model_fields.keys() - {"run"}
