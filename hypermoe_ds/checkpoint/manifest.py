@@ -187,7 +187,7 @@ class Manifest:
         Raises:
             ValueError: they do not fit.
         """
-        if len(set(self.kinds)) < len(self.kinds):
+        if len(set(self.kinds)) < len(self.kinds) or "weight" not in self.kinds:
             raise ValueError(f"kinds {self.kinds}")
         if not all(isinstance(self.state.get(part, {}), dict) for part in ("run", "engine", "model")):
             raise ValueError("a part of its state is no object")

@@ -232,6 +232,7 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
         (["step"], "3", "step: Input should be a valid integer"),
         (["state", "run"], 3, "a part of its state is no object"),
         (["kinds"], ["weight", "weight"], "kinds "),
+        (["kinds"], ["exp_avg"], "kinds "),
         (
             ["files", "../shard_00000.safetensors"],
             FILE,
