@@ -82,14 +82,26 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
+# Smallest value of a number where that is not 0; DeepSpeed itself fails late, or computes something else, below it.
+_LEAST: Mapping[str, float] = MappingProxyType(
+    {
+        "reduce_bucket_size": 1,
+        "allgather_bucket_size": 1,
+        "sub_group_size": 1,
+        "gradient_predivide_factor": 1e-6,
+        "module_depth": -1,  # all
+    }
+)
+_MOST: Mapping[str, float] = MappingProxyType({"ratio": 1})
+_LARGEST = 10**15
 
 
 def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Read and check a file of ds_configs/.
 
     Raises:
-        UserError: unreadable, not JSON, nested too deeply, an unknown key or wrong type at any depth,
-            or a key that the recipe owns.
+        UserError: unreadable, not JSON, nested too deeply, an unknown key, wrong type or number out of range at any
+            depth, or a key that the recipe owns.
     """
     try:
         return _load(path)
@@ -133,6 +145,9 @@ def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str,
             _check_keys(value, kind, path, f"{prefix}{key}.")
         elif not _fits(value, kind):
             raise UserError(f"{where}={value!r}", f"is no {kind.__name__}", f"give a {kind.__name__}")
+        elif kind in (int, float) and not _LEAST.get(key, 0) <= value <= _MOST.get(key, _LARGEST):  # NaN too
+            remedy = f"give {_LEAST.get(key, 0)} to {_MOST.get(key, _LARGEST):g}"
+            raise UserError(f"{where}={value!r}", "is out of range", remedy)
 
 
 def _fits(value: object, kind: type) -> bool:

@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: every number has one owner, and nothing is passed on that is not understood."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,15 @@ def test_a_value_of_another_type_is_refused(path: tuple[str, ...], tmp_path: Pat
         assert text == f": {'.'.join(path)}={value!r}: is no {kind.__name__}; give a {kind.__name__}"
     assert "is no" in refusal(tmp_path, nested(path, None))
     assert "is no" in refusal(tmp_path, nested(path, {"enabled": True}))
+
+
+@pytest.mark.parametrize("path", [path for path, kind in LEAVES.items() if kind in (int, float)], ids=".".join)
+def test_a_number_out_of_range_is_refused(path: tuple[str, ...], tmp_path: Path) -> None:
+    values: list[float] = [-2, 10**30, *([1.5] if path[-1] == "ratio" else [])]
+    if LEAVES[path] is float:
+        values += [math.nan, math.inf]
+    for value in values:
+        assert f"{path[-1]}={value!r}: is out of range; give " in refusal(tmp_path, nested(path, value))
 
 
 def test_a_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
