@@ -234,6 +234,24 @@ def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("zero", "others", "says"),
+    [
+        ({"offload_optimizer": {"device": "cuda:7"}}, {}, "zero_optimization.offload_optimizer.device=cuda:7: is unk"),
+        ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: cannot be saved"),
+        ({"offload_param": {"device": "cpu"}}, {}, "offload_param.device=cpu: has no effect under stage 2; take stage"),
+        ({"allgather_bucket_size": 3}, {}, "zero_optimization.allgather_bucket_size=3: is odd"),
+        ({}, {"gradient_predivide_factor": 4.0}, "does not go with reduce_scatter"),
+        ({}, {"prescale_gradients": True}, "does not go with reduce_scatter"),
+    ],
+)
+def test_what_deepspeed_ignores_or_ends_in_a_traceback_for_is_refused(
+    zero: dict[str, Any], others: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        merge({"zero_optimization": {"stage": 2, **zero}, **others}, train(), MODEL, 1, world_size=1)
+
+
+@pytest.mark.parametrize(
     ("precision", "micro_batch", "given", "expected"),
     [
         ("bf16", 2, {}, "fp32"),
