@@ -180,7 +180,7 @@ def _check_data_types(ds_json: Mapping[str, Any], precision: str) -> None:
         raise UserError(f"communication_data_type={communicate}", "is unknown", "set it to fp32, bf16 or fp16")
 
 
-def _check_zero(ds_json: Mapping[str, Any], stage: int) -> None:
+def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
     """Refuse what DeepSpeed 0.19.8 ends in a traceback for, or ignores."""
     zero = ds_json["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
@@ -192,12 +192,14 @@ def _check_zero(ds_json: Mapping[str, Any], stage: int) -> None:
             raise UserError(where, "is unknown", "set it to cpu or none")
         if part == "offload_param" and device == "cpu" and stage != 3:
             raise UserError(where, f"has no effect under stage {stage}", "take stage 3, or leave it out")
-    if stage == 3 or not zero.get("reduce_scatter", True):
-        return
-    if ds_json.get("prescale_gradients") or ds_json.get("gradient_predivide_factor", 1) != 1:
+    scatter = zero.get("reduce_scatter", True)
+    if stage == 2 and not scatter and moe:
+        where = "zero_optimization.reduce_scatter=false"
+        raise UserError(where, "does not go with a Mixture of Experts under stage 2", "leave it out")
+    if scatter and (ds_json.get("prescale_gradients") or ds_json.get("gradient_predivide_factor", 1) != 1):
         where = "prescale_gradients or gradient_predivide_factor"
-        raise UserError(where, "does not go with reduce_scatter", "set zero_optimization.reduce_scatter to false")
-    if zero.get("allgather_bucket_size", 2) % 2:
+        raise UserError(where, "does not go with zero_optimization.reduce_scatter", "leave them out")
+    if scatter and stage != 3 and zero.get("allgather_bucket_size", 2) % 2:
         where = f"zero_optimization.allgather_bucket_size={zero['allgather_bucket_size']}"
         raise UserError(where, "is odd", "give an even number")
 
@@ -218,7 +220,7 @@ def merge(
     if stage not in (1, 2, 3):
         # Seen with DeepSpeed 0.19.8: without ZeRO the clip norm depends on EP (0.563 and 0.551).
         raise UserError(f"zero_optimization.stage={stage}", "is not supported", "set it to 1, 2 or 3")
-    _check_zero(ds_json, stage)
+    _check_zero(ds_json, stage, bool(model.moe_layers))
     if model.moe_layers:
         check_expert_parallel(expert_parallel_size, model.num_experts, world_size)
     accumulation = gradient_accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)

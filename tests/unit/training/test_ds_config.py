@@ -240,8 +240,9 @@ def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> Non
         ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: cannot be saved"),
         ({"offload_param": {"device": "cpu"}}, {}, "offload_param.device=cpu: has no effect under stage 2; take stage"),
         ({"allgather_bucket_size": 3}, {}, "zero_optimization.allgather_bucket_size=3: is odd"),
-        ({}, {"gradient_predivide_factor": 4.0}, "does not go with reduce_scatter"),
-        ({}, {"prescale_gradients": True}, "does not go with reduce_scatter"),
+        ({"reduce_scatter": False}, {}, "reduce_scatter=false: does not go with a Mixture of Experts under stage 2"),
+        ({}, {"gradient_predivide_factor": 4.0}, "does not go with zero_optimization.reduce_scatter"),
+        ({"stage": 3}, {"prescale_gradients": True}, "does not go with zero_optimization.reduce_scatter"),
     ],
 )
 def test_what_deepspeed_ignores_or_ends_in_a_traceback_for_is_refused(
