@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from pydantic import Field, create_model
 
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
-from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
+from hypermoe_ds.config import PathText, Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
@@ -33,7 +33,7 @@ _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "b
 class RunSection(Settings):
     """Where the run lives."""
 
-    dir: str = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
+    dir: PathText = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
 
 
 class _Declared(NamedTuple):

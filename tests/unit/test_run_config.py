@@ -128,6 +128,15 @@ def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key:
             assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
+@pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "data.cache", "data.train.prefix"])
+@pytest.mark.parametrize("value", ["''", '"a\\0b"', "x" * 256, "x/" * 2100])
+def test_what_cannot_be_a_path_is_refused(recipe: Path, key: str, value: str) -> None:
+    if key == "data.train.prefix":
+        assert "data.train.0.prefix=" in refusal(recipe, f"data.train=[{{prefix: {value}}}]")
+    else:
+        assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+
+
 def test_ranks_are_given_a_second_to_meet(recipe: Path) -> None:
     assert refusal(recipe, "train.collective_timeout=0.9").startswith("train.collective_timeout=0.9: is not valid")
 
