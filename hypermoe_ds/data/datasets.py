@@ -289,6 +289,9 @@ def _cache_errors(cache: str) -> Iterator[None]:
         raise
     except Exception as error:  # under torch.distributed megatron-core wraps the OSError in a bare Exception
         cause = error.__cause__ or error
+        if isinstance(cause, MemoryError):
+            problem = f"the index of so many samples does not fit into memory ({cause})"
+            raise UserError("train.steps", problem, "lower it or train.global_batch_size") from error
         if isinstance(cause, FileNotFoundError):
             remedy = "set data.cache to a folder that all nodes see"
         elif isinstance(cause, (OSError, EOFError, ValueError, pickle.UnpicklingError)):

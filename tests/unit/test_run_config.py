@@ -259,6 +259,15 @@ def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
     assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
 
 
+@pytest.mark.parametrize(
+    "override", ["train.skip_samples=[[0, 1000000000000000000]]", "train.global_batch_size=1000000000"]
+)
+def test_more_samples_than_an_index_can_have_are_refused(recipe: Path, override: str) -> None:
+    config = load_run_config(recipe, [override, "train.steps=100"])
+    with pytest.raises(UserError, match=r"^train\.steps=100: with .* needs [0-9,]+ samples; stay below 10,000,000,000"):
+        config.samples(TrainState())
+
+
 def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: None)
     assert refusal(recipe, "monitor.wandb_project=p") == (
