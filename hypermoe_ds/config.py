@@ -2,13 +2,14 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from hypermoe_ds.errors import UserError
 
@@ -21,6 +22,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _check_path(text: str) -> str:
+    if not text:
+        raise ValueError("It is empty")  # the working directory, for pathlib
+    if (
+        "\0" in text
+        or len(os.fsencode(text)) > _LONGEST_PATH
+        or any(len(os.fsencode(name)) > _LONGEST_NAME for name in text.split("/"))
+    ):
+        raise ValueError("It cannot be the path of a file")
+    return text
+
+
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
+PathText = Annotated[str, AfterValidator(_check_path)]
 Section = TypeVar("Section", bound=Settings)
 
 _MOST_VALUES = 100_000  # of one file: nested aliases write out exponentially many

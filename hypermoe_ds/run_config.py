@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from pydantic import Field, create_model
 
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
-from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, validate
+from hypermoe_ds.config import PathText, Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _VOCABULARY_MULTIPLE = 128  # products with the embeddings are fastest on GPUs in multiples of it
 
+# At 8 bytes each their index takes 80 GB; beyond, megatron-core counts epochs one by one for hours.
+_MOST_SAMPLES = 10**10
+
 # The tokenizer's, generation's or the export's.
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
@@ -33,7 +36,7 @@ _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "b
 class RunSection(Settings):
     """Where the run lives."""
 
-    dir: str = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
+    dir: PathText = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
 
 
 class _Declared(NamedTuple):
@@ -125,7 +128,8 @@ class RunConfig(Settings):
         The steps taken may have had other batch sizes.
 
         Raises:
-            UserError: a stretch of `train.skip_samples` begins after the last sample.
+            UserError: a stretch of `train.skip_samples` begins after the last sample, or there are more samples than an
+                index of them can have.
         """
         to_come = max(self.train.steps - state.step, 0) * self.train.global_batch_size
         end = self.left_out.after(state.consumed_samples, to_come) if to_come else state.consumed_samples
@@ -133,6 +137,9 @@ class RunConfig(Settings):
             if first >= end:
                 problem = f"begins after the run's last sample, {end - 1}"
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
+        if end > _MOST_SAMPLES:
+            problem = f"with train.global_batch_size and train.skip_samples needs {end:,} samples"
+            raise UserError(f"train.steps={self.train.steps}", problem, f"stay below {_MOST_SAMPLES:,}")
         return end
 
     def architecture(self) -> "HyperMoEConfig":

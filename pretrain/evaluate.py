@@ -3,13 +3,19 @@
 import argparse
 from pathlib import Path
 
+from hypermoe_ds.config import LARGEST_COUNT
 from hypermoe_ds.data.output import check_input
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.errors import UserError, one_line_errors
 
 
 def main() -> None:
     """Arguments and wiring."""
     arguments = parse_arguments()
+    for option in ("sequence_length", "micro_batch_size"):
+        value = getattr(arguments, option)
+        if value is not None and not 1 <= value <= LARGEST_COUNT:
+            where = f"--{option.replace('_', '-')}={value}"
+            raise UserError(where, "is not a possible number", f"give 1 to {LARGEST_COUNT}")
     check_input(arguments.checkpoint)
     import torch
     from tqdm import tqdm

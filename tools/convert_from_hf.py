@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Arguments and wiring."""
     given = parse_arguments()
+    if not 0 <= given.seed < 2**32:
+        raise UserError(f"--seed={given.seed}", "is not a possible seed", "give 0 to 4294967295")
     check_output(given.output)
     check_input(given.checkpoint)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)

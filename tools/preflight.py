@@ -170,6 +170,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.mebibytes < 1:
         raise UserError(f"--mebibytes={arguments.mebibytes}", "is too little to measure", "give 1 or more")
+    if not arguments.least >= 0:  # NaN too
+        raise UserError(f"--least={arguments.least}", "is no bandwidth", "give GB/s, 0 or more")
     return arguments
 
 

@@ -33,7 +33,7 @@ _REMEDY = "choose another checkpoint"
 _PACKAGES = ("hypermoe-ds", "torch", "deepspeed", "transformers")
 
 
-Count = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
 FileName = Annotated[str, Field(strict=True, pattern=r"^shard_[0-9]{5,9}\.safetensors$")]
 Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
@@ -187,7 +187,7 @@ class Manifest:
         Raises:
             ValueError: they do not fit.
         """
-        if len(set(self.kinds)) < len(self.kinds):
+        if len(set(self.kinds)) < len(self.kinds) or "weight" not in self.kinds:
             raise ValueError(f"kinds {self.kinds}")
         if not all(isinstance(self.state.get(part, {}), dict) for part in ("run", "engine", "model")):
             raise ValueError("a part of its state is no object")

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 from hypermoe_ds.data.settings import DataConfig, DataSource
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
-from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer, sha256_of
+from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer, sha256_of, vocabulary_file
 from hypermoe_ds.errors import UserError
 
 _VALIDATION_SEED = 0
@@ -111,6 +111,8 @@ def _check_tokenizer(folder: str, tokenizer: Any, source: DataSource, metadata: 
     problem = f"was made with another tokenizer than {folder}"
     if not path.is_file():
         problem += f", which has no {metadata.tokenizer_file}"
+    elif (read := vocabulary_file(folder).name) != metadata.tokenizer_file:
+        problem += f", which is read from its {read} and not from {metadata.tokenizer_file}"
     elif sha256_of(path) != metadata.tokenizer_sha256:
         problem += f", whose {metadata.tokenizer_file} differs"
     elif (len(tokenizer), tokenizer.eos_token_id) != (metadata.vocab_size, metadata.eos_id):
@@ -287,6 +289,9 @@ def _cache_errors(cache: str) -> Iterator[None]:
         raise
     except Exception as error:  # under torch.distributed megatron-core wraps the OSError in a bare Exception
         cause = error.__cause__ or error
+        if isinstance(cause, MemoryError):
+            problem = f"the index of so many samples does not fit into memory ({cause})"
+            raise UserError("train.steps", problem, "lower it or train.global_batch_size") from error
         if isinstance(cause, FileNotFoundError):
             remedy = "set data.cache to a folder that all nodes see"
         elif isinstance(cause, (OSError, EOFError, ValueError, pickle.UnpicklingError)):

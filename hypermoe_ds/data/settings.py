@@ -4,13 +4,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from hypermoe_ds.config import LARGEST_COUNT, Settings
+from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings
 
 
 class DataSource(Settings):
     """Token files and their share of the training samples."""
 
-    prefix: str = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
+    prefix: PathText = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -26,13 +26,13 @@ class DataConfig(Settings):
     train: list[DataSource] = Field(min_length=1, description="sources of the training samples")
     valid: list[DataSource] = Field(default=[], description="sources of the validation samples; empty: none")
     sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens in a sample")
-    tokenizer: str = Field(description="Hugging Face tokenizer folder that the token files were made with")
+    tokenizer: PathText = Field(description="Hugging Face tokenizer folder that the token files were made with")
     # tiny-10m on two ranks and 2 cores, three times in turn: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2.
     # Steps of 30 ms are some 10 % slower with 2; a GPU, whose host launches kernels, is what it is for.
     workers: int = Field(
         default=2, ge=0, le=1024, description="processes per rank that load samples; 0: the rank itself"
     )
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         default=None,
         description="folder for the indices of the samples, visible to all nodes; "
         "null means `cache` beside the files of the first training source",

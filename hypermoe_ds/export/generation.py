@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from transformers import set_seed
 
-from hypermoe_ds.config import Settings
+from hypermoe_ds.config import LARGEST_COUNT, Settings
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 
 
@@ -14,10 +14,10 @@ class SamplingConfig(Settings):
     """How a text is continued."""
 
     prompt: str = Field(min_length=1, description="text to continue")
-    max_new_tokens: int = Field(128, ge=1, description="most tokens to add")
+    max_new_tokens: int = Field(128, ge=1, le=LARGEST_COUNT, description="most tokens to add")
     temperature: float = Field(0.8, ge=0, description="0 takes the likeliest token")
     top_p: float = Field(0.95, gt=0, le=1, description="probability mass to sample from")
-    seed: int = Field(0, ge=0, description="seed of the sampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the sampling")
 
 
 def continue_text(model: HyperMoEForCausalLM, tokenizer: Any, sampling: SamplingConfig) -> str:

@@ -84,7 +84,7 @@ def shard_bytes_of(size: str) -> int:
     Raises:
         UserError: it is no such size.
     """
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,12})\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
         raise UserError(f"--max-shard-size={size}", "is no size", "give a number and a unit, such as 200MB or 5GB")
     return int(match[1]) * _UNITS[match[2].upper()]

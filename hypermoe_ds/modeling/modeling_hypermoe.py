@@ -269,7 +269,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         ahead = iter(self._generate_ahead(x_BSD, kept))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         hidden, attentions, logits, selected, norms = [], [], [], [], []
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` runs the first ones alone
             if output_hidden_states:
                 hidden.append(x_BSD)
             x_BSD, weights_BhSS, logits_TN, selected_TK, layer_norms = layer(
@@ -432,16 +432,22 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             loss = lm_loss + len(routing) * weighted
         if num_items is not None:
             count = (labels_BS != -100).sum()
-            share = count / torch.as_tensor(num_items, device=count.device)
-            # The mean over no label is NaN.
+            # The mean over no label is NaN, and 0 / 0 too, also in the gradients.
+            share = count / torch.as_tensor(num_items, device=count.device).clamp_min(1)
             loss, lm_loss = ((mean * share).masked_fill(count == 0, 0) for mean in (loss, lm_loss))
         return losses | {"loss": loss, "lm_loss": lm_loss}
 
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
-        """Mean cross-entropy, of the logits where there are any."""
-        if logits_BSV is None:
+        """Mean cross-entropy, of the logits where there are any.
+
+        Without them only the model's own projection computes the loss: one in an adapter would pass the labels on to
+        the projection inside and add its own part to the loss.
+        """
+        if logits_BSV is None and isinstance(self.lm_head, LMHead):
             chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
             return chunked
+        if logits_BSV is None:
+            logits_BSV = self.lm_head(hidden_BSD)
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=-100)
 
     def _routing_losses(self, routing: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:

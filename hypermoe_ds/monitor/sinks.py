@@ -1,7 +1,6 @@
 """Where a run's numbers go: the console, metrics.jsonl, TensorBoard, Weights & Biases and CSV files."""
 
 import csv
-import io
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from hypermoe_ds.errors import MachineError
+from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.summary import read_records
@@ -63,12 +62,12 @@ class CsvFiles:
     def drop_after(self, step: int) -> None:
         """Remove rows of steps that a resumed run will take again, repeated headers and a row that was cut off."""
         for path in self._folder.glob("*.csv"):
-            with path.open(newline="") as file:
-                header, *rows = list(csv.reader(file)) or [["step", path.stem]]
-            kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
-            text = io.StringIO(newline="")
-            csv.writer(text).writerows([header, *kept])
-            write_whole(path, text.getvalue())
+            # Not by a CSV reader, which fails on damaged files: bytes of no encoding, fields of megabytes.
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            header, *rows = [line.split(",") for line in lines] or [[]]
+            header = header if len(header) == 2 and header[0] == "step" else ["step", path.stem]
+            kept = [row for row in rows if len(row) == 2 and row[0].isdecimal() and int(row[0]) <= step]
+            write_whole(path, "".join(f"{','.join(row)}\r\n" for row in [header, *kept]))
 
     def append(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add one row to the file of each metric."""
@@ -87,6 +86,9 @@ class Sinks:
         run_dir: the run folder.
         rank: this rank.
         resumed_step: step of the checkpoint that the run continues from; what was logged after it is removed.
+
+    Raises:
+        UserError: what an earlier launch logged cannot be read or written.
     """
 
     def __init__(self, config: MonitorConfig, run_dir: Path, rank: int, resumed_step: int) -> None:
@@ -97,12 +99,16 @@ class Sinks:
         self._wandb: Any = None
         if not self._speaks:
             return
-        self._metrics.drop_after(resumed_step)
-        if config.tensorboard:
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
-        if config.csv:
-            self._tables = CsvFiles(run_dir / "csv")
-            self._tables.drop_after(resumed_step)
+        try:
+            self._metrics.drop_after(resumed_step)
+            if config.tensorboard:
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+            if config.csv:
+                self._tables = CsvFiles(run_dir / "csv")
+                self._tables.drop_after(resumed_step)
+        except OSError as error:
+            where, problem = str(error.filename or run_dir), f"cannot be read or written ({error.strerror})"
+            raise UserError(where, problem, "move it away, or make it writable") from None
         if config.wandb_project is not None:
             self._wandb = import_module("wandb").init(project=config.wandb_project)
 

@@ -1,5 +1,6 @@
 """What a run reached, read from its metrics."""
 
+import math
 import statistics
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
 
+_LOSSES = (int, float, type(None))  # null: no finite number
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -19,7 +22,7 @@ class RunSummary:
         step: last optimizer step on record.
         consumed_samples: sequences trained on.
         tokens_per_second: median over the records, all ranks together.
-        valid_loss: last validation loss in nats per token.
+        valid_loss: last validation loss in nats per token; NaN of a model that has diverged.
     """
 
     step: int
@@ -58,13 +61,17 @@ def summarize(metrics: Path) -> RunSummary:
     if not metrics.is_file():
         raise UserError(str(metrics), "no such file", "give the run folder of a run that has trained")
     records = read_records(metrics)
-    steps = [record for record in records if "tokens_per_second" in record]
-    validations = [record for record in records if "valid_loss" in record]
-    if not steps or not validations:
+    steps = [
+        record
+        for record in records
+        if type(record.get("tokens_per_second")) in (int, float) and type(record.get("consumed_samples")) is int
+    ]
+    losses = [record["valid_loss"] for record in records if type(record.get("valid_loss", "")) in _LOSSES]
+    if not steps or not losses:
         raise UserError(str(metrics), "holds no step or no validation", "train with data.valid to the end")
     return RunSummary(
         step=steps[-1]["step"],
         consumed_samples=steps[-1]["consumed_samples"],
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in steps),
-        valid_loss=validations[-1]["valid_loss"],
+        valid_loss=math.nan if losses[-1] is None else losses[-1],
     )

@@ -60,6 +60,8 @@ def record_launch(
 ) -> None:
     """Write `resolved/`; on a resume, print what changed since the last launch first.
 
+    Of a last launch that cannot be read, as after a power cut, one line is printed in the place of the changes.
+
     Args:
         run: the run folder.
         settings: the recipe as run.
@@ -69,8 +71,13 @@ def record_launch(
         say: prints a line.
     """
     if step and run.settings.is_file() and run.ds_config.is_file():
-        former = json.loads(run.ds_config.read_text())
-        for line in setting_changes(run.read_settings(), settings, former, ds_config, step):
+        try:
+            former = json.loads(run.ds_config.read_text())
+            lines = setting_changes(run.read_settings(), settings, former, ds_config, step)
+        except (UserError, OSError, ValueError, TypeError, AttributeError, RecursionError):
+            where = f"{run.settings} or {run.ds_config.name}"
+            lines = [f"warning: {where} is damaged: what changed since the last launch is unknown; both are replaced"]
+        for line in lines:
             say(line)
     run.write_settings(settings, ds_config, model, Path(settings["data"]["tokenizer"]))
 
@@ -101,7 +108,7 @@ def setting_changes(
         for key in {**before, **after}
         if before.get(key, "null") != after.get(key, "null")
     ]
-    with suppress(UserError, KeyError, TypeError):  # a folder whose settings do not hold a schedule
+    with suppress(UserError, KeyError, TypeError, ValueError):  # a folder whose settings do not hold a schedule
         lines += _rate_line(_Rates(old), _Rates(new), step)
     return lines
 

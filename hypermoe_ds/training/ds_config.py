@@ -82,14 +82,26 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
+# Smallest value of a number where that is not 0; DeepSpeed itself fails late, or computes something else, below it.
+_LEAST: Mapping[str, float] = MappingProxyType(
+    {
+        "reduce_bucket_size": 1,
+        "allgather_bucket_size": 1,
+        "sub_group_size": 1,
+        "gradient_predivide_factor": 1e-6,
+        "module_depth": -1,  # all
+    }
+)
+_MOST: Mapping[str, float] = MappingProxyType({"ratio": 1})
+_LARGEST = 10**15
 
 
 def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Read and check a file of ds_configs/.
 
     Raises:
-        UserError: unreadable, not JSON, nested too deeply, an unknown key or wrong type at any depth,
-            or a key that the recipe owns.
+        UserError: unreadable, not JSON, nested too deeply, an unknown key, wrong type or number out of range at any
+            depth, or a key that the recipe owns.
     """
     try:
         return _load(path)
@@ -133,6 +145,9 @@ def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str,
             _check_keys(value, kind, path, f"{prefix}{key}.")
         elif not _fits(value, kind):
             raise UserError(f"{where}={value!r}", f"is no {kind.__name__}", f"give a {kind.__name__}")
+        elif kind in (int, float) and not _LEAST.get(key, 0) <= value <= _MOST.get(key, _LARGEST):  # NaN too
+            remedy = f"give {_LEAST.get(key, 0)} to {_MOST.get(key, _LARGEST):g}"
+            raise UserError(f"{where}={value!r}", "is out of range", remedy)
 
 
 def _fits(value: object, kind: type) -> bool:
@@ -165,6 +180,30 @@ def _check_data_types(ds_json: Mapping[str, Any], precision: str) -> None:
         raise UserError(f"communication_data_type={communicate}", "is unknown", "set it to fp32, bf16 or fp16")
 
 
+def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
+    """Refuse what DeepSpeed 0.19.8 ends in a traceback for, or ignores."""
+    zero = ds_json["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        device = zero.get(part, {}).get("device", "none")
+        where = f"zero_optimization.{part}.device={device}"
+        if device == "nvme":
+            raise UserError(where, "cannot be saved", "set it to cpu")
+        if device not in ("none", "cpu"):
+            raise UserError(where, "is unknown", "set it to cpu or none")
+        if part == "offload_param" and device == "cpu" and stage != 3:
+            raise UserError(where, f"has no effect under stage {stage}", "take stage 3, or leave it out")
+    scatter = zero.get("reduce_scatter", True)
+    if stage == 2 and not scatter and moe:
+        where = "zero_optimization.reduce_scatter=false"
+        raise UserError(where, "does not go with a Mixture of Experts under stage 2", "leave it out")
+    if scatter and (ds_json.get("prescale_gradients") or ds_json.get("gradient_predivide_factor", 1) != 1):
+        where = "prescale_gradients or gradient_predivide_factor"
+        raise UserError(where, "does not go with zero_optimization.reduce_scatter", "leave them out")
+    if scatter and stage != 3 and zero.get("allgather_bucket_size", 2) % 2:
+        where = f"zero_optimization.allgather_bucket_size={zero['allgather_bucket_size']}"
+        raise UserError(where, "is odd", "give an even number")
+
+
 def merge(
     ds_json: Mapping[str, Any],
     train: TrainConfig,
@@ -181,9 +220,7 @@ def merge(
     if stage not in (1, 2, 3):
         # Seen with DeepSpeed 0.19.8: without ZeRO the clip norm depends on EP (0.563 and 0.551).
         raise UserError(f"zero_optimization.stage={stage}", "is not supported", "set it to 1, 2 or 3")
-    for part in ("offload_optimizer", "offload_param"):
-        if ds_json["zero_optimization"].get(part, {}).get("device") == "nvme":
-            raise UserError(f"zero_optimization.{part}.device=nvme", "cannot be saved", "set it to cpu")
+    _check_zero(ds_json, stage, bool(model.moe_layers))
     if model.moe_layers:
         check_expert_parallel(expert_parallel_size, model.num_experts, world_size)
     accumulation = gradient_accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size)

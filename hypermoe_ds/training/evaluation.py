@@ -1,6 +1,5 @@
 """Validation loss and perplexity."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss), infinite where a diverged loss is above 709."""
+        return torch.tensor(self.loss, dtype=torch.float64).exp().item()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class TrainConfig(Settings):
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
     collective_timeout: float = Field(
         1800,
-        gt=0,
+        ge=1,
         le=30 * 24 * 3600,
         description="seconds without progress of this rank after which a lost or hanging rank ends the job",
     )

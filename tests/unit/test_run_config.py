@@ -128,6 +128,19 @@ def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key:
             assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
+@pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "data.cache", "data.train.prefix"])
+@pytest.mark.parametrize("value", ["''", '"a\\0b"', "x" * 256, "x/" * 2100])
+def test_what_cannot_be_a_path_is_refused(recipe: Path, key: str, value: str) -> None:
+    if key == "data.train.prefix":
+        assert "data.train.0.prefix=" in refusal(recipe, f"data.train=[{{prefix: {value}}}]")
+    else:
+        assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+
+
+def test_ranks_are_given_a_second_to_meet(recipe: Path) -> None:
+    assert refusal(recipe, "train.collective_timeout=0.9").startswith("train.collective_timeout=0.9: is not valid")
+
+
 def test_there_are_numbers_of_every_section() -> None:
     sections = {key.partition(".")[0] for key in NUMBERS}
     assert sections == RunConfig.model_fields.keys() - {"run"}
@@ -244,6 +257,15 @@ def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; leave"):
         config.samples(TrainState())
     assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
+
+
+@pytest.mark.parametrize(
+    "override", ["train.skip_samples=[[0, 1000000000000000000]]", "train.global_batch_size=1000000000"]
+)
+def test_more_samples_than_an_index_can_have_are_refused(recipe: Path, override: str) -> None:
+    config = load_run_config(recipe, [override, "train.steps=100"])
+    with pytest.raises(UserError, match=r"^train\.steps=100: with .* needs [0-9,]+ samples; stay below 10,000,000,000"):
+        config.samples(TrainState())
 
 
 def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

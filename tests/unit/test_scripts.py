@@ -263,6 +263,25 @@ def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: st
     assert (result.returncode, result.stderr) == (2, told)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain/evaluate.py --checkpoint x --data x --micro-batch-size=0",
+        "pretrain/evaluate.py --checkpoint x --data x --sequence-length=0",
+        "pretrain/evaluate.py --checkpoint x --data x --sequence-length=-4",
+        f"tools/convert_from_hf.py --checkpoint x --output x --seed={2**70}",
+        "tools/convert_from_hf.py --checkpoint x --output x --seed=-1",
+        "tools/preflight.py --config x --deepspeed_config x --least=nan",
+        "tools/preflight.py --config x --deepspeed_config x --mebibytes=0",
+    ],
+)
+def test_a_number_that_no_tool_can_take_is_refused_by_its_option(command: str) -> None:
+    script, *words = command.split()
+    result = run_without_libraries(REPOSITORY / script, *words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {words[-1]}: is ")
+
+
 RECIPE = yaml.safe_load((REPOSITORY / "pretrain/recipes/quickstart.yaml").read_text())
 JSON = REPOSITORY / "ds_configs/zero1.json"
 

@@ -228,9 +228,11 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
         (["tensors"], None, "it has other keys"),
         (["unknown"], 1, "it has other keys"),
         (["step"], -1, "step: Input should be greater than or equal to 0"),
+        (["step"], 10**400, "step: Input should be less than 9223372036854775808"),
         (["step"], "3", "step: Input should be a valid integer"),
         (["state", "run"], 3, "a part of its state is no object"),
         (["kinds"], ["weight", "weight"], "kinds "),
+        (["kinds"], ["exp_avg"], "kinds "),
         (
             ["files", "../shard_00000.safetensors"],
             FILE,

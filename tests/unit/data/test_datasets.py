@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
+from hypermoe_ds.data.datasets import SequenceDataset, _cache_errors, build_datasets
 from hypermoe_ds.data.loader import build_loader
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.errors import UserError
@@ -269,3 +269,17 @@ def _build_apart(rank: int, store: Path, config: DataConfig, told: Any) -> None:
         build_datasets(config, 1, 60, None)
     except UserError as error:
         told.put(str(error))
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As megatron-core raises it under torch.distributed."""
+    error = Exception("failed")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("error", [MemoryError("bad_alloc"), wrapped(MemoryError("bad_alloc"))])
+def test_an_index_without_room_in_memory_is_refused(error: Exception) -> None:
+    says = r"^train\.steps: the index of so many samples does not fit into memory"
+    with pytest.raises(UserError, match=says), _cache_errors("cache"):
+        raise error

@@ -94,6 +94,19 @@ def test_the_same_vocabulary_in_a_folder_of_the_other_kind_is_another_tokenizer(
         check_sources(config.model_copy(update={"tokenizer": str(tmp_path / "saved")}), VOCAB)
 
 
+def test_a_second_vocabulary_that_transformers_reads_instead_is_another_tokenizer(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    load_tokenizer(config.tokenizer).save_pretrained(tmp_path / "both")
+    content = json.loads((tmp_path / "both" / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (tmp_path / "both" / "tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(Path(config.tokenizer) / "tokenizer.model", tmp_path / "both")
+    with pytest.raises(UserError, match=r", which is read from its tokenizer\.json and not from tokenizer\.model;"):
+        check_sources(config.model_copy(update={"tokenizer": str(tmp_path / "both")}), VOCAB)
+
+
 def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer: has token ids up to 999 and the model 999 embeddings; set model\.vocab_size to"

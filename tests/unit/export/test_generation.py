@@ -11,7 +11,15 @@ GOOD = {"prompt": "def", "max_new_tokens": 4, "temperature": 0.5, "top_p": 0.9, 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("prompt", ""), ("max_new_tokens", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_p", 3.0), ("seed", -1)],
+    [
+        ("prompt", ""),
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("top_p", 3.0),
+        ("seed", -1),
+        ("seed", 2**32),
+    ],
 )
 def test_what_cannot_be_sampled_is_refused_by_name(name: str, value: object) -> None:
     validate(SamplingConfig, GOOD, "arguments")

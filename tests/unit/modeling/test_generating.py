@@ -138,3 +138,9 @@ def test_padding_changes_no_loss_and_no_gradient(side: str) -> None:
     )
     assert padded == pytest.approx(alone, rel=1e-5)
     assert distance(gradient, expected) < 1e-4
+
+
+def test_a_draft_by_the_first_layers_does_not_change_the_text() -> None:
+    model, ids = build().eval(), tokens(1, 5)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, assistant_early_exit=1, **settings), model.generate(ids, **settings))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from model_references import build, distance, tokens
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,6 +188,15 @@ def test_a_model_without_logits_has_the_loss_and_gradients_of_one_with_them(tied
     assert ("lm_head.weight" in expected) != tied
     for name, gradient in gradients.items():
         assert distance(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("head", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_the_loss_of_an_adapted_projection_is_the_same_without_logits(head: dict[str, list[str]]) -> None:
+    lora = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False, **head})
+    model, ids = get_peft_model(build(tie_word_embeddings=False), lora), tokens(2, 9)
+    expected, output = (model(input_ids=ids, labels=ids, output_logits=given) for given in (True, False))
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected.loss)
 
 
 def test_logits_are_given_where_there_is_no_label() -> None:

@@ -72,10 +72,11 @@ def test_the_losses_of_parts_add_up_to_the_mean_over_all_tokens_and_weigh_routin
     assert torch.equal(model(**batch, num_items_in_batch=sum(counts)).loss, model(**batch).loss)
 
 
+@pytest.mark.parametrize("items", [7, 0])
 @pytest.mark.parametrize("output_logits", [True, False])
-def test_a_part_without_any_label_adds_zero_and_no_gradient(output_logits: bool) -> None:
-    model, ids = build(), tokens(1, 5)
-    output = model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=7, output_logits=output_logits)
+def test_a_part_without_any_label_adds_zero_and_no_gradient(output_logits: bool, items: int) -> None:
+    model, ids, labels = build(), tokens(1, 5), torch.full((1, 5), -100)
+    output = model(input_ids=ids, labels=labels, num_items_in_batch=items, output_logits=output_logits)
     output.loss.backward()
     assert output.loss.item() == output.lm_loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())

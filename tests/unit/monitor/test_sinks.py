@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hypermoe_ds.errors import MachineError
+from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.sinks import MetricsFile, Sinks, step_line
 
@@ -125,6 +125,23 @@ def test_a_csv_row_that_was_cut_off_and_headers_within_are_dropped(tmp_path: Pat
         "4,4.5",
     ]
     assert (tmp_path / "csv" / "train_lr.csv").read_text().split()[1:] == ["4,0.5"]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"\n\n", b"\0" * 200, b'"' + b"1" * 200_000])
+def test_a_damaged_csv_file_loses_the_damaged_rows_alone(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train_loss.csv").write_bytes(b"step,loss\n1,1.5\n" + damage)
+    (tmp_path / "csv" / "train_lr.csv").write_bytes(damage)
+    sinks(tmp_path, resumed_step=3, csv=True).write(4, {"loss": 4.5, "lr": 0.5})
+    assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,1.5", "4,4.5"]
+    assert (tmp_path / "csv" / "train_lr.csv").read_text().split() == ["step,train_lr", "4,0.5"]
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [("metrics.jsonl", True), ("tensorboard", False), ("csv", False)])
+def test_something_else_in_the_place_of_a_log_is_named(tmp_path: Path, name: str, is_folder: bool) -> None:
+    (tmp_path / name).mkdir() if is_folder else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{tmp_path}/{name}: cannot be read or written \(.*\); move it away"):
+        sinks(tmp_path, resumed_step=3, csv=True)
 
 
 def test_weights_and_biases_gets_the_numbers_of_a_step_together(

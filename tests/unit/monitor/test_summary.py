@@ -1,6 +1,7 @@
 """What a run reached, from its records."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_a_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str)
         summarize(path)
     with pytest.raises(UserError, match="no such file"):
         summarize(tmp_path / "none.jsonl")
+
+
+def test_the_last_validation_of_a_run_that_diverged_is_not_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    damaged = ['{"step": 9, "valid_loss": {}}', '{"step": 9, "tokens_per_second": 1}', '{"step": 9, "valid_loss": "x"}']
+    last = ['{"step": 9, "valid_loss": null}', *damaged]
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:-1]) + "\n".join(last))
+    summary = summarize(path)
+    assert summary.consumed_samples == 72
+    assert math.isnan(summary.valid_loss)
 
 
 def test_a_step_has_the_loss_of_its_own_validation_or_none(tmp_path: Path) -> None:

@@ -89,3 +89,16 @@ def test_a_resume_prints_the_changes_and_keeps_the_new_settings(tmp_path: Path) 
         record_launch(run, settings, ZERO_1, HyperMoEConfig(vocab_size=64), step, lines.append)
         assert run.read_settings() == settings
     assert [line.partition(":")[2].partition(":")[0] for line in lines] == [" train.seed 2 -> 3"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[1]", b"[" * 100_000, b'"x"'])
+@pytest.mark.parametrize("name", ["config.yaml", "deepspeed.json"])
+def test_a_damaged_record_of_the_last_launch_is_reported_and_replaced(tmp_path: Path, name: str, damage: bytes) -> None:
+    (tmp_path / "t").mkdir()
+    run, lines, settings = RunFolder(tmp_path / "run"), list[str](), as_run(data={"tokenizer": str(tmp_path / "t")})
+    for step in (0, 5, 6):
+        record_launch(run, settings, ZERO_1, HyperMoEConfig(vocab_size=64), step, lines.append)
+        if step == 0:
+            (run.settings.parent / name).write_bytes(damage)
+    [line] = lines
+    assert line.endswith(" is damaged: what changed since the last launch is unknown; both are replaced")

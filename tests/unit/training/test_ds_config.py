@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: every number has one owner, and nothing is passed on that is not understood."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,15 @@ def test_a_value_of_another_type_is_refused(path: tuple[str, ...], tmp_path: Pat
         assert text == f": {'.'.join(path)}={value!r}: is no {kind.__name__}; give a {kind.__name__}"
     assert "is no" in refusal(tmp_path, nested(path, None))
     assert "is no" in refusal(tmp_path, nested(path, {"enabled": True}))
+
+
+@pytest.mark.parametrize("path", [path for path, kind in LEAVES.items() if kind in (int, float)], ids=".".join)
+def test_a_number_out_of_range_is_refused(path: tuple[str, ...], tmp_path: Path) -> None:
+    values: list[float] = [-2, 10**30, *([1.5] if path[-1] == "ratio" else [])]
+    if LEAVES[path] is float:
+        values += [math.nan, math.inf]
+    for value in values:
+        assert f"{path[-1]}={value!r}: is out of range; give " in refusal(tmp_path, nested(path, value))
 
 
 def test_a_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
@@ -221,6 +231,25 @@ def test_a_model_without_a_mixture_needs_no_expert_parallelism() -> None:
 def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^zero_optimization.stage=(-1|0|4): is not supported; set it to 1, 2 or 3$"):
         merge(content, train(), MODEL, 1, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("zero", "others", "says"),
+    [
+        ({"offload_optimizer": {"device": "cuda:7"}}, {}, "zero_optimization.offload_optimizer.device=cuda:7: is unk"),
+        ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: cannot be saved"),
+        ({"offload_param": {"device": "cpu"}}, {}, "offload_param.device=cpu: has no effect under stage 2; take stage"),
+        ({"allgather_bucket_size": 3}, {}, "zero_optimization.allgather_bucket_size=3: is odd"),
+        ({"reduce_scatter": False}, {}, "reduce_scatter=false: does not go with a Mixture of Experts under stage 2"),
+        ({}, {"gradient_predivide_factor": 4.0}, "does not go with zero_optimization.reduce_scatter"),
+        ({"stage": 3}, {"prescale_gradients": True}, "does not go with zero_optimization.reduce_scatter"),
+    ],
+)
+def test_what_deepspeed_ignores_or_ends_in_a_traceback_for_is_refused(
+    zero: dict[str, Any], others: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        merge({"zero_optimization": {"stage": 2, **zero}, **others}, train(), MODEL, 1, world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,8 @@ def test_the_host_waits_for_the_device_once_whatever_the_number_of_batches() -> 
             evaluate(model, [batch(number, 2, 3) for number in range(count)], torch.device("cpu"))
         waits.append(seen.seen.count("_local_scalar_dense"))
     assert waits[0] == waits[1] <= 2  # two numbers of one tensor
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(0.5, math.exp(0.5)), (1e4, math.inf), (math.nan, math.nan)])
+def test_a_diverged_loss_has_a_perplexity(loss: float, perplexity: float) -> None:
+    assert Evaluation(loss, 1).perplexity == pytest.approx(perplexity, nan_ok=True)
