@@ -32,12 +32,14 @@ def main() -> None:
         raise UserError(f"{folder.settings}: data.valid", "is empty", "give the run a validation source")
     unigram = unigram_loss(count_tokens([source.prefix for source in data.train], model.vocab_size), valid_set)
 
+    better = unigram - summary.valid_loss
+    than = "better" if better >= 0 else "worse"
     rows = {
         "steps": f"{summary.step:,}",
         "tokens": f"{summary.consumed_samples * data.sequence_length:,}",
         "tokens/s": f"{summary.tokens_per_second:,.0f} (median)",
         "validation loss": f"{summary.valid_loss:.3f} nats per token",
-        "unigram loss": f"{unigram:.3f} nats per token: the model is {unigram - summary.valid_loss:.3f} better",
+        "unigram loss": f"{unigram:.3f} nats per token: the model is {abs(better):.3f} {than}",
         "run folder": str(folder.path),
     }
     board = folder.path / "tensorboard"

@@ -97,12 +97,11 @@ def check_sources(config: DataConfig, vocab_size: int) -> None:
     for source in [*config.train, *config.valid]:
         files = inspect(source.prefix)
         metadata = read_metadata(source.prefix)
-        ids = metadata.vocab_size if metadata is not None else files.largest_token() + 1
-        if ids > vocab_size:
-            problem = f"has {ids} token ids and the model {vocab_size}"
-            raise UserError(source.prefix, problem, f"set model.vocab_size to {ids} or more")
         if metadata is not None:
             _check_tokenizer(config.tokenizer, tokenizer, source, metadata)
+        elif (ids := files.largest_token() + 1) > vocab_size:
+            problem = f"has {ids} token ids and the model {vocab_size}"
+            raise UserError(source.prefix, problem, f"set model.vocab_size to {ids} or more")
         _check_long_enough(files, config.sequence_length)
 
 

@@ -113,7 +113,9 @@ def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_p
     ):
         check_sources(config, VOCAB - 1)
     change("train.json", vocab_size=1001)(tmp_path / "copy")
-    with pytest.raises(UserError, match=r"has 1001 token ids and the model 1000; set model\.vocab_size to 1001"):
+    with pytest.raises(
+        UserError, match=r"made with another tokenizer .*, with 1001 tokens .*; set data\.tokenizer"
+    ):
         check_sources(config, VOCAB)
 
 
