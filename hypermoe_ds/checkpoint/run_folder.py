@@ -13,7 +13,7 @@ from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
 from hypermoe_ds.checkpoint.manifest import write_durably
 from hypermoe_ds.config import Section, load_yaml, validate
 from hypermoe_ds.data.output import scratch_beside
-from hypermoe_ds.data.tokenizer import vocabulary_digests
+from hypermoe_ds.data.tokenizer import tokenizer_files, vocabulary_digests
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -154,8 +154,11 @@ class RunFolder:
         self.write_model(model)
         if not self.tokenizer.exists():
             with scratch_beside(self.tokenizer) as scratch:
-                shutil.copytree(tokenizer, scratch / self.tokenizer.name)
-                (scratch / self.tokenizer.name).rename(self.tokenizer)
+                copy = scratch / self.tokenizer.name
+                copy.mkdir()
+                for path in tokenizer_files(tokenizer):
+                    shutil.copy(path, copy)
+                copy.rename(self.tokenizer)
 
 
 def model_fields(config: HyperMoEConfig) -> dict[str, Any]:

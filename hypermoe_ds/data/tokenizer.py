@@ -174,9 +174,10 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises:
         UserError: there is no such folder, it holds no tokenizer that loads or only one that needs code of the
-            folder (`auto_map`), or the tokenizer has no end-of-sequence token.
+            folder (`auto_map`), a file is a link that leads out of the folder, or the tokenizer has no end-of-sequence
+            token.
     """
-    vocabulary_file(folder)
+    tokenizer_files(Path(folder))
     import transformers  # noqa: PLC0415 (takes seconds: once the folder is known to hold a tokenizer)
 
     try:
@@ -195,18 +196,27 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the files of a tokenizer in a folder that may hold a model too.
+
+    Raises:
+        UserError: there is no tokenizer in it, or a file is a link that leads out of the folder: a copy would publish
+            what it leads to.
+    """
+    vocabulary_file(folder)
+    return [file_of(folder, name) for name in (*_VOCABULARY_FILES, *_FILES_BESIDE) if (folder / name).exists()]
+
+
 def copy_tokenizer(folder: Path, target: Path) -> None:
     """Copy the files of a tokenizer out of a folder that may hold a model too.
 
     Raises:
-        UserError: there is no tokenizer in it, or one that does not load or has no end-of-sequence token, or a file is
-            a link that leads out of the folder: a copy would publish what it leads to.
+        UserError: as `tokenizer_files`, or the tokenizer does not load or has no end-of-sequence token.
     """
-    vocabulary_file(folder)
+    files = tokenizer_files(folder)
     target.mkdir(parents=True)
-    for name in (*_VOCABULARY_FILES, *_FILES_BESIDE):
-        if (folder / name).exists():
-            shutil.copy(file_of(folder, name), target)
+    for path in files:
+        shutil.copy(path, target)
     load_tokenizer(target)
 
 

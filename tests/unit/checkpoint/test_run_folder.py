@@ -103,6 +103,16 @@ def test_a_field_that_is_newer_than_a_checkpoint_is_not_compared_with_it(tmp_pat
         refuse_other_model(now, {**before, "num_experts": 8}, tmp_path)
 
 
+def test_of_a_folder_that_holds_a_model_too_the_tokenizer_alone_is_kept(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (model / name).touch()
+    run = RunFolder(tmp_path / "run")
+    run.write_settings({}, LAYOUT, HyperMoEConfig(**FIELDS), model)
+    assert {path.name for path in run.tokenizer.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
 def test_the_same_model_may_go_on(run: RunFolder) -> None:
     run.check_same_model(HyperMoEConfig(**FIELDS))
     run.check_same_model(run.model_config())

@@ -113,9 +113,7 @@ def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_p
     ):
         check_sources(config, VOCAB - 1)
     change("train.json", vocab_size=1001)(tmp_path / "copy")
-    with pytest.raises(
-        UserError, match=r"made with another tokenizer .*, with 1001 tokens .*; set data\.tokenizer"
-    ):
+    with pytest.raises(UserError, match=r"made with another tokenizer .*, with 1001 tokens .*; set data\.tokenizer"):
         check_sources(config, VOCAB)
 
 

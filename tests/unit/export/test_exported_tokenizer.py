@@ -121,12 +121,14 @@ def test_a_template_that_does_not_render_a_message_is_refused(
         write_tokenizer(trained, tmp_path / "exported", path)
 
 
-def test_a_link_out_of_a_tokenizers_folder_is_not_published(trained: Path, tmp_path: Path) -> None:
+def test_a_link_out_of_a_tokenizers_folder_is_neither_read_nor_published(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "own")
     (tmp_path / "secret").write_text("key")
     (tmp_path / "own" / "merges.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"merges.txt: is a link that leads out of the folder"):
         write_tokenizer(tmp_path / "own", tmp_path / "exported")
+    with pytest.raises(UserError, match=r"merges.txt: is a link that leads out of the folder"):
+        load_tokenizer(tmp_path / "own")
 
 
 @pytest.mark.parametrize(
