@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 from hypermoe_ds.data.settings import DataConfig, DataSource
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
-from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer, sha256_of, vocabulary_file
+from hypermoe_ds.data.tokenizer import embeddings_needed, encoding_digest, load_tokenizer, sha256_of, vocabulary_file
 from hypermoe_ds.errors import UserError
 
 _VALIDATION_SEED = 0
@@ -119,6 +119,8 @@ def _check_tokenizer(folder: str, tokenizer: Any, source: DataSource, metadata: 
             f", with {metadata.vocab_size} tokens and end-of-sequence token {metadata.eos_id} "
             f"instead of {len(tokenizer)} and {tokenizer.eos_token_id}"
         )
+    elif metadata.encoding_sha256 not in ("", encoding_digest(tokenizer)):
+        problem += ", which encodes text otherwise (compare their tokenizer_config.json)"
     else:
         return
     raise UserError(source.prefix, problem, f"set data.tokenizer (it was {metadata.tokenizer})")

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from hypermoe_ds.data.tokenizer import load_tokenizer
+from hypermoe_ds.data.tokenizer import encode_as_text, encoding_digest, load_tokenizer
 
 Tokens = npt.NDArray[np.int32 | np.uint16]
 
@@ -16,6 +16,7 @@ class Encoder:
     Attributes:
         vocab_size: number of tokens, added ones included.
         eos_id: the token that ends each document.
+        digest: SHA-256 of the ids of a probe text.
         dtype: NumPy type that holds every token id: uint16 where the vocabulary is below 65,500, else int32.
 
     Raises:
@@ -28,6 +29,7 @@ class Encoder:
         self._tokenizer = load_tokenizer(folder)
         self.vocab_size: int = len(self._tokenizer)
         self.eos_id: int = self._tokenizer.eos_token_id
+        self.digest = encoding_digest(self._tokenizer)
         self.dtype: type[np.int32 | np.uint16] = DType.optimal_dtype(self.vocab_size)
 
     def encode(self, document: str) -> Tokens:
@@ -36,10 +38,7 @@ class Encoder:
         The name of a control token within the text is text: a document that mentions "</s>" does
         not end there.
         """
-        encoding = self._tokenizer(
-            document, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )
-        return np.array([*encoding["input_ids"], self.eos_id], dtype=self.dtype)
+        return np.array([*encode_as_text(self._tokenizer, document), self.eos_id], dtype=self.dtype)
 
 
 @cache

@@ -167,6 +167,7 @@ def publish(job: Job, source: TokenizerSource, written: Written, prefix: Path) -
         documents=written.report.documents,
         tokens=written.tokens,
         text_bytes=written.report.text_bytes,
+        encoding_sha256=encoder.digest,
     )
     with writing_to(job.path(".bin")):
         metadata.write(Path(f"{prefix}.json"))

@@ -32,6 +32,7 @@ class Metadata:
         documents: number of documents.
         tokens: number of tokens, the ends of documents included.
         text_bytes: size of the text, in bytes of UTF-8.
+        encoding_sha256: SHA-256 of the ids that the tokenizer gives a probe text, hexadecimal; "" in older files.
     """
 
     vocab_size: int
@@ -42,6 +43,7 @@ class Metadata:
     documents: int
     tokens: int
     text_bytes: int
+    encoding_sha256: str = ""
 
     def write(self, path: Path) -> None:
         """Write the metadata as JSON."""

@@ -40,6 +40,8 @@ _FILES_BESIDE = (
     "merges.txt",
     "chat_template.jinja",
 )
+# Spaces, capitals, accents, other scripts, control characters and tokens: what tokenizers have settings for.
+_PROBE = "Def f(x):\n\treturn  1.5e-3  # é e\u0301 ß 漢字 🙂 \u00a0</s> <s> A\r\nb"
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
 
@@ -238,6 +240,20 @@ def vocabulary_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a tokenizer folder that decides which id a text gets, by file name."""
     names = (*_VOCABULARY_FILES, "merges.txt", "added_tokens.json")
     return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
+
+
+def encode_as_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, in which the name of a control token is text too."""
+    encoding = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    ids: list[int] = encoding["input_ids"]
+    return ids
+
+
+def encoding_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of the ids of a probe text: settings beside the vocabulary change them too."""
+    return hashlib.sha256(json.dumps(encode_as_text(tokenizer, _PROBE)).encode()).hexdigest()
 
 
 def embeddings_needed(tokenizer: Any) -> int:

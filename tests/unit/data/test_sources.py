@@ -107,6 +107,22 @@ def test_a_second_vocabulary_that_transformers_reads_instead_is_another_tokenize
         check_sources(config.model_copy(update={"tokenizer": str(tmp_path / "both")}), VOCAB)
 
 
+def test_a_tokenizer_of_the_same_vocabulary_that_encodes_text_otherwise_is_refused(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    change("tokenizer/tokenizer_config.json", add_prefix_space=True, model_max_length=512)(tmp_path / "copy")
+    with pytest.raises(UserError, match=r"another tokenizer .*, which encodes text otherwise .*; set data.tokenizer"):
+        check_sources(config, VOCAB)
+    change("train.json", encoding_sha256="")(tmp_path / "copy")  # as files of earlier versions
+    change("valid.json", encoding_sha256="")(tmp_path / "copy")
+    check_sources(config, VOCAB)
+
+
+def test_settings_of_a_tokenizer_that_change_no_id_do_not_matter(config: DataConfig, tmp_path: Path) -> None:
+    change("tokenizer/tokenizer_config.json", model_max_length=512, chat_template="{{ messages }}")(tmp_path / "copy")
+    check_sources(config, VOCAB)
+
+
 def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer: has token ids up to 999 and the model 999 embeddings; set model\.vocab_size to"
