@@ -123,7 +123,8 @@ def _check_tokenizer(folder: str, tokenizer: Any, source: DataSource, metadata: 
         problem += ", which encodes text otherwise (compare their tokenizer_config.json)"
     else:
         return
-    raise UserError(source.prefix, problem, f"set data.tokenizer (it was {metadata.tokenizer})")
+    remedy = f"set data.tokenizer (it was {metadata.tokenizer}) or run tools/preprocess_data.py with this one"
+    raise UserError(source.prefix, problem, remedy)
 
 
 def _check_long_enough(files: TokenFiles, sequence_length: int) -> None:
