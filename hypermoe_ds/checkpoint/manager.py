@@ -269,7 +269,7 @@ class CheckpointManager:
             if error is None:
                 self._first(lambda: self._name_latest(step))  # noqa: B023 (called at once)
                 if tried and self._ranks.rank == 0:
-                    _LOGGER.warning("warning: continuing from step %d, the newest good checkpoint", step)
+                    _LOGGER.info("using the checkpoint of step %d instead", step)
                 return step
             tried.append(error)
             aside = self._first(lambda: str(store.set_aside(self._folder, step)))  # noqa: B023

@@ -90,6 +90,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     [warning] = [line for line in told if line.startswith("warning: ")]
     assert f"{step_name(3)}/{file}" in warning
     assert warning.endswith(f"(set aside as {tmp_path}/checkpoints/{step_name(3)}.damaged)")
+    assert "using the checkpoint of step 2 instead" in told
     assert newest(tmp_path) == 4
     assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
 
