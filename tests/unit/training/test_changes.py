@@ -95,6 +95,7 @@ def test_a_resume_prints_the_changes_and_keeps_the_new_settings(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["config.yaml", "deepspeed.json"])
 def test_a_damaged_record_of_the_last_launch_is_reported_and_replaced(tmp_path: Path, name: str, damage: bytes) -> None:
     (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.model").touch()
     run, lines, settings = RunFolder(tmp_path / "run"), list[str](), as_run(data={"tokenizer": str(tmp_path / "t")})
     for step in (0, 5, 6):
         record_launch(run, settings, ZERO_1, HyperMoEConfig(vocab_size=64), step, lines.append)
