@@ -52,7 +52,6 @@ def test_two_processes_load_at_the_same_time(lock: Path) -> None:
         assert not lock.exists()
 
 
-@pytest.mark.slow  # the copy may have to be compiled again
 @pytest.mark.skipif(os.environ.get("DS_ACCELERATOR") != "cpu", reason="a GPU's process groups load no such operator")
 def test_a_launch_does_not_wait_for_the_lock_of_a_killed_one(tmp_path: Path) -> None:
     shutil.copytree(operators_folder_of_this_environment() / OPERATOR, tmp_path / OPERATOR)
