@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -31,6 +32,13 @@ _MOST_SAMPLES = 10**10
 # The tokenizer's, generation's or the export's.
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
+
+
+@cache
+def _vocabulary_for(tokenizer: str) -> int:
+    """Return the vocabulary that a tokenizer folder needs; loaded once a process, since a launch asks several times."""
+    needed = embeddings_needed(load_tokenizer(tokenizer))
+    return -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
 class RunSection(Settings):
@@ -158,8 +166,7 @@ class RunConfig(Settings):
 
         fields = {**PRESETS.get(preset, {}), **given}
         if "vocab_size" not in fields:
-            needed = embeddings_needed(load_tokenizer(self.data.tokenizer))
-            fields["vocab_size"] = -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+            fields["vocab_size"] = _vocabulary_for(self.data.tokenizer)
         try:
             return HyperMoEConfig(**fields)
         except ValueError as error:
