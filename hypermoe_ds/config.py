@@ -84,7 +84,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file is missing, is no YAML, repeats a key, is nested too deeply, expands to more than 100,000
+        UserError: the file is missing, is not YAML, repeats a key, is nested too deeply, expands to more than 100,000
             values or is no mapping.
     """
     try:

@@ -90,7 +90,7 @@ class RunFolder:
         """Configuration of the run's model.
 
         Raises:
-            UserError: this is no run folder, or its config.json is damaged.
+            UserError: this is not a run folder, or its config.json is damaged.
         """
         if not self.exists():
             raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")

@@ -183,7 +183,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     import transformers  # noqa: PLC0415 (takes seconds: once the folder is known to hold a tokenizer)
 
     try:
-        # Left out, trust_remote_code asks on the terminal whether to run the folder's code.
+        # Without trust_remote_code it asks on the terminal whether to run the folder's code.
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
@@ -252,7 +252,7 @@ def encode_as_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encoding_digest(tokenizer: Any) -> str:
-    """Return the SHA-256 of the ids of a probe text: settings beside the vocabulary change them too."""
+    """Return the SHA-256 of the ids of a probe text: settings other than the vocabulary change them too."""
     return hashlib.sha256(json.dumps(encode_as_text(tokenizer, _PROBE)).encode()).hexdigest()
 
 
