@@ -36,7 +36,8 @@ from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.datasets import build_datasets, check_sources
 from hypermoe_ds.data.loader import build_loader, validation_batches
-from hypermoe_ds.monitor.sinks import Sinks
+from hypermoe_ds.monitor.console import Console
+from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.training.agreement import check_same_settings
 from hypermoe_ds.training.changes import record_launch
 from hypermoe_ds.training.engine import build_engine, start_ranks
@@ -65,14 +66,14 @@ def main(config: RunConfig, ds_json: dict[str, Any]) -> None:
         checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, settings)
         checkpoints.check_room()
         state = TrainState.from_dict(checkpoints.resume() or {})
-        sinks = Sinks(config.monitor, folder.path, rank, state.step)
-        sinks.say(config.opening_line(world_size, state.step))
+        console, logger = Console(rank), MetricLogger(config.monitor, folder.path, rank, state.step)
+        console.log(config.opening_line(world_size, state.step))
         if rank == 0:
-            record_launch(folder, settings, ds_config, model, state.step, sinks.say)
+            record_launch(folder, settings, ds_config, model, state.step, console.log)
         seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         train_set, valid_set = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
         if state.follow(train_set.order_key):
-            sinks.say("warning: data or train.steps changed the order of the samples: some come again, some never")
+            console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
 
         def validate() -> Evaluation:
             engine.eval()
@@ -88,11 +89,11 @@ def main(config: RunConfig, ds_json: dict[str, Any]) -> None:
             batches=watchdog.each(loader, "forward and backward"),
             state=state,
             last_step=config.last_step,
-            recorder=Recorder(sinks, config.monitor.interval, config.train.steps, model.num_experts),
+            recorder=Recorder(logger, console, config.monitor.interval, config.train.steps, model.num_experts),
             checkpoints=checkpoints,
             validate=validate if valid_set is not None else None,
             validation_interval=config.evaluation.interval,
-            guard=Guard(engine, config.train, config.parallel.expert, sinks.say, checkpoints, train_set.origin),
+            guard=Guard(engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.origin),
             watchdog=watchdog,
         )
         engine.destroy()

@@ -1,5 +1,6 @@
 """Settings of the data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -11,6 +12,12 @@ class DataSource(Settings):
     """Token files and their share of the training samples."""
 
     prefix: PathText = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="what logs call the dataset; null takes the last part of the prefix, or as many as tell it apart",
+    )
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -18,6 +25,23 @@ class DataSource(Settings):
         description="share of the training samples drawn from here, relative to the other sources' weights; "
         "validation goes through every source once, whatever its weight",
     )
+
+
+def dataset_names(sources: Sequence[DataSource]) -> list[str]:
+    """Return a distinct name for each dataset: its own, or the shortest end of its prefix that no other one has.
+
+    Parts of a path are joined by `-`, since a `/` separates the parts of a metric's key. Datasets that still share a
+    name, such as the same files twice, are numbered: `books`, `books-2`.
+    """
+    ends = [[source.name] if source.name else list(Path(source.prefix).parts[::-1]) for source in sources]
+    lengths = [
+        next((n for n in range(1, len(end) + 1) if sum(other[:n] == end[:n] for other in ends) == 1), 1) for end in ends
+    ]
+    names: list[str] = []
+    for end, length in zip(ends, lengths, strict=True):
+        name = "-".join(part.strip("/").replace("/", "-") for part in end[:length][::-1])
+        names.append(name)
+    return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 class DataConfig(Settings):

@@ -1,6 +1,7 @@
 """Settings of the logs."""
 
 from importlib.util import find_spec
+from typing import Annotated
 
 from pydantic import Field
 
@@ -12,9 +13,32 @@ class MonitorConfig(Settings):
     """What is logged, and how often."""
 
     interval: int = Field(10, ge=1, le=LARGEST_COUNT, description="steps between two log lines")
+    norms_interval: int | None = Field(
+        100,
+        ge=1,
+        le=LARGEST_COUNT,
+        description="steps between two measurements of the norms of parameters and updates and of the "
+        "similarity of generated weights; such steps are logged too; null never measures",
+    )
     tensorboard: bool = Field(True, description="write RUN_DIR/tensorboard")
     wandb_project: str | None = Field(None, description="Weights & Biases project; null does not log there")
-    csv: bool = Field(False, description="write RUN_DIR/csv")
+    csv: bool = Field(False, description="write RUN_DIR/csv/train.csv and RUN_DIR/csv/validation.csv")
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="peak TFLOP/s of one GPU in `train.precision`, for `mfu`; null takes it from a table of GPU types",
+    )
+    profile_steps: list[Annotated[int, Field(ge=1, le=LARGEST_COUNT)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="`[first, last]`, steps that torch's profiler traces into RUN_DIR/profile; null traces none",
+    )
+    profile_ranks: list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]] = Field([0], description="ranks that are traced")
+    memory_snapshot: bool = Field(
+        False, description="write a CUDA memory snapshot of the profiled steps and of an out-of-memory error"
+    )
 
     def check_installed(self) -> None:
         """Refuse to log to Weights & Biases without its package.

@@ -56,7 +56,7 @@ def record_launch(
     ds_config: dict[str, Any],
     model: HyperMoEConfig,
     step: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Write `resolved/`; on a resume, print what changed since the last launch first.
 
@@ -68,7 +68,7 @@ def record_launch(
         ds_config: the configuration that DeepSpeed gets.
         model: the model.
         step: optimizer steps taken.
-        say: prints a line.
+        log: prints a line.
     """
     if step and run.settings.is_file() and run.ds_config.is_file():
         try:
@@ -78,7 +78,7 @@ def record_launch(
             where = f"{run.settings} or {run.ds_config.name}"
             lines = [f"warning: {where} is damaged: what changed since the last launch is unknown; both are replaced"]
         for line in lines:
-            say(line)
+            log(line)
     run.write_settings(settings, ds_config, model, Path(settings["data"]["tokenizer"]))
 
 

@@ -26,7 +26,7 @@ class Guard:
         engine: the DeepSpeed engine.
         config: how many bad steps to bear, what to leave out, when to compare the copies.
         expert_parallel: ranks that share one copy of the experts.
-        say: tells a line.
+        log: prints a line.
         checkpoints: name the newest one, and know whether the one being written has failed.
         origin: names the documents of a sample.
     """
@@ -36,14 +36,14 @@ class Guard:
         engine: Any,
         config: TrainConfig,
         expert_parallel: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         checkpoints: CheckpointManager,
         origin: Callable[[int], str],
     ) -> None:
         self._engine = engine
         self._config = config
         self._signals = StopSignals()
-        self._say = say
+        self._log = log
         self._checkpoints = checkpoints
         self._origin = origin
         self._left_out = LeftOut(config.skip_samples)
@@ -78,12 +78,12 @@ class Guard:
         if interval is not None and state.step % interval == 0:
             self._replicas.run(state.step)
         if agreed.stop:
-            self._say(f"a signal asks for the end: saving step {state.step}; the same command goes on from it")
+            self._log(f"a signal asks for the end: saving step {state.step}; the same command goes on from it")
         return agreed
 
     def _bear(self, state: TrainState, first: int, loss: float) -> None:
         samples = f"samples {first} to {state.consumed_samples - 1}"
-        self._say(
+        self._log(
             f"warning: step {state.step} skipped: NaN or Inf in its loss ({loss:.4f}) or gradient; {samples}; "
             f"{state.bad_steps} in a row, {self._engine.skipped_steps} in all"
         )
@@ -107,7 +107,7 @@ class Guard:
             state.consumed_samples, self._config.micro_batch_size, 0, len(of_ranks), first, self._left_out
         )
         samples = order.micro_batch(number, rank)
-        self._say(
+        self._log(
             f"warning: loss {loss:.4f} of step {state.step} is {deviations:.0f} robust deviations above the median; "
             f"samples {first} to {state.consumed_samples - 1}, most ({worst:.4f}) in "
             + ", ".join(f"{sample} ({self._origin(sample)})" for sample in samples)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from hypermoe_ds.monitor.console import Console, step_line
+from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.routing import StepMeter
-from hypermoe_ds.monitor.sinks import Sinks, step_line
 from hypermoe_ds.monitor.throughput import Throughput, peak_memory_gib
 from hypermoe_ds.training.evaluation import Evaluation
 from hypermoe_ds.training.state import TrainState
@@ -13,15 +14,17 @@ class Recorder:
     """Logs a step every `interval` steps; nothing in between waits for the device.
 
     Args:
-        sinks: where to.
+        logger: where metrics go.
+        console: where lines are printed.
         interval: steps between two records; the first and last step have one too.
         steps: length of the run, for the time left.
         num_experts: N.
     """
 
-    def __init__(self, sinks: Sinks, interval: int, steps: int, num_experts: int) -> None:
+    def __init__(self, logger: MetricLogger, console: Console, interval: int, steps: int, num_experts: int) -> None:
         self.throughput = Throughput()
-        self._sinks = sinks
+        self._logger = logger
+        self._console = console
         self._interval = interval
         self._steps = steps
         self._meter = StepMeter(num_experts)
@@ -48,11 +51,11 @@ class Recorder:
             "skipped_steps": skipped_steps,
         }
         seconds_left = (self._steps - state.step) * seconds_per_step
-        self._sinks.say(step_line(state.step, self._steps, scalars, seconds_left, statistics.load_MN))
-        self._sinks.write(state.step, scalars, statistics.load_MN)
+        self._console.log(step_line(state.step, self._steps, scalars, seconds_left, statistics.load_MN))
+        self._logger.log(state.step, scalars, statistics.load_MN)
 
     def record_validation(self, step: int, result: Evaluation) -> None:
         """Log a validation."""
         line = f"loss {result.loss:.4f} | perplexity {result.perplexity:.2f} | {result.tokens:,} tokens"
-        self._sinks.say(f"validation after step {step} | {line}")
-        self._sinks.write(step, {"valid_loss": result.loss, "valid_perplexity": result.perplexity})
+        self._console.log(f"validation after step {step} | {line}")
+        self._logger.log(step, {"valid_loss": result.loss, "valid_perplexity": result.perplexity})

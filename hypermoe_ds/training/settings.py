@@ -114,3 +114,8 @@ class EvaluationConfig(Settings):
     max_samples: int | None = Field(
         None, ge=1, le=LARGEST_COUNT, description="validate on the first so many sequences; null takes all of them"
     )
+    hyper_expert_contribution: bool = Field(
+        True, description="validate a second time with the HyperExperts switched off, to log what they contribute"
+    )
+    prompts: list[str] = Field([], description="texts that each validation continues greedily and logs")
+    prompt_tokens: int = Field(32, ge=1, le=LARGEST_COUNT, description="tokens that continue each prompt")

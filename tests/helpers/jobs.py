@@ -27,7 +27,7 @@ from tests.helpers.ranks import CPU, process_group, run_in_processes
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = "pretrain/train.py"
 RECORDED_TRAIN = "tests/helpers/recorded_train.py"
-CLOCK = ("tokens_per_second", "peak_memory_gib")
+CLOCK = ("time", "tokens_per_second", "peak_memory_gib")
 _SECONDS = 300
 
 

@@ -20,7 +20,7 @@ def main() -> None:
         observe(recorder, output)
 
     def record_too(recorder: Recorder, state: Any, *numbers: Any) -> None:
-        write_routing(recorder._sinks._metrics.path.parent, state.step, seen)
+        write_routing(recorder._logger._metrics.path.parent, state.step, seen)
         seen.clear()
         record(recorder, state, *numbers)
 

@@ -26,7 +26,7 @@ DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
     "hypermoe_ds/parallel/expert_parallel.py",
     "hypermoe_ds/training/engine.py",
     "hypermoe_ds/checkpoint/engine_state.py",
-    "hypermoe_ds/monitor/sinks.py",
+    "hypermoe_ds/monitor/logger.py",
 }
 DEEPSPEED_PEERS = "tools/bench/"  # beside them: a comparison with DeepSpeed's own layers needs the library itself
 WITHOUT_DEEPSPEED = ("hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
@@ -220,7 +220,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, com
         ),
         ("hypermoe_ds/data/a.py", "import numpy as np\nfrom . import b\nfrom hypermoe_ds.data.c import d"),
         ("hypermoe_ds/modeling/moe.py", "import math\nimport torch.nn\nfrom transformers import x\nfrom .h import H"),
-        ("hypermoe_ds/training/engine.py", "import deepspeed\nfrom hypermoe_ds.monitor import sinks"),
+        ("hypermoe_ds/training/engine.py", "import deepspeed\nfrom hypermoe_ds.monitor import logger"),
         ("hypermoe_ds/run_config.py", "from hypermoe_ds.training import loop"),
         ("tools/bench/peer.py", "from deepspeed.moe.layer import MoE"),
         ("tools/bench/moe.py", "from hypermoe_ds.run_config import RunConfig\nfrom tools.bench import timing"),

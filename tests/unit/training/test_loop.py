@@ -13,8 +13,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from hypermoe_ds.monitor.console import Console
+from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.settings import MonitorConfig
-from hypermoe_ds.monitor.sinks import Sinks
 from hypermoe_ds.training.agreement import Agreed
 from hypermoe_ds.training.evaluation import Evaluation
 from hypermoe_ds.training.loop import optimizer_step, train
@@ -259,32 +260,36 @@ def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_as
 
 
 def test_the_first_and_last_step_are_always_logged() -> None:
-    recorder = Recorder(Silent(), interval=4, steps=10, num_experts=2)
+    recorder = Recorder(Silent(), Quiet(), interval=4, steps=10, num_experts=2)
     assert [step for step in range(1, 11) if recorder.is_due(step)] == [1, 4, 8, 10]
 
 
-class Silent(Sinks):
+class Quiet(Console):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class Silent(MetricLogger):
+    def __init__(self) -> None:
         self.written: list[tuple[int, dict[str, float]]] = []
 
-    def say(self, line: str) -> None:
-        self.said.append(line)
-
-    def write(self, step: int, scalars: Any) -> None:
-        self.written.append((step, scalars))
+    def log(self, step: int, values: Any) -> None:
+        self.written.append((step, values))
 
 
 def test_a_validation_is_told_and_written() -> None:
-    sinks = Silent()
-    Recorder(sinks, 1, 10, 2).record_validation(7, Evaluation(loss=2.0, tokens=12345))
-    assert sinks.said == ["validation after step 7 | loss 2.0000 | perplexity 7.39 | 12,345 tokens"]
-    assert sinks.written == [(7, {"valid_loss": 2.0, "valid_perplexity": pytest.approx(7.389056)})]
+    logger, console = Silent(), Quiet()
+    Recorder(logger, console, 1, 10, 2).record_validation(7, Evaluation(loss=2.0, tokens=12345))
+    assert console.lines == ["validation after step 7 | loss 2.0000 | perplexity 7.39 | 12,345 tokens"]
+    assert logger.written == [(7, {"valid_loss": 2.0, "valid_perplexity": pytest.approx(7.389056)})]
 
 
 def test_a_logged_step_lies_in_every_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
-    recorder = Recorder(Sinks(MonitorConfig(), tmp_path, 0, 0), interval=1, steps=2, num_experts=2)
+    recorder = Recorder(MetricLogger(MonitorConfig(), tmp_path, 0, 0), Quiet(), interval=1, steps=2, num_experts=2)
     loss = torch.tensor(2.0)
     recorder.observe(
         SimpleNamespace(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,10 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hypermoe_ds.errors import MachineError, UserError
+from hypermoe_ds.monitor.logger import MetricLogger, MetricsFile
 from hypermoe_ds.monitor.settings import MonitorConfig
-from hypermoe_ds.monitor.sinks import MetricsFile, Sinks, step_line
-
-SCALARS = {"loss": 2.34567, "lr": 1.5e-4, "grad_norm": 0.98765, "tokens_per_second": 12345.6}
 
 
 def steps_in(path: Path) -> list[int]:
@@ -53,19 +50,15 @@ def test_what_is_not_finite_is_null_for_json_has_no_word_for_it(tmp_path: Path) 
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "expert_load": [0.5]}\n' * 3
 
 
-def sinks(folder: Path, rank: int = 0, resumed_step: int = 0, **config: Any) -> Sinks:
-    return Sinks(MonitorConfig(**config), folder, rank, resumed_step)
+def logger(folder: Path, rank: int = 0, resumed_step: int = 0, **config: Any) -> MetricLogger:
+    return MetricLogger(MonitorConfig(**config), folder, rank, resumed_step)
 
 
-def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    written = sinks(tmp_path, csv=True)
+def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv(tmp_path: Path) -> None:
+    written = logger(tmp_path, csv=True)
     loads = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    written.write(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25}, loads)
-    written.write(4, {"valid_loss": 2.25})
-    written.say("a line")
-    assert capsys.readouterr().out == "a line\n"
+    written.log(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25}, loads)
+    written.log(4, {"valid_loss": 2.25})
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 3, "loss": 2.5, "router_entropy/moe_layer_0": 1.25, '
         '"expert_load/moe_layer_0": [0.25, 0.75], "expert_load/moe_layer_1": [0.5, 0.5]}',
@@ -83,24 +76,22 @@ def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv
 
 
 def test_what_is_switched_off_is_not_written(tmp_path: Path) -> None:
-    written = sinks(tmp_path, tensorboard=False)
-    written.write(1, {"loss": 2.5}, torch.ones(1, 2))
+    written = logger(tmp_path, tensorboard=False)
+    written.log(1, {"loss": 2.5}, torch.ones(1, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written = sinks(tmp_path, rank=1, csv=True)
-    written.say("a line")
-    written.write(1, {"loss": 2.5}, torch.ones(1, 2))
-    assert capsys.readouterr().out == ""
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    written = logger(tmp_path, rank=1, csv=True)
+    written.log(1, {"loss": 2.5}, torch.ones(1, 2))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_after_a_crash_each_step_stands_once_in_every_file(tmp_path: Path) -> None:
     for resumed, last in ((0, 8), (5, 8), (8, 9)):
-        written = sinks(tmp_path, resumed_step=resumed, csv=True)
+        written = logger(tmp_path, resumed_step=resumed, csv=True)
         for step in range(resumed + 1, last + 1):
-            written.write(step, {"loss": resumed + step / 16, "z/layer_0": 1.0}, torch.ones(1, 2))
+            written.log(step, {"loss": resumed + step / 16, "z/layer_0": 1.0}, torch.ones(1, 2))
     losses = [(step, step / 16 + (0 if step <= 5 else 5 if step <= 8 else 8)) for step in range(1, 10)]
     assert steps_in(tmp_path / "metrics.jsonl") == list(range(1, 10))
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
@@ -116,7 +107,7 @@ def test_a_csv_row_that_was_cut_off_and_headers_within_are_dropped(tmp_path: Pat
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "train_loss.csv").write_text("step,loss\n1,1.5\nstep,loss\n2,2.5\n3,3.5\n3")
     (tmp_path / "csv" / "train_lr.csv").write_text("")
-    sinks(tmp_path, resumed_step=3, csv=True).write(4, {"loss": 4.5, "lr": 0.5})
+    logger(tmp_path, resumed_step=3, csv=True).log(4, {"loss": 4.5, "lr": 0.5})
     assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == [
         "step,loss",
         "1,1.5",
@@ -132,7 +123,7 @@ def test_a_damaged_csv_file_loses_the_damaged_rows_alone(tmp_path: Path, damage:
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "train_loss.csv").write_bytes(b"step,loss\n1,1.5\n" + damage)
     (tmp_path / "csv" / "train_lr.csv").write_bytes(damage)
-    sinks(tmp_path, resumed_step=3, csv=True).write(4, {"loss": 4.5, "lr": 0.5})
+    logger(tmp_path, resumed_step=3, csv=True).log(4, {"loss": 4.5, "lr": 0.5})
     assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,1.5", "4,4.5"]
     assert (tmp_path / "csv" / "train_lr.csv").read_text().split() == ["step,train_lr", "4,0.5"]
 
@@ -141,7 +132,7 @@ def test_a_damaged_csv_file_loses_the_damaged_rows_alone(tmp_path: Path, damage:
 def test_something_else_in_the_place_of_a_log_is_named(tmp_path: Path, name: str, is_folder: bool) -> None:
     (tmp_path / name).mkdir() if is_folder else (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"{tmp_path}/{name}: cannot be read or written \(.*\); move it away"):
-        sinks(tmp_path, resumed_step=3, csv=True)
+        logger(tmp_path, resumed_step=3, csv=True)
 
 
 def test_weights_and_biases_gets_the_numbers_of_a_step_together(
@@ -151,33 +142,14 @@ def test_weights_and_biases_gets_the_numbers_of_a_step_together(
     run = SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
     wandb = SimpleNamespace(init=lambda project: logged.append(project) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    sinks(tmp_path, wandb_project="p", tensorboard=False).write(3, {"loss": 1.5, "valid_loss": 2.5})
-    sinks(tmp_path, rank=1, wandb_project="p").write(3, {"loss": 1.5})
+    logger(tmp_path, wandb_project="p", tensorboard=False).log(3, {"loss": 1.5, "valid_loss": 2.5})
+    logger(tmp_path, rank=1, wandb_project="p").log(3, {"loss": 1.5})
     assert logged == ["p", (3, {"train/loss": 1.5, "valid/valid_loss": 2.5})]
-
-
-def test_the_line_of_a_step_tells_where_it_stands() -> None:
-    load_MN = torch.tensor([[0.1, 0.9], [0.5, 0.5]])
-    assert step_line(5, 100, SCALARS, 3725.4, load_MN) == (
-        "step 5/100 | loss 2.3457 | lr 1.50e-04 | grad norm 0.988 | 12,346 tokens/s | 1:02:05 left"
-        " | expert load 10.0% to 90.0%"
-    )
-    assert step_line(100, 100, SCALARS, 0, torch.empty(0, 2)).endswith(" | 0:00:00 left")
-
-
-def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking = sinks(tmp_path)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
-        for _ in range(3):
-            speaking.say("step 1")
 
 
 def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    written = sinks(tmp_path / "run", tensorboard=False)
+    written = logger(tmp_path / "run", tensorboard=False)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(MachineError, match=r"/run/metrics\.jsonl: cannot be written \(No such file or directory\)$"):
-        written.write(1, {"loss": 1.0})
+        written.log(1, {"loss": 1.0})

@@ -1,12 +1,10 @@
-"""Where a run's numbers go: the console, metrics.jsonl, TensorBoard, Weights & Biases and CSV files."""
+"""Write metrics to metrics.jsonl, TensorBoard, Weights & Biases and CSV files."""
 
 import csv
 import json
 import math
-import os
-import sys
+import time
 from collections.abc import Mapping
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,11 +76,11 @@ class CsvFiles:
                 csv.writer(file).writerows([*header, (step, value)])
 
 
-class Sinks:
-    """All of them, written to by rank 0 only.
+class MetricLogger:
+    """Write metrics to every destination that is switched on, on rank 0 only.
 
     Args:
-        config: which there are.
+        config: which destinations there are.
         run_dir: the run folder.
         rank: this rank.
         resumed_step: step of the checkpoint that the run continues from; what was logged after it is removed.
@@ -92,12 +90,12 @@ class Sinks:
     """
 
     def __init__(self, config: MonitorConfig, run_dir: Path, rank: int, resumed_step: int) -> None:
-        self._speaks = rank == 0
+        self._writes = rank == 0
         self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._board: SummaryWriter | None = None
         self._tables: CsvFiles | None = None
         self._wandb: Any = None
-        if not self._speaks:
+        if not self._writes:
             return
         try:
             self._metrics.drop_after(resumed_step)
@@ -112,25 +110,21 @@ class Sinks:
         if config.wandb_project is not None:
             self._wandb = import_module("wandb").init(project=config.wandb_project)
 
-    def say(self, line: str) -> None:
-        """One line on the console; nowhere where its other end is gone, as with a launcher that was killed."""
-        if not self._speaks:
-            return
-        try:
-            print(line, flush=True)
-        except OSError:  # the run goes on, or saves and ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def log(self, step: int, values: Mapping[str, float], load_MN: Tensor | None = None) -> None:
+        """Log one record of a step.
 
-    def write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None = None) -> None:
-        """One record at `step`: numbers and, per MoE layer, the share of the routed rows of each expert.
+        Args:
+            step: optimizer step, counted from 1.
+            values: values by the keys of `hypermoe_ds.monitor.metrics`; the time of day is added as `time`.
+            load_MN: share of each MoE layer's routed rows that each expert received.
 
         Raises:
             MachineError: the disk is full or gone.
         """
-        if not self._speaks:
+        if not self._writes:
             return
         try:
-            self._write(step, scalars, load_MN)
+            self._write(step, {"time": round(time.time(), 3), **values}, load_MN)
         except OSError as error:
             raise MachineError(f"{self._metrics.path}: cannot be written ({error.strerror})") from None
 
@@ -155,18 +149,3 @@ class Sinks:
 def _group(name: str) -> str:
     """TensorBoard shows what stands before the slash as one group."""
     return name if "/" in name else f"{'valid' if name.startswith('valid_') else 'train'}/{name}"
-
-
-def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left: float, load_MN: Tensor) -> str:
-    """The console's line of one logged step."""
-    parts = [
-        f"step {step}/{steps}",
-        f"loss {scalars['loss']:.4f}",
-        f"lr {scalars['lr']:.2e}",
-        f"grad norm {scalars['grad_norm']:.3f}",
-        f"{scalars['tokens_per_second']:,.0f} tokens/s",
-        f"{timedelta(seconds=round(seconds_left))} left",
-    ]
-    if load_MN.numel():
-        parts.append(f"expert load {float(load_MN.min()):.1%} to {float(load_MN.max()):.1%}")
-    return " | ".join(parts)

@@ -1,0 +1,298 @@
+"""Every metric of a run: its name, unit, page, meaning, and when to worry about it."""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+Page = Literal["loss", "validation", "optimization", "speed", "memory", "data", "routing", "hyper_experts"]
+By = Literal["", "layer", "dataset", "parameters", "part"]
+
+PAGES: Mapping[Page, str] = MappingProxyType(
+    {
+        "loss": "Loss",
+        "validation": "Validation",
+        "optimization": "Optimization",
+        "speed": "Speed",
+        "memory": "Memory",
+        "data": "Data",
+        "routing": "Routing",
+        "hyper_experts": "HyperExperts",
+    }
+)
+PARAMETER_GROUPS = ("experts", "hypernetwork", "routers", "rest")
+STEP_PARTS = ("data", "forward", "backward", "optimizer", "checkpoint", "other")
+
+
+class Metric(NamedTuple):
+    """One metric.
+
+    Attributes:
+        name: key in metrics.jsonl; with `by`, one key an item: `NAME/moe_layer_0`, `NAME/DATASET`, `NAME/experts`.
+        unit: unit of the value; "" for a count or a ratio.
+        page: where dashboards show it.
+        meaning: what it measures.
+        bad: values that call for action; "" if none do.
+        remedy: what to do then.
+        by: what there is one value of: MoE layer, dataset, group of parameters or part of a step.
+        total: whether there is also a value over all items, under `name` itself.
+    """
+
+    name: str
+    unit: str
+    page: Page
+    meaning: str
+    bad: str = ""
+    remedy: str = ""
+    by: By = ""
+    total: bool = True
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "loss",
+        "nats/token",
+        "loss",
+        "cross-entropy of the training tokens, mean over all steps since the last logged one",
+        "rises for more than some hundred steps, or is null (NaN)",
+        "lower optimizer.lr, lengthen schedule.warmup_steps, or skip the samples that a warning names",
+    ),
+    Metric("total_loss", "nats/token", "loss", "what is minimised: loss plus the weighted routing losses"),
+    Metric(
+        "aux_loss",
+        "",
+        "loss",
+        "load-balancing loss, mean over MoE layers; 1 for an even load",
+        "stays above 1.5",
+        "raise model.router_aux_loss_coef",
+    ),
+    Metric(
+        "z_loss",
+        "",
+        "loss",
+        "router z-loss: mean square of the log-sum-exp of the router logits",
+        "keeps growing",
+        "raise model.z_loss_coef",
+    ),
+    Metric(
+        "valid_loss",
+        "nats/token",
+        "validation",
+        "cross-entropy of the validation tokens; in total the mean over all of them",
+        "rises while the training loss falls",
+        "the data repeats: see epochs, and add data",
+        by="dataset",
+    ),
+    Metric("valid_perplexity", "", "validation", "exp(valid_loss)", by="dataset"),
+    Metric(
+        "valid_bits_per_byte",
+        "bits/byte",
+        "validation",
+        "valid_loss / ln 2 * tokens per byte of text (The Pile, arXiv 2101.00027): comparable across tokenizers",
+        by="dataset",
+    ),
+    Metric("lr", "", "optimization", "learning rate of the step"),
+    Metric(
+        "grad_norm",
+        "",
+        "optimization",
+        "L2 norm of the gradient before clipping, in total and by group of parameters",
+        "stays far above train.clip_grad_norm, or one group dwarfs all others",
+        "lower optimizer.lr or lengthen the warm-up",
+        by="parameters",
+    ),
+    Metric("parameter_norm", "", "optimization", "L2 norm of the fp32 weights", by="parameters", total=False),
+    Metric(
+        "update_ratio",
+        "",
+        "optimization",
+        "L2 norm of the last update / L2 norm of the weights",
+        "above 1e-2, or below 1e-5, after the warm-up",
+        "lower or raise optimizer.lr",
+        by="parameters",
+        total=False,
+    ),
+    Metric(
+        "loss_scale",
+        "",
+        "optimization",
+        "factor of the fp16 loss; absent in bf16 and fp32",
+        "falls below 1",
+        "take train.precision=bf16",
+    ),
+    Metric(
+        "skipped_steps",
+        "steps",
+        "optimization",
+        "steps of this run that were skipped for a NaN or Inf",
+        "grows outside the first steps of fp16",
+        "read the warnings; skip the samples that they name with train.skip_samples",
+    ),
+    Metric(
+        "tokens_per_second",
+        "tokens/s",
+        "speed",
+        "training tokens per second over all ranks since the last logged step, validation and saving excluded",
+        "falls",
+        "see step_seconds for the part that grew",
+    ),
+    Metric("tokens_per_second_per_gpu", "tokens/s", "speed", "tokens_per_second / ranks"),
+    Metric(
+        "tflops_per_gpu",
+        "TFLOP/s",
+        "speed",
+        "model FLOPs (docs/METHOD.md: active parameters, recomputation not counted) per second and GPU",
+    ),
+    Metric(
+        "mfu",
+        "",
+        "speed",
+        "model FLOPs utilisation: tflops_per_gpu / peak of the GPU (PaLM, arXiv 2204.02311); absent on CPU",
+        "far below runs of the same model and GPU",
+        "raise train.micro_batch_size; see step_seconds",
+    ),
+    Metric(
+        "step_seconds",
+        "s",
+        "speed",
+        "wall time of a step, mean since the last logged one, validation excluded, in total and by part",
+        "`data` or `checkpoint` takes more than some percent",
+        "raise data.workers; raise checkpoint.interval",
+        by="part",
+    ),
+    Metric(
+        "memory_allocated_gib", "GiB", "memory", "largest GPU memory in tensors since the last logged step, any rank"
+    ),
+    Metric(
+        "memory_reserved_gib",
+        "GiB",
+        "memory",
+        "largest GPU memory held by PyTorch's allocator since the last logged step, any rank",
+        "far above memory_allocated_gib (fragmentation)",
+        "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+    ),
+    Metric(
+        "peak_memory_gib", "GiB", "memory", "largest memory since the launch, any rank: GPU, or resident without one"
+    ),
+    Metric("consumed_samples", "samples", "data", "samples trained on since step 0"),
+    Metric(
+        "consumed_tokens",
+        "tokens",
+        "data",
+        "tokens trained on since step 0, in total and by dataset",
+        by="dataset",
+    ),
+    Metric(
+        "epochs",
+        "epochs",
+        "data",
+        "consumed_tokens / tokens of the dataset",
+        "above 4: repeated data adds little (arXiv 2305.16264)",
+        "add data, or lower the dataset's weight",
+        by="dataset",
+        total=False,
+    ),
+    Metric(
+        "expert_load",
+        "",
+        "routing",
+        "share of a layer's routed tokens that each expert received; a list of N numbers",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "expert_load_max_over_mean",
+        "",
+        "routing",
+        "load of the busiest expert / mean load; 1 for an even load",
+        "above 3 after the first thousand steps",
+        "raise model.router_aux_loss_coef",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "expert_load_min_over_mean",
+        "",
+        "routing",
+        "load of the least busy expert / mean load",
+        "near 0 after the first thousand steps",
+        "raise model.router_aux_loss_coef",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "experts_without_tokens",
+        "experts",
+        "routing",
+        "experts that received no token in the step",
+        "above 0 after the first thousand steps",
+        "raise model.router_aux_loss_coef",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "router_entropy",
+        "nats",
+        "routing",
+        "entropy of the router's probabilities, mean over tokens; at most ln N",
+        "near 0 early, or near ln N late: the router does not choose",
+        "raise or lower model.router_aux_loss_coef and model.z_loss_coef",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "distinct_selections",
+        "selections",
+        "routing",
+        "distinct sets of selected experts in a micro-batch, mean over micro-batches and ranks",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "hyper_expert_norm_ratio",
+        "",
+        "hyper_experts",
+        "L2 norm of the HyperExperts' output / L2 norm of the experts' output",
+        "stays near 0",
+        "see hyper_expert_contribution; raise optimizer.lr or model.bottleneck_size",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "hyper_expert_similarity",
+        "",
+        "hyper_experts",
+        "mean cosine between the generated weights of different selections, on a sample",
+        "stays at 1: the hypernetwork ignores the selection",
+        "raise model.expert_embedding_size or model.selection_hidden_size",
+        by="layer",
+        total=False,
+    ),
+    Metric(
+        "valid_loss_without_hyper_experts",
+        "nats/token",
+        "hyper_experts",
+        "valid_loss of the same weights with the HyperExperts switched off",
+        by="dataset",
+    ),
+    Metric(
+        "hyper_expert_contribution",
+        "nats/token",
+        "hyper_experts",
+        "valid_loss_without_hyper_experts - valid_loss: what the HyperExperts contribute",
+        "0 or below",
+        "see hyper_expert_norm_ratio and hyper_expert_similarity",
+        by="dataset",
+    ),
+)
+
+_BY_NAME = MappingProxyType({metric.name: metric for metric in METRICS})
+
+
+def metric_of(key: str) -> Metric | None:
+    """Return the metric of a key of metrics.jsonl such as `router_entropy/moe_layer_3`; None if unknown."""
+    return _BY_NAME.get(key.partition("/")[0])
+
+
+def metrics_on(page: Page) -> Iterator[Metric]:
+    """Yield the metrics of a page, in the order in which dashboards show them."""
+    return (metric for metric in METRICS if metric.page == page)
