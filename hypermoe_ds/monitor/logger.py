@@ -1,88 +1,32 @@
-"""Write metrics to metrics.jsonl, TensorBoard, Weights & Biases and CSV files."""
+"""Write metrics, settings and samples to every destination that is switched on."""
 
-import csv
-import json
-import math
 import time
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from hypermoe_ds.errors import MachineError, UserError
-from hypermoe_ds.monitor.files import write_whole
+from hypermoe_ds.monitor.csv_tables import CsvTable
+from hypermoe_ds.monitor.record_file import RecordFile
 from hypermoe_ds.monitor.settings import MonitorConfig
-from hypermoe_ds.monitor.summary import read_records
+from hypermoe_ds.monitor.tensorboard import TensorBoard
+from hypermoe_ds.monitor.weights_and_biases import WeightsAndBiases
 
-
-class MetricsFile:
-    """RUN_DIR/metrics.jsonl: one JSON object a record.
-
-    Attributes:
-        path: where it is.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def drop_after(self, step: int) -> None:
-        """Remove records of steps that a resumed run will take again."""
-        if not self.path.exists():
-            return
-        kept = [record for record in read_records(self.path) if record["step"] <= step]
-        write_whole(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record, flushed; JSON has no NaN and no infinity, they become null."""
-        finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-class CsvFiles:
-    """RUN_DIR/csv: one file a metric, with the columns `step` and the metric's name.
-
-    Args:
-        folder: where they are; made if it is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def drop_after(self, step: int) -> None:
-        """Remove rows of steps that a resumed run will take again, repeated headers and a row that was cut off."""
-        for path in self._folder.glob("*.csv"):
-            # Not by a CSV reader, which fails on damaged files: bytes of no encoding, fields of megabytes.
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            header, *rows = [line.split(",") for line in lines] or [[]]
-            header = header if len(header) == 2 and header[0] == "step" else ["step", path.stem]
-            kept = [row for row in rows if len(row) == 2 and row[0].isdecimal() and int(row[0]) <= step]
-            write_whole(path, "".join(f"{','.join(row)}\r\n" for row in [header, *kept]))
-
-    def append(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add one row to the file of each metric."""
-        for name, value in scalars.items():
-            path = self._folder / f"{name.replace('/', '_')}.csv"
-            header = [] if path.exists() else [("step", name.rpartition("/")[2])]
-            with path.open("a", newline="") as file:
-                csv.writer(file).writerows([*header, (step, value)])
+_VALIDATION = "valid_loss"  # a record of a validation holds it
+_LOAD_DIGITS = 5
 
 
 class MetricLogger:
-    """Write metrics to every destination that is switched on, on rank 0 only.
+    """Log on rank 0 to metrics.jsonl and samples.jsonl, and to TensorBoard, CSV and Weights & Biases if configured.
 
     Args:
         config: which destinations there are.
         run_dir: the run folder.
-        rank: this rank.
+        rank: this rank; the others write nothing.
         resumed_step: step of the checkpoint that the run continues from; what was logged after it is removed.
 
     Raises:
@@ -91,24 +35,35 @@ class MetricLogger:
 
     def __init__(self, config: MonitorConfig, run_dir: Path, rank: int, resumed_step: int) -> None:
         self._writes = rank == 0
-        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
-        self._board: SummaryWriter | None = None
-        self._tables: CsvFiles | None = None
-        self._wandb: Any = None
+        self._run_dir = run_dir
+        self._resumed_step = resumed_step
+        self._metrics = RecordFile(run_dir / "metrics.jsonl")
+        self._samples = RecordFile(run_dir / "samples.jsonl")
+        self._tensorboard: TensorBoard | None = None
+        self._tables: dict[bool, CsvTable] = {}
+        self._wandb: WeightsAndBiases | None = None
         if not self._writes:
             return
         try:
-            self._metrics.drop_after(resumed_step)
-            if config.tensorboard:
-                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
-            if config.csv:
-                self._tables = CsvFiles(run_dir / "csv")
-                self._tables.drop_after(resumed_step)
+            self._open(config)
         except OSError as error:
             where, problem = str(error.filename or run_dir), f"cannot be read or written ({error.strerror})"
             raise UserError(where, problem, "move it away, or make it writable") from None
         if config.wandb_project is not None:
-            self._wandb = import_module("wandb").init(project=config.wandb_project)
+            self._wandb = WeightsAndBiases(config.wandb_project, run_dir)
+
+    def _open(self, config: MonitorConfig) -> None:
+        for records in (self._metrics, self._samples):
+            records.drop_after(self._resumed_step)
+        if config.tensorboard:
+            name = self._run_dir.resolve().name
+            self._tensorboard = TensorBoard(self._run_dir / "tensorboard", name, self._resumed_step)
+        if config.csv:
+            folder = self._run_dir / "csv"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._tables = {False: CsvTable(folder / "train.csv"), True: CsvTable(folder / "validation.csv")}
+            for table in self._tables.values():
+                table.drop_after(self._resumed_step)
 
     def log(self, step: int, values: Mapping[str, float], load_MN: Tensor | None = None) -> None:
         """Log one record of a step.
@@ -119,33 +74,71 @@ class MetricLogger:
             load_MN: share of each MoE layer's routed rows that each expert received.
 
         Raises:
-            MachineError: the disk is full or gone.
+            MachineError: the disk is full or fails.
         """
         if not self._writes:
             return
-        try:
-            self._write(step, {"time": round(time.time(), 3), **values}, load_MN)
-        except OSError as error:
-            raise MachineError(f"{self._metrics.path}: cannot be written ({error.strerror})") from None
-
-    def _write(self, step: int, scalars: Mapping[str, float], load_MN: Tensor | None) -> None:
-        loads = {
-            f"expert_load/moe_layer_{layer}": load_N for layer, load_N in enumerate(() if load_MN is None else load_MN)
-        }
-        self._metrics.append({"step": step, **scalars, **{name: load_N.tolist() for name, load_N in loads.items()}})
-        grouped = {_group(name): value for name, value in scalars.items()}
-        if self._board is not None:
-            for name, value in grouped.items():
-                self._board.add_scalar(name, value, step)
-            for name, load_N in loads.items():
-                self._board.add_histogram(name, load_N, step)
-            self._board.flush()
-        if self._tables is not None:
-            self._tables.append(step, grouped)
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        with self._one_line():
+            self._metrics.append({**record, **_lists(load_MN)})
+            if self._tensorboard is not None:
+                self._tensorboard.scalars(step, values)
+                if load_MN is not None and load_MN.numel():
+                    self._tensorboard.loads(step, load_MN)
+                self._tensorboard.flush()
+            if self._tables:
+                self._tables[_VALIDATION in values].append(record)
         if self._wandb is not None:
-            self._wandb.log(grouped, step=step)
+            self._wandb.scalars(step, values, load_MN)
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Log prompts and what the model continued each one with.
+
+        Raises:
+            MachineError: the disk is full or fails.
+        """
+        if not self._writes or not samples:
+            return
+        with self._one_line():
+            for prompt, text in samples:
+                self._samples.append({"step": step, "prompt": prompt, "text": text})
+            if self._tensorboard is not None:
+                self._tensorboard.samples(step, samples)
+                self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.samples(step, samples)
+
+    def log_launch(self, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+        """Log what this launch runs: the resolved recipe, and git commit and package versions.
+
+        Raises:
+            MachineError: the disk is full or fails.
+        """
+        if not self._writes:
+            return
+        if self._tensorboard is not None:
+            blocks = {"recipe": settings, "versions": versions}
+            texts = {name: _yaml_block(block) for name, block in blocks.items()}
+            with self._one_line():
+                self._tensorboard.texts(self._resumed_step, texts)
+                self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.settings({**settings, "versions": dict(versions)})
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or self._metrics.path
+            raise MachineError(f"{where}: cannot be written ({error.strerror})") from None
 
 
-def _group(name: str) -> str:
-    """TensorBoard shows what stands before the slash as one group."""
-    return name if "/" in name else f"{'valid' if name.startswith('valid_') else 'train'}/{name}"
+def _lists(load_MN: Tensor | None) -> dict[str, list[float]]:
+    loads = [] if load_MN is None else load_MN.tolist()
+    rounded = [[round(load, _LOAD_DIGITS) for load in row] for row in loads]
+    return {f"expert_load/moe_layer_{layer}": row for layer, row in enumerate(rounded)}
+
+
+def _yaml_block(values: Mapping[str, Any]) -> str:
+    return f"```yaml\n{yaml.safe_dump(dict(values), sort_keys=False)}```"

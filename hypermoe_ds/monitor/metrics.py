@@ -1,11 +1,11 @@
 """Every metric of a run: its name, unit, page, meaning, and when to worry about it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 Page = Literal["loss", "validation", "optimization", "speed", "memory", "data", "routing", "hyper_experts"]
-By = Literal["", "layer", "dataset", "parameters", "part"]
+By = Literal["layer", "dataset", "parameters", "part"]
 
 PAGES: Mapping[Page, str] = MappingProxyType(
     {
@@ -31,7 +31,7 @@ class Metric(NamedTuple):
         unit: unit of the value; "" for a count or a ratio.
         page: where dashboards show it.
         meaning: what it measures.
-        bad: values that call for action; "" if none do.
+        bad: what calls for action, after the words "bad if it"; "" if nothing does.
         remedy: what to do then.
         by: what there is one value of: MoE layer, dataset, group of parameters or part of a step.
         total: whether there is also a value over all items, under `name` itself.
@@ -43,7 +43,7 @@ class Metric(NamedTuple):
     meaning: str
     bad: str = ""
     remedy: str = ""
-    by: By = ""
+    by: By | None = None
     total: bool = True
 
 
@@ -53,14 +53,14 @@ METRICS: tuple[Metric, ...] = (
         "nats/token",
         "loss",
         "cross-entropy of the training tokens, mean over all steps since the last logged one",
-        "rises for more than some hundred steps, or is null (NaN)",
+        "rises for hundreds of steps, or is null (NaN)",
         "lower optimizer.lr, lengthen schedule.warmup_steps, or skip the samples that a warning names",
     ),
     Metric("total_loss", "nats/token", "loss", "what is minimised: loss plus the weighted routing losses"),
     Metric(
         "aux_loss",
         "",
-        "loss",
+        "routing",
         "load-balancing loss, mean over MoE layers; 1 for an even load",
         "stays above 1.5",
         "raise model.router_aux_loss_coef",
@@ -68,7 +68,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "z_loss",
         "",
-        "loss",
+        "routing",
         "router z-loss: mean square of the log-sum-exp of the router logits",
         "keeps growing",
         "raise model.z_loss_coef",
@@ -96,7 +96,7 @@ METRICS: tuple[Metric, ...] = (
         "",
         "optimization",
         "L2 norm of the gradient before clipping, in total and by group of parameters",
-        "stays far above train.clip_grad_norm, or one group dwarfs all others",
+        "stays far above train.clip_grad_norm, or comes from one group alone",
         "lower optimizer.lr or lengthen the warm-up",
         by="parameters",
     ),
@@ -106,7 +106,7 @@ METRICS: tuple[Metric, ...] = (
         "",
         "optimization",
         "L2 norm of the last update / L2 norm of the weights",
-        "above 1e-2, or below 1e-5, after the warm-up",
+        "is above 1e-2 or below 1e-5 after the warm-up",
         "lower or raise optimizer.lr",
         by="parameters",
         total=False,
@@ -147,7 +147,7 @@ METRICS: tuple[Metric, ...] = (
         "",
         "speed",
         "model FLOPs utilisation: tflops_per_gpu / peak of the GPU (PaLM, arXiv 2204.02311); absent on CPU",
-        "far below runs of the same model and GPU",
+        "is far below that of other runs of the model on such GPUs",
         "raise train.micro_batch_size; see step_seconds",
     ),
     Metric(
@@ -155,7 +155,7 @@ METRICS: tuple[Metric, ...] = (
         "s",
         "speed",
         "wall time of a step, mean since the last logged one, validation excluded, in total and by part",
-        "`data` or `checkpoint` takes more than some percent",
+        "has a `data` or `checkpoint` part of more than a few percent",
         "raise data.workers; raise checkpoint.interval",
         by="part",
     ),
@@ -167,7 +167,7 @@ METRICS: tuple[Metric, ...] = (
         "GiB",
         "memory",
         "largest GPU memory held by PyTorch's allocator since the last logged step, any rank",
-        "far above memory_allocated_gib (fragmentation)",
+        "is far above memory_allocated_gib (fragmentation)",
         "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     ),
     Metric(
@@ -186,7 +186,7 @@ METRICS: tuple[Metric, ...] = (
         "epochs",
         "data",
         "consumed_tokens / tokens of the dataset",
-        "above 4: repeated data adds little (arXiv 2305.16264)",
+        "is above 4: repeated data adds little (arXiv 2305.16264)",
         "add data, or lower the dataset's weight",
         by="dataset",
         total=False,
@@ -204,7 +204,7 @@ METRICS: tuple[Metric, ...] = (
         "",
         "routing",
         "load of the busiest expert / mean load; 1 for an even load",
-        "above 3 after the first thousand steps",
+        "is above 3 after the first thousand steps",
         "raise model.router_aux_loss_coef",
         by="layer",
         total=False,
@@ -214,7 +214,7 @@ METRICS: tuple[Metric, ...] = (
         "",
         "routing",
         "load of the least busy expert / mean load",
-        "near 0 after the first thousand steps",
+        "is near 0 after the first thousand steps",
         "raise model.router_aux_loss_coef",
         by="layer",
         total=False,
@@ -224,7 +224,7 @@ METRICS: tuple[Metric, ...] = (
         "experts",
         "routing",
         "experts that received no token in the step",
-        "above 0 after the first thousand steps",
+        "is above 0 after the first thousand steps",
         "raise model.router_aux_loss_coef",
         by="layer",
         total=False,
@@ -234,8 +234,8 @@ METRICS: tuple[Metric, ...] = (
         "nats",
         "routing",
         "entropy of the router's probabilities, mean over tokens; at most ln N",
-        "near 0 early, or near ln N late: the router does not choose",
-        "raise or lower model.router_aux_loss_coef and model.z_loss_coef",
+        "is near 0 early (collapsed), or near ln N late (undecided)",
+        "near 0: raise model.z_loss_coef; near ln N: lower model.router_aux_loss_coef",
         by="layer",
         total=False,
     ),
@@ -279,12 +279,15 @@ METRICS: tuple[Metric, ...] = (
         "nats/token",
         "hyper_experts",
         "valid_loss_without_hyper_experts - valid_loss: what the HyperExperts contribute",
-        "0 or below",
+        "is 0 or below after the warm-up",
         "see hyper_expert_norm_ratio and hyper_expert_similarity",
         by="dataset",
     ),
 )
 
+_ITEMS: Mapping[By, str] = MappingProxyType(
+    {"layer": "moe_layer_I", "dataset": "DATASET", "parameters": "GROUP", "part": "PART"}
+)
 _BY_NAME = MappingProxyType({metric.name: metric for metric in METRICS})
 
 
@@ -293,6 +296,23 @@ def metric_of(key: str) -> Metric | None:
     return _BY_NAME.get(key.partition("/")[0])
 
 
-def metrics_on(page: Page) -> Iterator[Metric]:
-    """Yield the metrics of a page, in the order in which dashboards show them."""
-    return (metric for metric in METRICS if metric.page == page)
+def metrics_tables() -> str:
+    """Return every metric in Markdown, with one heading and one table a page."""
+    return "\n".join(_table(page, title) for page, title in PAGES.items())
+
+
+def _table(page: Page, title: str) -> str:
+    rows = ["| key | unit | meaning | bad if it | then |", "| --- | --- | --- | --- | --- |"]
+    rows += [
+        f"| {_keys(metric)} | {metric.unit} | {metric.meaning} | {metric.bad} | {metric.remedy} |"
+        for metric in METRICS
+        if metric.page == page
+    ]
+    return f"## {title}\n\n" + "\n".join(rows) + "\n"
+
+
+def _keys(metric: Metric) -> str:
+    keys = [metric.name] * (metric.total or not metric.by)
+    if metric.by:
+        keys.append(f"{metric.name}/{_ITEMS[metric.by]}")
+    return ", ".join(f"`{key}`" for key in keys)

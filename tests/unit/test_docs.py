@@ -40,7 +40,7 @@ def blocks(name: str, language: str = "") -> list[str]:
 
 
 def test_the_readme_lists_the_settings_of_the_code() -> None:
-    assert between_markers("settings") == settings_table(), "run: python tools/settings_table.py --write README.md"
+    assert between_markers("settings") == settings_table(), "run: python tools/doc_tables.py --write README.md"
 
 
 def test_the_readmes_presets_have_the_numbers_of_the_code() -> None:
@@ -53,11 +53,11 @@ def test_the_readmes_presets_have_the_numbers_of_the_code() -> None:
         row.append(f"{len(config.moe_layers)}, {config.num_experts}, {config.num_experts_per_tok}")
         row += [f"{n / 1e6:,.1f}" for n in (config.forward_flops_per_token(2048), config.generation_flops(1))]
         expected.append(row)
-    assert rows == expected, "run: python tools/settings_table.py --write README.md"
+    assert rows == expected, "run: python tools/doc_tables.py --write README.md"
 
 
 def test_the_readmes_tables_are_those_that_the_tool_writes() -> None:
-    tool = runpy.run_path(str(REPOSITORY / "tools/settings_table.py"))
+    tool = runpy.run_path(str(REPOSITORY / "tools/doc_tables.py"))
     assert tool["with_tables"](page("README.md")) == page("README.md")
 
 

@@ -1,9 +1,13 @@
-"""Where a run's numbers go."""
+"""Where a run's metrics, settings and samples are written."""
 
+import csv
 import json
 import math
+import os
 import shutil
+import signal
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +17,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hypermoe_ds.errors import MachineError, UserError
-from hypermoe_ds.monitor.logger import MetricLogger, MetricsFile
+from hypermoe_ds.monitor.logger import MetricLogger
+from hypermoe_ds.monitor.record_file import RecordFile
 from hypermoe_ds.monitor.settings import MonitorConfig
 
 
@@ -21,9 +26,39 @@ def steps_in(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("after", "left"), [(0, []), (2, [1, 2, 2]), (3, [1, 2, 2, 4][:3]), (9, [1, 2, 2, 4, 5])])
-def test_records_of_steps_to_come_again_are_dropped(tmp_path: Path, after: int, left: list[int]) -> None:
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def board(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0, "scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = board(folder)
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    return folder
+
+
+def logger(folder: Path, rank: int = 0, resumed_step: int = 0, **config: Any) -> MetricLogger:
+    return MetricLogger(MonitorConfig(**config), folder, rank, resumed_step)
+
+
+# metrics.jsonl and samples.jsonl
+
+
+@pytest.mark.parametrize(("after", "left"), [(0, []), (2, [1, 2, 2]), (3, [1, 2, 2]), (9, [1, 2, 2, 4, 5])])
+def test_records_of_steps_that_are_taken_again_are_dropped(tmp_path: Path, after: int, left: list[int]) -> None:
+    metrics = RecordFile(tmp_path / "metrics.jsonl")
     for step in (1, 2, 2, 4, 5):
         metrics.append({"step": step, "loss": 1.5})
     metrics.drop_after(after)
@@ -34,122 +69,263 @@ def test_records_of_steps_to_come_again_are_dropped(tmp_path: Path, after: int, 
 
 
 def test_a_new_run_has_no_records_to_drop(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "metrics.jsonl").drop_after(3)
+    RecordFile(tmp_path / "metrics.jsonl").drop_after(3)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_keep_their_digits(tmp_path: Path) -> None:
     record = {"step": 1, "loss": 0.1 + 0.2, "lr": 1e-300}
-    MetricsFile(tmp_path / "metrics.jsonl").append(record)
+    RecordFile(tmp_path / "metrics.jsonl").append(record)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
 
 
-def test_what_is_not_finite_is_null_for_json_has_no_word_for_it(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_null(tmp_path: Path) -> None:
     for value in (math.nan, math.inf, -math.inf):
-        MetricsFile(tmp_path / "metrics.jsonl").append({"step": 1, "loss": value, "expert_load": [0.5]})
+        RecordFile(tmp_path / "metrics.jsonl").append({"step": 1, "loss": value, "expert_load": [0.5]})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "expert_load": [0.5]}\n' * 3
 
 
-def logger(folder: Path, rank: int = 0, resumed_step: int = 0, **config: Any) -> MetricLogger:
-    return MetricLogger(MonitorConfig(**config), folder, rank, resumed_step)
+# Every destination
 
 
-def test_each_number_goes_to_the_file_and_under_its_group_to_tensorboard_and_csv(tmp_path: Path) -> None:
-    written = logger(tmp_path, csv=True)
-    loads = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    written.log(3, {"loss": 2.5, "router_entropy/moe_layer_0": 1.25}, loads)
-    written.log(4, {"valid_loss": 2.25})
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [
-        '{"step": 3, "loss": 2.5, "router_entropy/moe_layer_0": 1.25, '
-        '"expert_load/moe_layer_0": [0.25, 0.75], "expert_load/moe_layer_1": [0.5, 0.5]}',
-        '{"step": 4, "valid_loss": 2.25}',
-    ]
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    expected = {
-        "train/loss": [(3, 2.5)], "router_entropy/moe_layer_0": [(3, 1.25)], "valid/valid_loss": [(4, 2.25)],
+def test_a_record_holds_the_time_the_values_and_the_loads(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.12345)
+    logger(run_dir).log(3, {"loss": 2.5}, torch.tensor([[1 / 3, 2 / 3], [0.5, 0.5]]))
+    assert json.loads((run_dir / "metrics.jsonl").read_text()) == {
+        "step": 3, "time": 1000.123, "loss": 2.5,
+        "expert_load/moe_layer_0": [0.33333, 0.66667], "expert_load/moe_layer_1": [0.5, 0.5],
     }  # fmt: skip
-    assert {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]} == expected
-    assert board.Tags()["histograms"] == ["expert_load/moe_layer_0", "expert_load/moe_layer_1"]
-    assert board.Histograms("expert_load/moe_layer_0")[0].histogram_value.sum == pytest.approx(1)
-    assert len(list((tmp_path / "csv").rglob("*.csv"))) == 3
 
 
-def test_what_is_switched_off_is_not_written(tmp_path: Path) -> None:
-    written = logger(tmp_path, tensorboard=False)
-    written.log(1, {"loss": 2.5}, torch.ones(1, 2))
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+def test_tensorboard_has_one_chart_a_metric_with_a_line_for_each_item_and_the_loss_first(run_dir: Path) -> None:
+    values = {
+        "router_entropy/moe_layer_0": 1.25, "router_entropy/moe_layer_11": 0.5, "loss": 2.5,
+        "grad_norm": 1.0, "grad_norm/experts": 0.25, "of_no_page": 7.0,
+    }  # fmt: skip
+    writing = logger(run_dir)
+    writing.log(3, values)
+    writing.log(4, {"valid_loss": 2.25, "valid_loss/a/b": 2.5})
+    folder = run_dir / "tensorboard" / "my-run"
+    main = scalars(folder)
+    assert main == {
+        "1_loss/loss": [(3, 2.5)], "2_validation/valid_loss": [(4, 2.25)], "3_optimization/grad_norm": [(3, 1.0)],
+        "9_other/of_no_page": [(3, 7.0)],
+    }  # fmt: skip
+    assert next(iter(sorted(main))) == "1_loss/loss"
+    lines = {path.name: scalars(path) for path in folder.iterdir() if path.is_dir()}
+    assert lines == {
+        "moe_layer_00": {"7_routing/router_entropy": [(3, 1.25)]},
+        "moe_layer_11": {"7_routing/router_entropy": [(3, 0.5)]},
+        "experts": {"3_optimization/grad_norm": [(3, 0.25)]},
+        "a-b": {"2_validation/valid_loss": [(4, 2.5)]},
+    }
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    written = logger(tmp_path, rank=1, csv=True)
-    written.log(1, {"loss": 2.5}, torch.ones(1, 2))
-    assert list(tmp_path.iterdir()) == []
+def test_the_loads_relative_to_the_mean_are_a_histogram_and_an_image_of_layers_and_experts(run_dir: Path) -> None:
+    loads = torch.tensor([[0.0, 0.5, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    logger(run_dir).log(3, {}, loads)
+    events = board(run_dir / "tensorboard" / "my-run")
+    [histogram] = events.Histograms("7_routing/expert_load_over_mean")
+    assert (histogram.step, histogram.histogram_value.num) == (3, 12)
+    assert (histogram.histogram_value.min, histogram.histogram_value.max) == (0, 4)
+    [image] = events.Images("7_routing/expert_load_over_mean_by_layer_and_expert")
+    assert (image.step, image.height, image.width) == (3, 3 * 8, 4 * 8)
 
 
-def test_after_a_crash_each_step_stands_once_in_every_file(tmp_path: Path) -> None:
-    for resumed, last in ((0, 8), (5, 8), (8, 9)):
-        written = logger(tmp_path, resumed_step=resumed, csv=True)
-        for step in range(resumed + 1, last + 1):
-            written.log(step, {"loss": resumed + step / 16, "z/layer_0": 1.0}, torch.ones(1, 2))
-    losses = [(step, step / 16 + (0 if step <= 5 else 5 if step <= 8 else 8)) for step in range(1, 10)]
-    assert steps_in(tmp_path / "metrics.jsonl") == list(range(1, 10))
-    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == losses
-    assert [event.step for event in board.Histograms("expert_load/moe_layer_0")] == list(range(1, 10))
-    expected = ["step,loss", *(f"{step},{loss}" for step, loss in losses)]
-    assert (tmp_path / "csv" / "train_loss.csv").read_text().splitlines() == expected
-    assert (tmp_path / "csv" / "z_layer_0.csv").read_text().count("step") == 1
-
-
-def test_a_csv_row_that_was_cut_off_and_headers_within_are_dropped(tmp_path: Path) -> None:
-    (tmp_path / "csv").mkdir()
-    (tmp_path / "csv" / "train_loss.csv").write_text("step,loss\n1,1.5\nstep,loss\n2,2.5\n3,3.5\n3")
-    (tmp_path / "csv" / "train_lr.csv").write_text("")
-    logger(tmp_path, resumed_step=3, csv=True).log(4, {"loss": 4.5, "lr": 0.5})
-    assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == [
-        "step,loss",
-        "1,1.5",
-        "2,2.5",
-        "3,3.5",
-        "4,4.5",
+def test_a_csv_table_has_a_row_a_record_and_a_column_a_metric(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.5)
+    writing = logger(run_dir, csv=True, tensorboard=False)
+    writing.log(1, {"loss": 2.5}, torch.ones(1, 2))
+    writing.log(2, {"loss": 2.25, "parameter_norm/experts": 3.0})
+    writing.log(2, {"valid_loss": 2.0, "valid_loss/a, b": 1.5})
+    writing.log(3, {"loss": math.nan})
+    time = {"time": "1000.5"}
+    assert rows_of(run_dir / "csv" / "train.csv") == [
+        {"step": "1", **time, "loss": "2.5", "parameter_norm/experts": ""},
+        {"step": "2", **time, "loss": "2.25", "parameter_norm/experts": "3.0"},
+        {"step": "3", **time, "loss": "nan", "parameter_norm/experts": ""},
     ]
-    assert (tmp_path / "csv" / "train_lr.csv").read_text().split()[1:] == ["4,0.5"]
+    assert rows_of(run_dir / "csv" / "validation.csv") == [
+        {"step": "2", **time, "valid_loss": "2.0", "valid_loss/a, b": "1.5"}
+    ]
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"\n\n", b"\0" * 200, b'"' + b"1" * 200_000])
-def test_a_damaged_csv_file_loses_the_damaged_rows_alone(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / "csv").mkdir()
-    (tmp_path / "csv" / "train_loss.csv").write_bytes(b"step,loss\n1,1.5\n" + damage)
-    (tmp_path / "csv" / "train_lr.csv").write_bytes(damage)
-    logger(tmp_path, resumed_step=3, csv=True).log(4, {"loss": 4.5, "lr": 0.5})
-    assert (tmp_path / "csv" / "train_loss.csv").read_text().split() == ["step,loss", "1,1.5", "4,4.5"]
-    assert (tmp_path / "csv" / "train_lr.csv").read_text().split() == ["step,train_lr", "4,0.5"]
+def test_the_launch_is_a_text_and_so_is_each_sample(run_dir: Path) -> None:
+    writing = logger(run_dir, resumed_step=2)
+    writing.log_launch({"run": {"dir": "x"}, "model": None}, {"torch": "2.13", "git_commit": "abc"})
+    writing.log_samples(4, [("Once\nupon", " a </script> time"), ("def", "")])
+    events = board(run_dir / "tensorboard" / "my-run")
+    texts = {
+        tag: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    assert texts == {
+        "recipe/text_summary": [(2, "```yaml\nrun:\n  dir: x\nmodel: null\n```")],
+        "versions/text_summary": [(2, "```yaml\ntorch: '2.13'\ngit_commit: abc\n```")],
+        "sample/0/text_summary": [
+            (4, "Prompt:\n\n    Once\n    upon\n\nContinuation:\n\n     a </script> time"),
+        ],
+        "sample/1/text_summary": [(4, "Prompt:\n\n    def\n\nContinuation:\n\n    ")],
+    }
+    assert [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()] == [
+        {"step": 4, "prompt": "Once\nupon", "text": " a </script> time"},
+        {"step": 4, "prompt": "def", "text": ""},
+    ]
 
 
-@pytest.mark.parametrize(("name", "is_folder"), [("metrics.jsonl", True), ("tensorboard", False), ("csv", False)])
-def test_something_else_in_the_place_of_a_log_is_named(tmp_path: Path, name: str, is_folder: bool) -> None:
-    (tmp_path / name).mkdir() if is_folder else (tmp_path / name).touch()
-    with pytest.raises(UserError, match=rf"{tmp_path}/{name}: cannot be read or written \(.*\); move it away"):
-        logger(tmp_path, resumed_step=3, csv=True)
+def test_what_is_switched_off_is_not_written(run_dir: Path) -> None:
+    writing = logger(run_dir, tensorboard=False)
+    writing.log(1, {"loss": 2.5}, torch.ones(1, 2))
+    writing.log_launch({}, {})
+    writing.log_samples(1, [])
+    assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
 
 
-def test_weights_and_biases_gets_the_numbers_of_a_step_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_ranks_write_nothing(run_dir: Path) -> None:
+    writing = logger(run_dir, rank=1, csv=True)
+    writing.log(1, {"loss": 2.5}, torch.ones(1, 2))
+    writing.log_launch({}, {})
+    writing.log_samples(1, [("a", "b")])
+    assert list(run_dir.iterdir()) == []
+
+
+# After a crash
+
+
+def test_after_a_crash_every_file_holds_each_step_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for resumed, last in ((0, 8), (5, 8), (8, 9)):
+        # Event files are named after the second, and read in the order of their names.
+        monkeypatch.setattr("time.time", lambda now=1e9 + resumed: now)
+        writing = logger(run_dir, resumed_step=resumed, csv=True)
+        for step in range(resumed + 1, last + 1):
+            loss = resumed + step / 16
+            writing.log(step, {"loss": loss, "router_entropy/moe_layer_0": loss}, torch.ones(1, 2))
+            writing.log_samples(step, [("a", str(resumed))])
+    losses = [(step, step / 16 + (0 if step <= 5 else 5 if step <= 8 else 8)) for step in range(1, 10)]
+    assert steps_in(run_dir / "metrics.jsonl") == steps_in(run_dir / "samples.jsonl") == list(range(1, 10))
+    folder = run_dir / "tensorboard" / "my-run"
+    assert scalars(folder) == {"1_loss/loss": losses}
+    assert scalars(folder / "moe_layer_00") == {"7_routing/router_entropy": losses}
+    assert [e.step for e in board(folder).Histograms("7_routing/expert_load_over_mean")] == list(range(1, 10))
+    rows = rows_of(run_dir / "csv" / "train.csv")
+    assert [(int(row["step"]), float(row["loss"])) for row in rows] == losses
+
+
+def test_a_line_that_is_no_longer_written_loses_the_steps_after_the_checkpoint_too(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logged: list[Any] = []
-    run = SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)))
-    wandb = SimpleNamespace(init=lambda project: logged.append(project) or run)
+    first = logger(run_dir)
+    for step in (1, 2, 3):
+        first.log(step, {"valid_loss/old": 1.0})
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    logger(run_dir, resumed_step=1).log(2, {"valid_loss/new": 2.0})
+    folder = run_dir / "tensorboard" / "my-run"
+    assert scalars(folder / "old") == {"2_validation/valid_loss": [(1, 1.0)]}
+    assert scalars(folder / "new") == {"2_validation/valid_loss": [(2, 2.0)]}
+
+
+def _log_and_die(folder: Path) -> None:
+    writing = logger(folder, csv=True)
+    writing.log_launch({"run": {}}, {"torch": "2"})
+    for step in range(1, 6):
+        writing.log(step, {"loss": float(step), "grad_norm/experts": 1.0}, torch.ones(2, 4))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_leaves_all_that_it_logged_readable(run_dir: Path) -> None:
+    process = get_context("fork").Process(target=_log_and_die, args=(run_dir,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    folder = run_dir / "tensorboard" / "my-run"
+    assert scalars(folder) == {"1_loss/loss": [(step, float(step)) for step in range(1, 6)]}
+    assert [step for step, _ in scalars(folder / "experts")["3_optimization/grad_norm"]] == [1, 2, 3, 4, 5]
+    assert len(board(folder).Histograms("7_routing/expert_load_over_mean")) == 5
+    assert steps_in(run_dir / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows_of(run_dir / "csv" / "train.csv")] == ["1", "2", "3", "4", "5"]
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    "damage", [b"3", b"step,time,loss\r\n", b"3,1.0\r\n", b"\xff\xfe\n", b"\n\n", b"\0" * 200, b'"' + b"1" * 200_000]
+)
+def test_a_damaged_csv_file_loses_the_damaged_rows_alone(run_dir: Path, damage: bytes) -> None:
+    (run_dir / "csv").mkdir()
+    (run_dir / "csv" / "train.csv").write_bytes(b"step,time,loss\r\n1,1.0,1.5\r\n3,1.0,3.5\r\n" + damage)
+    (run_dir / "csv" / "validation.csv").write_bytes(damage)
+    writing = logger(run_dir, resumed_step=3, csv=True, tensorboard=False)
+    writing.log(4, {"loss": 4.5})
+    writing.log(4, {"valid_loss": 0.5})
+    rows = rows_of(run_dir / "csv" / "train.csv")
+    assert [(row["step"], row["loss"]) for row in rows] == [("1", "1.5"), ("3", "3.5"), ("4", "4.5")]
+    [row] = rows_of(run_dir / "csv" / "validation.csv")
+    assert (row["step"], row["valid_loss"]) == ("4", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder"), [("metrics.jsonl", True), ("samples.jsonl", True), ("tensorboard", False), ("csv", False)]
+)
+def test_something_else_in_the_place_of_a_log_is_named(run_dir: Path, name: str, is_folder: bool) -> None:
+    (run_dir / name).mkdir() if is_folder else (run_dir / name).touch()
+    with pytest.raises(UserError, match=rf"{run_dir}/{name}.*: cannot be read or written \(.*\); move it away"):
+        logger(run_dir, resumed_step=3, csv=True)
+
+
+def test_a_disk_that_fails_is_one_line(run_dir: Path) -> None:
+    writing = logger(run_dir, tensorboard=False)
+    shutil.rmtree(run_dir)
+    with pytest.raises(MachineError, match=r"/my-run/metrics\.jsonl: cannot be written \(No such file or directory\)$"):
+        writing.log(1, {"loss": 1.0})
+
+
+# Weights & Biases
+
+
+class Wandb:
+    """A stand-in for the package."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.config: dict[str, Any] = {}
+
+    def init(self, **arguments: Any) -> Any:
+        self.started.append(arguments)
+        config = SimpleNamespace(update=lambda values, allow_val_change: self.config.update(values))
+        identity = arguments["id"] or "new-id"
+        return SimpleNamespace(id=identity, config=config, log=lambda values, step: self.logged.append((step, values)))
+
+    def Histogram(self, values: list[float]) -> tuple[str, list[float]]:  # noqa: N802 (as in wandb)
+        return "histogram", values
+
+    def Table(self, columns: list[str], rows: list[list[Any]]) -> Any:  # noqa: N802 (as in wandb)
+        return columns, rows
+
+
+def test_weights_and_biases_gets_the_same_metrics_by_page_and_a_resume_continues_its_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    logger(tmp_path, wandb_project="p", tensorboard=False).log(3, {"loss": 1.5, "valid_loss": 2.5})
-    logger(tmp_path, rank=1, wandb_project="p").log(3, {"loss": 1.5})
-    assert logged == ["p", (3, {"train/loss": 1.5, "valid/valid_loss": 2.5})]
-
-
-def test_a_disk_that_is_full_or_gone_is_told_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    written = logger(tmp_path / "run", tensorboard=False)
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(MachineError, match=r"/run/metrics\.jsonl: cannot be written \(No such file or directory\)$"):
-        written.log(1, {"loss": 1.0})
+    writing = logger(run_dir, wandb_project="p", tensorboard=False)
+    writing.log_launch({"train": {"steps": 3}}, {"torch": "2"})
+    writing.log(3, {"loss": 1.5, "router_entropy/moe_layer_0": 0.5}, torch.tensor([[0.25, 0.75]]))
+    writing.log_samples(3, [("a", "b")])
+    logger(run_dir, rank=1, wandb_project="p").log(3, {"loss": 1.5})
+    logger(run_dir, resumed_step=3, wandb_project="p", tensorboard=False)
+    common = {"project": "p", "name": "my-run", "resume": "allow", "dir": str(run_dir)}
+    assert wandb.started == [{**common, "id": None}, {**common, "id": "new-id"}]
+    assert wandb.config == {"train": {"steps": 3}, "versions": {"torch": "2"}}
+    assert wandb.logged == [
+        (
+            3,
+            {
+                "loss/loss": 1.5,
+                "routing/router_entropy/moe_layer_0": 0.5,
+                "routing/expert_load/moe_layer_0": ("histogram", [0.25, 0.75]),
+            },
+        ),
+        (3, {"samples": (["step", "prompt", "text"], [[3, "a", "b"]])}),
+    ]

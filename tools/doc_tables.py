@@ -1,10 +1,11 @@
-"""Print the tables of README.md that are made from the code: the presets and all settings of a recipe."""
+"""Print the tables of README.md and docs/METRICS.md that are made from the code: presets, settings, metrics."""
 
 import argparse
 import re
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.monitor.metrics import metrics_tables
 from hypermoe_ds.run_config import settings_table
 
 _SEQUENCE_LENGTH = 2048
@@ -28,9 +29,14 @@ def presets_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def tables() -> dict[str, str]:
+    """The tables by the names of their markers."""
+    return {"presets": presets_table(), "settings": settings_table(), "metrics": metrics_tables()}
+
+
 def with_tables(page: str) -> str:
     """The page with its tables made anew between their markers."""
-    for name, table in (("presets", presets_table()), ("settings", settings_table())):
+    for name, table in tables().items():
         before, *around = re.split(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", page, maxsplit=1, flags=re.DOTALL)
         page = before + table.join(["".join(around[:1]), "".join(around[1:])]) if around else page
     return page
@@ -42,7 +48,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="renew the tables between the markers of this file")
     path = parser.parse_args().write
     if path is None:
-        print(presets_table(), settings_table(), sep="\n", end="")
+        print(*tables().values(), sep="\n", end="")
     else:
         if not path.is_file():
             raise UserError(f"--write {path}", "no such file", "give a page that has the markers")

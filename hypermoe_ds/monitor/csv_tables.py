@@ -1,0 +1,52 @@
+"""RUN_DIR/csv: one table of the training metrics and one of the validations, each one row a record."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hypermoe_ds.monitor.files import write_whole
+
+
+class CsvTable:
+    """A CSV file with the columns `step`, `time` and one a metric; a metric that a record lacks has an empty cell.
+
+    Args:
+        path: where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._columns: list[str] = []
+
+    def drop_after(self, step: int) -> None:
+        """Remove rows of steps that a resumed run takes again, and rows that are damaged or cut off."""
+        if not self._path.exists():
+            return
+        # Not by a CSV reader, which fails on damaged files: bytes of no encoding, fields of megabytes.
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        header, *rows = [line.split(",") for line in lines] or [[]]
+        if header[:2] != ["step", "time"]:
+            self._path.unlink()
+            return
+        self._columns = header
+        self._rewrite(row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step)
+
+    def append(self, record: Mapping[str, float]) -> None:
+        """Add one row; columns that are new are added to the header, in an atomic rewrite of the file."""
+        missing = [key for key in record if key not in self._columns]
+        if missing:
+            rows = self._rows() if self._columns else []
+            self._columns = [*self._columns, *missing]
+            self._rewrite([*row, *[""] * (len(self._columns) - len(row))] for row in rows)
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([record.get(column, "") for column in self._columns])
+
+    def _rows(self) -> list[list[str]]:
+        with self._path.open(newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))[1:]
+
+    def _rewrite(self, rows: Iterable[Sequence[str]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([self._columns, *rows])
+        write_whole(self._path, text.getvalue())

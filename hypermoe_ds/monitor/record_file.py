@@ -1,0 +1,38 @@
+"""A file of one JSON object a line, each with a step: RUN_DIR/metrics.jsonl and RUN_DIR/samples.jsonl."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hypermoe_ds.monitor.files import write_whole
+from hypermoe_ds.monitor.summary import read_records
+
+
+class RecordFile:
+    """Append records, and drop those of steps that a resumed run takes again.
+
+    Attributes:
+        path: where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def drop_after(self, step: int) -> None:
+        """Remove records of later steps."""
+        if not self.path.exists():
+            return
+        kept = [record for record in read_records(self.path) if record["step"] <= step]
+        write_whole(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record, flushed; NaN and infinity, which JSON does not have, become null."""
+        finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

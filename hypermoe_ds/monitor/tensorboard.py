@@ -1,0 +1,89 @@
+"""RUN_DIR/tensorboard: one group of charts a page, one chart a metric with its layers, datasets or groups as lines."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from hypermoe_ds.monitor.metrics import PAGES, metric_of
+
+_PIXELS = 8  # edge of the square of one expert in the image of the loads
+_OTHER = f"{len(PAGES) + 1}_other"
+_BRIGHTEST = 2.0  # load / mean load that is drawn white; 1 is mid grey
+
+
+class TensorBoard:
+    """Write event files that TensorBoard shows in the order of the pages.
+
+    TensorBoard draws one line a run and sorts groups by name. So groups are numbered, and what a metric has one value
+    of, such as an MoE layer, is a run of its own: a sub-folder with its own event file.
+
+    Args:
+        folder: RUN_DIR/tensorboard.
+        run: name of the run.
+        resumed_step: step of the checkpoint that the run continues from; TensorBoard drops later steps.
+    """
+
+    def __init__(self, folder: Path, run: str, resumed_step: int) -> None:
+        self._folder = folder / run
+        self._purge_step = resumed_step + 1
+        self._writers: dict[str, SummaryWriter] = {}
+        # The steps after resumed_step are dropped in files of all items, in those that are no longer written too.
+        for path in sorted(self._folder.glob("*/events.*")):
+            self._writer(path.parent.name)
+        self._writer("")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values by their keys in metrics.jsonl."""
+        for key, value in values.items():
+            name, _, item = key.partition("/")
+            self._writer(_run_name(item)).add_scalar(f"{_group(name)}/{name}", value, step)
+
+    def loads(self, step: int, load_MN: Tensor) -> None:
+        """Write the load of all experts, relative to the mean, as a histogram and as an image of layers and experts."""
+        relative_MN = load_MN.float().cpu() * load_MN.shape[1]
+        tag = f"{_group('expert_load')}/expert_load_over_mean"
+        writer = self._writer("")
+        writer.add_histogram(tag, relative_MN, step)
+        grey_MN = (relative_MN / _BRIGHTEST * 255).clamp(0, 255).to(torch.uint8).numpy()
+        pixels_HW = np.kron(grey_MN, np.ones((_PIXELS, _PIXELS), np.uint8))
+        writer.add_image(f"{tag}_by_layer_and_expert", pixels_HW, step, dataformats="HW")
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write Markdown texts by their names."""
+        for name, text in texts.items():
+            self._writer("").add_text(name, text, step)
+
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Write prompts and their continuations."""
+        self.texts(step, {f"sample/{number}": _quoted(*sample) for number, sample in enumerate(samples)})
+
+    def flush(self) -> None:
+        """Hand everything to the operating system, so that a killed process loses nothing."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def _writer(self, item: str) -> SummaryWriter:
+        if item not in self._writers:
+            self._writers[item] = SummaryWriter(str(self._folder / item), purge_step=self._purge_step)
+        return self._writers[item]
+
+
+def _group(name: str) -> str:
+    metric = metric_of(name)
+    return _OTHER if metric is None else f"{list(PAGES).index(metric.page) + 1}_{metric.page}"
+
+
+def _run_name(item: str) -> str:
+    """Return the sub-folder of an item; MoE layers get two digits, since TensorBoard sorts runs by name."""
+    layer = item.removeprefix("moe_layer_")
+    return f"moe_layer_{int(layer):02d}" if layer != item else item.replace("/", "-")
+
+
+def _quoted(prompt: str, text: str) -> str:
+    """Return a prompt and its continuation as Markdown blocks, which show any text as it is."""
+    indented = (part.replace("\n", "\n    ") for part in (prompt, text))
+    return "Prompt:\n\n    {}\n\nContinuation:\n\n    {}".format(*indented)

@@ -1,0 +1,54 @@
+"""Weights & Biases: the same metrics, by page."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hypermoe_ds.monitor.files import write_whole
+from hypermoe_ds.monitor.metrics import metric_of
+
+
+class WeightsAndBiases:
+    """Log to one W&B run, which a resumed launch continues.
+
+    Args:
+        project: W&B project.
+        run_dir: the run folder; its name is that of the W&B run, and it keeps the id of the W&B run in `wandb_id`.
+    """
+
+    def __init__(self, project: str, run_dir: Path) -> None:
+        self._wandb: Any = import_module("wandb")
+        path = run_dir / "wandb_id"
+        known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        # Without "allow" a launch that follows would start a second run, and charts would show its steps twice.
+        self._run = self._wandb.init(
+            project=project, name=run_dir.resolve().name, id=known, resume="allow", dir=str(run_dir)
+        )
+        write_whole(path, f"{self._run.id}\n")
+
+    def scalars(self, step: int, values: Mapping[str, float], load_MN: Tensor | None) -> None:
+        """Log values by their keys in metrics.jsonl, and each layer's loads as a histogram.
+
+        W&B ignores steps that it has seen before, which a resumed run takes again: no chart has a step twice.
+        """
+        loads = {} if load_MN is None else {f"expert_load/moe_layer_{i}": load_N for i, load_N in enumerate(load_MN)}
+        histograms = {key: self._wandb.Histogram(load_N.tolist()) for key, load_N in loads.items()}
+        named = {_by_page(key): value for key, value in {**values, **histograms}.items()}
+        self._run.log(named, step=step)
+
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Log prompts and their continuations as a table."""
+        rows = [[step, prompt, text] for prompt, text in samples]
+        self._run.log({"samples": self._wandb.Table(["step", "prompt", "text"], rows)}, step=step)
+
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        """Set the run's configuration."""
+        self._run.config.update(dict(settings), allow_val_change=True)
+
+
+def _by_page(key: str) -> str:
+    metric = metric_of(key)
+    return key if metric is None else f"{metric.page}/{key}"
