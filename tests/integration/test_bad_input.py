@@ -175,9 +175,11 @@ def finished(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def contents(folder: Path) -> dict[Path, float]:
-    """All but who holds the folder and the ranks' signs of life."""
+    """All files except the lock, the ranks' heartbeats and their logs."""
     files = [
-        path for path in folder.rglob("*") if path.is_file() and path.name != "lock" and path.parent.name != "watch"
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock" and path.parent.name not in ("watch", "logs")
     ]
     return {path: path.stat().st_mtime_ns for path in files}
 

@@ -19,6 +19,7 @@ ORDER = (
     {"export"},
     {"training", "supervision"},
     {"run_config"},
+    {"job"},
     set(SCRIPTS),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
