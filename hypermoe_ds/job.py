@@ -4,6 +4,7 @@ import socket
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,15 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         MachineError: the ranks do not meet, or a disk fails.
     """
     began = time.monotonic()
-    model = config.architecture()
+    model, folder = config.architecture(), RunFolder(Path(config.run.dir))
     check_sources(config.data, model.vocab_size)
-    folder = RunFolder(Path(config.run.dir))
     folder.check_same_run(model, Path(config.data.tokenizer))
-
+    settings = config.model_dump(mode="json")
     with console.phase("waiting for all ranks"):
         rank, world_size = start_ranks(config.train.collective_timeout, screen.level)
-        settings = config.model_dump(mode="json")
         check_same_settings(settings, ds_json)
-        hosts = len(set(HostGroup().gather(socket.gethostname())))
     ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
-
-    def show(step: int, doing: str, done: int, total: int | None) -> None:
-        console.progress(config.train.steps, step, doing, done, total)
-
+    show = partial(console.progress, config.train.steps)
     watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, screen.err, show)
     with claimed(folder.path), watchdog.watching():
         with console.phase("building the model"):
@@ -69,9 +64,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         with console.phase("loading the newest checkpoint"):
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
-        if rank == 0:
-            report_launch(config, model, ds_config, state, world_size, hosts, console)
-            record_launch(folder, settings, ds_config, model, state.step, console.log)
+        launch = report_launch(config, model, ds_config, state, folder, console)
         seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         with console.phase("building datasets"):
             train_set, valid_set = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
@@ -101,7 +94,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         )
         engine.destroy()
         if rank == 0:
-            report_end(config, state, stopped, time.monotonic() - began, world_size, hosts, console)
+            report_end(config, launch, state, stopped, time.monotonic() - began, console)
     torch.distributed.destroy_process_group()
     return EXIT_SAVED if stopped else 0
 
@@ -111,37 +104,35 @@ def report_launch(
     model: HyperMoEConfig,
     ds_config: dict[str, Any],
     state: TrainState,
-    world_size: int,
-    hosts: int,
+    folder: RunFolder,
     console: Console,
-) -> None:
-    """Print what is about to run, and write it to RUN_DIR/launches.jsonl.
+) -> Launch:
+    """Print what is about to run and what changed since the last launch, and write both to the run folder (collective).
 
     Raises:
         UserError: a token file is missing, or a setting does not fit the samples of the run.
-        MachineError: the file cannot be written.
+        MachineError: a file cannot be written.
     """
+    ranks = HostGroup()
+    hosts = len(set(ranks.gather(socket.gethostname())))
     datasets = dataset_shares(config.data.train, config.samples(state) * config.data.sequence_length)
-    launch = Launch(state.step, world_size, asdict(model.parameter_counts()), datasets)
-    stage = ds_config["zero_optimization"]["stage"]
-    console.table(banner(launch, model, config.train, config.data, config.parallel, stage, hosts, config.run.dir))
-    for warning in repetition_warnings(datasets):
-        console.log(warning)
-    if state.step >= config.last_step:
-        console.log("nothing to train: raise train.steps or train.stop_at_step to continue")
-    launch.write(Path(config.run.dir))
+    launch = Launch(state.step, ranks.size, hosts, asdict(model.parameter_counts()), datasets)
+    if ranks.rank == 0:
+        stage = ds_config["zero_optimization"]["stage"]
+        console.table(banner(launch, model, config.train, config.data, config.parallel, stage, config.run.dir))
+        for warning in repetition_warnings(datasets):
+            console.log(warning)
+        record_launch(folder, config.model_dump(mode="json"), ds_config, model, state.step, console.log)
+        launch.write(folder.path)
+        if state.step >= config.last_step:
+            console.log("nothing to train: raise train.steps or train.stop_at_step to continue")
+    return launch
 
 
 def report_end(
-    config: RunConfig,
-    state: TrainState,
-    stopped: bool,
-    seconds: float,
-    world_size: int,
-    hosts: int,
-    console: Console,
+    config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
 ) -> None:
-    """Print what the launch reached and the commands that come next, and write how it ended to RUN_DIR/launches.jsonl.
+    """Print what the launch reached and the commands that come next, and write how it ended to the run folder.
 
     Raises:
         MachineError: the file cannot be written.
@@ -150,5 +141,5 @@ def report_end(
     run_dir, tokens = Path(config.run.dir), state.consumed_samples * config.data.sequence_length
     write_end(run_dir, state.step, ended)
     data = next((source.prefix for source in config.data.valid), None)
-    resume = resume_command(world_size, hosts, sys.argv, ended)
+    resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended)
     console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume))

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, create_model, model_validator
 
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
-from hypermoe_ds.config import PathText, Settings, apply_overrides, closest, load_yaml, validate
+from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
@@ -140,9 +140,10 @@ class RunConfig(Settings):
         steps, tokens = train.get("steps"), as_whole_number(train.get("tokens"))
         if steps is None and tokens is None and set(train) <= set(TrainConfig.model_fields):
             raise UserError("train.steps", "is missing, and so is train.tokens", "give one of them")
-        batch, length = train.get("global_batch_size"), data.get("sequence_length")
+        batch: Any = train.get("global_batch_size")
+        length: Any = data.get("sequence_length")
         given = [batch, length, *([value for value in (steps, tokens) if value is not None] or [None])]
-        if not all(type(value) is int and value > 0 for value in given):
+        if not all(type(value) is int and 0 < value <= LARGEST_COUNT**3 for value in given):
             return {**recipe, "train": {"steps": 1, **train}}  # validation names the one that is missing or wrong
         if tokens is None:
             return {**recipe, "train": {**train, "tokens": steps * batch * length}}
@@ -250,7 +251,7 @@ class RunConfig(Settings):
         if self.schedule.name == "warmup_stable_decay" and self.schedule.decay_steps == 0:
             raise UserError("schedule.decay_steps=0", "warmup_stable_decay never decays", "give its last steps")
         longest = self.resolved().model.max_position_embeddings  # type: ignore[attr-defined]
-        if self.data.sequence_length > longest:
+        if 1 <= longest < self.data.sequence_length:
             raise UserError(
                 f"data.sequence_length={self.data.sequence_length}",
                 f"longer than model.max_position_embeddings={longest}",

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock, Timer
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import rich.console
 from rich.live import Live
@@ -46,7 +47,7 @@ class Console:
         self._out = sys.stdout if out is None else out
         self._is_terminal = self._out.isatty()
         width = None if self._is_terminal else _COLUMNS
-        self._rich = rich.console.Console(file=self._out, force_terminal=self._is_terminal, width=width)
+        self._rich = _Rich(file=self._out, force_terminal=self._is_terminal, width=width)
         self._lock = RLock()  # checkpoints are written, and logged, by a thread of their own
         self._layers = LayerMessages()
         self._status = _Status()
@@ -142,11 +143,19 @@ class Console:
         marked = line.startswith((_WARNING, "error: ")) or record.levelno < logging.WARNING
         self.log(line if marked else f"{_WARNING}{line}")
 
-    def _warn(self, message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
+    def _warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if Path(filename).is_relative_to(_OURS):
             self.log(f"{_WARNING}{message}")
         else:
-            self._show_warning(message, category, filename, lineno, *more)
+            self._show_warning(message, category, filename, lineno, file, line)
 
     def _print(self, renderable: Text | Table) -> None:
         if not self._prints:
@@ -156,7 +165,15 @@ class Console:
             self._rich.print(renderable, soft_wrap=isinstance(renderable, Text))
             self._out.flush()
         except OSError:  # the run continues, or saves and ends
-            self._prints = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+
+
+class _Rich(rich.console.Console):
+    """A console of rich's that does not end the process when its other end is closed."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error on."""
+        raise  # noqa: PLE0704 (called in an except block)
 
 
 class _ToConsole(logging.Handler):
@@ -218,7 +235,7 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left:
         ("grad_norm", "grad {:>8}"),
         ("consumed_tokens", "tokens {:>6}"),
         ("tokens_per_second", "{:>9,.0f} tok/s"),
-        ("mfu", "MFU {:>3.0%}"),
+        ("mfu", "MFU {:>4.0%}"),
     )
     shown = {"grad_norm": _fixed, "consumed_tokens": readable}
     parts += [

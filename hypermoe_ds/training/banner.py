@@ -21,7 +21,6 @@ def banner(
     data: DataConfig,
     parallel: ParallelConfig,
     zero_stage: int,
-    hosts: int,
     run_dir: str,
 ) -> list[tuple[str, str]]:
     """Return rows of a name and a text.
@@ -33,7 +32,6 @@ def banner(
         data: the length of a sequence.
         parallel: the layout of the experts.
         zero_stage: of DeepSpeed's ZeRO.
-        hosts: number of hosts.
         run_dir: the run folder.
     """
     counts = launch.parameters
@@ -48,7 +46,7 @@ def banner(
         ),
         (
             "layout",
-            f"{counted(ranks, 'rank')} on {counted(hosts, 'host')}; expert parallel {parallel.expert}, "
+            f"{counted(ranks, 'rank')} on {counted(launch.hosts, 'host')}; expert parallel {parallel.expert}, "
             f"data parallel {ranks}; ZeRO {zero_stage}; {train.precision}",
         ),
         (
@@ -74,7 +72,7 @@ def repetition_warnings(datasets: Sequence[DatasetShare]) -> list[str]:
     """Return a warning for each dataset that a run reads 4 times or more."""
     return [
         f"warning: the run reads {dataset.name} {dataset.epochs:.1f} times ({readable(dataset.tokens)} tokens): "
-        "repeated data adds little from 4 epochs on; add data, lower the dataset's weight in data.train, or shorten the run"
+        "repeated data adds little from 4 epochs on; add data, lower its weight in data.train, or shorten the run"
         for dataset in datasets
         if dataset.epochs >= _MOST_EPOCHS
     ]

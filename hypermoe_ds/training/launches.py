@@ -30,6 +30,7 @@ class Launch:
     Attributes:
         step: step that it starts from.
         world_size: number of ranks.
+        hosts: number of hosts.
         parameters: total, active, hypernetwork.
         datasets: part of each training dataset in the run.
         device: name of rank 0's GPU, or "cpu".
@@ -37,6 +38,7 @@ class Launch:
 
     step: int
     world_size: int
+    hosts: int
     parameters: Mapping[str, int]
     datasets: Sequence[DatasetShare]
     device: str = field(default_factory=device_name)

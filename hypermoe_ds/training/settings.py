@@ -27,7 +27,7 @@ class TrainConfig(Settings):
     tokens: Annotated[int | None, BeforeValidator(as_whole_number)] = Field(
         None,
         ge=1,
-        le=LARGEST_COUNT**2,
+        le=LARGEST_COUNT**3,
         description="length of the run in tokens, such as 300e9, in place of `train.steps`; rounded up to whole steps",
     )
     stop_at_step: int | None = Field(
