@@ -142,4 +142,4 @@ def report_end(
     write_end(run_dir, state.step, ended)
     data = next((source.prefix for source in config.data.valid), None)
     resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended)
-    console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume))
+    console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume), wrap=False)

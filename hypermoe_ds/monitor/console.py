@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, TextIO
 import rich.console
 from rich.live import Live
 from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
 from hypermoe_ds.monitor.folding import LayerMessages
@@ -59,21 +59,19 @@ class Console:
             for message in (*self._layers.take(), line):
                 self._print(Text(message, "bold yellow" if message.startswith(_WARNING) else ""))
 
-    def table(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Print rows of a name and a text that is wrapped, in two columns."""
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(no_wrap=True, style="bold")
-        grid.add_column(overflow="fold")
-        for name, text in rows:
-            grid.add_row(name, Text(text, "bold yellow" if text.startswith(_WARNING) else ""))
+    def table(self, rows: Sequence[tuple[str, str]], wrap: bool = True) -> None:
+        """Print rows of a name and a text in two columns.
+
+        Args:
+            rows: the rows; a row without a name continues the one above it.
+            wrap: break long texts; commands that are to be copied are not broken.
+        """
+        indent = max(len(name) for name, _ in rows) + 2
         with self._lock:
-            if self._is_terminal:
-                self._print(grid)
-            else:  # without the spaces that fill up columns
-                with self._rich.capture() as captured:
-                    self._rich.print(grid)
-                for line in captured.get().splitlines():
-                    self._print(Text(line.rstrip()))
+            for name, text in rows:
+                lines = textwrap.wrap(text, max(self._rich.width - indent, 40)) if wrap else [text]
+                for number, line in enumerate(lines):
+                    self._print(Text.assemble((f"{'' if number else name:<{indent}}", "bold"), line))
 
     def progress(self, steps: int, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
         """Show what a step of the run does; without a terminal, print a line now and then for other work than steps.
@@ -111,7 +109,7 @@ class Console:
 
     def __enter__(self) -> "Console":
         self._live = Live(
-            console=self._rich, get_renderable=self._status.render, transient=True, refresh_per_second=2,
+            self._status, console=self._rich, transient=True, refresh_per_second=2,
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._handler = _ToConsole(self)
@@ -157,12 +155,12 @@ class Console:
         else:
             self._show_warning(message, category, filename, lineno, file, line)
 
-    def _print(self, renderable: Text | Table) -> None:
+    def _print(self, text: Text) -> None:
         if not self._prints:
             return
         self._printed = time.monotonic()
         try:
-            self._rich.print(renderable, soft_wrap=isinstance(renderable, Text))
+            self._rich.print(text, soft_wrap=True)
             self._out.flush()
         except OSError:  # the run continues, or saves and ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
@@ -203,8 +201,8 @@ class _Status:
             self._first = (time.monotonic(), step)
         self._steps, self._step, self.text = steps, step, text
 
-    def render(self) -> Spinner | Text:
-        """Return the line; empty if nothing is done that is worth one."""
+    def __rich__(self) -> Spinner | Text:
+        """Return the line as it is now; empty if nothing is done that is worth one."""
         if not self.text:
             return Text("")
         parts = [self.text]

@@ -21,6 +21,7 @@ SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
 WITH_HOSTFILE = ("pdsh.sh", "openmpi.sh")
+EVERY = (*WITH_HOSTFILE, "torchrun.sh", "slurm.sbatch", "local.sh")
 TWO = "# two hosts\nnode1 slots=8\n\nnode2   slots=4  # half\n"
 
 
@@ -85,7 +86,8 @@ def test_pdsh_starts_deepspeeds_launcher_after_a_look_at_the_hosts(
     assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file.removesuffix(".pdsh"), *train]
     assert start == [
         "env", f"DS_ENV_FILE={file}", f"PDSH_SSH_ARGS_APPEND={SSH}",
-        "deepspeed", "--force_multi", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
+        "deepspeed", "--log_level", "critical",
+        "--force_multi", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
     ]  # fmt: skip
 
 
@@ -158,7 +160,36 @@ def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[
     assert look[:3] == ["python", PREFLIGHT, "--slots"]
 
 
-@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize(
+    ("arguments", "environment", "options"),
+    [
+        ([], {}, ["critical", "--master_port", "29500"]),
+        (["--num_gpus", "2"], {"MASTER_PORT": "7"}, ["critical", "--num_gpus", "2", "--master_port", "7"]),
+        (["--num_gpus=8"], {"HYPERMOE_LOG_LEVEL": "INFO"}, ["info", "--num_gpus", "8", "--master_port", "29500"]),
+    ],
+)
+def test_local_starts_deepspeeds_launcher_without_its_log(
+    folder: Path, arguments: list[str], environment: dict[str, str], options: list[str]
+) -> None:
+    [start] = commands("local.sh", *arguments, "--config", "r.yaml", "--verbose", folder=folder, **environment)
+    assert start == ["deepspeed", "--log_level", *options, TRAIN, *ZERO1, "--config", "r.yaml", "--verbose"]
+
+
+@pytest.mark.parametrize("number", ["0", "x", "-1", ""])
+def test_local_refuses_what_is_not_a_number_of_ranks(folder: Path, number: str) -> None:
+    done = launch("local.sh", "--config", "r.yaml", f"--num_gpus={number}", folder=folder)
+    assert done.stderr == f"local.sh: --num_gpus {number}: is not a number of ranks; give 1 or more\n"
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_local_checks_the_settings_before_deepspeeds_launcher_starts(folder: Path) -> None:
+    for name in ("python", "deepspeed"):
+        stub(folder / "venv/bin" / name, f'echo "{name} ${{*: -4:4}}" >> calls; exit 2')
+    assert launch("local.sh", "--config", "r.yaml", folder=folder).returncode == 2
+    assert (folder / "calls").read_text() == f"python {' '.join(ZERO1)} --config r.yaml\n"
+
+
+@pytest.mark.parametrize("script", EVERY)
 def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(folder: Path, script: str) -> None:
     told = launch(script, "--help", folder=folder)
     assert told.stdout.startswith("usage: ")
@@ -184,7 +215,7 @@ def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str)
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", EVERY)
 def test_a_dry_run_tells_a_mistake_in_the_recipe_and_no_command(folder: Path, script: str) -> None:
     (folder / "r.yaml").write_text("modle: {}\n")
     environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)}
@@ -202,7 +233,7 @@ def test_a_dry_run_tells_a_batch_that_the_hosts_of_the_hostfile_cannot_share(fol
     assert "times 12 ranks does not divide train.global_batch_size=8" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", EVERY)
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [("MASTER_ADDR", "-x", "no host"), ("MASTER_ADDR", "$(id)", "no host"), ("MASTER_PORT", "$(id)", "no number")],
@@ -246,12 +277,14 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
 @pytest.mark.parametrize(
     ("script", "option", "told"),
     [
-        *((script, "--bogus", "see --help") for script in ("pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch")),
+        *((script, "--bogus", "see --help") for script in EVERY),
         ("pdsh.sh", "--hostfiles", "see --help"),
         ("pdsh.sh", "--num_gpus", f"hosts and ranks are set by {SLOTS}"),
         ("openmpi.sh", "--num_gpus=2", f"hosts and ranks are set by {SLOTS}"),
         ("torchrun.sh", "--num_nodes", f"hosts and ranks are set by {OWN}"),
         ("torchrun.sh", "--hostfile", f"hosts and ranks are set by {OWN}"),
+        ("local.sh", "--num_nodes", "hosts and ranks are set by --num_gpus"),
+        ("local.sh", "--hostfile", "hosts and ranks are set by --num_gpus"),
         ("slurm.sbatch", "--hostfile=h", f"hosts and ranks are set by {SBATCH}"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_launch_and_its_end_are_an_object_each(tmp_path: Path) -> None:
     assert first["datasets"]["books"] == {"tokens": 1_000_000, "weight": 0.25, "epochs": pytest.approx(4.096)}
     assert {**second, "time": 0} == {"time": 0, "step": 9, "ended": "signal"}
     assert second["time"] >= first["time"] > 1.7e9
-    with pytest.raises(MachineError, match="launches.jsonl: cannot be written"):
+    with pytest.raises(MachineError, match=r"launches\.jsonl: cannot be written"):
         write_end(tmp_path / "none", 9, "finished")
 
 
