@@ -236,4 +236,4 @@ def test_two_hosts_with_other_overrides_are_told_and_nothing_is_written(place: P
     for done in hosts:
         assert_told_once(done, ("train.steps: is 8 on rank 0 and 12 on rank 1 (", "give all ranks the same settings"))
         assert done.returncode == 2
-    assert not place.run_dir.exists()
+    assert contents(place.run_dir) == {}
