@@ -13,7 +13,7 @@ SCRIPTS = ("pretrain", "tools", "launch")
 ORDER = (
     {PACKAGE},  # the package's own __init__
     {"errors"},
-    {"config", "files"},
+    {"config", "files", "progress"},
     {"modeling", "data", "parallel"},
     {"checkpoint", "monitor"},
     {"export"},

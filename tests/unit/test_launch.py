@@ -12,14 +12,10 @@ import pytest
 import yaml
 
 from hypermoe_ds.parallel.hosts import read_hostfile
+from tests.helpers.launch_scripts import LAUNCH, REPOSITORY, SYSTEM, TRAIN, ZERO1, commands, launch, stub
 
-REPOSITORY = Path(__file__).parents[2]
-LAUNCH = REPOSITORY / "launch"
-TRAIN = f"{REPOSITORY}/pretrain/train.py"
 PREFLIGHT = f"{REPOSITORY}/tools/preflight.py"
-SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
-ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
 WITH_HOSTFILE = ("pdsh.sh", "openmpi.sh")
 EVERY = (*WITH_HOSTFILE, "torchrun.sh", "slurm.sbatch", "local.sh")
 TWO = "# two hosts\nnode1 slots=8\n\nnode2   slots=4  # half\n"
@@ -30,30 +26,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "hostfile").write_text(TWO)
     stub(tmp_path / "venv/bin/python", "exit 0")
     return tmp_path
-
-
-def stub(path: Path, body: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-
-
-def launch(
-    script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A launch script in `folder`, with nothing in the environment but this."""
-    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
-    return subprocess.run(
-        ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
-        timeout=60, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def commands(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
-    """The words of each command that the script would start."""
-    done = launch(script, "--dry-run", *arguments, folder=folder, **environment)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return [shlex.split(line.removeprefix("+")) for line in done.stdout.splitlines() if line.startswith("+")]
 
 
 def variables(words: list[str]) -> dict[str, str]:
@@ -158,35 +130,6 @@ def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[
     look, start = commands("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
     assert start == ["torchrun", *options.split(), "--log_dir", "/dev/null", TRAIN, *ZERO1, "--config", "r.yaml"]
     assert look[:3] == ["python", PREFLIGHT, "--slots"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "options"),
-    [
-        ([], {}, ["critical", "--master_port", "29500"]),
-        (["--num_gpus", "2"], {"MASTER_PORT": "7"}, ["critical", "--num_gpus", "2", "--master_port", "7"]),
-        (["--num_gpus=8"], {"HYPERMOE_LOG_LEVEL": "INFO"}, ["info", "--num_gpus", "8", "--master_port", "29500"]),
-    ],
-)
-def test_local_starts_deepspeeds_launcher_without_its_log(
-    folder: Path, arguments: list[str], environment: dict[str, str], options: list[str]
-) -> None:
-    [start] = commands("local.sh", *arguments, "--config", "r.yaml", "--verbose", folder=folder, **environment)
-    assert start == ["deepspeed", "--log_level", *options, TRAIN, *ZERO1, "--config", "r.yaml", "--verbose"]
-
-
-@pytest.mark.parametrize("number", ["0", "x", "-1", ""])
-def test_local_refuses_what_is_not_a_number_of_ranks(folder: Path, number: str) -> None:
-    done = launch("local.sh", "--config", "r.yaml", f"--num_gpus={number}", folder=folder)
-    assert done.stderr == f"local.sh: --num_gpus {number}: is not a number of ranks; give 1 or more\n"
-    assert (done.returncode, done.stdout) == (2, "")
-
-
-def test_local_checks_the_settings_before_deepspeeds_launcher_starts(folder: Path) -> None:
-    for name in ("python", "deepspeed"):
-        stub(folder / "venv/bin" / name, f'echo "{name} ${{*: -4:4}}" >> calls; exit 2')
-    assert launch("local.sh", "--config", "r.yaml", folder=folder).returncode == 2
-    assert (folder / "calls").read_text() == f"python {' '.join(ZERO1)} --config r.yaml\n"
 
 
 @pytest.mark.parametrize("script", EVERY)
