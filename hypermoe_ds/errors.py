@@ -50,11 +50,11 @@ def local_rank() -> int:
 
 def global_rank() -> int:
     """Return this process's rank as its launcher sets it in the environment; 0 without a launcher."""
-    return _from_environment(("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    return _from_environment(("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"))
 
 
 def _from_environment(names: Sequence[str]) -> int:
-    """Return the first of these variables: deepspeed and torchrun, mpirun, srun."""
+    """Return the first of these variables: deepspeed and torchrun, Open MPI, srun, MPICH."""
     return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 

@@ -74,7 +74,8 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         def validate() -> Evaluation:
             engine.eval()
             batches = validation_batches(valid_set, micro_batch, rank, world_size)  # type: ignore[arg-type]
-            result = evaluate(engine, watchdog.each(batches, "validating"), engine.device)
+            total = -(-len(valid_set) // (micro_batch * world_size))  # type: ignore[arg-type]
+            result = evaluate(engine, watchdog.each(batches, "validating", total), engine.device)
             engine.train()
             return result
 

@@ -21,8 +21,6 @@ fi
 
 : "${HYPERMOE_HOSTFILE:=hostfile}"                           # hosts and slots (ranks) of each
 : "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # where the command line names none
-launcher_level=${HYPERMOE_LOG_LEVEL:-critical}               # of DeepSpeed's launcher: critical prints nothing
-launcher_level=${launcher_level,,}
 : "${MASTER_PORT:=29500}"                                    # where the ranks meet; one job a port
 export MASTER_PORT
 # Without keepalive the launcher never returns when a cable is out.
@@ -50,16 +48,17 @@ usage() {
         echo "  --no-preflight          start without looking at the hosts first"
     fi
     cat <<TEXT
+  --verbose               show the libraries' output (HYPERMOE_LOG_LEVEL=info)
   --dry-run               check the settings and print the commands, run nothing
   --help                  this
 
-These go to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json), --verbose
+These go to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
 and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) say where the ranks meet. More: docs/CLUSTERS.md
 TEXT
 }
 
-# read_command_line USAGE DECIDES ARGUMENT...: sets hostfile, num_gpus, dry_run, with_preflight and train, the arguments of
-# train.py. DECIDES: what says which hosts and how many ranks there are.
+# read_command_line USAGE DECIDES ARGUMENT...: sets hostfile, num_gpus, dry_run, with_preflight, launcher_level (of
+# DeepSpeed's launcher) and train, the arguments of train.py. DECIDES: what says which hosts and how many ranks there are.
 read_command_line() {
     local text=$1 decides=$2
     shift 2
@@ -72,7 +71,7 @@ read_command_line() {
             -h | --help) usage "$text" && exit 0 ;;
             --dry-run) dry_run=true ;;
             --no-preflight) with_preflight=false ;;
-            --verbose) train+=("$1") ;;
+            --verbose) export HYPERMOE_LOG_LEVEL=${HYPERMOE_LOG_LEVEL:-info} ;;
             --config | --deepspeed_config)
                 train+=("$1" "$2")
                 shift
@@ -95,6 +94,7 @@ read_command_line() {
         esac
         shift
     done
+    launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # critical prints nothing
     check_meeting_place "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
     [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; name a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then

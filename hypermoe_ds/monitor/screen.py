@@ -59,6 +59,7 @@ def open_screen(run_dir: Path, level: str | None) -> Screen:
     """
     if level is not None:
         logging.basicConfig(level=level)
+        logging.getLogger("hypermoe_ds").propagate = False  # the console prints its messages
         return Screen(sys.stdout, sys.stderr, None, level)
     log = run_dir / "logs" / f"rank_{global_rank():05d}.log"
     try:

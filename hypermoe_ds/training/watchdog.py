@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -100,12 +100,11 @@ class Watchdog:
             self._sign = replace(self._sign, step=step, doing=doing, passed=self._sign.passed + 1)
             self._since = time.monotonic()
 
-    def each(self, batches: Iterable[Item], doing: str) -> Iterator[Item]:
-        """Hand the batches on; waiting for each, and what is done with it, is begun anew.
+    def each(self, batches: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
+        """Hand the batches on, `total` of them; waiting for each, and what is done with it, is begun anew.
 
         A rank that waits for data is therefore behind the others, which wait for it in a collective.
         """
-        total = len(batches) if isinstance(batches, Sized) else None
         iterator = iter(batches)
         for done in count():
             self.begin(self._sign.step, "waiting for data")

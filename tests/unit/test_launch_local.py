@@ -17,6 +17,8 @@ def folder(tmp_path: Path) -> Path:
     ("arguments", "environment", "options"),
     [
         ([], {}, ["critical", "--master_port", "29500"]),
+        (["--verbose"], {}, ["info", "--master_port", "29500"]),
+        (["--verbose"], {"HYPERMOE_LOG_LEVEL": "debug"}, ["debug", "--master_port", "29500"]),
         (["--num_gpus", "2"], {"MASTER_PORT": "7"}, ["critical", "--num_gpus", "2", "--master_port", "7"]),
         (["--num_gpus=8"], {"HYPERMOE_LOG_LEVEL": "INFO"}, ["info", "--num_gpus", "8", "--master_port", "29500"]),
     ],
@@ -24,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
 def test_local_starts_deepspeeds_launcher_without_its_log(
     folder: Path, arguments: list[str], environment: dict[str, str], options: list[str]
 ) -> None:
-    [start] = commands("local.sh", *arguments, "--config", "r.yaml", "--verbose", folder=folder, **environment)
-    assert start == ["deepspeed", "--log_level", *options, TRAIN, *ZERO1, "--config", "r.yaml", "--verbose"]
+    [start] = commands("local.sh", *arguments, "--config", "r.yaml", folder=folder, **environment)
+    assert start == ["deepspeed", "--log_level", *options, TRAIN, *ZERO1, "--config", "r.yaml"]
 
 
 @pytest.mark.parametrize("number", ["0", "x", "-1", ""])

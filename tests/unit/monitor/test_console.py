@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,18 +141,17 @@ def test_other_messages_are_not_folded(message: str) -> None:
     assert messages.take() == []
 
 
-def test_our_warnings_are_printed_and_those_of_libraries_are_not(
-    ours: tuple[logging.Logger, io.StringIO], capsys: pytest.CaptureFixture[str]
-) -> None:
-    logger, file = ours
-    logger.warning("warning: marked")
-    logger.warning("not marked")
-    package = Path(hypermoe_ds.__file__).parent
-    with warnings.catch_warnings():
+def test_our_warnings_are_printed_and_those_of_libraries_are_not() -> None:
+    file, package = io.StringIO(), Path(hypermoe_ds.__file__).parent
+    with warnings.catch_warnings(record=True) as left:
         warnings.simplefilter("always")
-        warnings.showwarning = sys.modules["hypermoe_ds.monitor.console"].Console._warn.__get__(Console(0, file))
-        warnings.warn_explicit("ours", UserWarning, str(package / "x.py"), 1)
+        with Console(0, file):
+            logging.getLogger("hypermoe_ds.somewhere").warning("warning: marked")
+            logging.getLogger("hypermoe_ds.somewhere").warning("not marked")
+            warnings.warn_explicit("ours", UserWarning, str(package / "x.py"), 1)
+            warnings.warn_explicit("theirs", UserWarning, "/lib/x.py", 1)
     assert file.getvalue().splitlines() == ["warning: marked", "warning: not marked", "warning: ours"]
+    assert [str(warning.message) for warning in left] == ["theirs"]
 
 
 def test_a_table_in_a_file_has_no_trailing_space_and_120_columns() -> None:
