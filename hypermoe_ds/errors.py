@@ -82,7 +82,7 @@ def one_line_errors(err: TextIO | None = None, log: Path | None = None) -> Itera
         yield
     except (UserError, MachineError) as error:
         _wait_for_local_rank_zero(_SILENT_SECONDS)
-        _print_error(str(error), err)
+        print_error(str(error), err)
         sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAULT)
     except (Exception, KeyboardInterrupt) as error:
         if log is None:
@@ -90,9 +90,12 @@ def one_line_errors(err: TextIO | None = None, log: Path | None = None) -> Itera
         traceback.print_exc()
         _wait_for_local_rank_zero(_CRASH_SECONDS)
         what = f"{type(error).__name__}: {_shortened(str(error))}" if str(error) else type(error).__name__
-        _print_error(f"rank {global_rank()}: {what}; the traceback is at the end of {log}", err)
+        print_error(f"rank {global_rank()}: {what}; the traceback is at the end of {log}", err)
         sys.exit(1)
 
 
-def _print_error(message: str, err: TextIO | None) -> None:
-    print(f"error: {' '.join(message.split())}", file=err or sys.stderr, flush=True)
+def print_error(message: str, err: TextIO | None = None) -> None:
+    """Print an error as one line on `err`, or stderr; on a terminal in the place of a status line."""
+    stream = err or sys.stderr
+    over_status = "\r\x1b[K" if stream.isatty() else ""
+    print(f"{over_status}error: {' '.join(message.split())}", file=stream, flush=True)

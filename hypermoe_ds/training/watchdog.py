@@ -24,7 +24,7 @@ import torch.distributed
 from torch.distributed import distributed_c10d as c10d
 
 from hypermoe_ds.data.output import delete
-from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError
+from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError, print_error
 from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs, sign_path
 
@@ -227,9 +227,9 @@ class Watchdog:
         except FileExistsError:
             self._wait_for_verdict()
             with told.open("x"):
-                print(f"error: {self._verdict.read_text().strip()}", file=self._err or sys.stderr, flush=True)
+                print_error(self._verdict.read_text(), self._err)
         else:
-            print(f"error: {findings}", file=self._err or sys.stderr, flush=True)
+            print_error(str(findings), self._err)
             told.touch()  # before others can read the verdict
             write_whole(self._verdict, f"{findings}\n")
 
