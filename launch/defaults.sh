@@ -70,7 +70,10 @@ read_command_line() {
         case $1 in
             -h | --help) usage "$text" && exit 0 ;;
             --dry-run) dry_run=true ;;
-            --no-preflight) with_preflight=false ;;
+            --no-preflight)
+                [[ $text != *--num_gpus* ]] || fail "$1: is no option; see --help"
+                with_preflight=false
+                ;;
             --verbose) export HYPERMOE_LOG_LEVEL=${HYPERMOE_LOG_LEVEL:-info} ;;
             --config | --deepspeed_config)
                 train+=("$1" "$2")

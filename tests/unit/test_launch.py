@@ -226,6 +226,7 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
         ("openmpi.sh", "--num_gpus=2", f"hosts and ranks are set by {SLOTS}"),
         ("torchrun.sh", "--num_nodes", f"hosts and ranks are set by {OWN}"),
         ("torchrun.sh", "--hostfile", f"hosts and ranks are set by {OWN}"),
+        ("local.sh", "--no-preflight", "see --help"),
         ("local.sh", "--num_nodes", "hosts and ranks are set by --num_gpus"),
         ("local.sh", "--hostfile", "hosts and ranks are set by --num_gpus"),
         ("slurm.sbatch", "--hostfile=h", f"hosts and ranks are set by {SBATCH}"),

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,29 @@ def test_long_work_gets_a_line_now_and_then_where_there_is_no_status_line(monkey
         console.progress(2000, 20, "waiting for data")
         console.progress(2000, 20, "validating", done, 50)
     assert file.getvalue() == "step 20: validating 5/50\n"
+
+
+class DueTimer:
+    """A timer whose time has come when it is started."""
+
+    def __init__(self, seconds: float, function: Callable[[str], None], arguments: list[str]) -> None:
+        self._call = lambda: function(f"{arguments[0]} {seconds} s")
+
+    def start(self) -> None:
+        self._call()
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("out", "lines"), [(io.StringIO(), ["building datasets ... 30 s"]), (Terminal(), [])])
+def test_a_long_phase_is_a_line_where_there_is_no_status_line(
+    out: io.StringIO, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypermoe_ds.monitor.console.Timer", DueTimer)
+    with Console(0, out).phase("building datasets"):
+        pass
+    assert out.getvalue().splitlines() == lines
 
 
 @pytest.fixture
