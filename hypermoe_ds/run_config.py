@@ -3,22 +3,31 @@
 import ast
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import Field, create_model
+import yaml
+from pydantic import Field, create_model, model_validator
 
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
-from hypermoe_ds.config import PathText, Settings, apply_overrides, closest, load_yaml, validate
+from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.parallel.topology import ParallelConfig
-from hypermoe_ds.training.settings import EvaluationConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from hypermoe_ds.training.settings import (
+    EvaluationConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    as_whole_number,
+)
 from hypermoe_ds.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -55,21 +64,22 @@ class _Declared(NamedTuple):
     description: str
 
 
-def _read_model_source() -> tuple[dict[str, _Declared], list[str]]:
-    """The fields of `HyperMoEConfig` and the names of the presets, off the source.
+def _read_model_source() -> tuple[dict[str, _Declared], dict[str, dict[str, Any]]]:
+    """Read the fields of `HyperMoEConfig` and the presets off the source.
 
     Importing it takes Transformers and torch, 3 s, and most mistakes in a recipe show without them.
     """
     tree = ast.parse(_MODEL_SOURCE.read_text(encoding="utf-8"))
     literal: Any = Literal
     kinds: dict[str, Any] = {"int": int, "float": float, "bool": bool}
-    fields, presets = {}, []
+    fields: dict[str, _Declared] = {}
+    presets: dict[str, dict[str, Any]] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
             choices = node.value.slice  # type: ignore[attr-defined]
             kinds[ast.unparse(node.targets[0])] = literal[ast.literal_eval(choices)]
         elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS":
-            presets = [ast.literal_eval(key) for key in node.value.args[0].keys]  # type: ignore[union-attr]
+            presets = ast.literal_eval(node.value.args[0])  # type: ignore[union-attr]
         elif isinstance(node, ast.ClassDef) and node.name == "HyperMoEConfig":
             docs = (ast.get_docstring(node, clean=False) or "").partition("Args:\n")[2]
             described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+:|^    \w|\Z)", docs, re.S | re.M))
@@ -120,6 +130,29 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     monitor: MonitorConfig = MonitorConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_length(cls, recipe: Any) -> Any:
+        """Give `train` both its steps and its tokens, of which a recipe has one."""
+        train, data = (recipe.get(name) if isinstance(recipe, dict) else None for name in ("train", "data"))
+        if not isinstance(train, dict) or not isinstance(data, dict):
+            return recipe
+        steps, tokens = train.get("steps"), as_whole_number(train.get("tokens"))
+        if steps is None and tokens is None and set(train) <= set(TrainConfig.model_fields):
+            raise UserError("train.steps", "is missing, and so is train.tokens", "give one of them")
+        batch: Any = train.get("global_batch_size")
+        length: Any = data.get("sequence_length")
+        given = [batch, length, *([value for value in (steps, tokens) if value is not None] or [None])]
+        if not all(type(value) is int and 0 < value <= LARGEST_COUNT**3 for value in given):
+            return {**recipe, "train": {"steps": 1, **train}}  # validation names the one that is missing or wrong
+        if tokens is None:
+            return {**recipe, "train": {**train, "tokens": steps * batch * length}}
+        needed = -(-tokens // (batch * length))
+        if steps not in (None, needed):
+            where, problem = f"train.tokens={tokens}", f"takes {needed:,} steps and train.steps is {steps}"
+            raise UserError(where, problem, "give one of them and leave the other one out, or set it to null")
+        return {**recipe, "train": {**train, "steps": needed}}
+
     @property
     def last_step(self) -> int:
         """Step after which this start ends."""
@@ -159,12 +192,12 @@ class RunConfig(Settings):
             UserError: an unknown preset, fields that do not fit each other, or a tokenizer that is needed and does not
                 load.
         """
+        self._check_preset()
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         preset = given.pop("preset", None)
-        self._check_preset()
-        from hypermoe_ds.modeling import PRESETS, HyperMoEConfig  # noqa: PLC0415 (takes seconds)
+        from hypermoe_ds.modeling import HyperMoEConfig  # noqa: PLC0415 (takes seconds)
 
-        fields = {**PRESETS.get(preset, {}), **given}
+        fields = {**_PRESETS.get(preset, {}), **given}
         if "vocab_size" not in fields:
             fields["vocab_size"] = _vocabulary_for(self.data.tokenizer)
         try:
@@ -179,20 +212,22 @@ class RunConfig(Settings):
         if preset is not None and preset not in _PRESETS:
             raise UserError(f"model.preset={preset}", "is unknown", closest(preset, _PRESETS))
 
-    def opening_line(self, world_size: int, step: int) -> str:
-        """What is about to run, from `step` on."""
-        model = self.architecture()
-        counts = model.parameter_counts()
-        idle = " | nothing to train: raise train.steps or train.stop_at_step to go on" * (step >= self.last_step)
-        return (
-            f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, "
-            f"{counts.hypernetwork / 1e6:,.1f} M in the hypernetwork, vocabulary {model.vocab_size:,} | "
-            f"{world_size} ranks, expert parallelism {self.parallel.expert} | "
-            f"step {step} of {self.train.steps} | {self.run.dir}{idle}"
-        )
+    def resolved(self) -> "RunConfig":
+        """Return the recipe with every field of the model: the preset and the model's defaults are applied.
+
+        A vocabulary that neither the recipe nor a preset gives stays null: it is that of the tokenizer. Needs no torch.
+        """
+        given = {key: value for key, value in self.model.model_dump().items() if value is not None}
+        defaults = {name: field.default for name, field in _MODEL_FIELDS.items()}
+        fields = {**defaults, "vocab_size": None, **_PRESETS.get(given.pop("preset", None), {}), **given}
+        return self.model_copy(update={"model": ModelSection(**fields)})
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that loads as this recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def check(self) -> None:
-        """Refuse sections that do not fit each other.
+        """Refuse sections that do not fit each other; `architecture` checks the fields of the model.
 
         Raises:
             UserError: the first misfit.
@@ -215,8 +250,8 @@ class RunConfig(Settings):
             )
         if self.schedule.name == "warmup_stable_decay" and self.schedule.decay_steps == 0:
             raise UserError("schedule.decay_steps=0", "warmup_stable_decay never decays", "give its last steps")
-        longest = self.architecture().max_position_embeddings
-        if self.data.sequence_length > longest:
+        longest = self.resolved().model.max_position_embeddings  # type: ignore[attr-defined]
+        if 1 <= longest < self.data.sequence_length:
             raise UserError(
                 f"data.sequence_length={self.data.sequence_length}",
                 f"longer than model.max_position_embeddings={longest}",
@@ -225,7 +260,7 @@ class RunConfig(Settings):
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, apply `section.key=value` overrides and check it.
+    """Read a recipe, apply `section.key=value` overrides and check it without torch.
 
     Raises:
         UserError: anything that is wrong with it, in one line.
@@ -235,21 +270,69 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     return config
 
 
+class _Setting(NamedTuple):
+    """A setting as documentation shows it."""
+
+    name: str
+    kind: str
+    default: str | None
+    description: str
+
+
 def settings_table() -> str:
     """Every setting of a recipe with its default and meaning, as a Markdown table."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for section, field in RunConfig.model_fields.items():
-        rows += _rows(section, field.annotation)  # type: ignore[arg-type]
+    for setting in _all_settings():
+        shown = "required" if setting.default is None else f"`{setting.default}`"
+        rows.append(f"| `{setting.name}` | {shown} | {setting.description} |")
     return "\n".join(rows) + "\n"
 
 
-def _rows(section: str, model: type[Settings]) -> Iterator[str]:
+def settings_help(width: int) -> str:
+    """Return every setting of a recipe with its type, default and meaning, as text of at most `width` columns."""
+    lines = ["settings of a recipe (section.key=value):"]
+    section = ""
+    for setting in _all_settings():
+        if setting.name.partition(".")[0] != section:
+            section = setting.name.partition(".")[0]
+            lines += ["", f"{section}:"]
+        default = "required" if setting.default is None else f"default: {setting.default}"
+        lines.append(f"  {setting.name}  ({setting.kind}; {default})")
+        indent = " " * 6
+        lines += textwrap.wrap(
+            setting.description, max(width, 40), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def _all_settings() -> Iterator[_Setting]:
+    for section, field in RunConfig.model_fields.items():
+        yield from _settings_of(section, field.annotation)  # type: ignore[arg-type]
+
+
+def _settings_of(section: str, model: type[Settings]) -> Iterator[_Setting]:
     for name, field in model.model_fields.items():
         default = field.default
         if model is ModelSection and name in _MODEL_FIELDS and name != "vocab_size":
             default = _MODEL_FIELDS[name].default
-        shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
-        yield f"| `{section}.{name}` | {shown} | {field.description} |"
+        shown = None if field.is_required() else json.dumps(default)
+        yield _Setting(f"{section}.{name}", _kind(field.annotation), shown, field.description or "")
         for item in get_args(field.annotation):
             if isinstance(item, type) and issubclass(item, Settings) and field.is_required():
-                yield from _rows(f"{section}.{name}[]", item)
+                yield from _settings_of(f"{section}.{name}[]", item)
+
+
+def _kind(annotation: Any) -> str:
+    """Name a type as a recipe's reader knows it: int, bf16|fp16|fp32, list of int."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join("null" if part is NoneType else _kind(part) for part in parts)
+    if origin is Literal:
+        return "|".join(map(str, parts))
+    if origin is list:
+        return f"list of {_kind(parts[0])}"
+    if origin is not None:  # Annotated
+        return _kind(parts[0])
+    return (
+        "mapping" if issubclass(annotation, Settings) else {"str": "text"}.get(annotation.__name__, annotation.__name__)
+    )

@@ -36,15 +36,20 @@ check_meeting_place() {
     [[ $2 =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$2: is no number; set it to a free port"
 }
 
-# usage TEXT: what --help prints; a script whose TEXT has no --hostfile takes none.
+# usage TEXT: what --help prints; a script whose TEXT has no --hostfile or --num_gpus takes none.
 usage() {
     printf 'usage: %s\n\n' "$1"
     if [[ $1 == *--hostfile* ]]; then
         echo "  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)"
     fi
+    if [[ $1 == *--num_gpus* ]]; then
+        echo "  --num_gpus N            number of ranks on this host (default: its GPUs)"
+    else
+        echo "  --no-preflight          start without looking at the hosts first"
+    fi
     cat <<TEXT
+  --verbose               show the libraries' output (HYPERMOE_LOG_LEVEL=info)
   --dry-run               check the settings and print the commands, run nothing
-  --no-preflight          start without looking at the hosts first
   --help                  this
 
 These go to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
@@ -52,12 +57,12 @@ and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) say where th
 TEXT
 }
 
-# read_command_line USAGE DECIDES ARGUMENT...: sets hostfile, dry_run, with_preflight and train, the arguments of
-# train.py. DECIDES: what says which hosts and how many ranks there are.
+# read_command_line USAGE DECIDES ARGUMENT...: sets hostfile, num_gpus, dry_run, with_preflight, launcher_level (of
+# DeepSpeed's launcher) and train, the arguments of train.py. DECIDES: what says which hosts and how many ranks there are.
 read_command_line() {
     local text=$1 decides=$2
     shift 2
-    hostfile=$HYPERMOE_HOSTFILE dry_run=false with_preflight=true train=()
+    hostfile=$HYPERMOE_HOSTFILE num_gpus='' dry_run=false with_preflight=true train=()
     while [ $# -gt 0 ]; do
         case $1 in
             --hostfile | --config | --deepspeed_config) [ $# -gt 1 ] || fail "$1: no file is named; add its path" ;;
@@ -65,13 +70,23 @@ read_command_line() {
         case $1 in
             -h | --help) usage "$text" && exit 0 ;;
             --dry-run) dry_run=true ;;
-            --no-preflight) with_preflight=false ;;
+            --no-preflight)
+                [[ $text != *--num_gpus* ]] || fail "$1: is no option; see --help"
+                with_preflight=false
+                ;;
+            --verbose) export HYPERMOE_LOG_LEVEL=${HYPERMOE_LOG_LEVEL:-info} ;;
             --config | --deepspeed_config)
                 train+=("$1" "$2")
                 shift
                 ;;
             --config=* | --deepspeed_config=*) train+=("$1") ;;
-            --num_gpus* | --num_nodes*) fail "$1: is no option; hosts and ranks are set by $decides" ;;
+            --num_gpus | --num_gpus=*)
+                [[ $text == *--num_gpus* ]] || fail "$1: is no option; hosts and ranks are set by $decides"
+                [ "$1" != --num_gpus ] || shift
+                num_gpus=${1#--num_gpus=}
+                [[ $num_gpus =~ ^[1-9][0-9]*$ ]] || fail "--num_gpus $num_gpus: is not a number of ranks; give 1 or more"
+                ;;
+            --num_nodes*) fail "$1: is no option; hosts and ranks are set by $decides" ;;
             --hostfile | --hostfile=*)
                 [[ $text == *--hostfile* ]] || fail "$1: is no option; hosts and ranks are set by $decides"
                 [ "$1" != --hostfile ] || shift
@@ -82,6 +97,7 @@ read_command_line() {
         esac
         shift
     done
+    launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # critical prints nothing
     check_meeting_place "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
     [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; name a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then

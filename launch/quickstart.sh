@@ -63,7 +63,7 @@ for split in train valid; do
 done
 
 step "training on $ranks ranks"
-deepspeed --num_gpus "$ranks" pretrain/train.py --config pretrain/recipes/quickstart.yaml \
+deepspeed --log_level critical --num_gpus "$ranks" pretrain/train.py --config pretrain/recipes/quickstart.yaml \
     --deepspeed_config ds_configs/zero1.json run.dir="$out/run" data.tokenizer="$out/tokenizer" \
     "data.train=[{prefix: $out/data/train}]" "data.valid=[{prefix: $out/data/valid}]" \
     parallel.expert="$ranks" "$@"

@@ -6,6 +6,7 @@ from pathlib import Path
 from hypermoe_ds.config import LARGEST_COUNT
 from hypermoe_ds.data.output import check_input
 from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.progress import progress
 
 
 def main() -> None:
@@ -18,7 +19,6 @@ def main() -> None:
             raise UserError(where, "is not a possible number", f"give 1 to {LARGEST_COUNT}")
     check_input(arguments.checkpoint)
     import torch
-    from tqdm import tqdm
 
     from hypermoe_ds.checkpoint.run_folder import RunFolder
     from hypermoe_ds.data.datasets import build_validation_set
@@ -39,7 +39,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
     total = -(-len(samples) // arguments.micro_batch_size)
-    result = evaluate(model.to(device), tqdm(batches, "evaluate", total, unit="batch", leave=False), device)
+    result = evaluate(model.to(device), progress(batches, "evaluate", "batches", total), device)
     print(
         f"loss {result.loss:.6f} | perplexity {result.perplexity:.4f} | "
         f"{result.tokens:,} tokens of {arguments.data} in sequences of {length}"

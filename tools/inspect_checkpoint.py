@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hypermoe_ds.data.output import check_input
 from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.progress import Progress
 
 
 def main() -> None:
@@ -18,8 +19,6 @@ def main() -> None:
     paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
     for path in paths:
         check_input(path)
-    from tqdm import tqdm
-
     from hypermoe_ds.checkpoint.differences import compare, elements_to_compare
     from hypermoe_ds.checkpoint.inspection import elements_to_inspect, inspect
     from hypermoe_ds.checkpoint.inspection_report import difference_lines, inspection_lines, write_json
@@ -30,7 +29,7 @@ def main() -> None:
         sources = [opened.enter_context(open_source(path, arguments.step)) for path in paths]
         pairs = [(sources[0], sources[1])] if len(sources) == 2 else []
         elements = sum(map(elements_to_inspect, sources)) + sum(elements_to_compare(*pair) for pair in pairs)
-        with tqdm(total=elements, desc="read", unit=" elements", unit_scale=True, leave=False, disable=None) as bar:
+        with Progress("read", "elements", elements) as bar:
             inspections = [inspect(source, bar.update) for source in sources]
             differences = [compare(*pair, bar.update) for pair in pairs]
 

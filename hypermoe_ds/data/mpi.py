@@ -76,13 +76,14 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
         UserError: on rank 0, the error of the first rank that met one.
         SystemExit: on the other ranks, when any rank met an error.
     """
-    start = time.perf_counter()
     rank = comm.Get_rank()
     files = _together(comm, lambda: _check(job))
     with ExitStack() as stack:
         made = _together(comm, lambda: stack.enter_context(scratch_beside(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
         source = _together(comm, lambda: TokenizerSource.of(job.tokenizer))
+        _together(comm, source.encoder)  # loading it takes seconds, which are no part of the speed
+        start = time.perf_counter()
         share = share_of(files, [path.stat().st_size for path in files], rank, comm.Get_size())
         part = _together(comm, lambda: write_tokens(job, share, source, _part(scratch, rank), progress=rank == 0))
         parts = comm.allgather(part)

@@ -6,12 +6,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-
-from tqdm import tqdm
 
 from hypermoe_ds.data.encoding import Encoder, Tokens, encode_batch, encoder_for
 from hypermoe_ds.data.output import scratch_beside, writing_to
@@ -19,6 +18,7 @@ from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.data.token_files import Metadata
 from hypermoe_ds.data.tokenizer import sha256_of, vocabulary_file
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.progress import Progress
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the order of appearance: an .idx says that the rest is there
 _BATCH_DOCUMENTS = 32
@@ -59,12 +59,16 @@ class Written:
     tokens: int = 0
     report: ReadReport = field(default_factory=ReadReport)
 
+    def speed(self, seconds: float) -> str:
+        """Return the tokens per second, with their unit."""
+        return f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
     def summary(self, output: str, seconds: float) -> str:
         """One line: what was written, at what speed, what was left out."""
         report = self.report
         return (
             f"{output}: {report.documents:,} documents, {self.tokens:,} tokens, {report.text_bytes:,} bytes of text, "
-            f"{seconds:.1f} seconds, {self.tokens / max(seconds, 1e-9):,.0f} tokens/s, "
+            f"{seconds:.1f} seconds, {self.speed(seconds)}, "
             f"skipped: {report.describe_skipped() or 'nothing'}"
         )
 
@@ -102,9 +106,10 @@ def preprocess(job: Job) -> str:
         UserError: a bad input (with `strict`, also one without text), no document at all, no
             tokenizer, or files at the output already.
     """
-    start = time.perf_counter()
     files = check_job(job)
     source = TokenizerSource.of(job.tokenizer)
+    source.encoder()  # loading it takes seconds, which are no part of the speed
+    start = time.perf_counter()
     with scratch_beside(job.path(".bin")) as scratch:
         written = write_tokens(job, files, source, scratch / "tokens", progress=True)
         publish(job, source, written, scratch / "tokens")
@@ -137,15 +142,16 @@ def write_tokens(job: Job, files: Sequence[Path], source: TokenizerSource, prefi
 
     written = Written()
     documents = read_documents(files, written.report, job.text_field, job.strict)
-    start = time.perf_counter()
-    with writing_to(prefix), tqdm(unit=" documents", disable=None if progress else True) as bar:
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=source.encoder().dtype)
+    encoder, start = source.encoder(), time.perf_counter()
+    shown = Progress("tokenise", "documents", note=lambda: written.speed(time.perf_counter() - start))
+    with writing_to(prefix), shown if progress else nullcontext() as bar:
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=encoder.dtype)
         with builder.data_file:
             for tokens in _tokenise(documents, source, job.workers):
                 builder.add_document(tokens, [len(tokens)])
                 written.tokens += len(tokens)
-                if bar.update():
-                    bar.set_postfix_str(f"{written.tokens / (time.perf_counter() - start):,.0f} tokens/s")
+                if bar is not None:
+                    bar.update()
             builder.finalize(f"{prefix}.idx")
     return written
 

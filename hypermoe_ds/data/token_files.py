@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.tokenizer import vocabulary_file
 from hypermoe_ds.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -71,16 +73,37 @@ class TokenFiles:
         return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=_SCANNED_TOKENS).max())
 
 
+def check_files(config: DataConfig) -> None:
+    """Check that the tokenizer folder and all token files exist; reads none of them, so that it takes no time.
+
+    Raises:
+        UserError: the first one that is missing.
+    """
+    vocabulary_file(config.tokenizer)
+    for source in [*config.train, *config.valid]:
+        _paths(source.prefix)
+
+
+def _paths(prefix: str) -> tuple[Path, Path]:
+    """Return the index and the data of `prefix`.
+
+    Raises:
+        UserError: one is missing.
+    """
+    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index_path, data_path):
+        if not path.is_file():
+            raise UserError(str(path), "no such file", "check the prefix, or run tools/preprocess_data.py")
+    return index_path, data_path
+
+
 def inspect(prefix: str) -> TokenFiles:
     """Check that the `.bin` and `.idx` of `prefix` are whole and belong together.
 
     Raises:
         UserError: one is missing, truncated or not of this kind.
     """
-    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index_path, data_path):
-        if not path.is_file():
-            raise UserError(str(path), "no such file", "check the prefix, or run tools/preprocess_data.py")
+    index_path, data_path = _paths(prefix)
     try:
         return _inspect(prefix, index_path, data_path)
     except OSError as error:

@@ -15,6 +15,7 @@ from hypermoe_ds.data.output import check_output, scratch_beside
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import file_of
+from hypermoe_ds.progress import progress
 
 # SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their
 # number this bounds the text held in memory to 4 GB (a character is at most 4 bytes of UTF-8).
@@ -75,7 +76,7 @@ def train_tokenizer(
     files = expand_inputs(inputs)
     report = ReadReport()
     with scratch_beside(output) as scratch:
-        lines = _lines(read_documents(files, report, text_field, strict))
+        lines = _lines(progress(read_documents(files, report, text_field, strict), "read", "documents"))
         model = _train(lines, vocab_size, report, text_field)
         folder = scratch / output.name
         folder.mkdir()

@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from hypermoe_ds.checkpoint.hf_folder import CONFIG, INDEX, read_hypermoe_config, read_json
@@ -25,6 +24,7 @@ from hypermoe_ds.export.source import LazyWeights, WeightSource
 from hypermoe_ds.export.streaming import streamed_logits
 from hypermoe_ds.export.tokenizer import write_tokenizer
 from hypermoe_ds.modeling import HyperMoEForCausalLM, skeleton
+from hypermoe_ds.progress import Progress, progress
 
 _GENERATION = "generation_config.json"
 _CONTROL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -164,12 +164,12 @@ def _write_weights(source: WeightSource, model: HyperMoEForCausalLM, folder: Pat
     """The files, and their index where they are several, as Transformers would cut and name them."""
     empty = {name: torch.empty(shape, dtype=source.dtype, device="meta") for name, shape in source.shapes.items()}
     split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
-    with tqdm(total=len(empty), desc="write", unit="tensor", leave=False) as progress:
+    with Progress("write", "tensors", len(empty)) as shown:
         for file, names in split.filename_to_tensors.items():
             tensors = {}
             for name in names:
                 tensors[name] = source.read(name).cpu().contiguous()
-                progress.update()
+                shown.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them to the user alone
             del tensors
@@ -191,7 +191,7 @@ def _compare_tensors(source: WeightSource, folder: Path) -> None:
     back = read_back(folder)
     if back.readers.keys() != source.shapes.keys():
         raise RuntimeError(f"{folder} holds other tensors than were written")
-    for name in tqdm(source.shapes, "compare", unit="tensor", leave=False):
+    for name in progress(source.shapes, "compare", "tensors", len(source.shapes)):
         if not _same_bits(back.read(name), source.read(name).cpu()):
             raise RuntimeError(f"{name} does not read back as it was written")
 

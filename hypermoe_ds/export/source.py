@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, stored_shapes
+from hypermoe_ds.progress import progress
 
 
 class WeightSource(Protocol):
@@ -60,12 +60,12 @@ class LazyWeights:
         return self.readers[name]().to(self.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them in turn, with a progress bar.
+        """Yield all of them in turn, and show the progress.
 
         Raises:
             UserError: one holds NaN or Inf.
         """
-        for name in tqdm(self.shapes, "convert", unit="tensor", leave=False):
+        for name in progress(self.shapes, "convert", "tensors", len(self.shapes)):
             tensor = self.read(name)
             if not tensor.isfinite().all():
                 raise UserError(name, "holds NaN or Inf", "choose a model that does not")

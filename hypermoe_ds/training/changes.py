@@ -101,8 +101,8 @@ def setting_changes(
     Returns:
         The lines, and one more with the learning rates if they differ; none if nothing changed.
     """
-    before = dict(flat({**old, "deepspeed": without_owned_by_recipe(old_deepspeed)}))
-    after = dict(flat({**new, "deepspeed": without_owned_by_recipe(new_deepspeed)}))
+    before = _settings(old, old_deepspeed)
+    after = _settings(new, new_deepspeed)
     lines = [
         f"changed since the last launch: {key} {_short(before.get(key))} -> {_short(after.get(key))}: {_effect(key)}"
         for key in {**before, **after}
@@ -111,6 +111,25 @@ def setting_changes(
     with suppress(UserError, KeyError, TypeError, ValueError):  # a folder whose settings do not hold a schedule
         lines += _rate_line(_Rates(old), _Rates(new), step)
     return lines
+
+
+def _settings(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> dict[str, str]:
+    """Return all settings by dotted name, as JSON, except the tokens of the run, which follow from its steps."""
+    found = dict(flat(_without_nulls({**recipe, "deepspeed": without_owned_by_recipe(deepspeed)})))
+    found.pop("train.tokens", None)
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out what is null in items of lists: a setting that an older version of an item lacks."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [
+            {key: part for key, part in item.items() if part is not None} if isinstance(item, Mapping) else item
+            for item in value
+        ]
+    return value
 
 
 def _effect(key: str) -> str:

@@ -37,7 +37,7 @@ from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, Train
 _LOGGER = logging.getLogger(__name__)
 
 
-def start_ranks(timeout: float = 1800) -> tuple[int, int]:
+def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, int]:
     """Join the process group that the launcher describes (NCCL with GPUs, gloo without).
 
     Launchers are deepspeed, torchrun, srun and mpirun; where none names MASTER_ADDR, mpi4py finds the ranks. From now
@@ -45,6 +45,7 @@ def start_ranks(timeout: float = 1800) -> tuple[int, int]:
 
     Args:
         timeout: seconds to wait for ranks that do not come, and for each collective.
+        log_level: level from which on DeepSpeed logs.
 
     Returns:
         This rank and the number of ranks.
@@ -54,7 +55,7 @@ def start_ranks(timeout: float = 1800) -> tuple[int, int]:
         MachineError: the ranks do not meet at the launcher's address.
     """
     signal_when_parent_ends(signal.SIGTERM)
-    _set_up_libraries()
+    _set_up_libraries(log_level)
     _name_ranks()
     launched = os.environ.get("WORLD_SIZE")
     get_accelerator().set_device(local_rank())
@@ -79,16 +80,12 @@ def start_ranks(timeout: float = 1800) -> tuple[int, int]:
     if launched is not None and found != int(launched):
         remedy = "set MASTER_ADDR, or make the launcher and the library that mpi4py loads those of one MPI"
         raise UserError("mpi4py", f"sees {found} of the {launched} ranks of the launcher", remedy)
-    if torch.distributed.get_rank() == 0:
-        ours = logging.getLogger("hypermoe_ds")
-        ours.addHandler(logging.StreamHandler(sys.stdout))
-        ours.setLevel(logging.INFO)
     return torch.distributed.get_rank(), found
 
 
-def _set_up_libraries() -> None:
+def _set_up_libraries(log_level: str) -> None:
     """Before their first use; what the environment says already goes before."""
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("HYPERMOE_DEEPSPEED_LOG_LEVEL", "ERROR"))
+    logging.getLogger("DeepSpeed").setLevel(log_level)
     if os.access(sys.prefix, os.W_OK):
         # Each environment keeps the operators it compiled: in the user's one cache two of them rebuild in turn.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")

@@ -1,11 +1,17 @@
 """Settings of a training run that the YAML recipe owns."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hypermoe_ds.config import LARGEST_COUNT, Settings
+
+
+def as_whole_number(value: Any) -> Any:
+    """Return a float such as YAML's 300e9 as an int if it has no fraction."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Stretch = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_COUNT**2)]], Field(min_length=2, max_length=2)]
 
@@ -14,7 +20,15 @@ class TrainConfig(Settings):
     """Length, batch and precision of a run."""
 
     steps: int = Field(
-        ge=1, le=LARGEST_COUNT, description="length of the run in optimizer steps; the schedule spans it"
+        ge=1,
+        le=LARGEST_COUNT,
+        description="length of the run in optimizer steps, unless `train.tokens` gives it; the schedule spans it",
+    )
+    tokens: Annotated[int | None, BeforeValidator(as_whole_number)] = Field(
+        None,
+        ge=1,
+        le=LARGEST_COUNT**3,
+        description="length of the run in tokens, such as 300e9, in place of `train.steps`; rounded up to whole steps",
     )
     stop_at_step: int | None = Field(
         None, ge=1, le=LARGEST_COUNT, description="save and end this start after that step"

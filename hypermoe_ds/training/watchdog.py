@@ -10,20 +10,21 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread, main_thread
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed
 from torch.distributed import distributed_c10d as c10d
 
 from hypermoe_ds.data.output import delete
-from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError
+from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError, print_error
 from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.signs import VERDICT, SignOfLife, read_sign, read_signs, sign_path
 
@@ -58,9 +59,21 @@ class Watchdog:
         rank: this rank.
         ranks: number of ranks.
         timeout: seconds without progress after which the job is ended.
+        err: where the failure report is printed; None takes stderr.
+        show: shows what this rank does: a step, what is done in it, and how many parts of how many of that.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, timeout: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        ranks: int,
+        timeout: float,
+        err: TextIO | None = None,
+        show: Callable[[int, str, int, int | None], None] | None = None,
+    ) -> None:
+        self._err = err
+        self._show = show or (lambda _step, _doing, _done, _total: None)
         self._folder = folder
         self._ranks = ranks
         self._timeout = timeout
@@ -71,27 +84,35 @@ class Watchdog:
         self._ending = Lock()
         self._over = Event()
 
-    def begin(self, step: int, doing: str) -> None:
-        """This rank begins something that ends within the timeout, or a rank is lost."""
+    def begin(self, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
+        """This rank begins something that ends within the timeout, or a rank is lost.
+
+        Args:
+            step: optimizer step.
+            doing: what it begins.
+            done: how many parts of that are done.
+            total: how many parts it has, if that is known.
+        """
+        self._show(step, doing, done, total)
         if not self._sign.passed:
             limit_collectives(2 * self._timeout)
         with self._lock:
             self._sign = replace(self._sign, step=step, doing=doing, passed=self._sign.passed + 1)
             self._since = time.monotonic()
 
-    def each(self, batches: Iterable[Item], doing: str) -> Iterator[Item]:
-        """Hand the batches on; waiting for each, and what is done with it, is begun anew.
+    def each(self, batches: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
+        """Hand the batches on, `total` of them; waiting for each, and what is done with it, is begun anew.
 
         A rank that waits for data is therefore behind the others, which wait for it in a collective.
         """
         iterator = iter(batches)
-        while True:
+        for done in count():
             self.begin(self._sign.step, "waiting for data")
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self.begin(self._sign.step, doing)
+            self.begin(self._sign.step, doing, done, total)
             yield batch
 
     @contextmanager
@@ -206,9 +227,9 @@ class Watchdog:
         except FileExistsError:
             self._wait_for_verdict()
             with told.open("x"):
-                print(f"error: {self._verdict.read_text().strip()}", file=sys.stderr, flush=True)
+                print_error(self._verdict.read_text(), self._err)
         else:
-            print(f"error: {findings}", file=sys.stderr, flush=True)
+            print_error(str(findings), self._err)
             told.touch()  # before others can read the verdict
             write_whole(self._verdict, f"{findings}\n")
 

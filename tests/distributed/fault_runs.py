@@ -89,7 +89,9 @@ def save_steps(
     told: list[str] = []
     listener = logging.Handler()
     listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hypermoe_ds").addHandler(listener)
+    ours = logging.getLogger("hypermoe_ds")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(listener)
     resumed = 0
     try:
         state = checkpoints.resume()

@@ -59,7 +59,7 @@ def go_on(run: Path, corpus: TokenisedCorpus, *overrides: str, ranks: int = RANK
     path = write_recipe(run.parent / "recipe.yaml", recipe)
     done = run_script(TRAIN, *arguments_of(path, *overrides), folder=run.parent, ranks=ranks)
     assert done.returncode == 0, done.told()
-    assert "step 0 of" in done.stdout
+    assert "; new run\n" in done.stdout
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

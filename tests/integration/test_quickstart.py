@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_quickstart_trains_validates_saves_and_exports(finished: tuple[Path, str]) -> None:
     folder, output = finished
-    assert f"step {STEPS}/{STEPS} | loss" in output
+    assert f"step {STEPS}/{STEPS}  loss" in output
     assert (folder / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS:08d}"
     assert list((folder / "run" / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "hf" / "model.safetensors").is_file()

@@ -61,7 +61,7 @@ def test_experts_spread_over_two_hosts_reach_the_losses_of_one_host_to_the_bit(
     assert done.returncode == 0, done.told()
     assert len(one_host) == STEPS
     assert losses(run) == one_host
-    assert "2 ranks, expert parallelism 2" in done.stdout
+    assert "2 ranks on 2 hosts; expert parallel 2" in done.stdout
     manifest = json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
     assert len(manifest["files"]) == 2
 

@@ -1,5 +1,6 @@
 """A user's mistake is told in one line: on stderr, with exit code 2, once a host."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.errors import MachineError, UserError, local_rank, one_line_errors
+from hypermoe_ds.errors import MachineError, UserError, global_rank, local_rank, one_line_errors
 
 REPOSITORY = Path(__file__).parents[2]
 LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
@@ -139,3 +140,45 @@ def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
     err = process.communicate(timeout=40)[1]
     assert err == ""
     assert time.monotonic() - terminated < 10
+
+
+class Terminal(io.StringIO):
+    """A file that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_unexpected_error_keeps_its_traceback_where_there_is_no_log() -> None:
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        raise ZeroDivisionError
+
+
+def test_an_unexpected_error_is_one_line_on_the_screen_and_a_traceback_in_the_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    screen = io.StringIO()
+    with pytest.raises(SystemExit) as left, one_line_errors(screen, Path("run/logs/rank_00003.log")):
+        raise ValueError("two\nlines")
+    assert left.value.code == 1
+    where = "the traceback is at the end of run/logs/rank_00003.log"
+    assert screen.getvalue() == f"error: rank 3: ValueError: two lines; {where}\n"
+    assert "Traceback (most recent call last):" in capsys.readouterr().err
+
+
+def test_an_error_on_a_terminal_replaces_a_status_line() -> None:
+    terminal = Terminal()
+    with pytest.raises(SystemExit), one_line_errors(terminal):
+        raise UserError("a=1", "is odd", "use 2")
+    assert terminal.getvalue() == "\r\x1b[Kerror: a=1: is odd; use 2\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"])
+def test_the_rank_is_read_off_the_environment_of_every_launcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"):
+        monkeypatch.delenv(other, raising=False)
+    assert global_rank() == 0
+    monkeypatch.setenv(name, "5")
+    assert global_rank() == 5

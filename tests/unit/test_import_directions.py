@@ -13,12 +13,13 @@ SCRIPTS = ("pretrain", "tools", "launch")
 ORDER = (
     {PACKAGE},  # the package's own __init__
     {"errors"},
-    {"config", "files"},
+    {"config", "files", "progress"},
     {"modeling", "data", "parallel"},
     {"checkpoint", "monitor"},
     {"export"},
     {"training", "supervision"},
     {"run_config"},
+    {"job"},
     set(SCRIPTS),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

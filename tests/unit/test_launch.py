@@ -12,15 +12,12 @@ import pytest
 import yaml
 
 from hypermoe_ds.parallel.hosts import read_hostfile
+from tests.helpers.launch_scripts import LAUNCH, REPOSITORY, SYSTEM, TRAIN, ZERO1, commands, launch, stub
 
-REPOSITORY = Path(__file__).parents[2]
-LAUNCH = REPOSITORY / "launch"
-TRAIN = f"{REPOSITORY}/pretrain/train.py"
 PREFLIGHT = f"{REPOSITORY}/tools/preflight.py"
-SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
-ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
 WITH_HOSTFILE = ("pdsh.sh", "openmpi.sh")
+EVERY = (*WITH_HOSTFILE, "torchrun.sh", "slurm.sbatch", "local.sh")
 TWO = "# two hosts\nnode1 slots=8\n\nnode2   slots=4  # half\n"
 
 
@@ -29,30 +26,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "hostfile").write_text(TWO)
     stub(tmp_path / "venv/bin/python", "exit 0")
     return tmp_path
-
-
-def stub(path: Path, body: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-
-
-def launch(
-    script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A launch script in `folder`, with nothing in the environment but this."""
-    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
-    return subprocess.run(
-        ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
-        timeout=60, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def commands(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
-    """The words of each command that the script would start."""
-    done = launch(script, "--dry-run", *arguments, folder=folder, **environment)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return [shlex.split(line.removeprefix("+")) for line in done.stdout.splitlines() if line.startswith("+")]
 
 
 def variables(words: list[str]) -> dict[str, str]:
@@ -85,7 +58,8 @@ def test_pdsh_starts_deepspeeds_launcher_after_a_look_at_the_hosts(
     assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file.removesuffix(".pdsh"), *train]
     assert start == [
         "env", f"DS_ENV_FILE={file}", f"PDSH_SSH_ARGS_APPEND={SSH}",
-        "deepspeed", "--force_multi", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
+        "deepspeed", "--log_level", "critical",
+        "--force_multi", "--hostfile", "hostfile", "--launcher", "pdsh", *options, TRAIN, *train,
     ]  # fmt: skip
 
 
@@ -106,7 +80,7 @@ def test_mpirun_starts_a_rank_for_each_slot(folder: Path, hostfile: str, ranks: 
 
 
 PASSED = {
-    "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "HYPERMOE_DEEPSPEED_LOG_LEVEL": "INFO", "OMP_NUM_THREADS": "4",
+    "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "HYPERMOE_LOG_LEVEL": "INFO", "OMP_NUM_THREADS": "4",
     "DS_ACCELERATOR": "cpu", "PYTHONPATH": "/a b", "LD_LIBRARY_PATH": "/lib",
 }  # fmt: skip
 
@@ -158,7 +132,7 @@ def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[
     assert look[:3] == ["python", PREFLIGHT, "--slots"]
 
 
-@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", EVERY)
 def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(folder: Path, script: str) -> None:
     told = launch(script, "--help", folder=folder)
     assert told.stdout.startswith("usage: ")
@@ -184,7 +158,7 @@ def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str)
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", EVERY)
 def test_a_dry_run_tells_a_mistake_in_the_recipe_and_no_command(folder: Path, script: str) -> None:
     (folder / "r.yaml").write_text("modle: {}\n")
     environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)}
@@ -202,7 +176,7 @@ def test_a_dry_run_tells_a_batch_that_the_hosts_of_the_hostfile_cannot_share(fol
     assert "times 12 ranks does not divide train.global_batch_size=8" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", EVERY)
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [("MASTER_ADDR", "-x", "no host"), ("MASTER_ADDR", "$(id)", "no host"), ("MASTER_PORT", "$(id)", "no number")],
@@ -246,12 +220,15 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
 @pytest.mark.parametrize(
     ("script", "option", "told"),
     [
-        *((script, "--bogus", "see --help") for script in ("pdsh.sh", "openmpi.sh", "torchrun.sh", "slurm.sbatch")),
+        *((script, "--bogus", "see --help") for script in EVERY),
         ("pdsh.sh", "--hostfiles", "see --help"),
         ("pdsh.sh", "--num_gpus", f"hosts and ranks are set by {SLOTS}"),
         ("openmpi.sh", "--num_gpus=2", f"hosts and ranks are set by {SLOTS}"),
         ("torchrun.sh", "--num_nodes", f"hosts and ranks are set by {OWN}"),
         ("torchrun.sh", "--hostfile", f"hosts and ranks are set by {OWN}"),
+        ("local.sh", "--no-preflight", "see --help"),
+        ("local.sh", "--num_nodes", "hosts and ranks are set by --num_gpus"),
+        ("local.sh", "--hostfile", "hosts and ranks are set by --num_gpus"),
         ("slurm.sbatch", "--hostfile=h", f"hosts and ranks are set by {SBATCH}"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +15,7 @@ import yaml
 from hypermoe_ds.config import Settings
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
-from hypermoe_ds.run_config import ModelSection, RunConfig, load_run_config, settings_table
+from hypermoe_ds.run_config import ModelSection, RunConfig, load_run_config, settings_help, settings_table
 from hypermoe_ds.training.state import TrainState
 
 RECIPES = sorted((Path(__file__).parents[2] / "pretrain" / "recipes").glob("*.yaml"))
@@ -35,7 +37,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def refusal(recipe: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as refused:
-        load_run_config(recipe, overrides)
+        load_run_config(recipe, overrides).architecture()
     text = str(refused.value)
     assert "\n" not in text
     assert re.match(r".+: .+; .+", text), "where, what and how to mend it"
@@ -85,7 +87,12 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.stop_at_step=0", "train.stop_at_step=0: is not valid"),
         ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
-        ("train.steps=", "train.steps=None: is not valid"),
+        ("train.steps=", "train.steps: is missing, and so is train.tokens; give one of them"),
+        ("train.tokens=1000", "train.tokens=1000: takes 32 steps and train.steps is 10; give one of them and leave"),
+        ("train.tokens=1.5", "train.tokens=1.5: is not valid"),
+        ("train.tokens=-5", "train.tokens=-5: is not valid"),
+        ("train.tokens=many", "train.tokens='many': is not valid"),
+        ("train.step=3", "train.step: unknown key; did you mean 'steps'?"),
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
         (
             "optimizer.weight_decay=1000",
@@ -297,7 +304,6 @@ def test_a_vocabulary_that_nothing_gives_is_the_tokenizers_in_multiples_of_128(
     config = load_run_config(tmp_path / "recipe.yaml")
     assert config.architecture().vocab_size == vocabulary
     assert config.model.vocab_size is None, "what the user wrote stays"  # type: ignore[attr-defined]
-    assert f"vocabulary {vocabulary}" in config.opening_line(1, 0)
     presets = load_run_config(tmp_path / "recipe.yaml", ["model.preset=tiny-10m"])
     assert presets.architecture().vocab_size == 4096
     assert load_run_config(tmp_path / "recipe.yaml", ["model.vocab_size=64"]).architecture().vocab_size == 64
@@ -307,3 +313,84 @@ def test_without_a_vocabulary_and_a_tokenizer_the_tokenizer_is_named(tmp_path: P
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"model": {}}))
     assert refusal(path).startswith("t: no such tokenizer folder; ")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    # A step has 4 sequences of 32 tokens.
+    [("128", 1), ("129", 2), ("12.8e3", 100), ("3e6", 23438)],
+)
+def test_a_length_in_tokens_is_rounded_up_to_whole_steps(recipe: Path, tokens: str, steps: int) -> None:
+    overrides = ["train.steps=null", f"train.tokens={tokens}", "train.global_batch_size=4"]
+    train = load_run_config(recipe, overrides).train
+    assert (train.steps, train.tokens) == (steps, float(tokens))
+    assert load_run_config(recipe, [*overrides, f"train.steps={steps}"]).train == train, "as a run folder has them"
+
+
+def test_a_length_in_steps_is_one_in_tokens_too(recipe: Path) -> None:
+    assert load_run_config(recipe, ["train.global_batch_size=4"]).train.tokens == 10 * 4 * 32
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_printed_recipe_is_the_resolved_one_with_the_same_model(path: Path, tmp_path: Path) -> None:
+    config = load_run_config(path, ["optimizer.lr=1e-5", "data.valid=[{prefix: b, name: 'yes'}]"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(config.resolved().to_yaml(), encoding="utf-8")
+    again = load_run_config(printed)
+    assert again == config.resolved()
+    assert again.architecture().to_dict() == config.architecture().to_dict()
+    assert again.model.preset is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_help_has_every_setting_with_its_default_within_the_width(width: int) -> None:
+    lines = settings_help(width).splitlines()
+    names = re.findall(r"^\| `([^`]+)` \|", settings_table(), re.MULTILINE)
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
+    assert listed == names
+    assert all(len(line) <= width for line in lines if line.startswith("      "))
+    assert '  train.precision  (bf16|fp16|fp32; default: "bf16")' in lines
+    assert "  optimizer.lr  (float; required)" in lines
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv = ["train.py", *sys.argv[2:]]
+try:
+    runpy.run_path("pretrain/train.py", run_name="__main__")
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["train.step=3"], 2, "error: train.step: unknown key; did you mean 'steps'?"),
+        (["data.sequence_length=64"], 2, "error: data.sequence_length=64: longer than model.max_position_embeddings="),
+        (["train.tokens=5"], 2, "error: train.tokens=5: takes 1 steps and train.steps is 10"),
+        (["data.tokenizer=/none"], 2, "error: /none: no such tokenizer folder"),
+        (["data.train=[{prefix: /none}]"], 2, "error: /none.idx: no such file"),
+        (["run.dir=/dev/null/run"], 2, "error: run.dir=/dev/null/run: cannot be written to (Not a directory)"),
+        (["--check", "run.dir=/dev/null/run"], 0, "False"),
+        (["--print-config"], 0, "False"),
+        (["--help"], 0, "False"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_needs_no_torch_is_told_without_it(
+    recipe: Path, tmp_path: Path, words: list[str], code: int, told: str
+) -> None:
+    write_tokenizer(tmp_path / "tokenizer", 3)
+    (tmp_path / "a.idx").touch()
+    (tmp_path / "a.bin").touch()
+    paths = [f"data.tokenizer={tmp_path}/tokenizer", f"data.train=[{{prefix: {tmp_path}/a}}]"]
+    given = [f"--config={recipe}", "--deepspeed_config=ds_configs/zero1.json", *paths, *words]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "train.py", *given],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(told)
+    assert lines[-1] == "False", "torch was not imported"

@@ -53,6 +53,23 @@ def test_nothing_is_printed_where_nothing_changed() -> None:
     assert setting_changes(as_run(), upgraded, ZERO_1, ZERO_1, 50) == []
 
 
+def test_settings_that_an_older_launch_did_not_have_are_no_change() -> None:
+    old = as_run()
+    del old["data"]["train"][0]["name"], old["train"]["tokens"]
+    assert setting_changes(old, as_run(), ZERO_1, ZERO_1, 50) == []
+    [line] = setting_changes(old, as_run(data={"train": [{"prefix": "a", "name": "web"}]}), ZERO_1, ZERO_1, 50)
+    assert line.startswith("changed since the last launch: data.train [")
+
+
+def test_the_same_length_in_tokens_is_no_change() -> None:
+    in_tokens = as_run(train={"steps": None, "tokens": 100 * 8 * 32})
+    assert setting_changes(as_run(), in_tokens, ZERO_1, ZERO_1, 50) == []
+    longer = as_run(train={"steps": None, "tokens": 200 * 8 * 32})
+    lines = setting_changes(in_tokens, longer, ZERO_1, ZERO_1, 50)
+    assert [line for line in lines if "tokens" in line] == []
+    assert lines[0].startswith("changed since the last launch: train.steps 100 -> 200: ")
+
+
 def test_of_the_deepspeed_configuration_only_its_own_keys_count() -> None:
     zero_3 = {"train_batch_size": 4, "zero_optimization": {"stage": 3, "leaf_module": {"classes": ["HyperNetwork"]}}}
     [line] = setting_changes(as_run(), as_run(), ZERO_1, zero_3, 50)

@@ -1,0 +1,45 @@
+"""How much of each dataset a run reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypermoe_ds.data.settings import DataSource, dataset_names
+from hypermoe_ds.data.token_files import inspect
+
+
+@dataclass(frozen=True)
+class DatasetShare:
+    """A training dataset's part in a run.
+
+    Attributes:
+        name: what logs call it.
+        tokens: its size.
+        weight: its share of the run's training tokens, 0 to 1.
+        epochs: how often the run reads it.
+    """
+
+    name: str
+    tokens: int
+    weight: float
+    epochs: float
+
+
+def dataset_shares(sources: Sequence[DataSource], trained_tokens: int) -> list[DatasetShare]:
+    """Return the part of each dataset in a run of so many tokens.
+
+    Raises:
+        UserError: a token file is missing or truncated.
+    """
+    tokens = [inspect(source.prefix).tokens for source in sources]
+    return shares(dataset_names(sources), tokens, [source.weight for source in sources], trained_tokens)
+
+
+def shares(
+    names: Sequence[str], tokens: Sequence[int], weights: Sequence[float], trained_tokens: int
+) -> list[DatasetShare]:
+    """Divide the tokens of a run among datasets by weight: epochs = trained tokens * share / tokens of the dataset."""
+    total = sum(weights)
+    return [
+        DatasetShare(name, size, weight / total, trained_tokens * weight / total / size)
+        for name, size, weight in zip(names, tokens, weights, strict=True)
+    ]

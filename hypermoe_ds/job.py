@@ -1,0 +1,146 @@
+"""A training job: build the parts, hand them to the loop, report how it began and ended."""
+
+import socket
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hypermoe_ds.checkpoint.lock import claimed
+from hypermoe_ds.checkpoint.manager import CheckpointManager
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.data.datasets import build_datasets, check_sources
+from hypermoe_ds.data.loader import build_loader, validation_batches
+from hypermoe_ds.data.shares import dataset_shares
+from hypermoe_ds.errors import EXIT_SAVED
+from hypermoe_ds.modeling import HyperMoEConfig
+from hypermoe_ds.monitor.console import Console
+from hypermoe_ds.monitor.logger import MetricLogger
+from hypermoe_ds.monitor.screen import Screen
+from hypermoe_ds.parallel.host_group import HostGroup
+from hypermoe_ds.run_config import RunConfig
+from hypermoe_ds.training import loop
+from hypermoe_ds.training.agreement import check_same_settings
+from hypermoe_ds.training.banner import banner, repetition_warnings
+from hypermoe_ds.training.changes import record_launch
+from hypermoe_ds.training.ds_config import merge
+from hypermoe_ds.training.engine import build_engine, start_ranks
+from hypermoe_ds.training.evaluation import Evaluation, evaluate
+from hypermoe_ds.training.guard import Guard
+from hypermoe_ds.training.launches import Ended, Launch, write_end
+from hypermoe_ds.training.outcome import outcome_rows, resume_command
+from hypermoe_ds.training.recorder import Recorder
+from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.watchdog import Watchdog
+
+
+def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: Console) -> int:
+    """Check what needs torch and the other ranks, build the parts, and train; returns the exit code.
+
+    Raises:
+        UserError: the recipe, the DeepSpeed JSON, the data, the run folder and the ranks do not fit each other.
+        MachineError: the ranks do not meet, or a disk fails.
+    """
+    began = time.monotonic()
+    model, folder = config.architecture(), RunFolder(Path(config.run.dir))
+    check_sources(config.data, model.vocab_size)
+    folder.check_same_run(model, Path(config.data.tokenizer))
+    settings = config.model_dump(mode="json")
+    with console.phase("waiting for all ranks"):
+        rank, world_size = start_ranks(config.train.collective_timeout, screen.level)
+        check_same_settings(settings, ds_json)
+    ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
+    show = partial(console.progress, config.train.steps)
+    watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, screen.err, show)
+    with claimed(folder.path), watchdog.watching():
+        with console.phase("building the model"):
+            engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
+        checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, settings)
+        checkpoints.check_room()
+        with console.phase("loading the newest checkpoint"):
+            state = TrainState.from_dict(checkpoints.resume() or {})
+        logger = MetricLogger(config.monitor, folder.path, rank, state.step)
+        launch = report_launch(config, model, ds_config, state, folder, console)
+        seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
+        with console.phase("building datasets"):
+            train_set, valid_set = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
+        if state.follow(train_set.order_key):
+            console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
+
+        def validate() -> Evaluation:
+            engine.eval()
+            batches = validation_batches(valid_set, micro_batch, rank, world_size)  # type: ignore[arg-type]
+            total = -(-len(valid_set) // (micro_batch * world_size))  # type: ignore[arg-type]
+            result = evaluate(engine, watchdog.each(batches, "validating", total), engine.device)
+            engine.train()
+            return result
+
+        place = (micro_batch, rank, world_size, state.consumed_samples)
+        loader = build_loader(train_set, *place, config.data.workers, config.left_out)
+        stopped = loop.train(
+            engine=engine,
+            batches=watchdog.each(loader, "forward and backward"),
+            state=state,
+            last_step=config.last_step,
+            recorder=Recorder(logger, console, config.monitor.interval, config.train.steps, model.num_experts),
+            checkpoints=checkpoints,
+            validate=validate if valid_set is not None else None,
+            validation_interval=config.evaluation.interval,
+            guard=Guard(engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.origin),
+            watchdog=watchdog,
+        )
+        engine.destroy()
+        if rank == 0:
+            report_end(config, launch, state, stopped, time.monotonic() - began, console)
+    torch.distributed.destroy_process_group()
+    return EXIT_SAVED if stopped else 0
+
+
+def report_launch(
+    config: RunConfig,
+    model: HyperMoEConfig,
+    ds_config: dict[str, Any],
+    state: TrainState,
+    folder: RunFolder,
+    console: Console,
+) -> Launch:
+    """Print what is about to run and what changed since the last launch, and write both to the run folder (collective).
+
+    Raises:
+        UserError: a token file is missing, or a setting does not fit the samples of the run.
+        MachineError: a file cannot be written.
+    """
+    ranks = HostGroup()
+    hosts = len(set(ranks.gather(socket.gethostname())))
+    datasets = dataset_shares(config.data.train, config.samples(state) * config.data.sequence_length)
+    launch = Launch(state.step, ranks.size, hosts, asdict(model.parameter_counts()), datasets)
+    if ranks.rank == 0:
+        stage = ds_config["zero_optimization"]["stage"]
+        console.table(banner(launch, model, config.train, config.data, config.parallel, stage, config.run.dir))
+        for warning in repetition_warnings(datasets):
+            console.log(warning)
+        record_launch(folder, config.model_dump(mode="json"), ds_config, model, state.step, console.log)
+        launch.write(folder.path)
+        if state.step >= config.last_step:
+            console.log("nothing to train: raise train.steps or train.stop_at_step to continue")
+    return launch
+
+
+def report_end(
+    config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
+) -> None:
+    """Print what the launch reached and the commands that come next, and write how it ended to the run folder.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    ended: Ended = "signal" if stopped else "finished" if state.step >= config.train.steps else "stop_at_step"
+    run_dir, tokens = Path(config.run.dir), state.consumed_samples * config.data.sequence_length
+    write_end(run_dir, state.step, ended)
+    data = next((source.prefix for source in config.data.valid), None)
+    resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended)
+    console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume), wrap=False)

@@ -1,0 +1,52 @@
+"""Messages of several layers as one."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+_NUMBER = re.compile(r"\d+")
+_OF_A_LAYER = re.compile(r"[^\d{}]*\blayer \d+\b[^{}]*")
+
+
+class LayerMessages:
+    """Collects messages that differ in their numbers only, the first of which is the layer's."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[list[int]]] = {}
+
+    def add(self, message: str) -> bool:
+        """Take a message; returns whether it is one of a layer (`... layer 3: ...`)."""
+        if _OF_A_LAYER.fullmatch(message) is None:
+            return False
+        numbers = [int(number) for number in _NUMBER.findall(message)]
+        self._held.setdefault(_NUMBER.sub("{}", message), []).append(numbers)
+        return True
+
+    def take(self) -> list[str]:
+        """Return the messages taken so far, those of several layers as one; none of them is kept."""
+        messages = [_fold(template, rows) for template, rows in self._held.items()]
+        self._held.clear()
+        return messages
+
+
+def _fold(template: str, rows: Sequence[Sequence[int]]) -> str:
+    """Fill the layers into the first place of a template, and the range of each further number into the next."""
+    if len(rows) > 1:
+        template = template.replace("layer {}", "layers {}", 1)
+    layers, *others = zip(*rows, strict=True)
+    ranges = [_range(min(numbers), max(numbers)) for numbers in others]
+    return template.format(_spans(layers), *ranges)
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Return numbers as ranges: 0-3, 5."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(_range(first, last) for first, last in spans)
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}-{last}"

@@ -1,0 +1,83 @@
+"""Keep the screen for the run's own lines: send what libraries print to a log file of the rank."""
+
+import faulthandler
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from hypermoe_ds.errors import UserError, global_rank
+
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+_VARIABLE = "HYPERMOE_LOG_LEVEL"
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a rank prints for its user.
+
+    Attributes:
+        out: stdout as the rank was launched with it.
+        err: stderr as the rank was launched with it.
+        log: file that everything else goes to; None if nothing is redirected.
+        level: level from which on libraries log, for `logging`.
+    """
+
+    out: TextIO
+    err: TextIO
+    log: Path | None
+    level: str
+
+
+def log_level(verbose: bool) -> str | None:
+    """Return the level from which on libraries log to the screen, for `logging`; None if they do not.
+
+    Args:
+        verbose: whether the user asks for their output; the environment variable HYPERMOE_LOG_LEVEL asks too.
+
+    Raises:
+        UserError: HYPERMOE_LOG_LEVEL is not a level.
+    """
+    given = os.environ.get(_VARIABLE)
+    if given and given.lower() not in _LEVELS:
+        raise UserError(f"{_VARIABLE}={given}", "is not a level", f"set it to one of {', '.join(_LEVELS)}")
+    return (given or ("info" if verbose else "")).upper() or None
+
+
+def open_screen(run_dir: Path, level: str | None) -> Screen:
+    """Redirect stdout and stderr, those of C++ libraries too, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
+
+    Args:
+        run_dir: the run folder; made if it is missing.
+        level: level from which on libraries log to the screen; nothing is redirected then. None: only to the file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if level is not None:
+        logging.basicConfig(level=level)
+        logging.getLogger("hypermoe_ds").propagate = False  # the console prints its messages
+        return Screen(sys.stdout, sys.stderr, None, level)
+    log = run_dir / "logs" / f"rank_{global_rank():05d}.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={run_dir}", f"cannot be written to ({error.strerror})", "choose another run.dir"
+        ) from None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, err = (os.fdopen(os.dup(number), "w", encoding="utf-8", errors="replace") for number in (1, 2))
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.close(file)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    print(f"\n=== launch of {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}")
+    faulthandler.enable()  # where a rank was when a signal such as SIGSEGV killed it
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return Screen(out, err, log, "INFO")

@@ -1,0 +1,24 @@
+"""Numbers as people read them."""
+
+_SUFFIXES = ("K", "M", "B", "T")
+
+
+def readable(number: float) -> str:
+    """Return a number with at most one decimal and a suffix for powers of 1,000: 950, 12.3K, 10.3M, 7.0B."""
+    if number < 1000:
+        return f"{number:.0f}"
+    power = 1
+    while round(number / 1000**power, 1) >= 1000 and power < len(_SUFFIXES):
+        power += 1
+    return f"{number / 1000**power:,.1f}{_SUFFIXES[power - 1]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 rank, 2 ranks."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds: 3:25:45."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"

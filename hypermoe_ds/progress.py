@@ -1,0 +1,57 @@
+"""Progress of long work: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 30
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Shows on stderr how far work is; a context manager.
+
+    Args:
+        doing: what is done.
+        unit: what is counted, in the plural.
+        total: how many there are; None if that is not known.
+        note: gives a remark, such as a speed, whenever the progress is shown.
+    """
+
+    def __init__(self, doing: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None) -> None:
+        self._doing, self._unit, self._total = doing, unit, total
+        self._note = note or (lambda: "")
+        self._done = 0
+        self._printed = time.monotonic()
+        self._bar = tqdm(total=total, desc=doing, unit=f" {unit}", unit_scale=True, leave=False, disable=None)
+
+    def update(self, count: int = 1) -> None:
+        """Count what was done since the last call."""
+        self._done += count
+        if self._bar.update(count):
+            self._bar.set_postfix_str(self._note(), refresh=False)
+        if self._bar.disable and time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            of_all = f" of {self._total:,}" if self._total else ""
+            remark = f", {note}" if (note := self._note()) else ""
+            print(f"{self._doing}: {self._done:,}{of_all} {self._unit}{remark}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def progress(items: Iterable[Item], doing: str, unit: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items and show how many of them are done."""
+    with Progress(doing, unit, total) as shown:
+        for item in items:
+            yield item
+            shown.update()

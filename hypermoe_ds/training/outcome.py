@@ -1,0 +1,76 @@
+"""What a launch reached, as lines for the console, with the commands that come next."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hypermoe_ds.monitor.summary import read_records
+from hypermoe_ds.monitor.units import duration, readable
+from hypermoe_ds.training.launches import Ended
+
+_REPOSITORY = Path(__file__).parents[2]
+_REASONS = {
+    "finished": "the run is finished",
+    "stop_at_step": "train.stop_at_step ended this launch",
+    "signal": "a signal ended this launch; its step is saved",
+}
+
+
+def outcome_rows(
+    run_dir: Path, ended: Ended, step: int, tokens: int, seconds: float, data: str | None, resume: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return rows of a name and a text.
+
+    Args:
+        run_dir: the run folder.
+        ended: why the launch ended.
+        step: step that it reached.
+        tokens: tokens that the run has trained on.
+        seconds: how long the launch took.
+        data: prefix of token files to evaluate on; None if there are none.
+        resume: the command that continues the run.
+    """
+    script = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
+    root = "" if script == "." else f"{script}/"
+    folder = shlex.quote(str(run_dir))
+    rows = [
+        ("ended", f"{_REASONS[ended]}: step {step:,}, {readable(tokens)} tokens, after {duration(seconds)}"),
+        *[("validation", line) for line in _validation(run_dir)],
+    ]
+    if ended != "finished":
+        rows.append(("resume", shlex.join(resume)))
+    if data is not None:
+        rows.append(("evaluate", f"python {root}pretrain/evaluate.py --checkpoint {folder} --data {shlex.quote(data)}"))
+    export = shlex.quote(str(run_dir / "hf"))
+    return [
+        *rows,
+        ("export", f"python {root}tools/convert_to_hf.py --checkpoint {folder} --output {export}"),
+        ("report", f"python {root}tools/report.py {folder} --output {shlex.quote(str(run_dir / 'report.html'))}"),
+    ]
+
+
+def _validation(run_dir: Path) -> list[str]:
+    metrics = run_dir / "metrics.jsonl"
+    records = read_records(metrics) if metrics.is_file() else []
+    losses = [(record["valid_loss"], record["step"]) for record in records if record.get("valid_loss") is not None]
+    if not losses:
+        return []
+    (last, step), (best, best_step) = losses[-1], min(losses)
+    return [f"loss {last:.4f} at step {step:,}; best {best:.4f} at step {best_step:,}"]
+
+
+def resume_command(ranks: int, hosts: int, words: Sequence[str], ended: Ended) -> list[str]:
+    """Return the command that continues a run.
+
+    Args:
+        ranks: number of ranks.
+        hosts: number of hosts; on several, the command is that of the training script, for the same launcher as before.
+        words: the command line of this launch's training script, its name first.
+        ended: why the launch ended; the step that it stopped at is lifted.
+    """
+    script, *given = words
+    kept = [word for word in given if not word.startswith("--local_rank")]
+    lifted = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
+    launcher = ["deepspeed", "--log_level", "critical", "--num_gpus", str(ranks)] if hosts == 1 else []
+    return [*launcher, script, *kept, *lifted]

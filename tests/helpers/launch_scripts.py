@@ -1,0 +1,35 @@
+"""The launch scripts, run with stand-ins for what they start."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = REPOSITORY / "launch"
+TRAIN = f"{REPOSITORY}/pretrain/train.py"
+SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
+
+
+def stub(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def launch(
+    script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A launch script in `folder`, with nothing in the environment but this."""
+    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
+    return subprocess.run(
+        ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
+        timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def commands(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
+    """The words of each command that the script would start."""
+    done = launch(script, "--dry-run", *arguments, folder=folder, **environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return [shlex.split(line.removeprefix("+")) for line in done.stdout.splitlines() if line.startswith("+")]

@@ -1,0 +1,113 @@
+"""What a launch prints when it begins and when it ends, and what RUN_DIR/launches.jsonl holds of it."""
+
+import io
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.shares import shares
+from hypermoe_ds.errors import MachineError
+from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
+from hypermoe_ds.monitor.console import Console
+from hypermoe_ds.parallel.topology import ParallelConfig
+from hypermoe_ds.training.banner import banner, repetition_warnings
+from hypermoe_ds.training.launches import Launch, write_end
+from hypermoe_ds.training.outcome import outcome_rows, resume_command
+from hypermoe_ds.training.settings import TrainConfig
+
+MODEL = HyperMoEConfig(**PRESETS["tiny-10m"])
+DATASETS = shares(["books", "web"], [1_000_000, 80_000_000], [1.0, 3.0], 16_384_000)
+
+
+def launch(step: int = 0, world_size: int = 2) -> Launch:
+    return Launch(step, world_size, 1, asdict(MODEL.parameter_counts()), DATASETS, device="cpu")
+
+
+def printed(rows: list[tuple[str, str]]) -> str:
+    file = io.StringIO()
+    Console(0, file).table(rows)
+    return file.getvalue()
+
+
+def table(given: Launch) -> str:
+    train = TrainConfig(steps=1000, micro_batch_size=8, global_batch_size=64, precision="fp32")
+    data = DataConfig.model_validate({"train": [{"prefix": "a"}], "sequence_length": 256, "tokenizer": "t"})
+    return printed(banner(given, MODEL, train, data, ParallelConfig(expert=2), 1, "runs/first"))
+
+
+def test_a_launch_begins_with_the_sizes_of_everything() -> None:
+    assert table(launch()) == (
+        "model   10.3M parameters, 3.4M active, 590.3K in the hypernetwork; vocabulary 4,096\n"
+        "layout  2 ranks on 1 host; expert parallel 2, data parallel 2; ZeRO 1; fp32\n"
+        "batch   micro 8 x 2 ranks x 4 accumulated = global 64 sequences of 256 tokens; 16,384 tokens per step\n"
+        "data    books    1.0M tokens   25.0%     4.10 epochs by the end\n"
+        "        web     80.0M tokens   75.0%     0.15 epochs by the end\n"
+        "length  1,000 steps, 16.4M tokens\n"
+        "device  cpu\n"
+        "run     runs/first; new run\n"
+    )
+
+
+def test_a_resumed_launch_on_one_rank_says_so() -> None:
+    text = table(launch(step=1200, world_size=2))
+    assert "run     runs/first; resumed from step 1,200\n" in text
+
+
+def test_a_dataset_read_four_times_is_warned_of() -> None:
+    [warning] = repetition_warnings(DATASETS)
+    assert warning.startswith("warning: the run reads books 4.1 times (1.0M tokens): ")
+    assert repetition_warnings(shares(["a"], [1000], [1.0], 3999)) == []
+    assert len(repetition_warnings(shares(["a"], [1000], [1.0], 4000))) == 1
+
+
+def test_a_launch_and_its_end_are_an_object_each(tmp_path: Path) -> None:
+    launch(step=3).write(tmp_path)
+    write_end(tmp_path, 9, "signal")
+    first, second = map(json.loads, (tmp_path / "launches.jsonl").read_text().splitlines())
+    assert first.keys() == {
+        "time", "step", "world_size", "host", "device", "commit", "versions", "parameters", "datasets"
+    }  # fmt: skip
+    assert (first["step"], first["world_size"], first["device"]) == (3, 2, "cpu")
+    assert first["versions"].keys() >= {"python", "torch", "deepspeed"}
+    assert first["parameters"] == asdict(MODEL.parameter_counts())
+    assert first["datasets"]["books"] == {"tokens": 1_000_000, "weight": 0.25, "epochs": pytest.approx(4.096)}
+    assert {**second, "time": 0} == {"time": 0, "step": 9, "ended": "signal"}
+    assert second["time"] >= first["time"] > 1.7e9
+    with pytest.raises(MachineError, match=r"launches\.jsonl: cannot be written"):
+        write_end(tmp_path / "none", 9, "finished")
+
+
+def test_a_finished_run_names_its_best_validation_and_the_commands_that_come_next(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    records = [{"step": 5, "valid_loss": 2.5}, {"step": 9, "loss": 1.0}, {"step": 10, "valid_loss": 2.75}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = outcome_rows(run, "finished", 10, 2560, 75.2, "data/valid", ["unused"])
+    assert rows[:2] == [
+        ("ended", "the run is finished: step 10, 2.6K tokens, after 0:01:15"),
+        ("validation", "loss 2.7500 at step 10; best 2.5000 at step 5"),
+    ]
+    commands = {name: shlex.split(text) for name, text in rows[2:]}
+    assert commands.keys() == {"evaluate", "export", "report"}
+    for words in commands.values():
+        assert words[0] == "python"
+        assert str(run) in words
+        assert words[1].rpartition("/")[2] in ("evaluate.py", "convert_to_hf.py", "report.py")
+    assert commands["evaluate"][-2:] == ["--data", "data/valid"]
+
+
+@pytest.mark.parametrize("ended", ["signal", "stop_at_step"])
+def test_a_run_that_is_not_finished_names_the_command_that_resumes_it(tmp_path: Path, ended: str) -> None:
+    words = ["pretrain/train.py", "--local_rank=0", "--config=r.yaml", "data.train=[{prefix: a b}]"]
+    command = resume_command(2, 1, words, ended)  # type: ignore[arg-type]
+    rows = dict(outcome_rows(tmp_path, ended, 3, 768, 9, None, command))  # type: ignore[arg-type]
+    assert "evaluate" not in rows
+    lifted = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
+    assert shlex.split(rows["resume"]) == [
+        "deepspeed", "--log_level", "critical", "--num_gpus", "2",
+        "pretrain/train.py", "--config=r.yaml", "data.train=[{prefix: a b}]", *lifted,
+    ]  # fmt: skip
