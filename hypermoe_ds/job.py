@@ -12,13 +12,18 @@ import torch
 
 from hypermoe_ds.checkpoint.lock import claimed
 from hypermoe_ds.checkpoint.manager import CheckpointManager
+from hypermoe_ds.checkpoint.manifest import versions_now
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.data.datasets import build_datasets, check_sources
-from hypermoe_ds.data.loader import build_loader, validation_batches
+from hypermoe_ds.data.consumption import Consumption
+from hypermoe_ds.data.datasets import SequenceDataset, build_datasets, check_sources
+from hypermoe_ds.data.loader import build_loader
 from hypermoe_ds.data.shares import dataset_shares
+from hypermoe_ds.data.token_files import read_metadata
+from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import EXIT_SAVED
 from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
+from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_per_token
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.screen import Screen
 from hypermoe_ds.parallel.host_group import HostGroup
@@ -29,12 +34,13 @@ from hypermoe_ds.training.banner import banner, repetition_warnings
 from hypermoe_ds.training.changes import record_launch
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
-from hypermoe_ds.training.evaluation import Evaluation, evaluate
 from hypermoe_ds.training.guard import Guard
 from hypermoe_ds.training.launches import Ended, Launch, write_end
+from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.outcome import outcome_rows, resume_command
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.validation import Batches, Validator
 from hypermoe_ds.training.watchdog import Watchdog
 
 
@@ -64,21 +70,16 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         with console.phase("loading the newest checkpoint"):
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
+        logger.log_launch(settings, versions_now())
         launch = report_launch(config, model, ds_config, state, folder, console)
         seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         with console.phase("building datasets"):
-            train_set, valid_set = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
+            train_set, valid_sets = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
         if state.follow(train_set.order_key):
             console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
 
-        def validate() -> Evaluation:
-            engine.eval()
-            batches = validation_batches(valid_set, micro_batch, rank, world_size)  # type: ignore[arg-type]
-            total = -(-len(valid_set) // (micro_batch * world_size))  # type: ignore[arg-type]
-            result = evaluate(engine, watchdog.each(batches, "validating", total), engine.device)
-            engine.train()
-            return result
-
+        validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
+        recorder = build_recorder(config, model, engine, train_set, logger, console)
         place = (micro_batch, rank, world_size, state.consumed_samples)
         loader = build_loader(train_set, *place, config.data.workers, config.left_out)
         stopped = loop.train(
@@ -86,9 +87,9 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
             batches=watchdog.each(loader, "forward and backward"),
             state=state,
             last_step=config.last_step,
-            recorder=Recorder(logger, console, config.monitor.interval, config.train.steps, model.num_experts),
+            recorder=recorder,
             checkpoints=checkpoints,
-            validate=validate if valid_set is not None else None,
+            validate=validator,
             validation_interval=config.evaluation.interval,
             guard=Guard(engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.origin),
             watchdog=watchdog,
@@ -98,6 +99,52 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
             report_end(config, launch, state, stopped, time.monotonic() - began, console)
     torch.distributed.destroy_process_group()
     return EXIT_SAVED if stopped else 0
+
+
+def build_recorder(
+    config: RunConfig,
+    model: HyperMoEConfig,
+    engine: Any,
+    train_set: SequenceDataset,
+    logger: MetricLogger,
+    console: Console,
+) -> Recorder:
+    """Build what measures and logs the steps.
+
+    Raises:
+        UserError: a token file is missing.
+    """
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    known = peak_tflops(device, config.train.precision) if device is not None else None
+    flops = ModelFlops(
+        per_token=training_flops_per_token(model, config.data.sequence_length),
+        ranks=torch.distributed.get_world_size(),
+        device=device,
+        peak=config.monitor.peak_tflops or known,
+    )
+    consumption = None
+    if torch.distributed.get_rank() == 0:
+        consumption = Consumption(train_set, config.data.train, config.data.sequence_length, config.left_out)
+    norms = ParameterNorms(engine, config.optimizer)
+    return Recorder(engine, config.monitor, config.train.steps, logger, console, flops, norms, consumption)
+
+
+def build_validator(
+    config: RunConfig, engine: Any, datasets: dict[str, SequenceDataset], watchdog: Watchdog
+) -> Validator:
+    """Build what validates the run.
+
+    Raises:
+        UserError: a prompt is empty or too long.
+    """
+    named = zip(datasets, (read_metadata(source.prefix) for source in config.data.valid), strict=True)
+    bytes_per_token = {name: metadata.bytes_per_token for name, metadata in named if metadata is not None}
+
+    def each(batches: Batches, total: int) -> Batches:
+        return watchdog.each(batches, "validating", total)
+
+    tokenizer, micro_batch = load_tokenizer(config.data.tokenizer), config.train.micro_batch_size
+    return Validator(engine, datasets, bytes_per_token, config.evaluation, tokenizer, micro_batch, each)
 
 
 def report_launch(

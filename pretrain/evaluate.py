@@ -1,6 +1,7 @@
 """Loss and perplexity of a run folder or a Hugging Face folder on tokenised data."""
 
 import argparse
+import math
 from pathlib import Path
 
 from hypermoe_ds.config import LARGEST_COUNT
@@ -24,8 +25,9 @@ def main() -> None:
     from hypermoe_ds.data.datasets import build_validation_set
     from hypermoe_ds.data.loader import validation_batches
     from hypermoe_ds.data.settings import DataConfig
+    from hypermoe_ds.data.token_files import read_metadata
     from hypermoe_ds.export.hf import load_any
-    from hypermoe_ds.training.evaluation import evaluate
+    from hypermoe_ds.training.evaluation import evaluate, without_hyper_experts
 
     model, tokenizer = load_any(arguments.checkpoint, arguments.step)
     run = RunFolder(arguments.checkpoint)
@@ -40,10 +42,17 @@ def main() -> None:
     batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
     total = -(-len(samples) // arguments.micro_batch_size)
     result = evaluate(model.to(device), progress(batches, "evaluate", "batches", total), device)
-    print(
-        f"loss {result.loss:.6f} | perplexity {result.perplexity:.4f} | "
-        f"{result.tokens:,} tokens of {arguments.data} in sequences of {length}"
-    )
+    parts = [f"loss {result.loss:.6f}", f"perplexity {result.perplexity:.4f}"]
+    metadata = read_metadata(arguments.data)
+    if metadata is not None:
+        parts.append(f"{result.loss / math.log(2) / metadata.bytes_per_token:.4f} bits/byte")
+    if model.config.hypernetwork and model.config.moe_layers:
+        batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
+        with without_hyper_experts(model):
+            without = evaluate(model, progress(batches, "evaluate without HyperExperts", "batches", total), device)
+        parts.append(f"HyperExperts contribute {without.loss - result.loss:+.4f} nats per token")
+    parts.append(f"{result.tokens:,} tokens of {arguments.data} in sequences of {length}")
+    print(" | ".join(parts))
 
 
 def parse_arguments() -> argparse.Namespace:

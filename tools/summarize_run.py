@@ -27,10 +27,12 @@ def main() -> None:
     seed = folder.section("train", TrainConfig).seed
     most = folder.section("evaluation", EvaluationConfig).max_samples
     summary = summarize(folder.path / "metrics.jsonl")
-    _, valid_set = build_datasets(data, seed, 1, most)
-    if valid_set is None:
+    _, valid_sets = build_datasets(data, seed, 1, most)
+    if not valid_sets:
         raise UserError(f"{folder.settings}: data.valid", "is empty", "give the run a validation source")
-    unigram = unigram_loss(count_tokens([source.prefix for source in data.train], model.vocab_size), valid_set)
+    counts = count_tokens([source.prefix for source in data.train], model.vocab_size)
+    samples = sum(map(len, valid_sets.values()))  # all of the same length
+    unigram = sum(unigram_loss(counts, valid_set) * len(valid_set) for valid_set in valid_sets.values()) / samples
 
     better = unigram - summary.valid_loss
     than = "better" if better >= 0 else "worse"

@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import (
+    groups,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+)
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.manifest import Count
@@ -75,15 +80,32 @@ class EngineState:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's parts, by `KIND/NAME`, in fp32 and flat: where possible the engine's own memory, not copies."""
-        kinds = (WEIGHT, *MOMENTS) if self._optimizer_steps else (WEIGHT,)
+        kinds = (WEIGHT, *MOMENTS) if self.optimizer_steps else (WEIGHT,)
         for name, parameter in self._parameters.items():
             for kind in kinds if self.held[name].numel else ():
                 yield f"{kind}/{name}", self._part(parameter, kind)[: self.held[name].numel]
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's parts of the averaged gradients by parameter name, flat.
+
+        They exist between the last backward pass and the step, and still hold the factor of the fp16 loss scale.
+        """
+        for name, parameter in self._parameters.items():
+            numel = self.held[name].numel
+            if not numel:
+                continue
+            if self._partitioned:
+                part = safe_get_local_grad(parameter).flatten()[:numel]
+            else:
+                part = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                if part.numel() > numel:  # with gradients added up in fp32 each rank has those of the whole parameter
+                    part = part.narrow(0, parameter._hp_mapping.lp_fragment_address.start, numel)
+            yield name, part.detach()
+
     def counters(self) -> dict[str, Any]:
         """How far the engine is, as JSON."""
         return {
-            "optimizer_steps": self._optimizer_steps,
+            "optimizer_steps": self.optimizer_steps,
             "schedule_steps": self._engine.lr_scheduler.last_epoch,
             **{name: getattr(self._engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
             "loss_scaler": self._loss_scale(),
@@ -153,7 +175,7 @@ class EngineState:
         return [tensor for group in optimizer.optimizer.param_groups for tensor in group["params"]]
 
     @property
-    def _optimizer_steps(self) -> int:
+    def optimizer_steps(self) -> int:
         """Steps that count in AdamW's bias correction."""
         state = self._engine.optimizer.optimizer.state
         return max((int(state[flat]["step"]) for flat in self._flat() if state.get(flat)), default=0)

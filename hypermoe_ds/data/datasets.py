@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch.utils.data import Dataset
 
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
-from hypermoe_ds.data.settings import DataConfig, DataSource
+from hypermoe_ds.data.settings import DataConfig, DataSource, dataset_names
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
 from hypermoe_ds.data.tokenizer import embeddings_needed, encoding_digest, load_tokenizer, sha256_of, vocabulary_file
 from hypermoe_ds.errors import UserError
@@ -46,6 +47,23 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"sample {index} of {self._length}")
         sample = self._samples[index]
         return {"tokens": sample["tokens"], "labels": sample["labels"]}
+
+    def first(self, length: int) -> "SequenceDataset":
+        """Return the first samples alone."""
+        return SequenceDataset(self._samples, length, self.order_key)
+
+    def count_by_dataset(self, first: int, end: int, datasets: int) -> np.ndarray[Any, Any]:
+        """Return how many of the samples from `first` to `end`, the latter not included, come from each dataset.
+
+        Args:
+            first: first sample.
+            end: sample after the last one.
+            datasets: number of datasets.
+        """
+        if not isinstance(self._samples, BlendedDataset):
+            return np.array([end - first])
+        self[first]  # megatron-core reads its indices with the first sample
+        return np.bincount(self._samples.dataset_index[first:end], minlength=datasets)
 
     def origin(self, index: int) -> str:
         """Which documents of which token files a sample was cut from, in words."""
@@ -135,8 +153,8 @@ def _check_long_enough(files: TokenFiles, sequence_length: int) -> None:
 
 def build_datasets(
     config: DataConfig, seed: int, train_samples: int, valid_samples: int | None
-) -> tuple[SequenceDataset, SequenceDataset | None]:
-    """Build the training and validation datasets; under torch.distributed all ranks must call this.
+) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
+    """Build the training dataset and the validation datasets; under torch.distributed all ranks must call this.
 
     Rank 0 writes the indices of the samples into the cache, the other ranks then read them: all
     nodes must see that folder. Training documents are shuffled and cut into samples, which are
@@ -151,17 +169,17 @@ def build_datasets(
     another key, samples already seen come again and others never.
 
     Validation goes through every whole sequence of every source once, in an order that depends on
-    the validation sources and the sequence length alone.
+    the source and the sequence length alone.
 
     Args:
         config: the data settings; `check_sources` should have passed.
         seed: seed of the training order.
         train_samples: length of the training dataset, in samples.
-        valid_samples: validate on this many samples at most, the first of the validation order;
-            None: on all.
+        valid_samples: validate on about this many samples, of each source in proportion to its length, but at least
+            one; None: on all.
 
     Returns:
-        Training and validation dataset; no validation dataset without validation sources.
+        The training dataset, and one validation dataset for each validation source, by name.
 
     Raises:
         UserError: a token file is missing, truncated or shorter than one sample, or the cache
@@ -173,8 +191,14 @@ def build_datasets(
     facts = _TokenizerFacts(len(tokenizer), tokenizer.eos_token_id)
     with _cache_errors(config.cache_folder):
         train = _build_train(config, facts, seed, train_samples)
-        valid = _build_valid(config, facts, valid_samples) if config.valid else None
-    return train, valid
+        whole = {
+            name: _build_valid(config, facts, source)
+            for name, source in zip(dataset_names(config.valid), config.valid, strict=True)
+        }
+    total = sum(map(len, whole.values()))
+    if valid_samples is None or valid_samples >= total:
+        return train, whole
+    return train, {name: part.first(max(valid_samples * len(part) // total, 1)) for name, part in whole.items()}
 
 
 def build_validation_set(prefix: str, tokenizer: str, sequence_length: int, vocab_size: int) -> SequenceDataset:
@@ -194,7 +218,7 @@ def build_validation_set(prefix: str, tokenizer: str, sequence_length: int, voca
     check_sources(config, vocab_size)
     loaded = load_tokenizer(tokenizer)
     with _cache_errors(config.cache_folder):
-        return _build_valid(config, _TokenizerFacts(len(loaded), loaded.eos_token_id), None)
+        return _build_valid(config, _TokenizerFacts(len(loaded), loaded.eos_token_id), source)
 
 
 def _build_train(config: DataConfig, facts: _TokenizerFacts, seed: int, train_samples: int) -> SequenceDataset:
@@ -213,12 +237,9 @@ def _build_train(config: DataConfig, facts: _TokenizerFacts, seed: int, train_sa
     return SequenceDataset(blend, train_samples, _order_key(parts, weights))
 
 
-def _build_valid(config: DataConfig, facts: _TokenizerFacts, valid_samples: int | None) -> SequenceDataset:
-    parts = [_build_source(config, facts, source.prefix, _VALIDATION_SEED, None) for source in config.valid]
-    lengths = [len(part) for part in parts]
-    samples = parts[0] if len(parts) == 1 else _blend(parts, lengths, None)
-    length = sum(lengths) if valid_samples is None else min(valid_samples, sum(lengths))
-    return SequenceDataset(samples, length, _order_key(parts, lengths))
+def _build_valid(config: DataConfig, facts: _TokenizerFacts, source: DataSource) -> SequenceDataset:
+    part = _build_source(config, facts, source.prefix, _VALIDATION_SEED, None)
+    return SequenceDataset(part, len(part), _order_key([part], [len(part)]))
 
 
 def _build_source(
@@ -244,8 +265,8 @@ def _build_source(
     return next(split for split in splits if split is not None)
 
 
-def _blend(parts: Sequence[GPTDataset], weights: Sequence[float], length: int | None) -> BlendedDataset:
-    """Interleave sources by weight; without a length, all samples of each (the weights are their numbers)."""
+def _blend(parts: Sequence[GPTDataset], weights: Sequence[float], length: int) -> BlendedDataset:
+    """Interleave sources by weight."""
     settings = parts[0].config
     if not torch.distributed.is_initialized():
         # With a cache megatron-core 0.16 asks for the rank even where there are none.

@@ -1,6 +1,6 @@
 """Samples that a run leaves out, by their places in the order of the training samples."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class LeftOut:
@@ -35,6 +35,15 @@ class LeftOut:
     def after(self, start: int, count: int) -> int:
         """The place after `count` > 0 kept samples from `start` on."""
         return self.nth(start, count - 1) + 1
+
+    def kept_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the stretches of kept samples from `start` to `end`, the latter not included."""
+        for first, last in self._ranges:
+            if start < min(first, end):
+                yield start, min(first, end)
+            start = max(start, last + 1)
+        if start < end:
+            yield start, end
 
     def kept(self, start: int, end: int) -> int:
         """How many places of `start` to `end`, the latter not included, are kept."""

@@ -47,6 +47,11 @@ class Metadata:
     text_bytes: int
     encoding_sha256: str = ""
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a token stands for, the ends of documents counted as tokens without text."""
+        return self.text_bytes / self.tokens
+
     def write(self, path: Path) -> None:
         """Write the metadata as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

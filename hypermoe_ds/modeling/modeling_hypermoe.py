@@ -36,7 +36,13 @@ from .outputs import HyperMoECausalLMOutput, HyperMoEModelOutput
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a dense SwiGLU or a Mixture of Experts with its HyperExperts."""
+    """Pre-norm attention, then a dense SwiGLU or a Mixture of Experts with its HyperExperts.
+
+    Attributes:
+        skips_hyper_experts: compute as a layer that has none.
+    """
+
+    skips_hyper_experts = False
 
     def __init__(self, config: HyperMoEConfig, layer_idx: int) -> None:
         super().__init__()
@@ -79,7 +85,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
         def decided(routing: Routing) -> None:
             seen.append(routing)
-            if self.hyper_experts is not None:
+            if self.hyper_experts is not None and not self.skips_hyper_experts:
                 branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork, weights, kept))
 
         y_BSD = run_observed(self.mlp, hidden_BSD, decided)
@@ -173,7 +179,13 @@ class HyperMoEPreTrainedModel(PreTrainedModel):
 
 
 class HyperMoEModel(HyperMoEPreTrainedModel):
-    """Embedding, decoder layers and final norm, with the hypernetwork that the layers share."""
+    """Embedding, decoder layers and final norm, with the hypernetwork that the layers share.
+
+    Attributes:
+        skips_hyper_experts: generate no HyperExperts; each layer has the same attribute.
+    """
+
+    skips_hyper_experts = False
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__(config)
@@ -301,7 +313,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
 
     def _generate_ahead(self, x_BSD: Tensor, kept: KeptHyperExperts | None) -> list[HyperExpertWeights]:
         """Each MoE layer's generated modules, or nothing where the layers see to it themselves."""
-        if self.hypernetwork is None:
+        if self.hypernetwork is None or self.skips_hyper_experts:
             return []
         branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
         x_TD, top_k = x_BSD.flatten(0, 1), self.config.num_experts_per_tok

@@ -251,6 +251,32 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left:
     return "  ".join(parts)
 
 
+def validation_lines(step: int, steps: int, values: Mapping[str, float]) -> list[str]:
+    """Return the console's lines of one validation: one for each dataset, and one for several together.
+
+    Args:
+        step: optimizer step, counted from 1.
+        steps: length of the run.
+        values: metrics of the validation by their keys.
+    """
+    names = [key.removeprefix("valid_loss/") for key in values if key.startswith("valid_loss/")]
+    rows = [(name, f"/{name}") for name in names] + [("all", "")] * (len(names) != 1)
+    place = f"step {step:>{len(f'{steps:,}')},}/{steps:,}"
+    column = max(len(name) for name, _ in rows)
+    columns = (
+        ("valid_loss", "loss {:7.4f}"),
+        ("valid_perplexity", "perplexity {:>8}"),
+        ("valid_bits_per_byte", "{:6.4f} bits/byte"),
+        ("hyper_expert_contribution", "HyperExperts contribute {:+.4f}"),
+    )
+    lines = []
+    for name, item in rows:
+        found = [(text, values[f"{metric}{item}"]) for metric, text in columns if f"{metric}{item}" in values]
+        parts = [text.format(_fixed(value) if text.endswith(">8}") else value) for text, value in found]
+        lines.append("  ".join([time.strftime("%H:%M:%S"), place, f"valid {name:<{column}}", *parts]))
+    return lines
+
+
 def _fixed(value: float) -> str:
     """Return a number of any size in at most 8 characters."""
     return f"{value:.3f}" if not math.isfinite(value) or value < 1000 else f"{value:.2e}"

@@ -1,4 +1,4 @@
-"""Losses and routing statistics of one optimizer step, over all micro-batches and ranks.
+"""Routing statistics of one optimizer step, over all micro-batches and ranks.
 
 Shape legend: T tokens, N experts, K experts of a token, M MoE layers.
 """
@@ -16,7 +16,7 @@ from hypermoe_ds.modeling.selections import set_keys
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Means over the micro-batches and ranks of one step.
+    """Routing of one step, over its micro-batches and ranks.
 
     Attributes:
         scalars: name to value, as they go to the log.
@@ -28,21 +28,25 @@ class StepStatistics:
 
 
 class StepMeter:
-    """Adds up what the micro-batches of one step show, without a synchronisation until `read`."""
+    """Add up the routing of a step's micro-batches, without a synchronisation until `read`.
+
+    Args:
+        num_experts: N.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self._num_experts = num_experts
         self._rows: list[Tensor] = []
+        self._has_hyper_experts = False
 
     def add(self, output: Any) -> None:
         """Take the output of one forward pass made with `output_router_logits`."""
-        losses = [output.loss, output.lm_loss, output.aux_loss, output.z_loss]
-        zero = output.loss.new_zeros(())
-        rows = [torch.stack([(zero if loss is None else loss).detach().float() for loss in losses])]
-        norms = output.branch_norms or [torch.zeros(2, device=zero.device)] * len(output.router_logits)
+        layers = len(output.router_logits)
+        self._has_hyper_experts = output.branch_norms is not None
+        norms = output.branch_norms or [output.loss.new_ones(2)] * layers
         for logits_TN, selected_TK, norms_2 in zip(output.router_logits, output.selected_experts, norms, strict=True):
-            rows.append(self._layer(logits_TN.detach(), selected_TK, norms_2))
-        self._rows.append(torch.cat(rows))
+            self._rows.append(self._layer(logits_TN.detach(), selected_TK, norms_2))
+        self._layers = layers
 
     def _layer(self, logits_TN: Tensor, selected_TK: Tensor, norms_2: Tensor) -> Tensor:
         log_probability_TN = F.log_softmax(logits_TN.float(), dim=-1)
@@ -55,22 +59,29 @@ class StepMeter:
         )
 
     def read(self) -> StepStatistics:
-        """Average over micro-batches and ranks (collective) and start anew."""
-        mean = torch.stack(self._rows).mean(0)
+        """Average over micro-batches and ranks (collective) and start anew; a dense model has no statistics."""
+        if not self._rows:
+            return StepStatistics({}, torch.empty(0, self._num_experts))
+        mean = torch.stack(self._rows).view(-1, self._layers, 3 + self._num_experts).mean(0)
         self._rows.clear()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
         mean = mean.cpu()
-        names = ("total_loss", "loss", "aux_loss", "z_loss")
-        scalars = dict(zip(names, mean[:4].tolist(), strict=True))
-        layers = mean[4:].view(-1, 3 + self._num_experts)
-        load_MN = layers[:, 3:]
-        for index, (entropy, ratio, sets) in enumerate(layers[:, :3].tolist()):
-            scalars[f"router_entropy/moe_layer_{index}"] = entropy
-            scalars[f"hyper_expert_norm_ratio/moe_layer_{index}"] = ratio
-            scalars[f"distinct_sets/moe_layer_{index}"] = sets
-            scalars[f"expert_load_max_over_mean/moe_layer_{index}"] = float(load_MN[index].max()) * self._num_experts
+        load_MN = mean[:, 3:]
+        scalars: dict[str, float] = {}
+        for layer, (entropy, ratio, selections) in enumerate(mean[:, :3].tolist()):
+            relative_N = load_MN[layer] * self._num_experts
+            values = {
+                "router_entropy": entropy,
+                "distinct_selections": selections,
+                "expert_load_max_over_mean": float(relative_N.max()),
+                "expert_load_min_over_mean": float(relative_N.min()),
+                "experts_without_tokens": int((relative_N == 0).sum()),
+            }
+            if self._has_hyper_experts:
+                values["hyper_expert_norm_ratio"] = ratio
+            scalars |= {f"{name}/moe_layer_{layer}": value for name, value in values.items()}
         return StepStatistics(scalars, load_MN)
 
 

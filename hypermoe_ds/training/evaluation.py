@@ -1,12 +1,13 @@
 """Validation loss and perplexity."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,19 @@ class Evaluation:
     def perplexity(self) -> float:
         """exp(loss), infinite where a diverged loss is above 709."""
         return torch.tensor(self.loss, dtype=torch.float64).exp().item()
+
+
+@contextmanager
+def without_hyper_experts(model: nn.Module) -> Iterator[None]:
+    """Have a model compute inside as if `hypernetwork` were false, with the same other weights."""
+    parts = [module for module in model.modules() if hasattr(module, "skips_hyper_experts")]
+    for part in parts:
+        part.skips_hyper_experts = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.skips_hyper_experts = False  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -1,16 +1,40 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
-from hypermoe_ds.training.evaluation import Evaluation
 from hypermoe_ds.training.guard import Guard
-from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.validation import Validation
 from hypermoe_ds.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from hypermoe_ds.monitor.step_clock import Part
+    from hypermoe_ds.training.recorder import Recorder
+
+
+class StepObserver:
+    """See what an optimizer step does. This one looks at nothing.
+
+    Attributes:
+        logs: whether the forward passes of the step show their routing.
+    """
+
+    logs = False
+
+    def measure(self, _part: "Part") -> AbstractContextManager[None]:
+        """Enclose a part of the step."""
+        return nullcontext()
+
+    def observe(self, output: Any) -> None:
+        """Take the output of a micro-batch."""
+
+    def observe_gradients(self) -> None:
+        """Take the gradients, between the last backward pass and the step."""
 
 
 def train(
@@ -18,9 +42,9 @@ def train(
     batches: Iterator[dict[str, Tensor]],
     state: TrainState,
     last_step: int,
-    recorder: Recorder,
+    recorder: "Recorder",
     checkpoints: CheckpointManager,
-    validate: Callable[[], Evaluation] | None,
+    validate: Callable[[], Validation] | None,
     validation_interval: int,
     guard: Guard,
     watchdog: Watchdog,
@@ -49,24 +73,25 @@ def train(
     stopping = unsaved = False
     while state.step < last_step and not stopping:
         learning_rate = engine.get_lr()[0]
-        observed = recorder.is_due(state.step + 1)
+        recorder.begin(state.step + 1)
         watchdog.begin(state.step + 1, "beginning")
-        tokens = optimizer_step(engine, batches, recorder if observed else None, guard.watch)
+        tokens = optimizer_step(engine, batches, recorder, guard.watch)
         agreed = guard.after_step(state)
         stopping = agreed.stop and state.step < last_step
-        recorder.throughput.count(tokens)
-        if observed:
-            recorder.record(state, learning_rate, float(engine.get_global_grad_norm()), engine.skipped_steps)
+        recorder.clock.count(tokens)
+        if recorder.logs:
+            recorder.record(state, learning_rate)
 
         ending = state.step == last_step
-        with recorder.throughput.paused():
-            if validate is not None and not stopping and (ending or state.step % validation_interval == 0):
+        if validate is not None and not stopping and (ending or state.step % validation_interval == 0):
+            with recorder.clock.excluded():
                 recorder.record_validation(state.step, validate())
-            unsaved = unsaved or agreed.unsaved or checkpoints.is_due(state.step)
-            if ending or stopping or (unsaved and not state.bad_steps):
-                watchdog.begin(state.step, "saving")
+        unsaved = unsaved or agreed.unsaved or checkpoints.is_due(state.step)
+        if ending or stopping or (unsaved and not state.bad_steps):
+            watchdog.begin(state.step, "saving")
+            with recorder.measure("checkpoint"):
                 checkpoints.save(state.step, state.to_dict(), prune=not state.bad_steps)
-                unsaved = False
+            unsaved = False
     checkpoints.finish()
     watchdog.note_end(saved=stopping)
     return stopping
@@ -79,7 +104,7 @@ def _as_it_is(loss: Tensor) -> Tensor:
 def optimizer_step(
     engine: Any,
     batches: Iterator[dict[str, Tensor]],
-    recorder: Recorder | None,
+    observer: StepObserver,
     watch: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> int:
     """Run one optimizer step over its micro-batches.
@@ -87,25 +112,31 @@ def optimizer_step(
     Args:
         engine: the DeepSpeed engine; it scales, accumulates, clips and steps.
         batches: this rank's micro-batches.
-        recorder: takes the outputs of a step that is logged.
+        observer: sees the parts of the step, its outputs and its gradients.
         watch: sees each loss, and gives what its backward pass starts from.
 
     Returns:
         Tokens of the step over all ranks.
     """
     tokens = 0
-    for _ in range(engine.gradient_accumulation_steps()):
-        batch = {name: value.to(engine.device, non_blocking=True) for name, value in next(batches).items()}
-        output = engine(
-            input_ids=batch["input_ids"],
-            shift_labels=batch["labels"],
-            use_cache=False,
-            output_router_logits=recorder is not None,
-            output_logits=False,
-        )
-        engine.backward(watch(output.loss))
-        engine.step()
+    micro_batches = engine.gradient_accumulation_steps()
+    for number in range(1, micro_batches + 1):
+        with observer.measure("data"):
+            batch = {name: value.to(engine.device, non_blocking=True) for name, value in next(batches).items()}
+        with observer.measure("forward"):
+            output = engine(
+                input_ids=batch["input_ids"],
+                shift_labels=batch["labels"],
+                use_cache=False,
+                output_router_logits=observer.logs,
+                output_logits=False,
+            )
+        with observer.measure("backward"):
+            engine.backward(watch(output.loss))
+        if number == micro_batches:
+            observer.observe_gradients()
+        with observer.measure("optimizer"):
+            engine.step()
         tokens += batch["input_ids"].numel()
-        if recorder is not None:
-            recorder.observe(output)
+        observer.observe(output)
     return tokens * int(engine.dp_world_size)

@@ -15,12 +15,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Split the parameters in weight matrices, which decay, and norms, biases and expert and layer embeddings."""
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
-        free = parameter.ndim < 2 or any(part in name for part in _EMBEDDINGS_WITHOUT_DECAY)
-        groups["no_decay" if free else "decay"].append(parameter)
+        groups["decay" if decays(name, parameter.ndim) else "no_decay"].append(parameter)
     return [
         {"name": "decay", "params": groups["decay"], "weight_decay": weight_decay},
         {"name": "no_decay", "params": groups["no_decay"], "weight_decay": 0.0},
     ]
+
+
+def decays(name: str, dimensions: int) -> bool:
+    """Whether weight decay applies to a parameter of this name and number of dimensions."""
+    return dimensions >= 2 and not any(part in name for part in _EMBEDDINGS_WITHOUT_DECAY)
 
 
 def build_schedule(optimizer: Optimizer, schedule: ScheduleConfig, steps: int) -> LRScheduler:

@@ -1,61 +1,125 @@
-"""Turns a step's outputs into the records of a run."""
+"""Turn what the steps of a run show into its records."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
-from hypermoe_ds.monitor.console import Console, step_line
+from hypermoe_ds.data.consumption import Consumption
+from hypermoe_ds.monitor.console import Console, step_line, validation_lines
+from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
+from hypermoe_ds.monitor.losses import LossMeter
+from hypermoe_ds.monitor.memory import MemoryMeter
 from hypermoe_ds.monitor.routing import StepMeter
-from hypermoe_ds.monitor.throughput import Throughput, peak_memory_gib
-from hypermoe_ds.training.evaluation import Evaluation
+from hypermoe_ds.monitor.settings import MonitorConfig
+from hypermoe_ds.monitor.similarity import hyper_expert_similarity
+from hypermoe_ds.monitor.step_clock import Part, StepClock
+from hypermoe_ds.training.loop import StepObserver
+from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.validation import Validation
 
 
-class Recorder:
-    """Logs a step every `interval` steps; nothing in between waits for the device.
+class Recorder(StepObserver):
+    """Log a step now and then; nothing in between waits for the device.
 
     Args:
+        engine: the DeepSpeed engine.
+        config: when to log.
+        steps: length of the run; the first and last step are logged too.
         logger: where metrics go.
         console: where lines are printed.
-        interval: steps between two records; the first and last step have one too.
-        steps: length of the run, for the time left.
-        num_experts: N.
+        flops: FLOPs of the model and peak of the GPU.
+        norms: measures gradients, weights and updates.
+        consumption: counts tokens by dataset; None on ranks that log nothing.
     """
 
-    def __init__(self, logger: MetricLogger, console: Console, interval: int, steps: int, num_experts: int) -> None:
-        self.throughput = Throughput()
+    def __init__(
+        self,
+        engine: Any,
+        config: MonitorConfig,
+        steps: int,
+        logger: MetricLogger,
+        console: Console,
+        flops: ModelFlops,
+        norms: ParameterNorms,
+        consumption: Consumption | None,
+    ) -> None:
+        self.clock = StepClock()
+        self._engine = engine
+        self._config = config
+        self._steps = steps
         self._logger = logger
         self._console = console
-        self._interval = interval
-        self._steps = steps
-        self._meter = StepMeter(num_experts)
+        self._flops = flops
+        self._norms = norms
+        self._consumption = consumption
+        self._losses = LossMeter()
+        self._memory = MemoryMeter()
+        self._routing = StepMeter(engine.module.config.num_experts)
 
-    def is_due(self, step: int) -> bool:
-        """Whether this step is logged, so that its forward passes must show their routing."""
-        return step % self._interval == 0 or step in (1, self._steps)
+    def begin(self, step: int) -> None:
+        """Decide what is observed of a step."""
+        self._measures_norms = self._config.norms_interval is not None and step % self._config.norms_interval == 0
+        self.logs = self._measures_norms or step % self._config.interval == 0 or step in (1, self._steps)
+
+    def measure(self, part: Part) -> AbstractContextManager[None]:
+        """Time a part of the step."""
+        return self.clock.measure(part)
 
     def observe(self, output: Any) -> None:
-        """Take one micro-batch of a step that is logged."""
-        self._meter.add(output)
+        """Take the losses of a micro-batch, and its routing if the step is logged."""
+        self._losses.add(output)
+        if self.logs:
+            self._routing.add(output)
 
-    def record(self, state: TrainState, lr: float, grad_norm: float, skipped_steps: int) -> None:
-        """Log the step that was just taken (collective)."""
-        statistics = self._meter.read()
-        tokens_per_second, seconds_per_step = self.throughput.read()
-        scalars = {
-            **statistics.scalars,
+    def observe_gradients(self) -> None:
+        """Take the gradients of a step that is logged."""
+        if self.logs:
+            self._norms.add_gradients()
+
+    def record(self, state: TrainState, lr: float) -> None:
+        """Log the step that was just taken (collective).
+
+        Args:
+            state: position of the run after the step.
+            lr: learning rate of the step.
+        """
+        engine, routing = self._engine, self._routing.read()
+        times = self.clock.read()
+        values: dict[str, float] = {
+            **self._losses.read(),
+            **routing.scalars,
             "lr": lr,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
-            "peak_memory_gib": peak_memory_gib(),
+            "grad_norm": float(engine.get_global_grad_norm()),
+            **self._norms.gradients(),
+            "skipped_steps": engine.skipped_steps,
+            **times,
+            **self._flops.rates(times["tokens_per_second"]),
+            **self._memory.read(),
             "consumed_samples": state.consumed_samples,
-            "skipped_steps": skipped_steps,
         }
-        seconds_left = (self._steps - state.step) * seconds_per_step
-        self._console.log(step_line(state.step, self._steps, scalars, seconds_left, statistics.load_MN))
-        self._logger.log(state.step, scalars, statistics.load_MN)
+        if engine.fp16_enabled():
+            values["loss_scale"] = float(engine.optimizer.loss_scale)
+        if self._measures_norms:
+            values |= self._similarity()
+        if self._measures_norms and not state.bad_steps:  # a skipped step has no update
+            values |= self._norms.weights_and_updates(lr)
+        if self._consumption is not None:
+            values |= self._consumption.at(state.consumed_samples)
+        seconds_left = (self._steps - state.step) * times["step_seconds"]
+        self._console.log(step_line(state.step, self._steps, values, seconds_left, routing.load_MN))
+        self._logger.log(state.step, values, routing.load_MN)
 
-    def record_validation(self, step: int, result: Evaluation) -> None:
+    def record_validation(self, step: int, result: Validation) -> None:
         """Log a validation."""
-        line = f"loss {result.loss:.4f} | perplexity {result.perplexity:.2f} | {result.tokens:,} tokens"
-        self._console.log(f"validation after step {step} | {line}")
-        self._logger.log(step, {"valid_loss": result.loss, "valid_perplexity": result.perplexity})
+        for line in validation_lines(step, self._steps, result.values):
+            self._console.log(line)
+        self._logger.log(step, result.values)
+        self._logger.log_samples(step, result.samples)
+
+    def _similarity(self) -> dict[str, float]:
+        model = self._engine.module.model
+        if model.hypernetwork is None:
+            return {}
+        branches = [layer.hyper_experts for layer in model.layers if layer.is_moe]
+        return hyper_expert_similarity(branches, model.hypernetwork, model.config.num_experts_per_tok)

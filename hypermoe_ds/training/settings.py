@@ -126,7 +126,11 @@ class EvaluationConfig(Settings):
         1000, ge=1, le=LARGEST_COUNT, description="steps between two validations; one more comes at the end"
     )
     max_samples: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="validate on the first so many sequences; null takes all of them"
+        None,
+        ge=1,
+        le=LARGEST_COUNT,
+        description="sequences to validate on, of each dataset in proportion to its length, but at least one; "
+        "null takes all of them",
     )
     hyper_expert_contribution: bool = Field(
         True, description="validate a second time with the HyperExperts switched off, to log what they contribute"

@@ -31,11 +31,12 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import hyper_experts
+from hypermoe_ds.monitor.losses import LossMeter
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
-from hypermoe_ds.training.loop import optimizer_step
+from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 from tests.helpers.routing import StepRouting, of_all_ranks, routing_of
 
@@ -70,16 +71,24 @@ def engine_of(layout: Layout, steps: int = STEPS) -> Any:
     return build_engine(model_config(layout), ds_config_of(layout), optimizer, schedule, train, ParallelConfig())
 
 
-class Watcher:
+class Watcher(StepObserver):
     """Stands where the recorder stands in the loop."""
 
     def __init__(self, num_experts: int) -> None:
-        self.meter = StepMeter(num_experts)
+        self.logs = True
+        self._losses = LossMeter()
+        self._meter = StepMeter(num_experts)
         self._routing: list[StepRouting] = []
 
     def observe(self, output: Any) -> None:
-        self.meter.add(output)
+        self._losses.add(output)
+        self._meter.add(output)
         self._routing.append(routing_of(output))
+
+    def read(self) -> StepStatistics:
+        """Losses and routing statistics of the step just taken, over all ranks (collective)."""
+        routing = self._meter.read()
+        return StepStatistics(self._losses.read() | routing.scalars, routing.load_MN)
 
     def read_routing(self) -> StepRouting:
         """The routing of the step just taken, of all ranks (collective)."""
@@ -129,7 +138,7 @@ def train_on_rank(layout: Layout) -> RankRun:
     steps, norms, routing = [], [], []
     for _ in range(STEPS):
         optimizer_step(engine, batches, watcher)
-        steps.append(watcher.meter.read())
+        steps.append(watcher.read())
         routing.append(watcher.read_routing())
         norms.append(float(engine.get_global_grad_norm()))
     router_passes, hooks_left = len(passes), _hooks(routers) - hooks_before
@@ -183,7 +192,7 @@ def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> l
     taken = []
     for _ in range(count):
         optimizer_step(engine, batches, watcher)
-        loss, norm = watcher.meter.read().scalars["total_loss"], float(engine.get_global_grad_norm())
+        loss, norm = watcher.read().scalars["total_loss"], float(engine.get_global_grad_norm())
         taken.append(Step(loss, norm, watcher.read_routing()))
     return taken
 

@@ -15,7 +15,7 @@ from hypermoe_ds.checkpoint.engine_state import EngineState
 from hypermoe_ds.errors import MachineError
 from hypermoe_ds.parallel.host_group import HostGroup
 from hypermoe_ds.training.guard import Guard
-from hypermoe_ds.training.loop import optimizer_step
+from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.replicas import ReplicaCheck
 from hypermoe_ds.training.state import TrainState
 
@@ -89,7 +89,7 @@ def take(engine: Any, guard: Guard, state: TrainState, source: Iterator[Any]) ->
     rate = engine.get_lr()[0]
     optimizer_step(engine, source, watcher, guard.watch)
     assert not guard.after_step(state).stop
-    return watcher.meter.read().scalars["total_loss"], rate
+    return watcher.read().scalars["total_loss"], rate
 
 
 def skip_each(layouts: list[Layout], what: str) -> None:
@@ -163,7 +163,7 @@ def flip_each(layouts: list[Layout], rank: int) -> list[list[str | None]]:
     told = []
     for layout in layouts:
         engine = engine_of(layout)
-        optimizer_step(engine, batches(layout, None), None)
+        optimizer_step(engine, batches(layout, None), StepObserver())
         check = ReplicaCheck(engine, HostGroup(), layout.expert)
         found: list[str | None] = [_told(check)]
         for name in (HYPERNETWORK, EXPERTS):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hypermoe_ds.data.loader import validation_batches
 from hypermoe_ds.modeling import HyperMoEForCausalLM
+from hypermoe_ds.monitor.losses import LossMeter
 from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
 from tests.helpers.ranks import run_on_ranks
@@ -66,19 +67,22 @@ def output_of(number: int) -> Any:
     )  # fmt: skip
 
 
-def meter_on_rank() -> StepStatistics:
-    meter = StepMeter(N)
+def meter_on_rank() -> tuple[StepStatistics, dict[str, float]]:
+    meter, losses = StepMeter(N), LossMeter()
     for micro_batch in range(2):
-        meter.add(output_of(2 * torch.distributed.get_rank() + micro_batch))
-    return meter.read()
+        output = output_of(2 * torch.distributed.get_rank() + micro_batch)
+        meter.add(output)
+        losses.add(output)
+    return meter.read(), losses.read()
 
 
 def test_statistics_over_ranks_are_those_of_all_micro_batches_together() -> None:
-    alone = StepMeter(N)
-    for number in range(4):
-        alone.add(output_of(number))
+    alone, outputs = StepMeter(N), [output_of(number) for number in range(4)]
+    for output in outputs:
+        alone.add(output)
     expected = alone.read()
-    for statistics in run_on_ranks(2, meter_on_rank):
+    for statistics, losses in run_on_ranks(2, meter_on_rank):
+        assert losses["loss"] == pytest.approx(math.fsum(float(output.lm_loss) for output in outputs) / 4)
         assert statistics.scalars == pytest.approx(expected.scalars, rel=1e-6)
         torch.testing.assert_close(statistics.load_MN, expected.load_MN)
 

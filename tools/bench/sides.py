@@ -24,7 +24,7 @@ from hypermoe_ds.modeling.moe import SwiGLU
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, fused_cross_entropy
-from hypermoe_ds.training.loop import optimizer_step
+from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.optimizer import parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -97,7 +97,7 @@ def _engine_step(engine: Any) -> Step:
 
     def step(batch: Batch) -> Tensor:
         losses.clear()
-        optimizer_step(engine, _endless(batch), None)
+        optimizer_step(engine, _endless(batch), StepObserver())
         return losses[-1]
 
     return step

@@ -19,7 +19,6 @@ T, MICRO_BATCHES, LAYERS = 40, 3, 2
 class Case:
     """Outputs of the micro-batches of one step, as NumPy arrays."""
 
-    losses: Any
     logits: Any
     selected: Any
     norms: Any
@@ -30,7 +29,6 @@ def case(experts: int, chosen: int, seed: int = 0) -> Case:
     logits = generator.normal(size=(MICRO_BATCHES, LAYERS, T, experts)) * 2
     selected = np.argsort(-logits, axis=-1)[..., :chosen]
     return Case(
-        losses=generator.random((MICRO_BATCHES, 4)) + 1,
         logits=logits,
         selected=generator.permuted(selected, axis=-1),
         norms=generator.random((MICRO_BATCHES, LAYERS, 2)) + 0.1,
@@ -40,10 +38,7 @@ def case(experts: int, chosen: int, seed: int = 0) -> Case:
 def outputs(step: Case, branch_norms: bool = True) -> list[Any]:
     return [
         SimpleNamespace(
-            loss=torch.tensor(step.losses[number, 0], requires_grad=True),
-            lm_loss=torch.tensor(step.losses[number, 1]),
-            aux_loss=torch.tensor(step.losses[number, 2]),
-            z_loss=torch.tensor(step.losses[number, 3]),
+            loss=torch.tensor(1.0),
             router_logits=tuple(torch.tensor(layer, requires_grad=True) for layer in step.logits[number]),
             selected_experts=tuple(torch.tensor(layer) for layer in step.selected[number]),
             branch_norms=tuple(torch.tensor(layer).float() for layer in step.norms[number]) if branch_norms else None,
@@ -64,8 +59,6 @@ def test_statistics_are_the_means_over_the_micro_batches(experts: int, chosen: i
     step = case(experts, chosen)
     statistics = read(step, experts)
     scalars = statistics.scalars
-    for name, column in (("total_loss", 0), ("loss", 1), ("aux_loss", 2), ("z_loss", 3)):
-        assert scalars[name] == pytest.approx(step.losses[:, column].mean(), rel=1e-5)
     for layer in range(LAYERS):
         probabilities = np.exp(step.logits[:, layer])
         probabilities /= probabilities.sum(-1, keepdims=True)
@@ -75,9 +68,11 @@ def test_statistics_are_the_means_over_the_micro_batches(experts: int, chosen: i
         load = [np.mean(step.selected[:, layer] == expert) for expert in range(experts)]
         np.testing.assert_allclose(statistics.load_MN[layer], load, rtol=1e-5)
         assert scalars[f"expert_load_max_over_mean/moe_layer_{layer}"] == pytest.approx(max(load) * experts, rel=1e-5)
+        assert scalars[f"expert_load_min_over_mean/moe_layer_{layer}"] == pytest.approx(min(load) * experts, rel=1e-5)
+        assert scalars[f"experts_without_tokens/moe_layer_{layer}"] == load.count(0)
 
         sets = [len({frozenset(token) for token in part[layer].tolist()}) for part in step.selected]
-        assert scalars[f"distinct_sets/moe_layer_{layer}"] == pytest.approx(np.mean(sets))
+        assert scalars[f"distinct_selections/moe_layer_{layer}"] == pytest.approx(np.mean(sets))
 
         ratio = (step.norms[:, layer, 1] / step.norms[:, layer, 0]).mean()
         assert scalars[f"hyper_expert_norm_ratio/moe_layer_{layer}"] == pytest.approx(ratio, rel=1e-5)
@@ -92,27 +87,18 @@ def test_a_reading_starts_anew() -> None:
         assert meter.read().scalars == read(step, 4).scalars
 
 
-def test_a_mixture_without_hyper_experts_has_a_ratio_of_nothing() -> None:
-    scalars = read(case(4, 2), 4, branch_norms=False).scalars
-    assert [scalars[f"hyper_expert_norm_ratio/moe_layer_{layer}"] for layer in range(LAYERS)] == [0, 0]
+def test_a_mixture_without_hyper_experts_has_no_ratio_of_them() -> None:
+    with_them, without = (read(case(4, 2), 4, branch_norms=has).scalars for has in (True, False))
+    ratios = {f"hyper_expert_norm_ratio/moe_layer_{layer}" for layer in range(LAYERS)}
+    assert with_them.keys() - without.keys() == ratios
+    assert without == pytest.approx({key: with_them[key] for key in without})
 
 
-def test_a_dense_model_has_losses_alone() -> None:
-    loss = torch.tensor(2.0)
+def test_a_dense_model_has_no_routing() -> None:
     meter = StepMeter(4)
-    meter.add(
-        SimpleNamespace(
-            loss=loss,
-            lm_loss=loss,
-            aux_loss=None,
-            z_loss=None,
-            router_logits=(),
-            selected_experts=(),
-            branch_norms=None,
-        )
-    )
+    meter.add(SimpleNamespace(loss=torch.tensor(2.0), router_logits=(), selected_experts=(), branch_norms=None))
     statistics = meter.read()
-    assert statistics.scalars == {"total_loss": 2.0, "loss": 2.0, "aux_loss": 0.0, "z_loss": 0.0}
+    assert statistics.scalars == {}
     assert statistics.load_MN.numel() == 0
 
 
@@ -125,7 +111,7 @@ def test_a_collapsed_router_shows(expert: int, layer: int) -> None:
     scalars = read(step, 4).scalars
     assert scalars[f"expert_load_max_over_mean/moe_layer_{layer}"] == pytest.approx(4)
     assert scalars[f"router_entropy/moe_layer_{layer}"] == pytest.approx(0, abs=1e-6)
-    assert scalars[f"distinct_sets/moe_layer_{layer}"] == 1
+    assert scalars[f"distinct_selections/moe_layer_{layer}"] == 1
 
 
 @pytest.mark.parametrize(

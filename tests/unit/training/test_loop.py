@@ -89,7 +89,8 @@ class Notes:
     def __init__(self, logged: set[int], saved: set[int]) -> None:
         self.events: list[Any] = []
         self.tokens: list[int] = []
-        self.throughput = self
+        self.clock = self
+        self.logs = False
         self._logged, self._saved = logged, saved
         self.clock_runs = True
 
@@ -97,20 +98,29 @@ class Notes:
         self.tokens.append(tokens)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         self.clock_runs = False
         yield
         self.clock_runs = True
 
-    def is_due(self, step: int) -> bool:
-        return step in self._logged
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        self.part = part
+        yield
+        self.part = ""
+
+    def begin(self, step: int) -> None:
+        self.logs = step in self._logged
 
     def observe(self, output: Any) -> None:
-        self.events.append("observed")
+        if self.logs:
+            self.events.append("observed")
 
-    def record(self, state: TrainState, lr: float, grad_norm: float, skipped_steps: int) -> None:
-        assert skipped_steps == 3
-        self.events.append((state.step, state.consumed_samples, lr, grad_norm))
+    def observe_gradients(self) -> None:
+        self.events += ["gradients"] * self.logs
+
+    def record(self, state: TrainState, lr: float) -> None:
+        self.events.append((state.step, state.consumed_samples, lr))
 
     def validate(self) -> Evaluation:
         assert not self.clock_runs
@@ -128,7 +138,7 @@ class Checkpoints:
         return step in self._due
 
     def save(self, step: int, state: dict[str, Any], prune: bool) -> None:
-        assert not self._notes.clock_runs
+        assert self._notes.part == "checkpoint"
         assert state["step"] == step
         self._notes.events.append(f"saved {step}" + ", none removed" * (not prune))
 

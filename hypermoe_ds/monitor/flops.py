@@ -1,0 +1,83 @@
+"""Model FLOPs of training, and the peak of GPU types."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from hypermoe_ds.modeling import HyperMoEConfig
+
+_BACKWARD_AND_FORWARD = 3  # the backward pass takes twice the forward pass; recomputation is not counted
+
+# Dense peak TFLOP/s in 16 bits and in fp32 (TF32 is not used), from the vendors' data sheets. A name is looked for in
+# that of the device, longer ones first.
+_PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "V100": (125, 15.7),
+        "A100": (312, 19.5),
+        "A10": (125, 31.2),
+        "A40": (149.7, 37.4),
+        "L4": (121, 30.3),
+        "L40S": (362, 91.6),
+        "RTX 3090": (71, 35.6),
+        "RTX 4090": (165.2, 82.6),
+        "H100": (989.4, 66.9),
+        "H100 PCIe": (756, 51.2),
+        "H100 NVL": (835, 60),
+        "H200": (989.4, 66.9),
+        "B200": (2250, 75),
+        "MI250X": (191.5, 23.9),  # of each of the two devices on it
+        "MI300X": (1307.4, 163.4),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Turn tokens per second into FLOP/s and their share of the peak.
+
+    Attributes:
+        per_token: FLOPs of training on one token.
+        ranks: number of GPUs, or of processes without GPUs.
+        device: name of the GPU; None without one.
+        peak: peak of the device in TFLOP/s, if it is known.
+    """
+
+    per_token: int
+    ranks: int
+    device: str | None
+    peak: float | None
+
+    def rates(self, tokens_per_second: float) -> dict[str, float]:
+        """Return `tokens_per_second_per_gpu`, `tflops_per_gpu` (with a GPU or a peak) and `mfu` (with a peak)."""
+        tokens = tokens_per_second / self.ranks
+        tflops = tokens * self.per_token / 1e12
+        rates = {"tokens_per_second_per_gpu": tokens}
+        if self.device is not None or self.peak is not None:
+            rates["tflops_per_gpu"] = tflops
+        if self.peak is not None:
+            rates["mfu"] = tflops / self.peak
+        return rates
+
+
+def training_flops_per_token(config: HyperMoEConfig, sequence_length: int) -> int:
+    """Return the FLOPs of one token's forward and backward pass.
+
+    Three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B): active parameters alone.
+    Neither recomputation nor generating HyperExperts, which the tokens of a selection share, is counted.
+    """
+    return _BACKWARD_AND_FORWARD * config.forward_flops_per_token(sequence_length)
+
+
+def peak_tflops(device: str, precision: str) -> float | None:
+    """Return the dense peak of a GPU in TFLOP/s; None if it is not in the table.
+
+    Args:
+        device: its name, as of `torch.cuda.get_device_name`.
+        precision: "bf16", "fp16" or "fp32".
+    """
+    names = sorted((name for name in _PEAK_TFLOPS if re.search(rf"\b{name}\b", device)), key=len)
+    if not names:
+        return None
+    half, single = _PEAK_TFLOPS[names[-1]]
+    return single if precision == "fp32" else half

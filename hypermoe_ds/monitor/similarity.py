@@ -1,0 +1,58 @@
+"""How alike the HyperExperts of different selections are."""
+
+import math
+import random
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork
+
+_SAMPLE = 16  # selections that are compared
+
+
+def sample_selections(num_experts: int, size: int) -> list[tuple[int, ...]]:
+    """Return up to 16 different sets of `size` out of N experts, the same in every call and on every rank."""
+    if math.comb(num_experts, size) <= _SAMPLE:
+        return list(combinations(range(num_experts), size))
+    drawn = random.Random(0)  # noqa: S311 (not for secrets)
+    chosen: set[tuple[int, ...]] = set()
+    while len(chosen) < _SAMPLE:
+        chosen.add(tuple(sorted(drawn.sample(range(num_experts), size))))
+    return sorted(chosen)
+
+
+@torch.no_grad()
+def hyper_expert_similarity(branches: list[HyperExperts], hypernetwork: HyperNetwork, top_k: int) -> dict[str, float]:
+    """Return `hyper_expert_similarity/moe_layer_I`: the mean cosine between generated weights of different selections.
+
+    It compares the down and up matrices of each HyperExpert as one vector. All ranks call it alike, since the
+    parameters of the hypernetwork may be sharded. Where only one selection exists there is nothing to compare.
+
+    Args:
+        branches: the HyperExperts of all MoE layers.
+        hypernetwork: the one they share.
+        top_k: K.
+    """
+    selections = sample_selections(branches[0].num_experts, branches[0].set_size(top_k))
+    if len(selections) < 2:
+        return {}
+    means = [_mean_cosine(_generate(branch, hypernetwork, selections)) for branch in branches]
+    return {f"hyper_expert_similarity/moe_layer_{i}": mean for i, mean in enumerate(torch.stack(means).tolist())}
+
+
+def _generate(branch: HyperExperts, hypernetwork: HyperNetwork, selections: list[tuple[int, ...]]) -> Tensor:
+    """The generated weights of one layer, [U, 2 * D * A]."""
+    device = next(hypernetwork.parameters()).device
+    z_UH = branch.encoder(torch.tensor(selections, device=device))
+    layer_U = torch.full((len(selections),), branch.layer_index, device=device)
+    weights = hypernetwork(z_UH, layer_U)
+    return torch.cat([weights.down_weight.flatten(1), weights.up_weight.flatten(1)], dim=1).float()
+
+
+def _mean_cosine(vectors_UW: Tensor) -> Tensor:
+    """Mean cosine over all pairs of different rows: the square of the sum of unit vectors holds each pair twice."""
+    unit_UW = torch.nn.functional.normalize(vectors_UW, dim=1)
+    count = len(unit_UW)
+    return (unit_UW.sum(0).square().sum() - unit_UW.square().sum()) / (count * (count - 1))

@@ -1,0 +1,82 @@
+"""Where the time of the training steps goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from hypermoe_ds.monitor.metrics import STEP_PARTS
+
+Part = Literal["data", "forward", "backward", "optimizer", "checkpoint"]
+_ON_DEVICE = ("forward", "backward", "optimizer")
+
+
+class StepClock:
+    """Measure the parts of all steps since the last reading, without a synchronisation until `read`.
+
+    On a GPU what runs there is timed by CUDA events, the rest by the host's clock.
+    """
+
+    def __init__(self) -> None:
+        self._has_events = torch.cuda.is_available()
+        self._start()
+
+    def _start(self) -> None:
+        self._seconds = dict.fromkeys(STEP_PARTS, 0.0)
+        self._events: list[tuple[Part, Any, Any]] = []
+        self._began = time.perf_counter()
+        self._excluded = 0.0
+        self._steps = self._tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """Count one optimizer step over `tokens` tokens of all ranks."""
+        self._tokens += tokens
+        self._steps += 1
+
+    @contextmanager
+    def measure(self, part: Part) -> Iterator[None]:
+        """Add the time inside to a part of the step."""
+        if self._has_events and part in _ON_DEVICE:
+            begin, end = _event(), _event()
+            begin.record()
+            yield
+            end.record()
+            self._events.append((part, begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[part] += time.perf_counter() - began
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leave the time inside out, as that of a validation."""
+        began = time.perf_counter()
+        yield
+        self._excluded += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """Return tokens per second over all ranks, and seconds a step in total and by part; then start anew.
+
+        The rate leaves out checkpoints. On a GPU it waits for the last step.
+        """
+        if self._events:
+            self._events[-1][2].synchronize()
+        wall = time.perf_counter() - self._began - self._excluded
+        for part, begin, end in self._events:
+            self._seconds[part] += begin.elapsed_time(end) / 1000
+        # Waiting for data overlaps with what the device still computes, so the parts may add up to more than the whole.
+        self._seconds["other"] = max(wall - sum(self._seconds.values()), 0.0)
+        steps = max(self._steps, 1)
+        values = {
+            "tokens_per_second": self._tokens / max(wall - self._seconds["checkpoint"], 1e-9),
+            "step_seconds": wall / steps,
+            **{f"step_seconds/{part}": seconds / steps for part, seconds in self._seconds.items()},
+        }
+        self._start()
+        return values
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

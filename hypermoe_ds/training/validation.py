@@ -1,0 +1,166 @@
+"""Validation of a run: losses by dataset, what the HyperExperts contribute, samples of text."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypermoe_ds.data.datasets import SequenceDataset
+from hypermoe_ds.data.loader import validation_batches
+from hypermoe_ds.data.tokenizer import encode_as_text
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.training.evaluation import Evaluation, evaluate, without_hyper_experts
+from hypermoe_ds.training.settings import EvaluationConfig
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Result of a validation.
+
+    Attributes:
+        values: metrics by their keys.
+        samples: each prompt of `evaluation.prompts` with its greedy continuation.
+    """
+
+    values: dict[str, float]
+    samples: list[tuple[str, str]]
+
+
+class Validator:
+    """Validate the weights of an engine.
+
+    Args:
+        engine: the DeepSpeed engine.
+        datasets: the validation datasets by name.
+        bytes_per_token: bytes of text a token, of the datasets that know it.
+        config: what is measured.
+        tokenizer: the run's tokenizer.
+        micro_batch_size: sequences of one forward pass on one rank.
+        each: wraps the batches, as for a heartbeat: takes them, and how many there are.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        datasets: Mapping[str, SequenceDataset],
+        bytes_per_token: Mapping[str, float],
+        config: EvaluationConfig,
+        tokenizer: Any,
+        micro_batch_size: int,
+        each: Callable[[Batches, int], Batches],
+    ) -> None:
+        self._engine = engine
+        self._datasets = datasets
+        self._bytes_per_token = bytes_per_token
+        self._tokenizer = tokenizer
+        self._prompt_tokens = config.prompt_tokens
+        self._micro_batch_size = micro_batch_size
+        self._each = each
+        self._prompts = {
+            prompt: encode_prompt(tokenizer, prompt, config.prompt_tokens, engine) for prompt in config.prompts
+        }
+        self._measures_contribution = config.hyper_expert_contribution and engine.module.model.hypernetwork is not None
+
+    def __call__(self) -> Validation:
+        """Validate on all datasets (collective); the engine is back in training mode afterwards."""
+        self._engine.eval()
+        values = validation_values(self._evaluate(), self._bytes_per_token)
+        if self._measures_contribution:
+            with without_hyper_experts(self._engine.module):
+                values |= contribution_values(values, self._evaluate())
+        samples = [(prompt, self._continue(ids)) for prompt, ids in self._prompts.items()]
+        self._engine.train()
+        return Validation(values, samples)
+
+    def _evaluate(self) -> dict[str, Evaluation]:
+        return {name: self._evaluate_one(dataset) for name, dataset in self._datasets.items()}
+
+    def _evaluate_one(self, dataset: SequenceDataset) -> Evaluation:
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        batches = validation_batches(dataset, self._micro_batch_size, rank, ranks)
+        total = -(-len(dataset) // (self._micro_batch_size * ranks))
+        return evaluate(self._engine, self._each(batches, total), self._engine.device)
+
+    def _continue(self, ids: list[int]) -> str:
+        """Continue a prompt greedily; all ranks run as many forward passes, since experts lie on several of them."""
+        tokens = continue_greedily(self._engine, ids, self._prompt_tokens, self._engine.device)
+        end = self._tokenizer.eos_token_id
+        kept = tokens[: tokens.index(end)] if end in tokens else tokens
+        return str(self._tokenizer.decode(kept))
+
+
+def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
+    """Return the token ids of a prompt.
+
+    Raises:
+        UserError: it has no token, or more than `longest`.
+    """
+    ids = encode_as_text(tokenizer, prompt)
+    if not ids:
+        raise UserError(f"evaluation.prompts: {prompt!r}", "has no token", "give a text, or leave it out")
+    if len(ids) > longest:
+        problem = f"has {len(ids)} tokens, and with evaluation.prompt_tokens the model takes {max(longest, 0)}"
+        raise UserError(f"evaluation.prompts: {prompt[:80]!r}", problem, "shorten it or lower evaluation.prompt_tokens")
+    return list(ids)
+
+
+@torch.no_grad()
+def continue_greedily(model: Callable[..., Any], ids: list[int], new_tokens: int, device: torch.device) -> list[int]:
+    """Return the likeliest next tokens, one after the other (collective).
+
+    Args:
+        model: the model or engine, in evaluation mode.
+        ids: the prompt.
+        new_tokens: how many to add.
+        device: where the model is.
+    """
+    next_BS, cache, added = torch.tensor([ids], device=device), None, []
+    for _ in range(new_tokens):
+        output = model(input_ids=next_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, next_BS = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        added.append(next_BS)
+    return [int(token) for token in torch.cat(added, dim=1)[0].tolist()]
+
+
+def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mapping[str, float]) -> dict[str, float]:
+    """Return the loss, perplexity and bits per byte of each dataset, and over all of their tokens.
+
+    Bits per byte are loss / ln 2 * tokens / bytes (The Pile, arXiv 2101.00027, section 3.1).
+
+    Args:
+        results: by name of the dataset.
+        bytes_per_token: by name, of the datasets that know it; the mean needs those of all.
+    """
+    mean = _mean(results)
+    values = {"valid_loss": mean.loss, "valid_perplexity": mean.perplexity}
+    if bytes_per_token.keys() >= results.keys():
+        size = sum(result.tokens * bytes_per_token[name] for name, result in results.items())
+        values["valid_bits_per_byte"] = mean.loss * mean.tokens / size / math.log(2)
+    for name, result in results.items():
+        values |= {f"valid_loss/{name}": result.loss, f"valid_perplexity/{name}": result.perplexity}
+        if name in bytes_per_token:
+            values[f"valid_bits_per_byte/{name}"] = result.loss / bytes_per_token[name] / math.log(2)
+    return values
+
+
+def contribution_values(values: Mapping[str, float], without: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return the losses without HyperExperts, and how far they are above those with them.
+
+    Args:
+        values: of `validation_values`, with HyperExperts.
+        without: by name of the dataset, without them.
+    """
+    losses = {"": _mean(without).loss, **{f"/{name}": result.loss for name, result in without.items()}}
+    off = {f"valid_loss_without_hyper_experts{item}": loss for item, loss in losses.items()}
+    more = {f"hyper_expert_contribution{item}": loss - values[f"valid_loss{item}"] for item, loss in losses.items()}
+    return off | more
+
+
+def _mean(results: Mapping[str, Evaluation]) -> Evaluation:
+    tokens = sum(result.tokens for result in results.values())
+    return Evaluation(math.fsum(result.loss * result.tokens for result in results.values()) / tokens, tokens)
