@@ -61,9 +61,8 @@ class Validator:
         self._prompt_tokens = config.prompt_tokens
         self._micro_batch_size = micro_batch_size
         self._each = each
-        self._prompts = {
-            prompt: encode_prompt(tokenizer, prompt, config.prompt_tokens, engine) for prompt in config.prompts
-        }
+        longest = engine.module.config.max_position_embeddings - config.prompt_tokens
+        self._prompts = {prompt: encode_prompt(tokenizer, prompt, longest) for prompt in config.prompts}
         self._measures_contribution = config.hyper_expert_contribution and engine.module.model.hypernetwork is not None
 
     def __call__(self) -> Validation:
@@ -119,11 +118,11 @@ def continue_greedily(model: Callable[..., Any], ids: list[int], new_tokens: int
         new_tokens: how many to add.
         device: where the model is.
     """
-    next_BS, cache, added = torch.tensor([ids], device=device), None, []
+    fed, cache, added = torch.tensor([ids], device=device), None, []
     for _ in range(new_tokens):
-        output = model(input_ids=next_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, next_BS = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-        added.append(next_BS)
+        output = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, fed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        added.append(fed)
     return [int(token) for token in torch.cat(added, dim=1)[0].tolist()]
 
 

@@ -38,8 +38,7 @@ def train_of(config: DataConfig, samples: int, seed: int = 1) -> SequenceDataset
 
 
 def valid_of(config: DataConfig, limit: int | None = None, seed: int = 1, train_samples: int = 8) -> SequenceDataset:
-    valid = build_datasets(config, seed, train_samples, limit)[1]
-    assert valid is not None
+    [valid] = build_datasets(config, seed, train_samples, limit)[1].values()
     return valid
 
 
@@ -65,8 +64,8 @@ def documents(prefix: str) -> list[list[int]]:
 
 
 def test_labels_are_the_next_tokens(corpus: TokenisedCorpus) -> None:
-    for dataset in build_datasets(settings(corpus), 1, 50, None):
-        assert dataset is not None
+    train, valid = build_datasets(settings(corpus), 1, 50, None)
+    for dataset in (train, *valid.values()):
         for sample in (dataset[index] for index in range(len(dataset))):
             assert sample.keys() == {"tokens", "labels"}
             assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
@@ -130,14 +129,32 @@ def test_validation_depends_on_neither_the_seed_nor_the_length_of_the_run(corpus
     assert rows(valid_of(settings(corpus), seed=7, train_samples=900)) == whole
     assert rows(valid_of(settings(corpus), limit=5)) == whole[:5]
     assert rows(valid_of(settings(corpus), limit=10**9)) == whole
-    assert build_datasets(settings(corpus, valid=[]), 1, 8, None)[1] is None
+    assert build_datasets(settings(corpus, valid=[]), 1, 8, None)[1] == {}
 
 
 def test_validation_goes_through_every_source_once_whatever_its_weight(corpus: TokenisedCorpus) -> None:
     sources = [{"prefix": corpus.valid, "weight": 0.01}, {"prefix": corpus.train, "weight": 5}]
-    both = valid_of(settings(corpus, valid=sources))
+    both = build_datasets(settings(corpus, valid=sources), 1, 8, None)[1]
     apart = [rows(valid_of(settings(corpus, valid=[source]))) for source in sources]
-    assert Counter(rows(both)) == Counter(apart[0] + apart[1])
+    assert [rows(dataset) for dataset in both.values()] == apart
+
+
+def test_a_limit_of_validation_is_shared_in_proportion_to_the_lengths_of_datasets(
+    corpus: TokenisedCorpus,
+) -> None:
+    config = settings(corpus, valid=[{"prefix": corpus.valid, "name": "v"}, {"prefix": corpus.train, "name": "t"}])
+    whole = build_datasets(config, 1, 8, None)[1]
+    lengths = {name: len(dataset) for name, dataset in whole.items()}
+    total = sum(lengths.values())
+    for limit in (total // 2, 10, 1):
+        found = build_datasets(config, 1, 8, limit)[1]
+        assert {name: len(dataset) for name, dataset in found.items()} == {
+            name: max(limit * length // total, 1) for name, length in lengths.items()
+        }
+        for name, dataset in found.items():
+            assert rows(dataset) == rows(whole[name], len(dataset))
+    for limit in (total, total + 1):
+        assert {name: len(part) for name, part in build_datasets(config, 1, 8, limit)[1].items()} == lengths
 
 
 def test_the_order_key_tells_whether_a_longer_run_keeps_the_order(corpus: TokenisedCorpus) -> None:
@@ -222,8 +239,7 @@ def test_a_cache_that_cannot_be_written_is_told(corpus: TokenisedCorpus, tmp_pat
 def _build_on_rank(rank: int, store: Path, config: DataConfig, told: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     train, valid = build_datasets(config, 1, 60, None)
-    assert valid is not None
-    told.put((rank, rows(train), rows(valid), train.order_key))
+    told.put((rank, rows(train), {name: rows(part) for name, part in valid.items()}, train.order_key))
     dist.destroy_process_group()
 
 
@@ -239,8 +255,8 @@ def test_ranks_build_the_datasets_of_one_process(corpus: TokenisedCorpus, tmp_pa
     for process in ranks:
         process.join(timeout=60)
     train, valid = build_datasets(config.model_copy(update={"cache": str(tmp_path / "alone")}), 1, 60, None)
-    assert valid is not None
-    assert found == [(rank, rows(train), rows(valid), train.order_key) for rank in range(2)]
+    parts = {name: rows(part) for name, part in valid.items()}
+    assert found == [(rank, rows(train), parts, train.order_key) for rank in range(2)]
 
 
 def test_a_rank_that_does_not_see_the_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:

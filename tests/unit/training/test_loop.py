@@ -7,20 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed.comm
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from hypermoe_ds.monitor.console import Console
+from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.training.agreement import Agreed
-from hypermoe_ds.training.evaluation import Evaluation
 from hypermoe_ds.training.loop import optimizer_step, train
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.validation import Validation
 
 B, S, ACCUMULATION, RANKS = 2, 5, 3, 4
 
@@ -122,11 +121,11 @@ class Notes:
     def record(self, state: TrainState, lr: float) -> None:
         self.events.append((state.step, state.consumed_samples, lr))
 
-    def validate(self) -> Evaluation:
+    def validate(self) -> Validation:
         assert not self.clock_runs
-        return Evaluation(1.0, 1)
+        return Validation({"valid_loss": 1.0}, [])
 
-    def record_validation(self, step: int, result: Evaluation) -> None:
+    def record_validation(self, step: int, result: Validation) -> None:
         self.events.append(f"validated {step}")
 
 
@@ -203,11 +202,11 @@ def run(
 def test_steps_are_logged_validated_and_saved_when_due_and_at_the_end() -> None:
     notes, state, _ = run(0, 5)
     samples = B * ACCUMULATION * RANKS
-    assert [event for event in notes.events if event != "observed"] == [
-        (1, samples, 0.0, 2.5),
+    assert [event for event in notes.events if event not in ("observed", "gradients")] == [
+        (1, samples, 0.0),
         "validated 2",
         "saved 3",
-        (4, 4 * samples, pytest.approx(0.3), 2.5),
+        (4, 4 * samples, pytest.approx(0.3)),
         "validated 4",
         "validated 5",
         "saved 5",
@@ -228,7 +227,7 @@ def test_a_resumed_run_goes_on_from_its_step_and_a_finished_one_does_nothing() -
 
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_without_a_validation() -> None:
     notes, state, _ = run(0, 5, signal_in=2)
-    assert [event for event in notes.events if event != "observed"][1:] == ["saved 2", "on disk"]
+    assert [event for event in notes.events if event not in ("observed", "gradients")][1:] == ["saved 2", "on disk"]
     assert state.step == 2
 
 
@@ -260,18 +259,15 @@ def test_a_signal_in_the_last_step_changes_nothing() -> None:
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
-    engine, notes = Engine(), Notes(set(), set())
-    tokens = optimizer_step(engine, batches(), notes if observed else None, Guard().watch)  # type: ignore[arg-type]
+    engine, notes = Engine(), Notes({1}, set())
+    notes.begin(1 if observed else 2)
+    tokens = optimizer_step(engine, batches(), notes, Guard().watch)  # type: ignore[arg-type]
     forward = "forward, observed" if observed else "forward"
     assert engine.calls == [forward, "backward of watched loss", "step"] * ACCUMULATION
     assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]
-    assert notes.events == ["observed"] * (ACCUMULATION * observed)
+    expected = ["observed"] * (ACCUMULATION - 1) + ["gradients", "observed"]
+    assert notes.events == expected * observed
     assert tokens == B * S * ACCUMULATION * RANKS
-
-
-def test_the_first_and_last_step_are_always_logged() -> None:
-    recorder = Recorder(Silent(), Quiet(), interval=4, steps=10, num_experts=2)
-    assert [step for step in range(1, 11) if recorder.is_due(step)] == [1, 4, 8, 10]
 
 
 class Quiet(Console):
@@ -282,40 +278,121 @@ class Quiet(Console):
         self.lines.append(line)
 
 
-class Silent(MetricLogger):
-    def __init__(self) -> None:
-        self.written: list[tuple[int, dict[str, float]]] = []
+class StepEngine:
+    """What a recorder asks of an engine, in the second of three steps that are skipped or not."""
 
-    def log(self, step: int, values: Any) -> None:
-        self.written.append((step, values))
+    module = SimpleNamespace(
+        config=SimpleNamespace(num_experts=2), model=SimpleNamespace(hypernetwork=None, layers=[], config=None)
+    )
+    optimizer = SimpleNamespace(loss_scale=256.0)
+    skipped_steps = 3
+
+    def __init__(self, fp16: bool = False) -> None:
+        self._fp16 = fp16
+
+    def fp16_enabled(self) -> bool:
+        return self._fp16
+
+    def get_global_grad_norm(self) -> Tensor:
+        return torch.tensor(0.25)
 
 
-def test_a_validation_is_told_and_written() -> None:
-    logger, console = Silent(), Quiet()
-    Recorder(logger, console, 1, 10, 2).record_validation(7, Evaluation(loss=2.0, tokens=12345))
-    assert console.lines == ["validation after step 7 | loss 2.0000 | perplexity 7.39 | 12,345 tokens"]
-    assert logger.written == [(7, {"valid_loss": 2.0, "valid_perplexity": pytest.approx(7.389056)})]
+class Norms:
+    """Stands for the norms of gradients, weights and updates."""
+
+    def add_gradients(self) -> None:
+        self.added = True
+
+    def gradients(self) -> dict[str, float]:
+        assert self.added
+        return {"grad_norm/experts": 0.5}
+
+    def weights_and_updates(self, lr: float) -> dict[str, float]:
+        return {"update_ratio/experts": lr}
 
 
-def test_a_logged_step_lies_in_every_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
-    recorder = Recorder(MetricLogger(MonitorConfig(), tmp_path, 0, 0), Quiet(), interval=1, steps=2, num_experts=2)
-    loss = torch.tensor(2.0)
-    recorder.observe(
-        SimpleNamespace(
-            loss=loss, lm_loss=loss, aux_loss=loss, z_loss=loss, branch_norms=None,
-            router_logits=(torch.zeros(3, 2),), selected_experts=(torch.tensor([[0], [1], [1]]),),
-        )
+def recorder_of(folder: Path, fp16: bool = False, **config: Any) -> tuple[Recorder, Quiet]:
+    settings, console = MonitorConfig(**config), Quiet()
+    logger = MetricLogger(settings, folder, 0, 0)
+    consumption = SimpleNamespace(at=lambda samples: {"consumed_tokens": 10 * samples})
+    flops = ModelFlops(1000, 2, None, None)
+    recorder = Recorder(StepEngine(fp16), settings, 10, logger, console, flops, Norms(), consumption)  # type: ignore[arg-type]
+    return recorder, console
+
+
+def micro_batch(loss: float) -> Any:
+    value = torch.tensor(loss)
+    return SimpleNamespace(
+        loss=value, lm_loss=value, aux_loss=value, z_loss=value, branch_norms=None,
+        router_logits=(torch.zeros(3, 2),), selected_experts=(torch.tensor([[0], [1], [1]]),),
     )  # fmt: skip
-    recorder.throughput.count(100)
-    recorder.record(TrainState(step=1, consumed_samples=8), lr=0.5, grad_norm=0.25, skipped_steps=0)
-    record = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert (record["step"], record["loss"], record["lr"], record["grad_norm"]) == (1, 2.0, 0.5, 0.25)
-    assert record["consumed_samples"] == 8
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert board.Scalars("train/loss")[0].value == 2
-    assert board.Histograms("expert_load/moe_layer_0")[0].step == 1
+
+
+def take(recorder: Recorder, step: int, *losses: float, bad_steps: int = 0) -> None:
+    recorder.begin(step)
+    for loss in losses:
+        recorder.observe(micro_batch(loss))
+    recorder.observe_gradients()
+    recorder.clock.count(100)
+    if recorder.logs:
+        recorder.record(TrainState(step=step, consumed_samples=8 * step, bad_steps=bad_steps), lr=0.5)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("norms_interval", "logged"), [(None, [1, 4, 8, 10]), (3, [1, 3, 4, 6, 8, 9, 10])])
+def test_the_first_and_last_step_and_those_of_both_intervals_are_logged(
+    tmp_path: Path, norms_interval: int | None, logged: list[int]
+) -> None:
+    recorder, console = recorder_of(tmp_path, interval=4, norms_interval=norms_interval, tensorboard=False)
+    for step in range(1, 11):
+        take(recorder, step, 1.0)
+    assert [record["step"] for record in records(tmp_path)] == logged
+    assert len(console.lines) == len(logged)
+    measured = [record["step"] for record in records(tmp_path) if "update_ratio/experts" in record]
+    assert measured == ([] if norms_interval is None else [3, 6, 9])
+
+
+def test_a_record_holds_the_mean_loss_of_all_steps_since_the_last_one(tmp_path: Path) -> None:
+    recorder, _ = recorder_of(tmp_path, interval=3, norms_interval=None, tensorboard=False)
+    for step in range(1, 7):
+        take(recorder, step, float(step), step + 1.0)
+    assert [record["loss"] for record in records(tmp_path)] == [1.5, (2.5 + 3.5) / 2, (4.5 + 5.5 + 6.5) / 3]
+
+
+def test_a_record_holds_what_every_meter_shows(tmp_path: Path) -> None:
+    recorder, _ = recorder_of(tmp_path, fp16=True, interval=1, norms_interval=2)
+    take(recorder, 1, 2.0)
+    take(recorder, 2, 2.0, bad_steps=1)
+    first, skipped = records(tmp_path)
+    expected = {
+        "step": 1, "loss": 2.0, "lr": 0.5, "grad_norm": 0.25, "grad_norm/experts": 0.5, "skipped_steps": 3,
+        "loss_scale": 256.0, "consumed_samples": 8, "consumed_tokens": 80, "experts_without_tokens/moe_layer_0": 0,
+        "expert_load/moe_layer_0": [0.33333, 0.66667],
+    }  # fmt: skip
+    assert first.items() >= expected.items()
+    assert {"time", "step_seconds/forward", "tokens_per_second_per_gpu", "peak_memory_gib"} <= first.keys()
+    assert "update_ratio/experts" not in skipped, "a skipped step has no update"
+
+
+def test_a_validation_is_a_record_a_line_for_each_dataset_and_samples(tmp_path: Path) -> None:
+    recorder, console = recorder_of(tmp_path, tensorboard=False)
+    values = {
+        "valid_loss": 2.0, "valid_perplexity": 7.389, "valid_loss/a": 1.5, "valid_perplexity/a": 4.48,
+        "valid_loss/long": 2.5, "valid_perplexity/long": 12.18, "valid_bits_per_byte/long": 0.5,
+        "hyper_expert_contribution": 0.25,
+    }  # fmt: skip
+    recorder.record_validation(7, Validation(values, [("Once", " upon")]))
+    [record] = records(tmp_path)
+    assert record.items() >= {"step": 7, **values}.items()
+    assert [line.partition("  ")[2] for line in console.lines] == [
+        "step  7/10  valid a     loss  1.5000  perplexity    4.480",
+        "step  7/10  valid long  loss  2.5000  perplexity   12.180  0.5000 bits/byte",
+        "step  7/10  valid all   loss  2.0000  perplexity    7.389  HyperExperts contribute +0.2500",
+    ]
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"step": 7, "prompt": "Once", "text": " upon"}
 
 
 # The position of a run

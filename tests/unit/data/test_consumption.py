@@ -1,0 +1,59 @@
+"""Consumed tokens and epochs by dataset, against counting samples one by one."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypermoe_ds.config import validate
+from hypermoe_ds.data import consumption
+from hypermoe_ds.data.consumption import Consumption
+from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
+from hypermoe_ds.data.left_out import LeftOut
+from hypermoe_ds.data.settings import DataConfig
+from tests.helpers.corpus import TokenisedCorpus, write_token_files
+
+S, SAMPLES = 16, 200
+SKIPPED = [[3, 9], [50, 50], [120, 140]]
+
+
+def build(corpus: TokenisedCorpus, folder: Path, sources: int) -> tuple[SequenceDataset, DataConfig]:
+    weights = [3.0, 1.0, 0.5][:sources]
+    for number in range(sources):  # a token tells its dataset
+        write_token_files(f"{folder}/d{number}", [[100 * number + 5] * 90 for _ in range(10)])
+    given: dict[str, Any] = {
+        "train": [{"prefix": f"{folder}/d{n}", "weight": weight} for n, weight in enumerate(weights)],
+        "sequence_length": S,
+        "tokenizer": str(corpus.tokenizer),
+    }
+    config = validate(DataConfig, given, "recipe")
+    return build_datasets(config, 1, SAMPLES, None)[0], config
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+@pytest.mark.parametrize("skipped", [[], SKIPPED])
+def test_counts_are_those_of_the_samples_one_by_one(
+    corpus: TokenisedCorpus, tmp_path: Path, sources: int, skipped: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumption, "_CHUNK", 7)
+    samples, config = build(corpus, tmp_path, sources)
+    counting = Consumption(samples, config.train, S, LeftOut(skipped))
+    of_sample = [int(samples[index]["tokens"][1]) // 100 for index in range(SAMPLES)]
+    out = {index for first, last in skipped for index in range(first, last + 1)}
+    for consumed in (0, 5, 5, 64, 131, SAMPLES):
+        seen = Counter(of_sample[index] for index in range(consumed) if index not in out)
+        values = counting.at(consumed)
+        assert values.pop("consumed_tokens") == sum(seen.values()) * S
+        for number in range(sources):
+            assert values.pop(f"consumed_tokens/d{number}") == seen[number] * S
+            assert values.pop(f"epochs/d{number}") == pytest.approx(seen[number] * S / 900)
+        assert values == {}
+
+
+def test_a_resumed_run_counts_from_the_beginning(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    samples, config = build(corpus, tmp_path, 3)
+    whole, resumed = (Consumption(samples, config.train, S, LeftOut(SKIPPED)) for _ in range(2))
+    for consumed in range(0, 151, 50):
+        expected = whole.at(consumed)
+    assert resumed.at(150) == expected
