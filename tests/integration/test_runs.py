@@ -1,6 +1,7 @@
 """Whole runs: resuming equals never having stopped, and a run folder holds what it should."""
 
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hypermoe_ds.checkpoint.shards import CheckpointReader
+from hypermoe_ds.data.token_files import inspect
 from hypermoe_ds.errors import EXIT_BAD_INPUT
+from hypermoe_ds.monitor.metrics import METRICS, metric_of
+from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import CLOCK, TRAIN, arguments_of, run_script
 from tests.helpers.routing import AFTER_A_TIE, assert_same_until_a_tie, read_routing
 
@@ -28,7 +32,10 @@ def training_records(run: Path) -> list[dict[str, Any]]:
 
 def test_a_stopped_and_resumed_run_logs_what_a_whole_one_does_to_the_bit(whole_run: Path, stopped_run: Path) -> None:
     def without_clock(run: Path) -> list[dict[str, Any]]:
-        return [{key: value for key, value in record.items() if key not in CLOCK} for record in records(run)]
+        return [
+            {key: value for key, value in record.items() if key.partition("/")[0] not in CLOCK}
+            for record in records(run)
+        ]
 
     assert without_clock(stopped_run) == without_clock(whole_run)
 
@@ -78,26 +85,68 @@ def test_metrics_hold_each_logged_step_once_and_in_order(whole_run: Path, stoppe
         assert all(one["step"] <= other["step"] for one, other in pairwise(records(run)))
 
 
-def test_metrics_hold_what_is_documented(whole_run: Path) -> None:
+def test_metrics_hold_what_is_documented(whole_run: Path, corpus: TokenisedCorpus) -> None:
+    name, groups = Path(corpus.train).name, ("experts", "hypernetwork", "routers", "rest")
+    parts = ("data", "forward", "backward", "optimizer", "checkpoint", "other")
+    per_layer = ("router_entropy", "hyper_expert_norm_ratio", "distinct_selections", "expert_load")
+    per_layer += ("expert_load_max_over_mean", "expert_load_min_over_mean", "experts_without_tokens")
+    named = {"step", "time", "loss", "aux_loss", "z_loss", "total_loss", "lr", "grad_norm", "skipped_steps"}
+    named |= {"tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "peak_memory_gib"}
+    named |= {"consumed_samples", "consumed_tokens", f"consumed_tokens/{name}", f"epochs/{name}"}
+    named |= {f"grad_norm/{group}" for group in groups} | {f"step_seconds/{part}" for part in parts}
+    named |= {f"{metric}/moe_layer_{layer}" for metric in per_layer for layer in (0, 1)}
+    normed = {f"{metric}/{group}" for metric in ("parameter_norm", "update_ratio") for group in groups}
+    normed |= {f"hyper_expert_similarity/moe_layer_{layer}" for layer in (0, 1)}
     for number, record in enumerate(training_records(whole_run), start=1):
-        named = {"step", "loss", "aux_loss", "z_loss", "total_loss", "lr", "grad_norm", "tokens_per_second"}
-        named |= {"peak_memory_gib", "consumed_samples", "skipped_steps"}
-        per_layer = ("router_entropy", "hyper_expert_norm_ratio", "distinct_sets", "expert_load_max_over_mean")
-        per_layer += ("expert_load",)
-        assert record.keys() == named | {f"{name}/moe_layer_{layer}" for name in per_layer for layer in (0, 1)}
+        assert record.keys() == named | (normed if number % 4 == 0 else set())
         assert record["consumed_samples"] == 8 * number
+        assert record["consumed_tokens"] == record[f"consumed_tokens/{name}"] == 8 * 32 * number
         assert record["total_loss"] == pytest.approx(
             record["loss"] + 2 * (0.01 * record["aux_loss"] + 0.001 * record["z_loss"]), rel=1e-5
         )
         assert record["tokens_per_second"] > 0
+        assert sum(record[f"step_seconds/{part}"] for part in parts) == pytest.approx(record["step_seconds"])
+        assert sum(record[f"grad_norm/{group}"] ** 2 for group in groups) == pytest.approx(record["grad_norm"] ** 2)
         for layer in (0, 1):
             load = record[f"expert_load/moe_layer_{layer}"]
-            assert sum(load) == pytest.approx(1)
-            assert max(load) * len(load) == pytest.approx(record[f"expert_load_max_over_mean/moe_layer_{layer}"])
+            assert sum(load) == pytest.approx(1, abs=1e-4)
+            largest = record[f"expert_load_max_over_mean/moe_layer_{layer}"]
+            assert max(load) * len(load) == pytest.approx(largest, abs=1e-4)
     validations = [record for record in records(whole_run) if "valid_loss" in record]
     assert [record["step"] for record in validations] == [4, 8]
+    valid, losses = Path(corpus.valid).name, ("loss", "perplexity", "bits_per_byte", "loss_without_hyper_experts")
+    keys = {*(f"valid_{loss}" for loss in losses), "hyper_expert_contribution"}
+    for record in validations:
+        assert record.keys() == {"step", "time"} | keys | {f"{key}/{valid}" for key in keys}
     first = training_records(whole_run)[0]["lr"]
     assert first == yaml.safe_load((whole_run / "resolved" / "config.yaml").read_text())["optimizer"]["lr"] / 2
+    keys_seen = {key for record in records(whole_run) for key in record} - {"step", "time"}
+    assert {key for key in keys_seen if metric_of(key) is None} == set(), "every metric is in the registry"
+    not_seen = {metric.name for metric in METRICS} - {key.partition("/")[0] for key in keys_seen}
+    assert not_seen == {"loss_scale", "tflops_per_gpu", "mfu", "memory_allocated_gib", "memory_reserved_gib"}
+
+
+def test_bits_per_byte_are_those_of_the_text(whole_run: Path, corpus: TokenisedCorpus) -> None:
+    text = corpus.texts[0].read_bytes()
+    tokens = inspect(corpus.valid).tokens
+    for record in records(whole_run):
+        if "valid_loss" in record:
+            bits = record["valid_loss"] / math.log(2) * tokens
+            assert record["valid_bits_per_byte"] == pytest.approx(bits / len(text.strip()), rel=1e-2)
+
+
+def test_what_is_measured_changes_no_weight(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    off = ["monitor.interval=8", "monitor.norms_interval=null", "monitor.tensorboard=false"]
+    off += ["evaluation.hyper_expert_contribution=false", "evaluation.interval=8", "evaluation.prompts=[]"]
+    run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", "parallel.expert=2", *off), folder=tmp_path, ranks=2)
+    last = f"checkpoints/step_{STEPS:08d}"
+    with CheckpointReader(run / last) as plain, CheckpointReader(whole_run / last) as measured:
+        assert plain.manifest.files == measured.manifest.files, "with their hashes"
+    assert records(run)[-1]["valid_loss"] == records(whole_run)[-1]["valid_loss"]
+    samples = [json.loads(line) for line in (whole_run / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["prompt"]) for sample in samples] == [(4, "import os"), (8, "import os")]
+    assert not (run / "samples.jsonl").exists()
 
 
 def test_the_run_learns(whole_run: Path) -> None:
@@ -106,19 +155,20 @@ def test_the_run_learns(whole_run: Path) -> None:
 
 
 def test_tensorboard_holds_the_metrics_and_the_experts_loads(whole_run: Path) -> None:
-    [events] = {path.parent for path in (whole_run / "tensorboard").rglob("events.out.tfevents.*")}
-    board = EventAccumulator(str(events))
+    folder, written = whole_run / "tensorboard" / "run", training_records(whole_run)
+    board = EventAccumulator(str(folder))
     board.Reload()
-    written = training_records(whole_run)
-    for name, value in written[0].items():
-        if name == "step" or isinstance(value, list):
-            continue
-        scalars = board.Scalars(name if "/" in name else f"train/{name}")
-        assert [event.step for event in scalars] == [record["step"] for record in written]
-        assert scalars[0].value == pytest.approx(value, rel=1e-6)
-    assert [event.step for event in board.Scalars("valid/valid_loss")] == [4, 8]
-    assert board.Tags()["histograms"] == ["expert_load/moe_layer_0", "expert_load/moe_layer_1"]
-    assert board.Histograms("expert_load/moe_layer_0")[0].histogram_value.num == 4
+    for tag, name in (("1_loss/loss", "loss"), ("3_optimization/grad_norm", "grad_norm")):
+        assert [(event.step, event.value) for event in board.Scalars(tag)] == [
+            (record["step"], pytest.approx(record[name], rel=1e-6)) for record in written
+        ]
+    assert [event.step for event in board.Scalars("2_validation/valid_loss")] == [4, 8]
+    assert board.Histograms("7_routing/expert_load_over_mean")[0].histogram_value.num == 8
+    assert {"recipe/text_summary", "versions/text_summary", "sample/0/text_summary"} <= set(board.Tags()["tensors"])
+    layer = EventAccumulator(str(folder / "moe_layer_01"))
+    layer.Reload()
+    entropies = [event.value for event in layer.Scalars("7_routing/router_entropy")]
+    assert entropies == pytest.approx([record["router_entropy/moe_layer_1"] for record in written], rel=1e-6)
 
 
 def test_the_settings_as_run_are_kept_whole(whole_run: Path, recipe: Path) -> None:
