@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,19 @@ class RunSummary:
     valid_loss: float
 
 
+def iterate_records(metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics.jsonl, in order; skip damaged lines, such as the last one of a killed run."""
+    with metrics.open("rb") as file:
+        for line in file:
+            with suppress(ValueError):
+                record = from_json(line)
+                if isinstance(record, dict) and type(record.get("step")) is int:
+                    yield record
+
+
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order, without lines that are none: cut off when a run was killed, damaged."""
-    records = []
-    for line in metrics.read_bytes().split(b"\n"):
-        with suppress(ValueError):
-            record = from_json(line)
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(record)
-    return records
+    """Return the records of a metrics.jsonl."""
+    return list(iterate_records(metrics))
 
 
 def validation_at(metrics: Path, step: int) -> float | None:

@@ -26,7 +26,7 @@ from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
-from report import check_arguments, machine
+from results import check_arguments, machine
 
 _TOKENS = 256
 

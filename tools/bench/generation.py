@@ -14,7 +14,7 @@ import torch
 from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
-from report import check_arguments, device_name, machine
+from results import check_arguments, device_name, machine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

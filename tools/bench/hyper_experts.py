@@ -29,7 +29,7 @@ from hypermoe_ds.errors import UserError, one_line_errors
 from hypermoe_ds.modeling.generated import HyperExpertWeights
 from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, cost_factored, cost_per_set
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
-from report import check_arguments, device_name, machine
+from results import check_arguments, device_name, machine
 
 PUBLISHED, SMALL = Sizes(768, 64, 128), Sizes(256, 16, 64)  # at GPT-2 small's width, and those of tiny-10m
 D, LAYERS, WIDTH = PUBLISHED.hidden, 12, 128

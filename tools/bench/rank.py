@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hypermoe_ds.training.engine import start_ranks
 from op_shares import shares
-from report import device_name
+from results import device_name
 from sides import Batch, Step, build, global_parameters
 
 

@@ -18,7 +18,7 @@ from hypermoe_ds.errors import one_line_errors
 from hypermoe_ds.modeling.generated import Taken
 from hypermoe_ds.modeling.hyper_costs import modules_fit
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork
-from report import check_arguments, machine
+from results import check_arguments, machine
 
 _TOKENS, _SETS = 2048, (8, 16, 31, 64, 128, 256)
 

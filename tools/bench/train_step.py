@@ -24,7 +24,7 @@ from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.parallel.topology import check_expert_parallel
 from op_shares import markdown
 from rank_processes import Ranks, answers_of, ask, started
-from report import check_arguments, result, text
+from results import check_arguments, result, text
 
 SIDES = ("hypermoe", "moe", "mixtral", "deepspeed_moe", "per_token")
 _AT_LEAST = dict.fromkeys(("ranks", "expert_parallel", "sequence_length", "steps", "threads", "micro_batch_size"), 1)

@@ -1,0 +1,91 @@
+"""Fewer points and fewer bins for the same picture."""
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def buckets(length: int, points: int) -> list[tuple[int, int]]:
+    """Cut `length` values into stretches that each become two points: first and end, the end not included.
+
+    The first and the last value are stretches of their own, so that a curve keeps its ends. Up to `points` values are
+    all kept.
+    """
+    if length <= max(points, 4):
+        return [(index, index + 1) for index in range(length)]
+    inner = max((points - 2) // 2, 1)
+    edges = np.linspace(1, length - 1, inner + 1).astype(int)
+    stretches = [(int(first), int(end)) for first, end in pairwise(edges) if first < end]
+    return [(0, 1), *stretches, (length - 1, length)]
+
+
+def kept_positions(length: int, points: int) -> Ints:
+    """Return the positions on the x axis of the points of `extremes`: the first and last value of each stretch."""
+    pairs = [(first, end - 1) if end - first > 1 else (first,) for first, end in buckets(length, points)]
+    return np.array([position for pair in pairs for position in pair], dtype=np.int64)
+
+
+def extremes(values: Floats, points: int) -> Floats:
+    """Return the smallest and largest value of each stretch, in the order in which they occur: no spike is lost.
+
+    Args:
+        values: with NaN where there is none; a stretch of NaN alone stays NaN.
+        points: about how many to keep.
+    """
+    kept: list[float] = []
+    for first, end in buckets(len(values), points):
+        stretch = values[first:end]
+        if end - first == 1:
+            kept.append(float(stretch[0]))
+        elif np.isnan(stretch).all():
+            kept += [np.nan, np.nan]
+        else:
+            low, high = int(np.nanargmin(stretch)), int(np.nanargmax(stretch))
+            kept += [float(stretch[place]) for place in sorted((low, high))]
+    return np.array(kept)
+
+
+class Bins:
+    """Means of arrays over equal stretches of records, whose number is not known beforehand.
+
+    When there are twice as many as wanted, neighbours are merged: memory stays the same however long the run is.
+
+    Args:
+        most: bins to end with, at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._width = 1
+        self._sums: list[Floats] = []
+        self._counts: list[int] = []
+        self._first_steps: list[int] = []
+
+    def add(self, step: int, values: Floats) -> None:
+        """Add the array of one record."""
+        if not self._counts or self._counts[-1] == self._width:
+            if len(self._counts) == 2 * self._most:
+                self._merge()
+            self._sums.append(np.zeros_like(values))
+            self._counts.append(0)
+            self._first_steps.append(step)
+        self._sums[-1] = self._sums[-1] + values
+        self._counts[-1] += 1
+
+    def _merge(self) -> None:
+        pairs = range(0, len(self._counts), 2)
+        self._sums = [self._sums[i] + self._sums[i + 1] for i in pairs]
+        self._counts = [self._counts[i] + self._counts[i + 1] for i in pairs]
+        self._first_steps = [self._first_steps[i] for i in pairs]
+        self._width *= 2
+
+    def read(self) -> tuple[Ints, Floats]:
+        """Return the first step of each bin, and the means [bins, ...]."""
+        if len(self._counts) > self._most and len(self._counts) % 2 == 0:
+            self._merge()
+        means = [total / count for total, count in zip(self._sums, self._counts, strict=True)]
+        return np.array(self._first_steps, dtype=np.int64), np.array(means)

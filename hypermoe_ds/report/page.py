@@ -1,0 +1,135 @@
+"""The page of a report: its data as JSON, and the HTML around it."""
+
+import base64
+import html
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from hypermoe_ds.monitor.metrics import METRICS, PAGES
+from hypermoe_ds.report.downsampling import Floats, Ints, extremes, kept_positions
+from hypermoe_ds.report.reading import Run, Series
+from hypermoe_ds.report.summary import differing_settings, resumes, summary
+
+_BYTES = 1_700_000  # of all curves together; with the page itself and the loads it stays below 3 MB
+_BYTES_PER_VALUE = 8
+_MOST_POINTS = 2000
+_MOST_BINS = 160
+_LEVELS = 64  # steps of a byte of a load for 1 of load / mean load
+_MOST_SAMPLES = 60
+_NOT_CURVES = ("time", "consumed_tokens")
+
+
+def bins_of(runs: int) -> int:
+    """Return how many bins over time each of so many runs gets for its loads."""
+    return max(_MOST_BINS // runs, 30)
+
+
+def build_page(runs: Sequence[Run]) -> str:
+    """Return the page as HTML that needs no other file."""
+    assets = files("hypermoe_ds.report") / "assets"
+    parts = {name: (assets / file).read_text(encoding="utf-8") for name, file in _ASSETS.items()}
+    page = parts.pop("page")
+    title = ", ".join(run.name for run in runs)
+    parts["title"] = html.escape(title)
+    parts["data"] = _json_for_script(report_data(runs))
+    for name, text in parts.items():
+        page = page.replace(f"<!--{name}-->", text, 1)
+    return page
+
+
+_ASSETS = {
+    "page": "page.html",
+    "style": "page.css",
+    "script": "page.js",
+    "chart_style": "uPlot.min.css",
+    "chart_script": "uPlot.iife.min.js",
+}
+
+
+def _json_for_script(data: Any) -> str:
+    """JSON that no text in it can end: `</script>` and `<!--` are escaped."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def report_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return all that the page shows, as JSON."""
+    count = sum(len(run.series) for run in runs)
+    points = min(_MOST_POINTS, max(_BYTES // (count * _BYTES_PER_VALUE), 40))
+    described = ("unit", "page", "meaning", "bad")
+    metrics = {metric.name: {part: getattr(metric, part) for part in described} for metric in METRICS}
+    every = [(key, [value]) for key, value in runs[0].settings.items()]
+    rows = [summary(run) for run in runs]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "pages": dict(PAGES) | {"other": "Other"},
+        "metrics": metrics,
+        "summary": [[name, *(row.get(name, "") for row in rows)] for name in names],
+        "settings": differing_settings(runs) if len(runs) > 1 else every,
+        "runs": [_run_data(run, points) for run in runs],
+    }
+
+
+def _run_data(run: Run, points: int) -> dict[str, Any]:
+    newest = run.samples[-_MOST_SAMPLES:][::-1]
+    return {
+        "name": run.name,
+        "groups": list(_groups(run, points)),
+        "loads": _loads_data(run),
+        "resumed": [launch["step"] for launch in resumes(run)],
+        "samples": [[sample.get(part) for part in ("step", "prompt", "text")] for sample in newest],
+    }
+
+
+def _groups(run: Run, points: int) -> Iterator[dict[str, Any]]:
+    """Curves, grouped by the steps that they have values of: those of a group share their x axes."""
+    by_steps: dict[bytes, list[str]] = defaultdict(list)
+    for key, series in run.series.items():
+        if key not in _NOT_CURVES:
+            by_steps[series.steps.tobytes()].append(key)
+    for keys in by_steps.values():
+        steps = np.frombuffer(run.series[keys[0]].steps, dtype=np.int64)
+        kept = kept_positions(len(steps), points)
+        yield {
+            "step": steps[kept].tolist(),
+            "tokens": _axis(run.series.get("consumed_tokens"), steps, kept, 1e6),
+            "hours": _axis(run.series.get("time"), steps, kept, 3600.0, from_zero=True),
+            "curves": {key: _rounded(extremes(run.series[key].numbers, points)) for key in keys},
+        }
+
+
+def _axis(
+    series: Series | None, steps: Ints, kept: Ints, unit: float, from_zero: bool = False
+) -> list[float | None] | None:
+    """Another x axis: the values of a metric at these steps, on straight lines between its records; None without it."""
+    if series is None:
+        return None
+    values, at = series.numbers, np.frombuffer(series.steps, dtype=np.int64)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return None
+    # A validation has the step of the record before it; the later of the two times counts.
+    found = np.interp(steps[kept], at[finite], np.maximum.accumulate(values[finite]))
+    return _rounded((found - (values[finite][0] if from_zero else 0)) / unit, digits=7)
+
+
+def _rounded(values: Floats, digits: int = 5) -> list[float | None]:
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _loads_data(run: Run) -> dict[str, Any] | None:
+    """Load / mean load as one byte each, [bins, layers, experts] in this order."""
+    if run.loads is None:
+        return None
+    steps, relative = run.loads
+    levels = np.clip(np.round(relative * _LEVELS), 0, 255).astype(np.uint8)
+    _, layers, experts = levels.shape
+    packed = base64.b64encode(levels.tobytes()).decode()
+    return {"step": steps.tolist(), "layers": layers, "experts": experts, "levels": _LEVELS, "bytes": packed}

@@ -1,0 +1,168 @@
+"""What a run folder holds, read in one pass without keeping its records."""
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic_core import from_json
+
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.monitor.summary import iterate_records
+from hypermoe_ds.progress import Progress
+from hypermoe_ds.report.downsampling import Bins, Floats, Ints
+
+_FILES = ("launches.jsonl", "supervisor.jsonl", "samples.jsonl")
+_LOAD = "expert_load/moe_layer_"
+
+
+@dataclass
+class Series:
+    """A metric over the run.
+
+    Attributes:
+        steps: step of each value.
+        values: NaN where a record has null.
+    """
+
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def add(self, step: int, value: float | None) -> None:
+        """Add a value."""
+        self.steps.append(step)
+        self.values.append(np.nan if value is None else value)
+
+    @property
+    def numbers(self) -> Floats:
+        """The values."""
+        return np.frombuffer(self.values, dtype=np.float64) if self.values else np.empty(0)
+
+
+@dataclass
+class Run:
+    """A run.
+
+    Attributes:
+        name: label, distinct among the runs of a report.
+        path: the run folder.
+        series: metrics by their keys.
+        loads: first step of each bin, and load / mean load [bins, layers, experts]; None for a dense model.
+        launches: lines of launches.jsonl.
+        attempts: lines of supervisor.jsonl.
+        samples: lines of samples.jsonl.
+        settings: resolved settings by dotted key.
+    """
+
+    name: str
+    path: Path
+    series: dict[str, Series]
+    loads: tuple[Ints, Floats] | None
+    launches: list[dict[str, Any]]
+    attempts: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    settings: dict[str, str]
+
+    def last(self, key: str) -> float | None:
+        """Return the last value of a metric that is a number."""
+        numbers = self.series[key].numbers if key in self.series else np.empty(0)
+        finite = numbers[np.isfinite(numbers)]
+        return float(finite[-1]) if len(finite) else None
+
+
+def read_run(path: Path, name: str, bins: int) -> Run:
+    """Read a run folder.
+
+    Args:
+        path: the run folder.
+        name: its label.
+        bins: most bins of the loads over time.
+
+    Raises:
+        UserError: it has no metrics.
+    """
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(str(path), "holds no metrics.jsonl", "give the run folder of a run that has trained (run.dir)")
+    series, loads = _read_metrics(metrics, bins)
+    if not series:
+        raise UserError(str(metrics), "holds no record", "wait for the first logged step")
+    launches, attempts, samples = (list(_json_lines(path / file)) for file in _FILES)
+    return Run(name, path, series, loads, launches, attempts, samples, _settings(path / "resolved"))
+
+
+def _read_metrics(metrics: Path, bins: int) -> tuple[dict[str, Series], tuple[Ints, Floats] | None]:
+    series: dict[str, Series] = {}
+    loads, shape = Bins(bins), None
+    with Progress(f"reading {metrics}", "records") as progress:
+        for record in iterate_records(metrics):
+            step = record.pop("step")
+            rows = [record.pop(key) for key in [key for key in record if key.startswith(_LOAD)]]
+            for key, value in record.items():
+                if value is None or type(value) in (int, float):
+                    series.setdefault(key, Series()).add(step, value)
+            relative = _relative_loads(rows)
+            if relative is not None and shape in (None, relative.shape):
+                shape = relative.shape
+                loads.add(step, relative)
+            progress.update()
+    return series, loads.read() if shape is not None else None
+
+
+def _relative_loads(rows: list[Any]) -> Floats | None:
+    """Load / mean load [layers, experts]; None where the rows are not those of one model."""
+    if not rows:
+        return None
+    with suppress(TypeError, ValueError):
+        loads = np.array(rows, dtype=np.float64)
+        if loads.ndim == 2 and np.isfinite(loads).all():
+            relative: Floats = loads * loads.shape[1]
+            return relative
+    return None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of one a line, without damaged lines; none if there is no file."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            entry = from_json(line)
+            if isinstance(entry, dict):
+                yield entry
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    settings: dict[str, str] = {}
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        settings |= flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError):
+        settings |= flat({"deepspeed": json.loads((folder / "deepspeed.json").read_text(encoding="utf-8"))})
+    return settings
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, str]:
+    """Return nested settings by dotted key, with the values as JSON."""
+    if not isinstance(settings, Mapping) or not settings:
+        return {prefix: json.dumps(settings)}
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def labels(paths: Iterable[Path]) -> list[str]:
+    """Return a distinct label for each run folder: the shortest end of its path that no other one has, or a number."""
+    ends = [path.resolve().parts[::-1] for path in paths]
+    names: list[str] = []
+    for end in ends:
+        lengths = range(1, len(end) + 1)
+        length = next((n for n in lengths if sum(other[:n] == end[:n] for other in ends) == 1), 1)
+        name = "/".join(part.strip("/") for part in end[:length][::-1])
+        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
+    return names

@@ -1,0 +1,116 @@
+"""The numbers on top of a report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hypermoe_ds.monitor.units import duration, readable
+from hypermoe_ds.report.reading import Run
+
+_GAP = 10  # times the usual time between two records, after which the run is taken to have stood still
+
+
+def summary(run: Run) -> dict[str, str]:
+    """Return what a run reached, by name, as text; what is not known is left out."""
+    found = {
+        "step": _number(_last_step(run), ",.0f"),
+        "tokens": _readable(run.last("consumed_tokens")),
+        "validation loss, last": _number(run.last("valid_loss"), ".4f", " nats/token"),
+        "validation loss, best": _best(run),
+        "perplexity, last": _number(run.last("valid_perplexity"), ",.2f"),
+        "bits per byte, last": _number(run.last("valid_bits_per_byte"), ".4f"),
+        "HyperExperts contribute": _number(run.last("hyper_expert_contribution"), "+.4f", " nats/token"),
+        "training loss, last": _number(run.last("loss"), ".4f"),
+        "time trained": _time(trained_seconds(run)),
+        "time since the start": _time(_span(run)),
+        "tokens/s, median": _number(_median(run, "tokens_per_second"), ",.0f"),
+        "TFLOP/s a GPU, median": _number(_median(run, "tflops_per_gpu"), ",.1f"),
+        "MFU, median": _number(_median(run, "mfu"), ".1%"),
+        "parameters": _parameters(run),
+        "ranks": _ranks(run),
+        "skipped steps": _number(run.last("skipped_steps"), ",.0f"),
+        "restarts": "; ".join(restarts(run)) or "none",
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def restarts(run: Run) -> list[str]:
+    """Return a line for each time the run was started again: where from, and what had ended it."""
+    causes = {entry.get("step"): entry for entry in run.attempts if entry.get("outcome") not in ("done", None)}
+    lines = []
+    for launch in resumes(run):
+        ends = [entry for step, entry in causes.items() if isinstance(step, int) and step >= launch["step"]]
+        cause = f": {ends[0]['outcome']}, {ends[0].get('what', '')}".rstrip(", ") if ends else ""
+        lines.append(f"from step {launch['step']:,}{cause}")
+        for entry in ends[:1]:
+            causes.pop(entry["step"])
+    return lines
+
+
+def resumes(run: Run) -> list[dict[str, Any]]:
+    """Return the launches that continued the run."""
+    launches = [entry for entry in run.launches if "ended" not in entry and isinstance(entry.get("step"), int)]
+    return [entry for entry in launches if entry["step"] > 0]
+
+
+def trained_seconds(run: Run) -> float | None:
+    """Return the time between first and last record without the pauses, in which the run stood still."""
+    times = run.series["time"].numbers if "time" in run.series else np.empty(0)
+    gaps = np.diff(times[np.isfinite(times)])
+    gaps = gaps[gaps > 0]
+    if not len(gaps):
+        return None
+    usual = float(np.median(gaps))
+    return float(np.where(gaps > _GAP * usual, usual, gaps).sum())
+
+
+def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Return the settings that are not the same in all runs, with the value of each run; "" where it has none."""
+    keys = sorted({key for run in runs for key in run.settings})
+    rows = [(key, [run.settings.get(key, "") for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _last_step(run: Run) -> float:
+    return max(series.steps[-1] for series in run.series.values())
+
+
+def _span(run: Run) -> float | None:
+    times = run.series["time"].numbers if "time" in run.series else np.empty(0)
+    return float(np.nanmax(times) - np.nanmin(times)) if np.isfinite(times).any() else None
+
+
+def _best(run: Run) -> str:
+    if run.last("valid_loss") is None:
+        return ""
+    series = run.series["valid_loss"]
+    best = int(np.nanargmin(series.numbers))
+    return f"{series.numbers[best]:.4f} nats/token at step {series.steps[best]:,}"
+
+
+def _median(run: Run, key: str) -> float | None:
+    return float(np.nanmedian(run.series[key].numbers)) if run.last(key) is not None else None
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _readable(value: float | None) -> str:
+    return "" if value is None else readable(value)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
+
+
+def _parameters(run: Run) -> str:
+    known = [entry["parameters"] for entry in run.launches if isinstance(entry.get("parameters"), dict)]
+    counts: dict[str, Any] = known[-1] if known else {}
+    return ", ".join(f"{readable(count)} {name}" for name, count in counts.items() if isinstance(count, int))
+
+
+def _ranks(run: Run) -> str:
+    launch = next((entry for entry in run.launches[::-1] if "world_size" in entry), None)
+    return "" if launch is None else f"{launch['world_size']} x {launch.get('device', 'unknown')}"

@@ -1,0 +1,55 @@
+"""Fewer points of a curve, and means over time."""
+
+import numpy as np
+import pytest
+
+from hypermoe_ds.report.downsampling import Bins, buckets, extremes, kept_positions
+
+LENGTHS = [1, 2, 3, 5, 40, 41, 997, 10_000]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("points", [4, 40, 1000])
+def test_stretches_cover_every_value_once_in_order(length: int, points: int) -> None:
+    stretches = buckets(length, points)
+    assert [place for first, end in stretches for place in range(first, end)] == list(range(length))
+    assert len(kept_positions(length, points)) <= max(points, 4)
+    assert length > points or len(stretches) == length
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_ends_and_the_extremes_of_a_curve_are_kept(length: int) -> None:
+    values = np.random.default_rng(length).normal(size=length)
+    for spike in (0, length // 2, length - 1):
+        spiked = values.copy()
+        spiked[spike] = 50
+        kept, places = extremes(spiked, 40), kept_positions(length, 40)
+        assert len(kept) == len(places)
+        assert kept[0] == spiked[0]
+        assert kept[-1] == spiked[-1]
+        assert (kept.min(), kept.max()) == (spiked.min(), spiked.max())
+        assert (np.diff(places) > 0).all()
+        assert places[0] == 0
+        assert places[-1] == length - 1
+
+
+def test_missing_values_do_not_hide_the_others() -> None:
+    values = np.full(1000, np.nan)
+    values[500] = 3
+    kept = extremes(values, 40)
+    assert np.nanmax(kept) == 3
+    assert np.isnan(kept).sum() == len(kept) - 2
+
+
+@pytest.mark.parametrize("records", [1, 7, 8, 9, 100, 1000])
+def test_bins_hold_the_means_of_their_records(records: int) -> None:
+    arrays = np.random.default_rng(0).random((records, 2, 3))
+    bins = Bins(most=8)
+    for step, array in enumerate(arrays):
+        bins.add(10 * step, array)
+    steps, means = bins.read()
+    assert len(steps) == len(means) <= 16
+    ends = [*(steps // 10)[1:], records]
+    for mean, first, end in zip(means, steps // 10, ends, strict=True):
+        np.testing.assert_allclose(mean, arrays[first:end].mean(0))
+    assert steps[0] == 0
