@@ -20,7 +20,7 @@ from hypermoe_ds.data.loader import build_loader
 from hypermoe_ds.data.shares import dataset_shares
 from hypermoe_ds.data.token_files import read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
-from hypermoe_ds.errors import EXIT_SAVED
+from hypermoe_ds.errors import EXIT_SAVED, UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_per_token
@@ -38,6 +38,7 @@ from hypermoe_ds.training.guard import Guard
 from hypermoe_ds.training.launches import Ended, Launch, write_end
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.outcome import outcome_rows, resume_command
+from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.validation import Batches, Validator
@@ -126,7 +127,12 @@ def build_recorder(
     if torch.distributed.get_rank() == 0:
         consumption = Consumption(train_set, config.data.train, config.data.sequence_length, config.left_out)
     norms = ParameterNorms(engine, config.optimizer)
-    return Recorder(engine, config.monitor, config.train.steps, logger, console, flops, norms, consumption)
+    for absent in (rank for rank in config.monitor.profile_ranks if rank >= flops.ranks):
+        remedy = f"give ranks from 0 to {flops.ranks - 1}"
+        raise UserError(f"monitor.profile_ranks={config.monitor.profile_ranks}", f"there is no rank {absent}", remedy)
+    folder, rank = Path(config.run.dir) / "profile", torch.distributed.get_rank()
+    profiler = Profiler(config.monitor, folder, rank, engine.module, console.log)
+    return Recorder(engine, config.monitor, config.train.steps, logger, console, flops, norms, consumption, profiler)
 
 
 def build_validator(

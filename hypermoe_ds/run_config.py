@@ -236,7 +236,7 @@ class RunConfig(Settings):
         for first, last in self.train.skip_samples:
             if first > last:
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", "ends before it begins", "give first, last")
-        self.monitor.check_installed()
+        self.monitor.check()
         if self.optimizer.lr * self.optimizer.weight_decay >= 1:
             where = f"optimizer.weight_decay={self.optimizer.weight_decay}"
             # AdamW multiplies the weights by 1 - lr * weight_decay in each step.

@@ -36,16 +36,19 @@ class MonitorConfig(Settings):
         description="`[first, last]`, steps that torch's profiler traces into RUN_DIR/profile; null traces none",
     )
     profile_ranks: list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]] = Field([0], description="ranks that are traced")
-    memory_snapshot: bool = Field(
-        False, description="write a CUDA memory snapshot of the profiled steps and of an out-of-memory error"
-    )
+    memory_snapshot: bool = Field(False, description="write a CUDA memory snapshot of the profiled steps too")
 
-    def check_installed(self) -> None:
-        """Refuse to log to Weights & Biases without its package.
+    def check(self) -> None:
+        """Refuse settings that do not fit each other or what is installed.
 
         Raises:
-            UserError: it is not installed.
+            UserError: Weights & Biases is not installed, or the profiled steps are none.
         """
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise UserError(f"monitor.profile_steps={self.profile_steps}", "ends before it begins", "give first, last")
+        if self.memory_snapshot and self.profile_steps is None:
+            remedy = "give monitor.profile_steps too"
+            raise UserError("monitor.memory_snapshot=true", "is of the profiled steps, and there are none", remedy)
         if self.wandb_project is not None and find_spec("wandb") is None:
             where = f"monitor.wandb_project={self.wandb_project}"
             raise UserError(where, "the package wandb is not installed", "pip install wandb, or leave this setting out")

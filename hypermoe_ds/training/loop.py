@@ -78,7 +78,7 @@ def train(
         tokens = optimizer_step(engine, batches, recorder, guard.watch)
         agreed = guard.after_step(state)
         stopping = agreed.stop and state.step < last_step
-        recorder.clock.count(tokens)
+        recorder.end(state.step, tokens)
         if recorder.logs:
             recorder.record(state, learning_rate)
 

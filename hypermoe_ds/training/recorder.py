@@ -1,6 +1,7 @@
 """Turn what the steps of a run show into its records."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hypermoe_ds.data.consumption import Consumption
@@ -15,6 +16,7 @@ from hypermoe_ds.monitor.similarity import hyper_expert_similarity
 from hypermoe_ds.monitor.step_clock import Part, StepClock
 from hypermoe_ds.training.loop import StepObserver
 from hypermoe_ds.training.norms import ParameterNorms
+from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.validation import Validation
 
@@ -31,6 +33,7 @@ class Recorder(StepObserver):
         flops: FLOPs of the model and peak of the GPU.
         norms: measures gradients, weights and updates.
         consumption: counts tokens by dataset; None on ranks that log nothing.
+        profiler: traces steps.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Recorder(StepObserver):
         flops: ModelFlops,
         norms: ParameterNorms,
         consumption: Consumption | None,
+        profiler: Profiler,
     ) -> None:
         self.clock = StepClock()
         self._engine = engine
@@ -53,6 +57,7 @@ class Recorder(StepObserver):
         self._flops = flops
         self._norms = norms
         self._consumption = consumption
+        self._profiler = profiler
         self._losses = LossMeter()
         self._memory = MemoryMeter()
         self._routing = StepMeter(engine.module.config.num_experts)
@@ -60,11 +65,19 @@ class Recorder(StepObserver):
     def begin(self, step: int) -> None:
         """Decide what is observed of a step."""
         self._measures_norms = self._config.norms_interval is not None and step % self._config.norms_interval == 0
+        self._profiler.before_step(step)
         self.logs = self._measures_norms or step % self._config.interval == 0 or step in (1, self._steps)
 
-    def measure(self, part: Part) -> AbstractContextManager[None]:
-        """Time a part of the step."""
-        return self.clock.measure(part)
+    @contextmanager
+    def measure(self, part: Part) -> Iterator[None]:
+        """Time a part of the step, and name it in a trace."""
+        with self.clock.measure(part), self._profiler.region(part):
+            yield
+
+    def end(self, step: int, tokens: int) -> None:
+        """Count a step over `tokens` tokens of all ranks."""
+        self.clock.count(tokens)
+        self._profiler.after_step(step)
 
     def observe(self, output: Any) -> None:
         """Take the losses of a micro-batch, and its routing if the step is logged."""

@@ -1,8 +1,11 @@
 """Whole runs: resuming equals never having stopped, and a run folder holds what it should."""
 
+import gzip
 import json
 import math
+import re
 import shutil
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from tests.helpers.jobs import CLOCK, TRAIN, arguments_of, run_script
 from tests.helpers.routing import AFTER_A_TIE, assert_same_until_a_tie, read_routing
 
 STEPS = 8
+LAST = f"checkpoints/step_{STEPS:08d}"
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -140,13 +144,38 @@ def test_what_is_measured_changes_no_weight(recipe: Path, whole_run: Path, tmp_p
     off = ["monitor.interval=8", "monitor.norms_interval=null", "monitor.tensorboard=false"]
     off += ["evaluation.hyper_expert_contribution=false", "evaluation.interval=8", "evaluation.prompts=[]"]
     run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", "parallel.expert=2", *off), folder=tmp_path, ranks=2)
-    last = f"checkpoints/step_{STEPS:08d}"
-    with CheckpointReader(run / last) as plain, CheckpointReader(whole_run / last) as measured:
+    with CheckpointReader(run / LAST) as plain, CheckpointReader(whole_run / LAST) as measured:
         assert plain.manifest.files == measured.manifest.files, "with their hashes"
     assert records(run)[-1]["valid_loss"] == records(whole_run)[-1]["valid_loss"]
     samples = [json.loads(line) for line in (whole_run / "samples.jsonl").read_text().splitlines()]
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [(4, "import os"), (8, "import os")]
     assert not (run / "samples.jsonl").exists()
+
+
+def test_a_profile_names_the_parts_of_the_model_and_changes_no_weight(
+    recipe: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    given = ["monitor.profile_steps=[2, 3]", "monitor.profile_ranks=[1]", "evaluation.interval=8", "train.steps=8"]
+    run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", "parallel.expert=2", *given), folder=tmp_path, ranks=2)
+    profile = run / "profile"
+    names = ["rank_00001_steps_2_3.json.gz", "rank_00001_steps_2_3_operators.txt"]
+    assert sorted(path.name for path in profile.iterdir()) == names
+    with gzip.open(profile / names[0]) as file:
+        events = Counter(event.get("name") for event in json.load(file)["traceEvents"] if event.get("ph") == "X")
+    layers, micro_batches = 2, 4  # of two steps
+    once = dict.fromkeys(("data", "forward", "backward", "optimizer", "head"), micro_batches)
+    assert {name: events[name] for name in once} == once
+    for name in ("attention", "router", "dispatch", "experts", "combine"):
+        assert events[name] == layers * micro_batches, name
+    assert events["hyper_experts"] >= layers * micro_batches
+    table = (profile / names[1]).read_text()
+    assert "Self CPU time total" in table
+    operators = [line.split()[0] for line in table.splitlines() if re.match(r" +(?!Name)\S+.*%", line)]
+    assert len(operators) == 10
+    assert not {"forward", "backward", "attention"} & set(operators)
+    with CheckpointReader(run / LAST) as profiled, CheckpointReader(whole_run / LAST) as plain:
+        assert profiled.manifest.files == plain.manifest.files, "with their hashes"
 
 
 def test_the_run_learns(whole_run: Path) -> None:

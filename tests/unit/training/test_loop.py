@@ -17,6 +17,7 @@ from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.training.agreement import Agreed
 from hypermoe_ds.training.loop import optimizer_step, train
+from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.validation import Validation
@@ -93,7 +94,7 @@ class Notes:
         self._logged, self._saved = logged, saved
         self.clock_runs = True
 
-    def count(self, tokens: int) -> None:
+    def end(self, step: int, tokens: int) -> None:
         self.tokens.append(tokens)
 
     @contextmanager
@@ -316,7 +317,8 @@ def recorder_of(folder: Path, fp16: bool = False, **config: Any) -> tuple[Record
     logger = MetricLogger(settings, folder, 0, 0)
     consumption = SimpleNamespace(at=lambda samples: {"consumed_tokens": 10 * samples})
     flops = ModelFlops(1000, 2, None, None)
-    recorder = Recorder(StepEngine(fp16), settings, 10, logger, console, flops, Norms(), consumption)  # type: ignore[arg-type]
+    profiler = Profiler(settings, folder, 0, torch.nn.Identity(), console.log)
+    recorder = Recorder(StepEngine(fp16), settings, 10, logger, console, flops, Norms(), consumption, profiler)  # type: ignore[arg-type]
     return recorder, console
 
 
@@ -333,7 +335,7 @@ def take(recorder: Recorder, step: int, *losses: float, bad_steps: int = 0) -> N
     for loss in losses:
         recorder.observe(micro_batch(loss))
     recorder.observe_gradients()
-    recorder.clock.count(100)
+    recorder.end(step, 100)
     if recorder.logs:
         recorder.record(TrainState(step=step, consumed_samples=8 * step, bad_steps=bad_steps), lr=0.5)
 

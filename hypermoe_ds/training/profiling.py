@@ -1,0 +1,146 @@
+"""Traces of a few steps, with the parts of the model named."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from hypermoe_ds.errors import MachineError
+from hypermoe_ds.monitor.settings import MonitorConfig
+
+_OPERATORS = 10  # rows of the table
+_NAME_WIDTH = 60
+_MEMORY_EVENTS = 1_000_000
+
+
+class Profiler:
+    """Trace the steps of `monitor.profile_steps` on the ranks of `monitor.profile_ranks`.
+
+    Args:
+        config: steps and ranks.
+        folder: RUN_DIR/profile; made when a trace is written.
+        rank: this rank.
+        model: its parts are named while a step is traced, and are as they were before and after.
+        log: prints a line.
+    """
+
+    def __init__(
+        self, config: MonitorConfig, folder: Path, rank: int, model: nn.Module, log: Callable[[str], None]
+    ) -> None:
+        first, last = config.profile_steps or (0, 0)
+        traces = config.profile_steps is not None and rank in config.profile_ranks
+        self._first, self._last = (first, last) if traces else (0, 0)
+        self._keeps_memory = config.memory_snapshot and torch.cuda.is_available()
+        if config.memory_snapshot and not torch.cuda.is_available():
+            log("warning: monitor.memory_snapshot needs a GPU: no snapshot is written")
+        self._path = folder / f"rank_{rank:05d}_steps_{first}_{last}"
+        self._model = model
+        self._log = log
+        self._trace: profile | None = None
+
+    def region(self, name: str) -> AbstractContextManager[Any]:
+        """Name what runs inside, while a step is traced."""
+        return nullcontext() if self._trace is None else record_function(name)
+
+    def before_step(self, step: int) -> None:
+        """Begin the trace before its first step."""
+        if step != self._first:
+            return
+        if self._keeps_memory:
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+        gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._trace = profile(activities=[ProfilerActivity.CPU, *gpu])
+        self._regions = ModelRegions(self._model)
+        self._trace.start()
+
+    def after_step(self, step: int) -> None:
+        """Write the trace after its last step.
+
+        Raises:
+            MachineError: the files cannot be written.
+        """
+        if self._trace is None or step != self._last:
+            return
+        trace, self._trace = self._trace, None
+        trace.stop()
+        self._regions.remove()
+        with _one_line(self._path):
+            self._path.parent.mkdir(exist_ok=True)
+            trace.export_chrome_trace(f"{self._path}.json.gz")
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            averages = trace.key_averages()
+            averages[:] = [event for event in averages if not event.is_user_annotation]  # the named parts
+            table = averages.table(sort_by=by, row_limit=_OPERATORS, max_name_column_width=_NAME_WIDTH)
+            Path(f"{self._path}_operators.txt").write_text(f"{table}\n", encoding="utf-8")
+            if self._keeps_memory:
+                torch.cuda.memory._dump_snapshot(f"{self._path}_memory.pickle")  # type: ignore[no-untyped-call]
+                torch.cuda.memory._record_memory_history(enabled=None)
+        self._log(f"steps {self._first} to {self._last} are profiled: {self._path}.json.gz, and _operators.txt")
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+class ModelRegions:
+    """Name the parts of a model's forward passes in traces, until `remove` is called.
+
+    Dispatch is from the router to the experts, and combine from the experts to the end of the MoE block: with expert
+    parallelism the exchanges of tokens. HyperExperts that start when the router has decided lie within dispatch.
+
+    Args:
+        model: the training model, experts exchanged by AutoEP or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handles: list[Any] = []
+        self._open: dict[str, list[Any]] = {}
+        for name, module in model.named_modules():
+            if name.endswith(".self_attn"):
+                self._enclose(module, "attention")
+            elif name.endswith((".hyper_experts", ".hypernetwork")):
+                self._enclose(module, "hyper_experts")
+            elif name.endswith("lm_head"):
+                self._enclose(module, "head")
+            elif hasattr(module, "experts") and hasattr(module, "router"):
+                self._name_moe_block(module)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _name_moe_block(self, block: Any) -> None:
+        self._enclose(block.router, "router")
+        self._after(block.router, lambda: self._begin("dispatch"))
+        self._before(block.experts, lambda: self._end("dispatch"))
+        self._enclose(block.experts, "experts")
+        self._after(block.experts, lambda: self._begin("combine"))
+        self._after(block, lambda: self._end("combine"))
+
+    def _enclose(self, module: nn.Module, name: str) -> None:
+        self._before(module, lambda: self._begin(name))
+        self._after(module, lambda: self._end(name))
+
+    def _before(self, module: nn.Module, action: Callable[[], None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(lambda _module, _inputs: action()))
+
+    def _after(self, module: nn.Module, action: Callable[[], None]) -> None:
+        self._handles.append(module.register_forward_hook(lambda _module, _inputs, _output: action()))
+
+    def _begin(self, name: str) -> None:
+        region = record_function(name)
+        region.__enter__()  # type: ignore[no-untyped-call]
+        self._open.setdefault(name, []).append(region)
+
+    def _end(self, name: str) -> None:
+        if self._open.get(name):
+            self._open[name].pop().__exit__(None, None, None)
