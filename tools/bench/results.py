@@ -14,9 +14,7 @@ import torch
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
-
-# Dense bf16 FLOP/s of tensor cores, without sparsity: NVIDIA's data sheets of the H100 and the H200.
-_PEAK_FLOPS = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12))
+from hypermoe_ds.monitor.flops import peak_tflops
 
 
 def check_arguments(given: Namespace, at_least: Mapping[str, int], *outputs: Path | None) -> None:
@@ -37,12 +35,6 @@ def check_arguments(given: Namespace, at_least: Mapping[str, int], *outputs: Pat
 def baseline_of(sides: Sequence[str]) -> str:
     """The side that the others are divided by: the plain Mixture of Experts where it takes part, else the last."""
     return "moe" if "moe" in sides else sides[-1]
-
-
-def peak_flops(device: str, precision: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name; None where it is not known or not bf16."""
-    known = [flops for name, flops in _PEAK_FLOPS if name in device]
-    return known[0] if known and precision == "bf16" else None
 
 
 def summary(side: Mapping[str, Any], tokens: int, flops_per_token: int, peak: float | None) -> dict[str, Any]:
@@ -72,7 +64,8 @@ def result(measured: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any
     """Everything of one comparison, ready for JSON."""
     device = next(iter(measured.values()))["device"]
     tokens = ranks * settings["accumulation"] * settings["micro_batch_size"] * settings["sequence_length"]
-    peak = peak_flops(device, settings["precision"])
+    tflops = peak_tflops(device, settings["precision"])
+    peak = None if tflops is None else tflops * 1e12
     sides = {}
     for name, side in measured.items():
         config = HyperMoEConfig(**{**settings["model"], "hypernetwork": name in ("hypermoe", "per_token")})

@@ -1,0 +1,74 @@
+"""The metrics of a validation, from the losses of its datasets."""
+
+import math
+
+import pytest
+
+from hypermoe_ds.data.token_files import read_metadata
+from hypermoe_ds.data.tokenizer import load_tokenizer
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.training.evaluation import Evaluation
+from hypermoe_ds.training.validation import contribution_values, encode_prompt, validation_values
+from tests.helpers.corpus import TokenisedCorpus, tokenised_corpus
+
+WITH = {"a": Evaluation(2.0, 300), "b": Evaluation(3.0, 100)}
+WITHOUT = {"a": Evaluation(2.5, 300), "b": Evaluation(2.9, 100)}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenisedCorpus:
+    return tokenised_corpus(tmp_path_factory.mktemp("corpus"), vocab_size=500)
+
+
+def test_the_total_is_the_mean_over_all_tokens_and_bits_over_all_bytes() -> None:
+    values = validation_values(WITH, {"a": 4.0, "b": 2.5})
+    bits = (2.0 * 300 + 3.0 * 100) / math.log(2)
+    assert values == pytest.approx(
+        {
+            "valid_loss": 2.25,
+            "valid_loss/a": 2.0,
+            "valid_loss/b": 3.0,
+            "valid_perplexity": math.exp(2.25),
+            "valid_perplexity/a": math.exp(2),
+            "valid_perplexity/b": math.exp(3),
+            "valid_bits_per_byte": bits / (300 * 4 + 100 * 2.5),
+            "valid_bits_per_byte/a": 2.0 * 300 / math.log(2) / (300 * 4),
+            "valid_bits_per_byte/b": 3.0 * 100 / math.log(2) / (100 * 2.5),
+        }
+    )
+
+
+def test_a_dataset_that_does_not_know_its_text_has_no_bits_per_byte_and_nor_has_the_total() -> None:
+    values = validation_values(WITH, {"a": 4.0})
+    assert [key for key in values if key.startswith("valid_bits_per_byte")] == ["valid_bits_per_byte/a"]
+
+
+def test_the_contribution_is_the_loss_without_them_less_the_loss() -> None:
+    assert contribution_values(validation_values(WITH, {}), WITHOUT) == pytest.approx(
+        {
+            "valid_loss_without_hyper_experts": 2.6,
+            "valid_loss_without_hyper_experts/a": 2.5,
+            "valid_loss_without_hyper_experts/b": 2.9,
+            "hyper_expert_contribution": 0.35,
+            "hyper_expert_contribution/a": 0.5,
+            "hyper_expert_contribution/b": -0.1,
+        }
+    )
+
+
+def test_the_bytes_of_a_token_are_those_of_the_text_that_was_encoded(corpus: TokenisedCorpus) -> None:
+    metadata = read_metadata(corpus.valid)
+    assert metadata is not None
+    assert metadata.bytes_per_token == metadata.text_bytes / metadata.tokens
+    assert 1 < metadata.bytes_per_token < 8
+
+
+def test_a_prompt_without_a_token_or_with_too_many_is_refused(corpus: TokenisedCorpus) -> None:
+    tokenizer = load_tokenizer(str(corpus.tokenizer))
+    ids = encode_prompt(tokenizer, "import os", 100)
+    assert tokenizer.decode(ids) == "import os"
+    assert encode_prompt(tokenizer, "import os", len(ids)) == ids
+    with pytest.raises(UserError, match=r"evaluation\.prompts: '': has no token; give a text, or leave it out"):
+        encode_prompt(tokenizer, "", 100)
+    with pytest.raises(UserError, match=rf"has {len(ids)} tokens, and with evaluation\.prompt_tokens the model takes"):
+        encode_prompt(tokenizer, "import os", len(ids) - 1)
