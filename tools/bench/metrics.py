@@ -1,7 +1,9 @@
 """What the metrics of a run cost: steps without any, and steps as a run measures and logs them, in turn on one rank.
 
-Three kinds of steps are measured: between two records, logged, and logged with norms. Their shares in a run with the
-default intervals give the cost. A key=value changes a field of the preset's model, such as num_hidden_layers=2.
+Three kinds of steps are measured: between two records, logged, and logged with norms. Of each it reports the seconds
+spent in the metrics' own calls, waiting for the device before and after each, and the whole step over one without
+metrics, which has the noise of whole steps. The kinds' shares in a run with the default intervals give the cost.
+A key=value changes a field of the preset's model, such as num_hidden_layers=2.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,39 @@ _ZERO = Path(__file__).parents[2] / "ds_configs" / "zero1.json"
 _DEFAULTS = MonitorConfig()
 # Step numbers of each kind, under the default intervals.
 _KINDS = {"between": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norms_interval or 0}
+
+
+class TimedRecorder(Recorder):
+    """A recorder that adds up the seconds of its own calls.
+
+    Attributes:
+        own: seconds since it was last set to 0.
+    """
+
+    own = 0.0
+
+    def observe(self, output: Any) -> None:
+        """Take a micro-batch."""
+        with self._timed():
+            super().observe(output)
+
+    def observe_gradients(self) -> None:
+        """Take the gradients."""
+        with self._timed():
+            super().observe_gradients()
+
+    def record(self, state: TrainState, lr: float) -> None:
+        """Log the step."""
+        with self._timed():
+            super().record(state, lr)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        wait_for_device()
+        began = time.perf_counter()
+        yield
+        wait_for_device()
+        self.own += time.perf_counter() - began
 
 
 def main() -> None:
@@ -83,28 +119,36 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     ds_config = merge(load_deepspeed_json(_ZERO), train, model, 1, 1)
     engine = build_engine(model, ds_config, optimizer, ScheduleConfig(name="constant"), train, ParallelConfig())
     seconds: dict[str, list[float]] = {"off": [], **{kind: [] for kind in _KINDS}}
+    own: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     with tempfile.TemporaryDirectory() as folder:
         recorder = recorder_of(engine, given, model, optimizer, Path(folder))
         batches = random_batches(model.vocab_size, given)
         for number in tqdm(range(given.rounds + 1), unit="round", leave=False):
             for kind, step in _KINDS.items():
+                recorder.own = 0.0
                 pair = time_of(engine, batches, None, 0), time_of(engine, batches, recorder, step)
                 if number:  # the first one warms up
                     seconds["off"].append(pair[0])
                     seconds[kind].append(pair[1])
-    return {"seconds": seconds, "preset": given.preset, "tokens": given.micro_batch_size * given.sequence_length}
+                    own[kind].append(recorder.own)
+    return {
+        "seconds": seconds,
+        "own": own,
+        "preset": given.preset,
+        "tokens": given.micro_batch_size * given.sequence_length,
+    }
 
 
 def recorder_of(
     engine: Any, given: argparse.Namespace, model: HyperMoEConfig, optimizer: OptimizerConfig, folder: Path
-) -> Recorder:
+) -> TimedRecorder:
     """What logs a run with the defaults."""
     console = Console(rank=1)  # prints nothing
     flops = ModelFlops(training_flops_per_token(model, given.sequence_length), 1, None, None)
     profiler = Profiler(_DEFAULTS, folder, 0, engine.module, console.log)
     logger = MetricLogger(_DEFAULTS, folder, 0, 0)
     norms = ParameterNorms(engine, optimizer)
-    return Recorder(engine, _DEFAULTS, 10**6, logger, console, flops, norms, None, profiler)
+    return TimedRecorder(engine, _DEFAULTS, 10**6, logger, console, flops, norms, None, profiler)
 
 
 def random_batches(vocabulary: int, given: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
@@ -138,17 +182,17 @@ def wait_for_device() -> None:
 
 def report(found: dict[str, Any]) -> None:
     """Print medians, ratios and the cost at the default intervals."""
-    seconds = found["seconds"]
-    off = statistics.median(seconds["off"])
-    ratios = {kind: statistics.median(seconds[kind]) / off for kind in _KINDS}
+    off = statistics.median(found["seconds"]["off"])
+    own = {kind: statistics.median(found["own"][kind]) for kind in _KINDS}
     logged, norms = 1 / _DEFAULTS.interval, 1 / (_DEFAULTS.norms_interval or 1)
     shares = {"between": 1 - logged, "logged": logged - norms, "norms": norms}
-    found["ratios"], found["cost"] = ratios, sum(shares[kind] * (ratios[kind] - 1) for kind in _KINDS)
-    print("| step | median, s | / without metrics | share of the steps |\n| --- | ---: | ---: | ---: |")
-    print(f"| without metrics | {off:.3f} | 1 | |")
-    for kind, ratio in ratios.items():
-        print(f"| {kind} | {statistics.median(seconds[kind]):.3f} | {ratio:.4f} | {shares[kind]:.0%} |")
-    print(f"\ncost at the default intervals: {found['cost']:.2%} of a step")
+    found["cost"] = sum(shares[kind] * own[kind] for kind in _KINDS) / off
+    print("| step | of all steps | metrics, s | metrics / step without | whole step / step without |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for kind in _KINDS:
+        whole = statistics.median(found["seconds"][kind]) / off
+        print(f"| {kind} | {shares[kind]:.0%} | {own[kind]:.4f} | {own[kind] / off:.2%} | {whole:.3f} |")
+    print(f"\nwithout metrics {off:.3f} s; cost at the default intervals: {found['cost']:.2%} of a step")
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
     print(" | ".join([found["preset"], f"{found['tokens']} tokens a step", *(f"{k} {v}" for k, v in about.items())]))
 
