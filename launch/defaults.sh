@@ -153,7 +153,8 @@ write_environment() {
     fi
 }
 
-# run [exec] COMMAND...: prints a command as it can be typed, and runs it unless only asked what it would be.
+# run [exec] COMMAND...: prints a command as it can be typed, and runs it unless only asked what it would be. With
+# launcher_log its output goes to that file, except that of ranks, which find the screen under HYPERMOE_SCREEN.
 run() {
     local how=()
     if [ "$1" = exec ]; then
@@ -163,7 +164,13 @@ run() {
     printf '+'
     printf ' %q' "$@"
     printf '\n'
-    $dry_run || "${how[@]}" "$@"
+    if $dry_run; then return; fi
+    if [ -n "${launcher_log:-}" ]; then
+        mkdir -p "$(dirname "$launcher_log")"
+        export HYPERMOE_SCREEN=/proc/$$/fd
+        exec 3>&1 4>&2 >>"$launcher_log" 2>&1
+    fi
+    "${how[@]}" "$@"
 }
 
 # preflight ARGUMENT...: looks at the hosts before the job starts, or at the settings alone where nothing is to be run;

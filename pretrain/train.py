@@ -11,7 +11,7 @@ from pathlib import Path
 from hypermoe_ds.data.token_files import check_files
 from hypermoe_ds.errors import global_rank, one_line_errors
 from hypermoe_ds.monitor.console import Console
-from hypermoe_ds.monitor.screen import log_level, open_screen
+from hypermoe_ds.monitor.screen import log_level, open_screen, take_launchers_screen
 from hypermoe_ds.run_config import load_run_config, settings_help
 from hypermoe_ds.training.ds_config import load_deepspeed_json
 
@@ -25,7 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
     parser.add_argument("--print-config", action="store_true", help="print the recipe with all settings and end")
-    parser.add_argument("--check", action="store_true", help="check settings and paths without torch and end")
+    parser.add_argument(
+        "--check", action="store_true", help="check settings and paths, print the run folder"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the libraries' output (HYPERMOE_LOG_LEVEL=info)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the recipe")
@@ -34,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Check what needs no torch, then load the libraries and train; returns the exit code."""
+    take_launchers_screen()
     with one_line_errors():
         arguments = parse_arguments()
         deepspeed_json = load_deepspeed_json(arguments.deepspeed_config)
@@ -44,6 +47,7 @@ def main() -> int:
         level = log_level(arguments.verbose)
         check_files(recipe.data)
         if arguments.check:
+            print(recipe.run.dir)
             return 0
         screen = open_screen(Path(recipe.run.dir), level)
     with one_line_errors(screen.err, screen.log), Console(global_rank(), screen.out) as console:

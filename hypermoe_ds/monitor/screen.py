@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -30,6 +31,16 @@ class Screen:
     err: TextIO
     log: Path | None
     level: str
+
+
+def take_launchers_screen() -> None:
+    """Print to the screen of launch/local.sh, which sends the output of DeepSpeed's launcher to a file."""
+    folder = os.environ.get("HYPERMOE_SCREEN")
+    for number, kept in ((1, 3), (2, 4)) if folder else ():
+        with suppress(OSError):  # not a file, pipe or terminal: the launcher's file is what is left
+            screen = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
+            os.dup2(screen, number)
+            os.close(screen)
 
 
 def log_level(verbose: bool) -> str | None:

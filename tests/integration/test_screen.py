@@ -32,8 +32,11 @@ def test_a_mistake_is_the_last_line_of_the_screen(corpus: TokenisedCorpus, tmp_p
     assert local(tmp_path, recipe, "train.step=3") == ["error: train.step: unknown key; did you mean 'steps'?"]
     assert not (tmp_path / "run").exists()
     command, error = local(tmp_path, recipe, "parallel.expert=2")  # shows once there are ranks
-    assert command.startswith("+ deepspeed --log_level critical --num_gpus 1 ")
+    assert command.startswith("+ deepspeed --log_level info --num_gpus 1 ")
     assert error == "error: parallel.expert=2: does not divide the number of ranks, 1; choose 1"
+    log = (tmp_path / "run/logs/launcher.log").read_text()
+    assert "[launch.py" in log
+    assert "exits with return code = 2" in log
 
 
 def screen_of(recipe: Path, folder: Path, *words: str, **variables: str) -> Done:

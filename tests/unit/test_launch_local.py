@@ -16,10 +16,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "environment", "options"),
     [
-        ([], {}, ["critical", "--master_port", "29500"]),
+        ([], {}, ["info", "--master_port", "29500"]),
         (["--verbose"], {}, ["info", "--master_port", "29500"]),
         (["--verbose"], {"HYPERMOE_LOG_LEVEL": "debug"}, ["debug", "--master_port", "29500"]),
-        (["--num_gpus", "2"], {"MASTER_PORT": "7"}, ["critical", "--num_gpus", "2", "--master_port", "7"]),
+        (["--num_gpus", "2"], {"MASTER_PORT": "7"}, ["info", "--num_gpus", "2", "--master_port", "7"]),
         (["--num_gpus=8"], {"HYPERMOE_LOG_LEVEL": "INFO"}, ["info", "--num_gpus", "8", "--master_port", "29500"]),
     ],
 )
