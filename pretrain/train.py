@@ -25,9 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
     parser.add_argument("--print-config", action="store_true", help="print the recipe with all settings and end")
-    parser.add_argument(
-        "--check", action="store_true", help="check settings and paths, print the run folder"
-    )
+    parser.add_argument("--check", action="store_true", help="check settings and paths, print the run folder")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' output (HYPERMOE_LOG_LEVEL=info)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the recipe")

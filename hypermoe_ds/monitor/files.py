@@ -9,6 +9,6 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full or gone.
     """
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text)
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)

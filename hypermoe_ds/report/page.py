@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hypermoe_ds.monitor.metrics import METRICS, PAGES
+from hypermoe_ds.monitor.metrics import METRICS, PAGES, PARAMETER_GROUPS, STEP_PARTS
 from hypermoe_ds.report.downsampling import Floats, Ints, extremes, kept_positions
 from hypermoe_ds.report.reading import Run, Series
 from hypermoe_ds.report.summary import differing_settings, resumes, summary
@@ -22,7 +22,7 @@ _BYTES_PER_VALUE = 8
 _MOST_POINTS = 2000
 _MOST_BINS = 160
 _LEVELS = 64  # steps of a byte of a load for 1 of load / mean load
-_MOST_SAMPLES = 60
+_MOST_SAMPLES, _MOST_CHARACTERS = 60, 2000
 _NOT_CURVES = ("time", "consumed_tokens")
 
 
@@ -71,6 +71,7 @@ def report_data(runs: Sequence[Run]) -> dict[str, Any]:
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "pages": dict(PAGES) | {"other": "Other"},
         "metrics": metrics,
+        "order": [*STEP_PARTS, *PARAMETER_GROUPS],
         "summary": [[name, *(row.get(name, "") for row in rows)] for name in names],
         "settings": differing_settings(runs) if len(runs) > 1 else every,
         "runs": [_run_data(run, points) for run in runs],
@@ -78,13 +79,16 @@ def report_data(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _run_data(run: Run, points: int) -> dict[str, Any]:
-    newest = run.samples[-_MOST_SAMPLES:][::-1]
+    newest = [sample for sample in run.samples if type(sample.get("step")) is int][-_MOST_SAMPLES:][::-1]
     return {
         "name": run.name,
         "groups": list(_groups(run, points)),
         "loads": _loads_data(run),
-        "resumed": [launch["step"] for launch in resumes(run)],
-        "samples": [[sample.get(part) for part in ("step", "prompt", "text")] for sample in newest],
+        "resumed": resumes(run),
+        "samples": [
+            [sample["step"], *(str(sample.get(part))[:_MOST_CHARACTERS] for part in ("prompt", "text"))]
+            for sample in newest
+        ],
     }
 
 

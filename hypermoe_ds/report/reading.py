@@ -149,7 +149,7 @@ def _settings(folder: Path) -> dict[str, str]:
 def flat(settings: Any, prefix: str = "") -> dict[str, str]:
     """Return nested settings by dotted key, with the values as JSON."""
     if not isinstance(settings, Mapping) or not settings:
-        return {prefix: json.dumps(settings)}
+        return {prefix: json.dumps(settings, default=str)}  # YAML has dates, which JSON has not
     found: dict[str, str] = {}
     for key, value in settings.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -164,5 +164,5 @@ def labels(paths: Iterable[Path]) -> list[str]:
         lengths = range(1, len(end) + 1)
         length = next((n for n in lengths if sum(other[:n] == end[:n] for other in ends) == 1), 1)
         name = "/".join(part.strip("/") for part in end[:length][::-1])
-        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
-    return names
+        names.append(name)
+    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]

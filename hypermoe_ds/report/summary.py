@@ -1,6 +1,7 @@
 """The numbers on top of a report."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,22 +37,31 @@ def summary(run: Run) -> dict[str, str]:
 
 
 def restarts(run: Run) -> list[str]:
-    """Return a line for each time the run was started again: where from, and what had ended it."""
-    causes = {entry.get("step"): entry for entry in run.attempts if entry.get("outcome") not in ("done", None)}
+    """Return a line for each launch after the first: the step it started from, and what had ended the one before."""
+    launches = [entry for entry in run.launches if "ended" not in entry and type(entry.get("step")) is int]
     lines = []
-    for launch in resumes(run):
-        ends = [entry for step, entry in causes.items() if isinstance(step, int) and step >= launch["step"]]
-        cause = f": {ends[0]['outcome']}, {ends[0].get('what', '')}".rstrip(", ") if ends else ""
-        lines.append(f"from step {launch['step']:,}{cause}")
-        for entry in ends[:1]:
-            causes.pop(entry["step"])
+    for before, launch in pairwise(launches):
+        cause = _cause(run, before.get("time", 0), launch.get("time", 0))
+        lines.append(f"from step {launch['step']:,}{': ' * bool(cause)}{cause}")
     return lines
 
 
-def resumes(run: Run) -> list[dict[str, Any]]:
-    """Return the launches that continued the run."""
-    launches = [entry for entry in run.launches if "ended" not in entry and isinstance(entry.get("step"), int)]
-    return [entry for entry in launches if entry["step"] > 0]
+def _cause(run: Run, begin: float, end: float) -> str:
+    """What ended the launch of the time `begin` before that of the time `end`; "" if nothing is on record."""
+    attempts = [
+        f"{attempt.get('outcome')}, {attempt.get('what', '')}".rstrip(", ")
+        for attempt in run.attempts
+        if isinstance(attempt.get("began"), float | int) and isinstance(attempt.get("seconds"), float | int)
+        if begin <= attempt["began"] + attempt["seconds"] <= end
+    ]
+    own = [str(e["ended"]) for e in run.launches if "ended" in e and begin <= e.get("time", 0) <= end]
+    return (attempts or own or [""])[-1]
+
+
+def resumes(run: Run) -> list[int]:
+    """Return the steps from which a launch continued the run."""
+    steps = [entry.get("step") for entry in run.launches if "ended" not in entry]
+    return [step for step in steps if type(step) is int and step > 0]
 
 
 def trained_seconds(run: Run) -> float | None:

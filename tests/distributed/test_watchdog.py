@@ -63,7 +63,12 @@ def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_put
     (previous / "stack_00007.txt").write_text("of a start before")
     for name in (VERDICT, "stack_00001.txt", "told_here", "rank_00007.json"):
         (tmp_path / name).write_text("of an earlier start")
-    for name in ("notes", "told_there", "rank_00001.json", "rank_00000.tmp"):  # a user's folder, and ours as folders
+    for name in (
+        "notes",
+        "told_there",
+        "rank_00001.json",
+        "rank_00000.json.tmp",
+    ):  # a user's folder, and ours as folders
         (tmp_path / name).mkdir()
         (tmp_path / name / "note").touch()
     assert run_on_ranks(2, come_to_an_end, tmp_path) == [0, 1]

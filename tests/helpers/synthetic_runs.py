@@ -29,10 +29,18 @@ def write_run(
             if step % 100 == 0:
                 file.write(json.dumps(_record(step, steps, items, 0, drawn, validation=True)) + "\n")
     half = steps // 2
-    lost = {"outcome": "lost", "step": half + 5, "what": "rank 3 hung"}
-    tries = [lost, {"outcome": "done", "step": steps, "what": ""}]
+    lost_at, again_at = 1e9 + 3 * half + 15, 1e9 + 3 * half + 3600
+    lost = {
+        "began": 1e9 - 20,
+        "seconds": lost_at - 1e9 + 20,
+        "outcome": "lost",
+        "step": half + 5,
+        "what": "rank 3 hung",
+    }
+    done = {"began": again_at - 20, "seconds": 3.0 * (steps - half), "outcome": "done", "step": steps, "what": ""}
+    tries = [lost, done]
     where = {"world_size": 8, "device": "NVIDIA H100", "parameters": {"total": 10**9, "active": 10**8}}
-    launches = [{"time": 1e9, "step": step, **where} for step in (0, half)]
+    launches = [{"time": at, "step": step, **where} for at, step in ((1e9, 0), (again_at, half))]
     samples = [
         {"step": step, "prompt": "Once upon", "text": f" a time </script><b>{step}</b>"}
         for step in range(100, steps + 1, 100)

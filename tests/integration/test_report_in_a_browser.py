@@ -54,6 +54,14 @@ def wait_for(browser: Any, script: str) -> Any:
     return ui.WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(script))
 
 
+def stacked_values(browser: Any) -> dict[str, str]:
+    """What the tooltip of the parts of a step shows."""
+    plot = wait_for(browser, "return document.querySelector('#speed section:last-child .u-over')")
+    webdriver.ActionChains(browser).scroll_to_element(plot).move_to_element(plot).perform()
+    script = "return document.querySelector('#speed section:last-child .tip').innerText"
+    return {line.split()[0]: line.split()[1] for line in wait_for(browser, script).splitlines()[1:]}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("count", [1, 2])
@@ -101,6 +109,14 @@ def test_hovering_shows_the_values_and_the_controls_redraw(browser: Any, pages: 
     plot = wait_for(browser, "return document.querySelector('#loss .u-over')")
     webdriver.ActionChains(browser).scroll_to_element(plot).move_to_element(plot).perform()
     assert wait_for(browser, "return document.querySelector('#loss .tip').innerText").startswith("hours ")
+    browser.execute_script("document.getElementById('speed').scrollIntoView()")
+    wait_for(browser, "return document.querySelectorAll('#speed section:last-child .u-over').length > 0")
+    parts = browser.find_elements("css selector", "#speed section:last-child .legend button")
+    assert [part.text for part in parts] == ["data", "forward", "backward", "optimizer", "checkpoint", "other"]
+    values = [stacked_values(browser)]
+    parts[1].click()
+    values.append(stacked_values(browser))
+    assert values[1] == {part: value for part, value in values[0].items() if part != "forward"}
     heat = browser.find_element("css selector", "canvas.heat")
     webdriver.ActionChains(browser).scroll_to_element(heat).move_to_element(heat).perform()
     assert "of the mean" in wait_for(browser, "return document.querySelector('#routing .heat + .tip').innerText")

@@ -22,14 +22,16 @@ function shown(value) {
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
   return value.toLocaleString("en-US", { maximumSignificantDigits: 5 });
 }
+/** Parts of a step and groups of parameters in their usual order, everything else by name. */
 function natural(a, b) {
-  return a.localeCompare(b, "en", { numeric: true });
+  const places = [data.order.indexOf(a), data.order.indexOf(b)];
+  return places.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : places[0] - places[1];
 }
 /** A colour for each layer, from dark to bright, and the palette for everything else. */
 function itemColour(item, index, count) {
   if (!item.startsWith("moe_layer_")) return COLOURS[index % COLOURS.length];
   const place = count > 1 ? index / (count - 1) : 0;
-  return `hsl(${265 - 215 * place} 70% ${42 + 12 * place}%)`;
+  return `hsl(${265 - 215 * place} 70% ${36 + 24 * place}%)`;
 }
 
 // Curves of a metric
@@ -149,11 +151,16 @@ class Chart {
         spanGaps: true, points: { show: curve.values.length < 40, size: 4 },
         fill: this.stacked ? this.colours[index] + "66" : undefined,
       }))],
-      bands: this.stacked ? this.curves.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : [],
+      bands: this.stacked ? this.bands() : [],
       hooks: { setCursor: [(plot) => this.hover(plot)], drawClear: [(plot) => this.marks(plot)] },
     };
     this.plot = new uPlot(options, rows, this.plotted);
     this.plot.over.append(this.tip);
+  }
+  /** Fills between each curve that is shown and the next one below. */
+  bands() {
+    const shownOnes = this.curves.map((_, index) => index + 1).filter((series) => this.visible[series - 1]);
+    return shownOnes.slice(1).map((series, i) => ({ series: [series, shownOnes[i]] }));
   }
   /** Where a run was started again. */
   marks(plot) {
@@ -183,8 +190,12 @@ class Chart {
       return;
     }
     const lines = this.curves.map((curve, index) => [curve, index, near(plot.data[index + 1], idx)]).filter((line) => line[2] !== null && this.visible[line[1]]);
-    if (this.stacked) lines.forEach((line, i) => { line[2] -= i ? near(plot.data[line[1]], idx) : 0; });
-    this.tip.replaceChildren(element("b", {}, `${AXES[state.axis]} ${shown(plot.data[0][idx])}`));
+    if (this.stacked) {
+      const tops = lines.map((line) => line[2]);
+      lines.forEach((line, i) => { line[2] -= i ? tops[i - 1] : 0; });
+    }
+    const x = plot.data[0][idx];
+    this.tip.replaceChildren(element("b", {}, `${AXES[state.axis]} ${state.axis === "step" ? x.toLocaleString("en-US") : shown(x)}`));
     for (const [curve, index, value] of lines.slice(0, 16)) {
       const dot = element("i");
       dot.style.background = this.colours[index];
@@ -246,7 +257,7 @@ class HeatMap {
     this.tip = element("div", { className: "tip" });
     this.row = element("div", { className: "heat-row" });
     parent.append(element("section", { className: "card wide" }, element("h3", {}, title), element("p", {}, help),
-      this.row, element("div", { className: "plot" }, this.canvas, this.tip)));
+      this.row, element("div", { className: "heat-plot" }, this.canvas, this.tip)));
     this.canvas.onmousemove = (event) => this.hover(event);
     this.canvas.onmouseleave = () => { this.tip.style.display = "none"; };
     charts.push(this);
@@ -292,15 +303,17 @@ function heatMaps(parent) {
     const packed = atob(run.loads.bytes);
     run.loads.at = (bin, layer, expert) => packed.charCodeAt((bin * run.loads.layers + layer) * run.loads.experts + expert) / run.loads.levels;
   }
-  const byStep = new HeatMap(parent, "expert load by layer and expert", "load / mean load: blue receives less, orange more than its share");
+  const byStep = new HeatMap(parent, "expert load by layer and expert", "a row a layer, a column an expert; load / mean load: blue receives less, orange more than its share");
   const [runLabel, run] = choice("run", runs.map((each) => each.name), () => { reset(); });
   const slider = element("input", { type: "range", min: 0, step: 1 }), place = element("span");
   slider.oninput = () => drawStep();
   if (several) byStep.row.append(runLabel);
   byStep.row.append(element("label", {}, "time", slider), place, scaleBar());
-  const overTime = new HeatMap(parent, "expert load over time", "load / mean load of each expert of one layer, from left to right");
+  const overTime = new HeatMap(parent, "expert load over time", "a row an expert of one layer, time from left to right; load / mean load");
   const layer = element("select");
   layer.onchange = () => drawLayer();
+  const whose = element("span");
+  if (several) overTime.row.append(whose);
   overTime.row.append(element("label", {}, "layer", layer), scaleBar());
   const loads = () => runs[Number(run.value || 0)].loads;
   function drawStep() {
@@ -313,6 +326,7 @@ function heatMaps(parent) {
     overTime.fill(experts, step.length, (row, column) => at(column, chosen, row), (row, column) => `expert ${row}, from step ${step[column].toLocaleString("en-US")}`);
   }
   function reset() {
+    whose.textContent = runs[Number(run.value || 0)].name;
     slider.max = loads().step.length - 1;
     slider.value = slider.max;
     layer.replaceChildren(...Array.from({ length: loads().layers }, (_, i) => element("option", { value: i }, String(i))));
@@ -353,7 +367,8 @@ function samples() {
   if (!runs.length) return;
   const made = section("Samples");
   for (const run of runs) {
-    const bySteps = Map.groupBy ? Map.groupBy(run.samples, (sample) => sample[0]) : new Map([[run.samples[0][0], run.samples]]);
+    const bySteps = new Map();
+    for (const sample of run.samples) bySteps.set(sample[0], [...(bySteps.get(sample[0]) || []), sample]);
     let first = true;
     for (const [step, texts] of bySteps) {
       const blocks = texts.map(([, prompt, text]) => element("pre", {}, String(prompt), element("mark", {}, String(text))));

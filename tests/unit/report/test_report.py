@@ -66,10 +66,25 @@ def test_the_time_trained_leaves_out_the_time_that_the_run_stood_still(run_dir: 
     assert trained_seconds(read_run(run_dir, "first", 10)) == pytest.approx(3 * (2000 - 10), rel=0.02)
 
 
-def test_restarts_without_a_supervisor_have_no_cause(run_dir: Path) -> None:
+def test_each_restart_has_the_cause_that_ended_the_launch_before_it(run_dir: Path) -> None:
     run = read_run(run_dir, "first", 10)
-    run.attempts.clear()
-    assert restarts(run) == ["from step 1,000"]
+    times = {0: 0, 100: 0, 200: 20, 300: 20, 400: 30, 500: 40}  # launch: step that it starts from
+    run.launches[:] = [{"time": time, "step": step} for time, step in times.items()]
+    run.launches.insert(4, {"time": 390, "step": 30, "ended": "stop_at_step"})
+    ends = {90: ("unmet", None), 190: ("lost", 25), 290: ("error", 25), 600: ("lost", 45)}
+    run.attempts[:] = [
+        {"began": end - 80, "seconds": 80, "outcome": outcome, "step": step, "what": f"at {end}"}
+        for end, (outcome, step) in ends.items()
+    ]
+    assert restarts(run) == [
+        "from step 0: unmet, at 90",
+        "from step 20: lost, at 190",
+        "from step 20: error, at 290",
+        "from step 30: stop_at_step",
+        "from step 40",
+    ]
+    run.launches[:] = [{"step": None}, {"time": 1, "step": 3}]
+    assert restarts(run) == []
 
 
 def test_differing_settings_are_those_that_a_plain_comparison_finds(run_dir: Path, other_dir: Path) -> None:
@@ -85,7 +100,7 @@ def test_differing_settings_are_those_that_a_plain_comparison_finds(run_dir: Pat
 
 def test_runs_of_the_same_name_have_labels_of_their_own() -> None:
     assert labels([Path("/x/a/run"), Path("/x/b/run"), Path("/y/c")]) == ["a/run", "b/run", "c"]
-    assert labels([Path("/x/a"), Path("/x/a")]) == ["a", "a (2)"]
+    assert labels([Path("/x/a")] * 3) == ["a", "a (2)", "a (3)"]
 
 
 def test_the_page_holds_every_metric_under_its_page_and_needs_no_other_file(run_dir: Path, other_dir: Path) -> None:
@@ -122,6 +137,21 @@ def test_curves_and_loads_are_those_of_the_records(run_dir: Path) -> None:
             found = [levels[(number * 12 + layer) * 64 + expert] / loads["levels"] for expert in range(64)]
             expected = [64 * load for load in training[number][f"expert_load/moe_layer_{layer}"]]
             assert found == pytest.approx(expected, abs=0.5 / loads["levels"] + 1e-6)
+
+
+def test_long_samples_and_odd_settings_fit_into_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=200, layers=1, experts=4)
+    with (folder / "samples.jsonl").open("w") as file:
+        for step in range(100):
+            file.write(json.dumps({"step": step, "prompt": "p", "text": "x" * 100_000}) + "\n")
+        file.write('{"step": 100, "prompt": NaN, "text": [1]}\n')
+    (folder / "resolved" / "config.yaml").write_text("day: 2026-11-26\nnumber: .nan\n")
+    page = build_page([read_run(folder, "run", 10)])
+    assert len(page) < 500_000
+    samples = data_of(page)["runs"][0]["samples"]
+    assert samples[0] == [100, "nan", "[1]"]
+    assert samples[1][2] == "x" * 2000
+    assert data_of(page)["settings"][:2] == [["day", ['"2026-11-26"']], ["number", ["NaN"]]]
 
 
 def test_four_runs_stay_below_three_megabytes(run_dir: Path, other_dir: Path) -> None:
