@@ -25,6 +25,7 @@ _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "H100 PCIe": (756, 51.2),
         "H100 NVL": (835, 60),
         "H200": (989.4, 66.9),
+        "H200 NVL": (836, 60),
         "B200": (2250, 75),
         "MI250X": (191.5, 23.9),  # of each of the two devices on it
         "MI300X": (1307.4, 163.4),

@@ -173,7 +173,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "peak_memory_gib", "GiB", "memory", "largest memory since the launch, any rank: GPU, or resident without one"
     ),
-    Metric("consumed_samples", "samples", "data", "samples trained on since step 0"),
+    Metric(
+        "consumed_samples",
+        "samples",
+        "data",
+        "place in the order of the training samples: trained on, and skipped by train.skip_samples",
+    ),
     Metric(
         "consumed_tokens",
         "tokens",
