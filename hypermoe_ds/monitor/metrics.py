@@ -183,7 +183,7 @@ METRICS: tuple[Metric, ...] = (
         "consumed_tokens",
         "tokens",
         "data",
-        "tokens trained on since step 0, in total and by dataset",
+        "tokens of the steps since step 0, those of steps skipped for a NaN included; in total and by dataset",
         by="dataset",
     ),
     Metric(

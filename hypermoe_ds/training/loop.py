@@ -9,12 +9,12 @@ from torch import Tensor
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.training.guard import Guard
 from hypermoe_ds.training.state import TrainState
-from hypermoe_ds.training.validation import Validation
 from hypermoe_ds.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from hypermoe_ds.monitor.step_clock import Part
     from hypermoe_ds.training.recorder import Recorder
+    from hypermoe_ds.training.validation import Validation
 
 
 class StepObserver:
@@ -44,7 +44,7 @@ def train(
     last_step: int,
     recorder: "Recorder",
     checkpoints: CheckpointManager,
-    validate: Callable[[], Validation] | None,
+    validate: "Callable[[], Validation] | None",
     validation_interval: int,
     guard: Guard,
     watchdog: Watchdog,

@@ -104,7 +104,7 @@ def test_the_exports_tokenizer_gives_the_token_ids_of_training(
 
 def loss_told(done: Done) -> float:
     assert done.returncode == 0, done.told()
-    match = re.search(r"^loss ([\d.]+) \| perplexity ([\d.]+) \| ([\d,]+) tokens of ", done.stdout, re.MULTILINE)
+    match = re.search(r"^loss ([\d.]+) \| perplexity ([\d.]+) \| .+ \| ([\d,]+) tokens of ", done.stdout, re.MULTILINE)
     assert match is not None, done.stdout
     return float(match[1])
 

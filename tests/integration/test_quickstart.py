@@ -37,7 +37,7 @@ def test_the_quickstart_trains_validates_saves_and_exports(finished: tuple[Path,
     folder, output = finished
     assert f"step {STEPS}/{STEPS}  loss" in output
     assert (folder / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS:08d}"
-    assert list((folder / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((folder / "run" / "tensorboard").glob("run/events.out.tfevents.*"))
     assert (folder / "hf" / "model.safetensors").is_file()
     assert "def read_lines(path):" in output
 
@@ -48,7 +48,7 @@ def test_the_quickstart_tells_what_it_reached(finished: tuple[Path, str]) -> Non
     assert rows["steps"] == str(STEPS)
     assert rows["tokens"] == f"{STEPS * 8 * 128:,}"
     assert rows["run folder"] == str(folder / "run")
-    validations = [float(loss) for loss in re.findall(r"validation after step \d+ \| loss ([\d.]+)", output)]
+    validations = [float(loss) for loss in re.findall(r"valid \S+ +loss +([\d.]+)", output)]
     assert len(validations) == 2
     assert float(rows["validation loss"].split()[0]) == pytest.approx(validations[-1], abs=1e-3)
     assert validations[1] < validations[0]

@@ -196,8 +196,9 @@ def outcomes(tries: list[dict[str, Any]]) -> list[str]:
 
 
 def work_lost(job: SupervisedJob) -> list[int]:
-    """Steps that each start took again, from what the launches say."""
-    resumed = [int(line.split("| step ")[1].split()[0]) for line in job.said().splitlines() if "| step " in line]
+    """Steps that each launch took again."""
+    launches = map(json.loads, (job.run / "launches.jsonl").read_text().splitlines())
+    resumed = [launch["step"] for launch in launches if "ended" not in launch]
     ended = [json.loads(line)["step"] for line in (job.run / "supervisor.jsonl").read_text().splitlines()]
     return [last - first for last, first in zip(ended, resumed[1:], strict=False)]
 

@@ -149,12 +149,14 @@ def test_a_stopped_rank_is_named_and_ended_with_the_job(recipe: Path, whole_run:
 
 def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(recipe: Path, tmp_path: Path) -> None:
     fault = f"nan:1:4:{tmp_path / 'fault'}"
-    done = run_script(FAULTY, *arguments(recipe, tmp_path), folder=tmp_path, ranks=RANKS, HYPERMOE_FAULT=fault)
+    no_norms = "monitor.norms_interval=null"  # would be measured after other steps
+    words = arguments(recipe, tmp_path, no_norms)
+    done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, HYPERMOE_FAULT=fault)
     assert "warning: step 4 skipped: NaN or Inf in its loss (" in done.stdout
     assert "samples 24 to 31; 1 in a row, 1 in all" in done.stdout
     without = tmp_path / "without"
     without.mkdir()
-    words = arguments(recipe, without, "train.skip_samples=[[24, 31]]", "train.stop_at_step=7")
+    words = arguments(recipe, without, "train.skip_samples=[[24, 31]]", "train.stop_at_step=7", no_norms)
     run_script(TRAIN, *words, folder=without, ranks=RANKS)
     spoilt, whole = logged_steps(tmp_path / "run"), logged_steps(without / "run")
     assert (spoilt[3]["skipped_steps"], spoilt[3]["grad_norm"]) == (1, None)
@@ -162,7 +164,8 @@ def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(re
     for one, other in zip(spoilt, whole, strict=True):
         for record in (one, other):
             del record["step"], record["skipped_steps"]
-        assert one == other
+        counted = {key for key in one if key.startswith(("consumed_tokens", "epochs/"))}  # a bad step's tokens too
+        assert {key: one[key] for key in one.keys() - counted} == {key: other[key] for key in other.keys() - counted}
 
 
 @pytest.mark.slow

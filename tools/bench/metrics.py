@@ -12,8 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,37 +43,23 @@ _DEFAULTS = MonitorConfig()
 _KINDS = {"between": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norms_interval or 0}
 
 
-class TimedRecorder(Recorder):
-    """A recorder that adds up the seconds of its own calls.
+def time_own_calls(recorder: Recorder) -> list[float]:
+    """Have a recorder note the seconds of each of its calls that observe or record, in the list that is returned."""
+    seconds: list[float] = []
 
-    Attributes:
-        own: seconds since it was last set to 0.
-    """
+    def timed(call: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any, **named: Any) -> None:
+            wait_for_device()
+            began = time.perf_counter()
+            call(*arguments, **named)
+            wait_for_device()
+            seconds.append(time.perf_counter() - began)
 
-    own = 0.0
+        return run
 
-    def observe(self, output: Any) -> None:
-        """Take a micro-batch."""
-        with self._timed():
-            super().observe(output)
-
-    def observe_gradients(self) -> None:
-        """Take the gradients."""
-        with self._timed():
-            super().observe_gradients()
-
-    def record(self, state: TrainState, lr: float) -> None:
-        """Log the step."""
-        with self._timed():
-            super().record(state, lr)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        wait_for_device()
-        began = time.perf_counter()
-        yield
-        wait_for_device()
-        self.own += time.perf_counter() - began
+    for name in ("observe", "observe_gradients", "record"):
+        setattr(recorder, name, timed(getattr(recorder, name)))
+    return seconds
 
 
 def main() -> None:
@@ -122,15 +107,16 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     own: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     with tempfile.TemporaryDirectory() as folder:
         recorder = recorder_of(engine, given, model, optimizer, Path(folder))
+        calls = time_own_calls(recorder)
         batches = random_batches(model.vocab_size, given)
         for number in tqdm(range(given.rounds + 1), unit="round", leave=False):
             for kind, step in _KINDS.items():
-                recorder.own = 0.0
+                calls.clear()
                 pair = time_of(engine, batches, None, 0), time_of(engine, batches, recorder, step)
                 if number:  # the first one warms up
                     seconds["off"].append(pair[0])
                     seconds[kind].append(pair[1])
-                    own[kind].append(recorder.own)
+                    own[kind].append(sum(calls))
     return {
         "seconds": seconds,
         "own": own,
@@ -141,14 +127,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def recorder_of(
     engine: Any, given: argparse.Namespace, model: HyperMoEConfig, optimizer: OptimizerConfig, folder: Path
-) -> TimedRecorder:
+) -> Recorder:
     """What logs a run with the defaults."""
     console = Console(rank=1)  # prints nothing
     flops = ModelFlops(training_flops_per_token(model, given.sequence_length), 1, None, None)
     profiler = Profiler(_DEFAULTS, folder, 0, engine.module, console.log)
     logger = MetricLogger(_DEFAULTS, folder, 0, 0)
     norms = ParameterNorms(engine, optimizer)
-    return TimedRecorder(engine, _DEFAULTS, 10**6, logger, console, flops, norms, None, profiler)
+    return Recorder(engine, _DEFAULTS, 10**6, logger, console, flops, norms, None, profiler)
 
 
 def random_batches(vocabulary: int, given: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
