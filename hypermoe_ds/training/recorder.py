@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hypermoe_ds.data.consumption import Consumption
 from hypermoe_ds.monitor.console import Console, step_line, validation_lines
 from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
@@ -18,7 +17,10 @@ from hypermoe_ds.training.loop import StepObserver
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.state import TrainState
-from hypermoe_ds.training.validation import Validation
+
+if TYPE_CHECKING:  # they load megatron-core, which a benchmark of the steps does not need
+    from hypermoe_ds.data.consumption import Consumption
+    from hypermoe_ds.training.validation import Validation
 
 
 class Recorder(StepObserver):
@@ -45,7 +47,7 @@ class Recorder(StepObserver):
         console: Console,
         flops: ModelFlops,
         norms: ParameterNorms,
-        consumption: Consumption | None,
+        consumption: "Consumption | None",
         profiler: Profiler,
     ) -> None:
         self.clock = StepClock()
@@ -123,7 +125,7 @@ class Recorder(StepObserver):
         self._console.log(step_line(state.step, self._steps, values, seconds_left, routing.load_MN))
         self._logger.log(state.step, values, routing.load_MN)
 
-    def record_validation(self, step: int, result: Validation) -> None:
+    def record_validation(self, step: int, result: "Validation") -> None:
         """Log a validation."""
         for line in validation_lines(step, self._steps, result.values):
             self._console.log(line)

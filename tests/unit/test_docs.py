@@ -22,6 +22,7 @@ PAGES = [
     "docs/CLUSTERS.md",
     "docs/RELIABILITY.md",
     "docs/DEPLOYMENT.md",
+    "docs/METRICS.md",
 ]
 ROOMS = ("pretrain", "hypermoe_ds", "launch", "tools")
 
@@ -56,9 +57,10 @@ def test_the_readmes_presets_have_the_numbers_of_the_code() -> None:
     assert rows == expected, "run: python tools/doc_tables.py --write README.md"
 
 
-def test_the_readmes_tables_are_those_that_the_tool_writes() -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/METRICS.md"])
+def test_the_tables_of_a_page_are_those_that_the_tool_writes(name: str) -> None:
     tool = runpy.run_path(str(REPOSITORY / "tools/doc_tables.py"))
-    assert tool["with_tables"](page("README.md")) == page("README.md")
+    assert tool["with_tables"](page(name)) == page(name), f"run: python tools/doc_tables.py --write {name}"
 
 
 def test_the_readmes_recipe_is_valid() -> None:
