@@ -71,8 +71,9 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         with console.phase("loading the newest checkpoint"):
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
-        logger.log_launch(settings, versions_now())
         launch = report_launch(config, model, ds_config, state, folder, console)
+        if rank == 0:  # finding the commit starts a process
+            logger.log_launch(settings, versions_now())
         seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         with console.phase("building datasets"):
             train_set, valid_sets = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
