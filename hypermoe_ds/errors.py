@@ -43,6 +43,15 @@ class MachineError(Exception):
     """What went wrong with a machine or a rank, told in one line; the last checkpoint is as good as it was."""
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` into a `MachineError` that names the file; `path` if the error names none."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{error.filename or path}: cannot be written ({error.strerror})") from None
+
+
 def local_rank() -> int:
     """This process's number among the ranks of its host, as its launcher tells it; 0 without a launcher."""
     return _from_environment(("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"))

@@ -1,5 +1,6 @@
-"""Files of folders that others made."""
+"""Files of folders that others made, and short names for paths."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError
@@ -31,3 +32,22 @@ def file_of(folder: Path, name: str) -> Path:
     if not is_file:
         raise UserError(str(path), "is missing or not a file", "fetch or export the folder again")
     return path
+
+
+def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str) -> list[str]:
+    """Return a short name for each path: its shortest end that no other one has.
+
+    Args:
+        paths: parts of each path, such as `Path.parts`.
+        separator: what joins the parts of a name.
+        numbered: format of a name that an earlier path has too, such as the same path twice: name, number.
+    """
+    ends = [tuple(path)[::-1] for path in paths]
+    names = []
+    for end in ends:
+        lengths = range(1, len(end) + 1)
+        length = next((n for n in lengths if sum(other[:n] == end[:n] for other in ends) == 1), 1)
+        names.append(separator.join(part.strip("/") for part in end[:length][::-1]))
+    return [
+        numbered.format(name, names[:i].count(name) + 1) if name in names[:i] else name for i, name in enumerate(names)
+    ]

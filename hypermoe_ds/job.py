@@ -3,6 +3,7 @@
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.consumption import Consumption
 from hypermoe_ds.data.datasets import SequenceDataset, build_datasets, check_sources
 from hypermoe_ds.data.loader import build_loader
-from hypermoe_ds.data.shares import dataset_shares
+from hypermoe_ds.data.shares import DatasetShare, dataset_shares
 from hypermoe_ds.data.token_files import read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import EXIT_SAVED, UserError
@@ -81,7 +82,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
             console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
 
         validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
-        recorder = build_recorder(config, model, engine, train_set, logger, console)
+        recorder = build_recorder(config, model, engine, train_set, launch.datasets, logger, console)
         place = (micro_batch, rank, world_size, state.consumed_samples)
         loader = build_loader(train_set, *place, config.data.workers, config.left_out)
         stopped = loop.train(
@@ -108,13 +109,14 @@ def build_recorder(
     model: HyperMoEConfig,
     engine: Any,
     train_set: SequenceDataset,
+    datasets: Sequence[DatasetShare],
     logger: MetricLogger,
     console: Console,
 ) -> Recorder:
     """Build what measures and logs the steps.
 
     Raises:
-        UserError: a token file is missing.
+        UserError: a rank that is to be profiled does not exist.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     known = peak_tflops(device, config.train.precision) if device is not None else None
@@ -124,15 +126,15 @@ def build_recorder(
         device=device,
         peak=config.monitor.peak_tflops or known,
     )
+    rank = torch.distributed.get_rank()
     consumption = None
-    if torch.distributed.get_rank() == 0:
-        consumption = Consumption(train_set, config.data.train, config.data.sequence_length, config.left_out)
+    if rank == 0:
+        consumption = Consumption(train_set, datasets, config.data.sequence_length, config.left_out)
     norms = ParameterNorms(engine, config.optimizer)
-    for absent in (rank for rank in config.monitor.profile_ranks if rank >= flops.ranks):
+    for absent in (number for number in config.monitor.profile_ranks if number >= flops.ranks):
         remedy = f"give ranks from 0 to {flops.ranks - 1}"
         raise UserError(f"monitor.profile_ranks={config.monitor.profile_ranks}", f"there is no rank {absent}", remedy)
-    folder, rank = Path(config.run.dir) / "profile", torch.distributed.get_rank()
-    profiler = Profiler(config.monitor, folder, rank, engine.module, console.log)
+    profiler = Profiler(config.monitor, Path(config.run.dir) / "profile", rank, engine.module, console.log)
     return Recorder(engine, config.monitor, config.train.steps, logger, console, flops, norms, consumption, profiler)
 
 
@@ -170,7 +172,8 @@ def report_launch(
     """
     ranks = HostGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
-    datasets = dataset_shares(config.data.train, config.samples(state) * config.data.sequence_length)
+    tokens = config.samples(state) * config.data.sequence_length
+    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []  # it reads all token indices
     launch = Launch(state.step, ranks.size, hosts, asdict(model.parameter_counts()), datasets)
     if ranks.rank == 0:
         stage = ds_config["zero_optimization"]["stage"]

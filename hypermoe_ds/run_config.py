@@ -133,7 +133,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_length(cls, recipe: Any) -> Any:
-        """Give `train` both its steps and its tokens, of which a recipe has one."""
+        """Fill in both steps and tokens of `train`; a recipe gives one of them."""
         train, data = (recipe.get(name) if isinstance(recipe, dict) else None for name in ("train", "data"))
         if not isinstance(train, dict) or not isinstance(data, dict):
             return recipe

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -100,8 +101,9 @@ def versions_now() -> dict[str, str]:
     return found
 
 
+@cache
 def _git_commit() -> str:
-    """Commit of the checkout that this file belongs to, "unknown" outside one."""
+    """Commit of the checkout that this file belongs to, "unknown" outside one; looked up once a process."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings
+from hypermoe_ds.files import distinct_names
 
 
 class DataSource(Settings):
@@ -33,15 +34,8 @@ def dataset_names(sources: Sequence[DataSource]) -> list[str]:
     Parts of a path are joined by `-`, since a `/` separates the parts of a metric's key. Datasets that still share a
     name, such as the same files twice, are numbered: `books`, `books-2`.
     """
-    ends = [[source.name] if source.name else list(Path(source.prefix).parts[::-1]) for source in sources]
-    lengths = [
-        next((n for n in range(1, len(end) + 1) if sum(other[:n] == end[:n] for other in ends) == 1), 1) for end in ends
-    ]
-    names: list[str] = []
-    for end, length in zip(ends, lengths, strict=True):
-        name = "-".join(part.strip("/").replace("/", "-") for part in end[:length][::-1])
-        names.append(name)
-    return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+    paths = [(source.name.replace("/", "-"),) if source.name else Path(source.prefix).parts for source in sources]
+    return distinct_names(paths, "-", "{}-{}")
 
 
 class DataConfig(Settings):

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock, Timer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _OURS = Path(__file__).parents[1]
 _COLUMNS = 120  # of text that goes to a file
-_LONG_SECONDS = 30  # after which what takes long is a line of its own where there is no status line
+_LONG_SECONDS = 30  # after which long work gets a line of its own if no status line shows it
 _PARTS_OF_A_STEP = ("beginning", "forward and backward")
 _WARNING = "warning: "
 
@@ -228,19 +228,7 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left:
     """
     width = len(f"{steps:,}")
     parts = [time.strftime("%H:%M:%S"), f"step {step:>{width},}/{steps:,}", f"loss {scalars['loss']:7.4f}"]
-    columns = (
-        ("lr", "lr {:.2e}"),
-        ("grad_norm", "grad {:>8}"),
-        ("consumed_tokens", "tokens {:>6}"),
-        ("tokens_per_second", "{:>9,.0f} tok/s"),
-        ("mfu", "MFU {:>4.0%}"),
-    )
-    shown = {"grad_norm": _fixed, "consumed_tokens": readable}
-    parts += [
-        text.format(shown[name](scalars[name]) if name in shown else scalars[name])
-        for name, text in columns
-        if name in scalars
-    ]
+    parts += _columns(_STEP_COLUMNS, scalars)
     memory = scalars.get("memory_reserved_gib", scalars.get("peak_memory_gib"))
     if memory is not None:
         parts.append(f"{memory:5.1f} GiB")
@@ -263,20 +251,36 @@ def validation_lines(step: int, steps: int, values: Mapping[str, float]) -> list
     rows = [(name, f"/{name}") for name in names] + [("all", "")] * (len(names) != 1)
     place = f"step {step:>{len(f'{steps:,}')},}/{steps:,}"
     column = max(len(name) for name, _ in rows)
-    columns = (
-        ("valid_loss", "loss {:7.4f}"),
-        ("valid_perplexity", "perplexity {:>8}"),
-        ("valid_bits_per_byte", "{:6.4f} bits/byte"),
-        ("hyper_expert_contribution", "HyperExperts contribute {:+.4f}"),
-    )
-    lines = []
-    for name, item in rows:
-        found = [(text, values[f"{metric}{item}"]) for metric, text in columns if f"{metric}{item}" in values]
-        parts = [text.format(_fixed(value) if text.endswith(">8}") else value) for text, value in found]
-        lines.append("  ".join([time.strftime("%H:%M:%S"), place, f"valid {name:<{column}}", *parts]))
-    return lines
+    now = time.strftime("%H:%M:%S")
+    return [
+        "  ".join([now, place, f"valid {name:<{column}}", *_columns(_VALIDATION_COLUMNS, values, item)])
+        for name, item in rows
+    ]
+
+
+Columns = Sequence[tuple[str, Callable[[float], str]]]
+
+
+def _columns(columns: Columns, values: Mapping[str, float], item: str = "") -> list[str]:
+    """Return the text of each metric that there is a value of."""
+    return [show(values[f"{metric}{item}"]) for metric, show in columns if f"{metric}{item}" in values]
 
 
 def _fixed(value: float) -> str:
     """Return a number of any size in at most 8 characters."""
     return f"{value:.3f}" if not math.isfinite(value) or value < 1000 else f"{value:.2e}"
+
+
+_STEP_COLUMNS: Columns = (
+    ("lr", "lr {:.2e}".format),
+    ("grad_norm", lambda norm: f"grad {_fixed(norm):>8}"),
+    ("consumed_tokens", lambda tokens: f"tokens {readable(tokens):>6}"),
+    ("tokens_per_second", "{:>9,.0f} tok/s".format),
+    ("mfu", "MFU {:>4.0%}".format),
+)
+_VALIDATION_COLUMNS: Columns = (
+    ("valid_loss", "loss {:7.4f}".format),
+    ("valid_perplexity", lambda perplexity: f"perplexity {_fixed(perplexity):>8}"),
+    ("valid_bits_per_byte", "{:6.4f} bits/byte".format),
+    ("hyper_expert_contribution", "HyperExperts contribute {:+.4f}".format),
+)

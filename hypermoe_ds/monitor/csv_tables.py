@@ -23,14 +23,15 @@ class CsvTable:
         """Remove rows of steps that a resumed run takes again, and rows that are damaged or cut off."""
         if not self._path.exists():
             return
-        # Not by a CSV reader, which fails on damaged files: bytes of no encoding, fields of megabytes.
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-        header, *rows = [line.split(",") for line in lines] or [[]]
-        if header[:2] != ["step", "time"]:
+        first, *lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if not first.startswith("step,time"):
             self._path.unlink()
             return
-        self._columns = header
-        self._rewrite(row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step)
+        [self._columns] = csv.reader([first])
+        # Not by a CSV reader, which fails on damaged files: bytes of no encoding, fields of megabytes.
+        rows = (line.split(",") for line in lines)
+        columns = len(self._columns)
+        self._rewrite(row for row in rows if len(row) == columns and row[0].isdecimal() and int(row[0]) <= step)
 
     def append(self, record: Mapping[str, float]) -> None:
         """Add one row; columns that are new are added to the header, in an atomic rewrite of the file."""

@@ -8,7 +8,7 @@ _OF_A_LAYER = re.compile(r"[^\d{}]*\blayer \d+\b[^{}]*")
 
 
 class LayerMessages:
-    """Collects messages that differ in their numbers only, the first of which is the layer's."""
+    """Collect messages that differ only in their numbers; the first number is the layer's."""
 
     def __init__(self) -> None:
         self._held: dict[str, list[list[int]]] = {}

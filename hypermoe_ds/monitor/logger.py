@@ -1,15 +1,14 @@
 """Write metrics, settings and samples to every destination that is switched on."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor
 
-from hypermoe_ds.errors import MachineError, UserError
+from hypermoe_ds.errors import UserError, disk_errors
 from hypermoe_ds.monitor.csv_tables import CsvTable
 from hypermoe_ds.monitor.record_file import RecordFile
 from hypermoe_ds.monitor.settings import MonitorConfig
@@ -78,9 +77,9 @@ class MetricLogger:
         """
         if not self._writes:
             return
-        record = {"step": step, "time": round(time.time(), 3), **values}
-        with self._one_line():
-            self._metrics.append({**record, **_lists(load_MN)})
+        record, loads = {"step": step, "time": round(time.time(), 3), **values}, _lists(load_MN)
+        with disk_errors(self._metrics.path):
+            self._metrics.append({**record, **loads})
             if self._tensorboard is not None:
                 self._tensorboard.scalars(step, values)
                 if load_MN is not None and load_MN.numel():
@@ -89,7 +88,7 @@ class MetricLogger:
             if self._tables:
                 self._tables[_VALIDATION in values].append(record)
         if self._wandb is not None:
-            self._wandb.scalars(step, values, load_MN)
+            self._wandb.metrics(step, values, loads)
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Log prompts and what the model continued each one with.
@@ -99,7 +98,7 @@ class MetricLogger:
         """
         if not self._writes or not samples:
             return
-        with self._one_line():
+        with disk_errors(self._metrics.path):
             for prompt, text in samples:
                 self._samples.append({"step": step, "prompt": prompt, "text": text})
             if self._tensorboard is not None:
@@ -119,19 +118,11 @@ class MetricLogger:
         if self._tensorboard is not None:
             blocks = {"recipe": settings, "versions": versions}
             texts = {name: _yaml_block(block) for name, block in blocks.items()}
-            with self._one_line():
+            with disk_errors(self._metrics.path):
                 self._tensorboard.texts(self._resumed_step, texts)
                 self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.settings({**settings, "versions": dict(versions)})
-
-    @contextmanager
-    def _one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            where = error.filename or self._metrics.path
-            raise MachineError(f"{where}: cannot be written ({error.strerror})") from None
 
 
 def _lists(load_MN: Tensor | None) -> dict[str, list[float]]:

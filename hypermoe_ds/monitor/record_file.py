@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hypermoe_ds.monitor.files import write_whole
-from hypermoe_ds.monitor.summary import read_records
+from hypermoe_ds.monitor.files import write_lines
+from hypermoe_ds.monitor.summary import iterate_records
 
 
 class RecordFile:
@@ -24,8 +24,8 @@ class RecordFile:
         """Remove records of later steps."""
         if not self.path.exists():
             return
-        kept = [record for record in read_records(self.path) if record["step"] <= step]
-        write_whole(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
+        kept = (record for record in iterate_records(self.path) if record["step"] <= step)
+        write_lines(self.path, (f"{json.dumps(record)}\n" for record in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record, flushed; NaN and infinity, which JSON does not have, become null."""

@@ -32,14 +32,19 @@ class RunSummary:
     valid_loss: float
 
 
-def iterate_records(metrics: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics.jsonl, in order; skip damaged lines, such as the last one of a killed run."""
-    with metrics.open("rb") as file:
+def json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that has one a line; skip damaged lines, such as the last one of a killed run."""
+    with path.open("rb") as file:
         for line in file:
             with suppress(ValueError):
-                record = from_json(line)
-                if isinstance(record, dict) and type(record.get("step")) is int:
-                    yield record
+                entry = from_json(line)
+                if isinstance(entry, dict):
+                    yield entry
+
+
+def iterate_records(metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics.jsonl, in order; each has a step."""
+    return (record for record in json_objects(metrics) if type(record.get("step")) is int)
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
@@ -52,7 +57,7 @@ def validation_at(metrics: Path, step: int) -> float | None:
     if not metrics.is_file():
         return None
     losses = [
-        record["valid_loss"] for record in read_records(metrics) if record["step"] == step and "valid_loss" in record
+        record["valid_loss"] for record in iterate_records(metrics) if record["step"] == step and "valid_loss" in record
     ]
     return losses[-1] if losses else None
 

@@ -5,8 +5,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hypermoe_ds.monitor.files import write_whole
 from hypermoe_ds.monitor.metrics import metric_of
 
@@ -29,15 +27,13 @@ class WeightsAndBiases:
         )
         write_whole(path, f"{self._run.id}\n")
 
-    def scalars(self, step: int, values: Mapping[str, float], load_MN: Tensor | None) -> None:
-        """Log values by their keys in metrics.jsonl, and each layer's loads as a histogram.
+    def metrics(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[float]]) -> None:
+        """Log values and each layer's loads, as a histogram, by their keys in metrics.jsonl.
 
         W&B ignores steps that it has seen before, which a resumed run takes again: no chart has a step twice.
         """
-        loads = {} if load_MN is None else {f"expert_load/moe_layer_{i}": load_N for i, load_N in enumerate(load_MN)}
-        histograms = {key: self._wandb.Histogram(load_N.tolist()) for key, load_N in loads.items()}
-        named = {_by_page(key): value for key, value in {**values, **histograms}.items()}
-        self._run.log(named, step=step)
+        histograms = {key: self._wandb.Histogram(list(load)) for key, load in loads.items()}
+        self._run.log({_by_page(key): value for key, value in {**values, **histograms}.items()}, step=step)
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Log prompts and their continuations as a table."""

@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.monitor.summary import iterate_records
+from hypermoe_ds.files import distinct_names
+from hypermoe_ds.monitor.summary import iterate_records, json_objects
 from hypermoe_ds.progress import Progress
 from hypermoe_ds.report.downsampling import Bins, Floats, Ints
 
@@ -92,7 +92,8 @@ def read_run(path: Path, name: str, bins: int) -> Run:
     series, loads = _read_metrics(metrics, bins)
     if not series:
         raise UserError(str(metrics), "holds no record", "wait for the first logged step")
-    launches, attempts, samples = (list(_json_lines(path / file)) for file in _FILES)
+    files = (path / name for name in _FILES)
+    launches, attempts, samples = (list(json_objects(file)) if file.is_file() else [] for file in files)
     return Run(name, path, series, loads, launches, attempts, samples, _settings(path / "resolved"))
 
 
@@ -126,17 +127,6 @@ def _relative_loads(rows: list[Any]) -> Floats | None:
     return None
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of one a line, without damaged lines; none if there is no file."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError):
-            entry = from_json(line)
-            if isinstance(entry, dict):
-                yield entry
-
-
 def _settings(folder: Path) -> dict[str, str]:
     settings: dict[str, str] = {}
     with suppress(OSError, ValueError, yaml.YAMLError):
@@ -158,11 +148,4 @@ def flat(settings: Any, prefix: str = "") -> dict[str, str]:
 
 def labels(paths: Iterable[Path]) -> list[str]:
     """Return a distinct label for each run folder: the shortest end of its path that no other one has, or a number."""
-    ends = [path.resolve().parts[::-1] for path in paths]
-    names: list[str] = []
-    for end in ends:
-        lengths = range(1, len(end) + 1)
-        length = next((n for n in lengths if sum(other[:n] == end[:n] for other in ends) == 1), 1)
-        name = "/".join(part.strip("/") for part in end[:length][::-1])
-        names.append(name)
-    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
+    return distinct_names([path.resolve().parts for path in paths], "/", "{} ({})")

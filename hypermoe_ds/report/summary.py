@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from hypermoe_ds.monitor.units import duration, readable
+from hypermoe_ds.report.downsampling import Floats
 from hypermoe_ds.report.reading import Run
 
 _GAP = 10  # times the usual time between two records, after which the run is taken to have stood still
 
 
 def summary(run: Run) -> dict[str, str]:
-    """Return what a run reached, by name, as text; what is not known is left out."""
+    """Return what a run reached, by name, as text; unknown values are omitted."""
     found = {
         "step": _number(_last_step(run), ",.0f"),
         "tokens": _readable(run.last("consumed_tokens")),
@@ -66,8 +67,7 @@ def resumes(run: Run) -> list[int]:
 
 def trained_seconds(run: Run) -> float | None:
     """Return the time between first and last record without the pauses, in which the run stood still."""
-    times = run.series["time"].numbers if "time" in run.series else np.empty(0)
-    gaps = np.diff(times[np.isfinite(times)])
+    gaps = np.diff(_times(run))
     gaps = gaps[gaps > 0]
     if not len(gaps):
         return None
@@ -86,9 +86,15 @@ def _last_step(run: Run) -> float:
     return max(series.steps[-1] for series in run.series.values())
 
 
-def _span(run: Run) -> float | None:
+def _times(run: Run) -> Floats:
+    """When each record was written, in seconds."""
     times = run.series["time"].numbers if "time" in run.series else np.empty(0)
-    return float(np.nanmax(times) - np.nanmin(times)) if np.isfinite(times).any() else None
+    return times[np.isfinite(times)]
+
+
+def _span(run: Run) -> float | None:
+    times = _times(run)
+    return float(times.max() - times.min()) if len(times) else None
 
 
 def _best(run: Run) -> str:

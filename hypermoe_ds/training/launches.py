@@ -13,7 +13,7 @@ import torch
 
 from hypermoe_ds.checkpoint.manifest import versions_now
 from hypermoe_ds.data.shares import DatasetShare
-from hypermoe_ds.errors import MachineError
+from hypermoe_ds.errors import disk_errors
 
 Ended = Literal["finished", "stop_at_step", "signal"]
 
@@ -32,7 +32,7 @@ class Launch:
         world_size: number of ranks.
         hosts: number of hosts.
         parameters: total, active, hypernetwork.
-        datasets: part of each training dataset in the run.
+        datasets: part of each training dataset in the run; known on rank 0.
         device: name of rank 0's GPU, or "cpu".
     """
 
@@ -78,8 +78,5 @@ def write_end(run_dir: Path, step: int, ended: Ended) -> None:
 
 def _append(run_dir: Path, entry: Mapping[str, Any]) -> None:
     path = run_dir / "launches.jsonl"
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error.strerror})") from None
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")

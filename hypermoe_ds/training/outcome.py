@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from hypermoe_ds.monitor.summary import read_records
+from hypermoe_ds.monitor.summary import iterate_records
 from hypermoe_ds.monitor.units import duration, readable
 from hypermoe_ds.training.launches import Ended
 
@@ -52,7 +52,7 @@ def outcome_rows(
 
 def _validation(run_dir: Path) -> list[str]:
     metrics = run_dir / "metrics.jsonl"
-    records = read_records(metrics) if metrics.is_file() else []
+    records = iterate_records(metrics) if metrics.is_file() else ()
     losses = [(record["valid_loss"], record["step"]) for record in records if record.get("valid_loss") is not None]
     if not losses:
         return []

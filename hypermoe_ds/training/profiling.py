@@ -1,7 +1,7 @@
 """Traces of a few steps, with the parts of the model named."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hypermoe_ds.errors import MachineError
+from hypermoe_ds.errors import disk_errors
 from hypermoe_ds.monitor.settings import MonitorConfig
 
 _OPERATORS = 10  # rows of the table
@@ -68,7 +68,7 @@ class Profiler:
         trace, self._trace = self._trace, None
         trace.stop()
         self._regions.remove()
-        with _one_line(self._path):
+        with disk_errors(self._path):
             self._path.parent.mkdir(exist_ok=True)
             trace.export_chrome_trace(f"{self._path}.json.gz")
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
@@ -80,14 +80,6 @@ class Profiler:
                 torch.cuda.memory._dump_snapshot(f"{self._path}_memory.pickle")  # type: ignore[no-untyped-call]
                 torch.cuda.memory._record_memory_history(enabled=None)
         self._log(f"steps {self._first} to {self._last} are profiled: {self._path}.json.gz, and _operators.txt")
-
-
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 class ModelRegions:

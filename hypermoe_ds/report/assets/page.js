@@ -337,12 +337,10 @@ function heatMaps(parent) {
 }
 function scaleBar() {
   const bar = element("span", { className: "ramp" });
-  bar.paint = () => {
+  bar.draw = () => {
     const stops = [0, 0.5, 1, 2, 3].map((load, i) => `rgb(${ramp(load)}) ${i * 25}%`);
     bar.style.background = `linear-gradient(90deg, ${stops})`;
   };
-  bar.draw = bar.paint;
-  bar.paint();
   charts.push(bar);
   return element("span", {}, "0 ", bar, " 3 x mean");
 }
@@ -404,14 +402,15 @@ function build() {
   settings();
   samples();
 }
+const watcher = new IntersectionObserver((entries) => {
+  for (const entry of entries.filter((each) => each.isIntersecting)) {
+    watcher.unobserve(entry.target);
+    entry.target.chart.draw();
+  }
+}, { rootMargin: "400px" });
 /** Charts are drawn when they come into view. */
 function drawAll() {
-  const watcher = new IntersectionObserver((entries) => {
-    for (const entry of entries.filter((each) => each.isIntersecting)) {
-      watcher.unobserve(entry.target);
-      entry.target.chart.draw();
-    }
-  }, { rootMargin: "400px" });
+  watcher.disconnect();
   for (const chart of charts) {
     if (chart instanceof Chart) {
       chart.plotted.chart = chart;

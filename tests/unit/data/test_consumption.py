@@ -12,6 +12,7 @@ from hypermoe_ds.data.consumption import Consumption
 from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
 from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.shares import dataset_shares
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
 
 S, SAMPLES = 16, 200
@@ -20,7 +21,7 @@ SKIPPED = [[3, 9], [50, 50], [120, 140]]
 
 def build(corpus: TokenisedCorpus, folder: Path, sources: int) -> tuple[SequenceDataset, DataConfig]:
     weights = [3.0, 1.0, 0.5][:sources]
-    for number in range(sources):  # a token tells its dataset
+    for number in range(sources):  # the tokens of each dataset have ids of their own
         write_token_files(f"{folder}/d{number}", [[100 * number + 5] * 90 for _ in range(10)])
     given: dict[str, Any] = {
         "train": [{"prefix": f"{folder}/d{n}", "weight": weight} for n, weight in enumerate(weights)],
@@ -38,7 +39,7 @@ def test_counts_are_those_of_the_samples_one_by_one(
 ) -> None:
     monkeypatch.setattr(consumption, "_CHUNK", 7)
     samples, config = build(corpus, tmp_path, sources)
-    counting = Consumption(samples, config.train, S, LeftOut(skipped))
+    counting = Consumption(samples, dataset_shares(config.train, 1), S, LeftOut(skipped))
     of_sample = [int(samples[index]["tokens"][1]) // 100 for index in range(SAMPLES)]
     out = {index for first, last in skipped for index in range(first, last + 1)}
     for consumed in (0, 5, 5, 64, 131, SAMPLES):
@@ -53,7 +54,7 @@ def test_counts_are_those_of_the_samples_one_by_one(
 
 def test_a_resumed_run_counts_from_the_beginning(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     samples, config = build(corpus, tmp_path, 3)
-    whole, resumed = (Consumption(samples, config.train, S, LeftOut(SKIPPED)) for _ in range(2))
+    whole, resumed = (Consumption(samples, dataset_shares(config.train, 1), S, LeftOut(SKIPPED)) for _ in range(2))
     for consumed in range(0, 151, 50):
         expected = whole.at(consumed)
     assert resumed.at(150) == expected

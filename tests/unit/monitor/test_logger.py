@@ -245,6 +245,14 @@ def test_a_killed_process_leaves_all_that_it_logged_readable(run_dir: Path) -> N
     assert [row["step"] for row in rows_of(run_dir / "csv" / "train.csv")] == ["1", "2", "3", "4", "5"]
 
 
+def test_a_column_whose_name_holds_a_comma_is_kept_on_a_resume(run_dir: Path) -> None:
+    for resumed in (0, 1):
+        writing = logger(run_dir, resumed_step=resumed, csv=True, tensorboard=False)
+        writing.log(resumed + 1, {"valid_loss": 2.0, "valid_loss/a, b": 1.5 + resumed})
+    rows = rows_of(run_dir / "csv" / "validation.csv")
+    assert [(row["step"], row["valid_loss/a, b"]) for row in rows] == [("1", "1.5"), ("2", "2.5")]
+
+
 # Damaged files
 
 
