@@ -1,5 +1,6 @@
 """The report in a browser: charts are drawn, tooltips appear, nothing is wider than the window."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.helpers.synthetic_runs import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver")
 ui = pytest.importorskip("selenium.webdriver.support.ui")
+exceptions = pytest.importorskip("selenium.common.exceptions")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver")
 
@@ -54,12 +56,30 @@ def wait_for(browser: Any, script: str) -> Any:
     return ui.WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(script))
 
 
+def tooltip(browser: Any, chart: str, tip: str, beginning: str = "") -> str:
+    """Hover over a chart until its tooltip begins so; a redraw may replace the chart in between."""
+    offsets = itertools.cycle((0, 5))
+
+    def hover(driver: Any) -> str | None:
+        element = driver.find_element("css selector", chart)
+        actions = webdriver.ActionChains(driver).scroll_to_element(element)
+        actions.move_to_element_with_offset(element, next(offsets), 0).perform()
+        text: str = driver.find_element("css selector", tip).get_property("innerText")
+        return text if text.startswith(beginning) else None
+
+    replaced = [exceptions.StaleElementReferenceException, exceptions.NoSuchElementException]
+    waiting = ui.WebDriverWait(browser, 20, ignored_exceptions=replaced)
+    shown: str = waiting.until(hover)
+    return shown
+
+
 def stacked_values(browser: Any) -> dict[str, str]:
     """What the tooltip of the parts of a step shows."""
-    plot = wait_for(browser, "return document.querySelector('#speed section:last-child .u-over')")
-    webdriver.ActionChains(browser).scroll_to_element(plot).move_to_element(plot).perform()
-    script = "return document.querySelector('#speed section:last-child .tip').innerText"
-    return {line.split()[0]: line.split()[1] for line in wait_for(browser, script).splitlines()[1:]}
+    parts = "#speed section:last-child"
+    return {
+        line.split()[0]: line.split()[1]
+        for line in tooltip(browser, f"{parts} .u-over", f"{parts} .tip").splitlines()[1:]
+    }
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -89,10 +109,7 @@ def test_the_page_draws_its_charts_within_the_window_and_without_errors(
 def test_hovering_shows_the_values_and_the_controls_redraw(browser: Any, pages: dict[int, Path]) -> None:
     show(browser, pages[1], 1280, "light")
     wait_for(browser, "return document.querySelectorAll('#loss .u-over').length > 0")
-    plot = browser.find_element("css selector", "#loss .u-over")
-    webdriver.ActionChains(browser).scroll_to_element(plot).move_to_element(plot).perform()
-    tip = wait_for(browser, "return document.querySelector('#loss .tip').innerText")
-    assert tip.startswith("step ")
+    tip = tooltip(browser, "#loss .u-over", "#loss .tip", "step ")
     assert "training" in tip
     assert "nats/token" in tip
     axis = ui.Select(browser.find_element("id", "axis"))
@@ -106,9 +123,7 @@ def test_hovering_shows_the_values_and_the_controls_redraw(browser: Any, pages: 
         "const slider = document.getElementById('smoothing'); slider.value = 0.9; slider.oninput();"
         "document.querySelector('#validation .legend button').click();"
     )
-    plot = wait_for(browser, "return document.querySelector('#loss .u-over')")
-    webdriver.ActionChains(browser).scroll_to_element(plot).move_to_element(plot).perform()
-    assert wait_for(browser, "return document.querySelector('#loss .tip').innerText").startswith("hours ")
+    tooltip(browser, "#loss .u-over", "#loss .tip", "hours ")
     browser.execute_script("document.getElementById('speed').scrollIntoView()")
     wait_for(browser, "return document.querySelectorAll('#speed section:last-child .u-over').length > 0")
     parts = browser.find_elements("css selector", "#speed section:last-child .legend button")
@@ -117,7 +132,5 @@ def test_hovering_shows_the_values_and_the_controls_redraw(browser: Any, pages: 
     parts[1].click()
     values.append(stacked_values(browser))
     assert values[1] == {part: value for part, value in values[0].items() if part != "forward"}
-    heat = browser.find_element("css selector", "canvas.heat")
-    webdriver.ActionChains(browser).scroll_to_element(heat).move_to_element(heat).perform()
-    assert "of the mean" in wait_for(browser, "return document.querySelector('#routing .heat + .tip').innerText")
+    assert "of the mean" in tooltip(browser, "canvas.heat", "#routing .heat + .tip")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

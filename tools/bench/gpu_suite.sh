@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Every benchmark that needs a GPU, on one GPU, in under ten minutes: JSON files, profiles, traces and summary.md.
+# Every benchmark that needs a GPU, on one GPU, in about half an hour: JSON files, profiles, traces and summary.md.
 #
 #   bash tools/bench/gpu_suite.sh      with an environment active that has torch for CUDA, DeepSpeed and Transformers
 #   OUT=DIR                            where everything is written (default: build/gpu_suite)
 #   PYTHON=PATH                        the interpreter (default: python)
+#   ONLY=REGEX                         run the steps whose names match (default: all), as in ONLY='HyperExperts|Losses'
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 python=${PYTHON:-python}
 out=${OUT:-build/gpu_suite}
-deadline=570 # seconds for all of it
+only=${ONLY:-.}
+deadline=2400 # seconds for all of it
 if ! [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]]; then
     echo "gpu_suite: no NVIDIA GPU on this machine; run it on one that has it" >&2
     exit 1
@@ -30,6 +32,7 @@ failed=()
 step() {
     local name=$1 seconds=$2 started=$SECONDS status=0
     shift 2
+    [[ $name =~ $only ]] || return 0
     local left=$((deadline - SECONDS))
     seconds=$((seconds < left ? seconds : left))
     echo "== $name"
@@ -61,20 +64,20 @@ compare=("$python" tools/bench/train_step.py --ranks 1)
 long=(--precision bf16 --sequence-length 4096 --warmup 3)
 short=(--sides hypermoe --sequence-length 1024 --micro-batch-size 2 --steps 6 --warmup 0 --repeat-batch)
 
-step "HyperExperts" 80 "$python" tools/bench/hyper_experts.py --device cuda --dtype bf16 --calibrate \
+step "HyperExperts" 240 "$python" tools/bench/hyper_experts.py --device cuda --dtype bf16 --calibrate \
     --json "$out/hyper_experts.json"
-step "Overlap of the HyperExperts" 40 "$python" tools/bench/overlap.py --json "$out/overlap.json" \
+step "Overlap of the HyperExperts" 120 "$python" tools/bench/overlap.py --json "$out/overlap.json" \
     --trace "$out/trace.json"
 # As its recipe trains: layers recomputed, several micro-batches a step.
-step "Training step, 3b-a0.4b" 320 "${compare[@]}" "${long[@]}" --preset 3b-a0.4b --steps 4 --warmup 1 --micro-batch-size auto \
+step "Training step, 3b-a0.4b" 600 "${compare[@]}" "${long[@]}" --preset 3b-a0.4b --steps 4 --warmup 1 --micro-batch-size auto \
     --accumulation 2 --activation-checkpointing --in-turns 1 \
     --json "$out/train_step_3b-a0.4b.json" --profile "$out/profile_3b-a0.4b.md"
-step "Training step, gpt2-small-8e" 120 "${compare[@]}" "${long[@]}" --steps 20 --micro-batch-size auto \
+step "Training step, gpt2-small-8e" 480 "${compare[@]}" "${long[@]}" --steps 20 --micro-batch-size auto \
     --json "$out/train_step_gpt2-small-8e.json" --profile "$out/profile_gpt2-small-8e.md"
-step "Peers, gpt2-small-8e" 100 "${compare[@]}" "${long[@]}" --steps 10 --micro-batch-size 4 --in-turns 1 \
+step "Peers, gpt2-small-8e" 480 "${compare[@]}" "${long[@]}" --steps 10 --micro-batch-size 4 --in-turns 1 \
     --sides hypermoe,moe,mixtral,deepspeed_moe --json "$out/peers_gpt2-small-8e.json"
-step "Losses, fp32" 60 "${compare[@]}" "${short[@]}" --precision fp32 --json "$out/losses_fp32.json"
-step "Losses, bf16" 60 "${compare[@]}" "${short[@]}" --precision bf16 --json "$out/losses_bf16.json"
+step "Losses, fp32" 150 "${compare[@]}" "${short[@]}" --precision fp32 --json "$out/losses_fp32.json"
+step "Losses, bf16" 150 "${compare[@]}" "${short[@]}" --precision bf16 --json "$out/losses_bf16.json"
 step "Losses, fp32 and bf16" 30 "$python" tools/bench/compare_losses.py "$out/losses_fp32.json" "$out/losses_bf16.json"
 
 for profile in "$out"/profile_*.md; do
