@@ -13,7 +13,6 @@ import torch
 
 from hypermoe_ds.checkpoint.lock import claimed
 from hypermoe_ds.checkpoint.manager import CheckpointManager
-from hypermoe_ds.checkpoint.manifest import versions_now
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.consumption import Consumption
 from hypermoe_ds.data.datasets import SequenceDataset, build_datasets, check_sources
@@ -27,23 +26,24 @@ from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_per_token
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.screen import Screen
-from hypermoe_ds.parallel.host_group import HostGroup
+from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.provenance import versions_now
+from hypermoe_ds.resilience.watchdog import Watchdog
 from hypermoe_ds.run_config import RunConfig
 from hypermoe_ds.training import loop
-from hypermoe_ds.training.agreement import check_same_settings
 from hypermoe_ds.training.banner import banner, repetition_warnings
 from hypermoe_ds.training.changes import record_launch
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
-from hypermoe_ds.training.guard import Guard
 from hypermoe_ds.training.launches import Ended, Launch, write_end
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.outcome import outcome_rows, resume_command
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
+from hypermoe_ds.training.same_settings import check_same_settings
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.step_monitor import Guard
 from hypermoe_ds.training.validation import Batches, Validator
-from hypermoe_ds.training.watchdog import Watchdog
 
 
 def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: Console) -> int:

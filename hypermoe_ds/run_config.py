@@ -15,8 +15,8 @@ from pydantic import Field, create_model, model_validator
 
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings, apply_overrides, closest, load_yaml, validate
-from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.skipped_samples import LeftOut
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.settings import MonitorConfig

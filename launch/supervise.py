@@ -13,11 +13,12 @@ import os
 import sys
 from pathlib import Path
 
-from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.supervision.command import TrainingCommand
-from hypermoe_ds.supervision.history import Limits
-from hypermoe_ds.supervision.hosts import HostChoice
-from hypermoe_ds.supervision.supervisor import Supervisor
+from hypermoe_ds.cluster.attempts import Limits
+from hypermoe_ds.cluster.host_selection import HostChoice
+from hypermoe_ds.cluster.supervisor import Supervisor
+from hypermoe_ds.cluster.training_command import TrainingCommand
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.process import one_line_errors
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 from hypermoe_ds.config import LARGEST_COUNT
-from hypermoe_ds.data.output import check_input
-from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import check_input
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.progress import progress
 
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from hypermoe_ds.data.token_files import check_files
-from hypermoe_ds.errors import global_rank, one_line_errors
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.screen import log_level, open_screen, take_launchers_screen
+from hypermoe_ds.process import global_rank, one_line_errors
 from hypermoe_ds.run_config import load_run_config, settings_help
 from hypermoe_ds.training.ds_config import load_deepspeed_json
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypermoe_ds.config import apply_overrides, validate
-from hypermoe_ds.data.output import check_input, check_output
-from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import check_input, check_output
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.run_config import ModelSection, model_section
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def main() -> None:
     check_input(given.checkpoint)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
     upcycling = upcycling_of(given)
-    from hypermoe_ds.checkpoint.new_run import write_new_run
+    from hypermoe_ds.checkpoint.init_from_weights import write_new_run
     from hypermoe_ds.checkpoint.weights import PRECISIONS
-    from hypermoe_ds.export.foreign import notes_on
     from hypermoe_ds.export.from_hf import open_folder
+    from hypermoe_ds.export.hf_config_mapping import notes_on
     from hypermoe_ds.training.state import TrainState
 
     weights = open_folder(given.checkpoint, upcycling, fields, given.seed)

@@ -6,8 +6,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hypermoe_ds.data.output import check_input, check_output
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.files import check_input, check_output
+from hypermoe_ds.process import one_line_errors
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     from hypermoe_ds.export.bake import bake_weights
     from hypermoe_ds.export.hf import export, shard_bytes_of
     from hypermoe_ds.export.model_card import write_model_card
-    from hypermoe_ds.training.facts import facts_of
+    from hypermoe_ds.export.training_record import facts_of
 
     shard_bytes = shard_bytes_of(arguments.max_shard_size)
     run = RunFolder(arguments.checkpoint)

@@ -4,8 +4,9 @@ import argparse
 import re
 from pathlib import Path
 
-from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.metrics import metrics_tables
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.run_config import settings_table
 
 _SEQUENCE_LENGTH = 2048

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.output import check_input
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.files import check_input
+from hypermoe_ds.process import one_line_errors
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from hypermoe_ds.data.output import check_input
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.files import check_input
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.progress import Progress
 
 
@@ -19,10 +19,11 @@ def main() -> None:
     paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
     for path in paths:
         check_input(path)
-    from hypermoe_ds.checkpoint.differences import compare, elements_to_compare
-    from hypermoe_ds.checkpoint.inspection import elements_to_inspect, inspect
-    from hypermoe_ds.checkpoint.inspection_report import difference_lines, inspection_lines, write_json
-    from hypermoe_ds.checkpoint.sources import check_step, open_source
+    from hypermoe_ds.checkpoint.run_folder import check_step
+    from hypermoe_ds.inspection.differences import compare, elements_to_compare
+    from hypermoe_ds.inspection.report import difference_lines, inspection_lines, write_json
+    from hypermoe_ds.inspection.statistics import elements_to_inspect, inspect
+    from hypermoe_ds.inspection.tensor_readers import open_source
 
     check_step(arguments.step, paths)
     with ExitStack() as opened:

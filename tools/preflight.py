@@ -16,9 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.parallel.host_facts import Asked
-from hypermoe_ds.parallel.hosts import (
+from hypermoe_ds.cluster.host_report import Asked
+from hypermoe_ds.cluster.hosts import (
     Host,
     meeting_place,
     read_environment,
@@ -27,7 +26,7 @@ from hypermoe_ds.parallel.hosts import (
     this_host,
     travelling,
 )
-from hypermoe_ds.parallel.preflight import (
+from hypermoe_ds.cluster.preflight import (
     Failure,
     Starter,
     ask_hosts,
@@ -38,6 +37,8 @@ from hypermoe_ds.parallel.preflight import (
     measure_links,
     table,
 )
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.run_config import RunConfig, load_run_config
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 

@@ -4,7 +4,7 @@ import argparse
 
 from hypermoe_ds.data.mpi import preprocess_here_or_on_ranks
 from hypermoe_ds.data.preprocess import Job
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.process import one_line_errors
 
 
 def _arguments() -> argparse.Namespace:

@@ -6,8 +6,9 @@ python tools/report.py RUN_DIR [RUN_DIR ...] --output report.html
 import argparse
 from pathlib import Path
 
-from hypermoe_ds.errors import UserError, one_line_errors
-from hypermoe_ds.monitor.files import write_whole
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import write_whole
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.report.page import bins_of, build_page
 from hypermoe_ds.report.reading import labels, read_run
 

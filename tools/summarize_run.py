@@ -4,10 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from hypermoe_ds.data.output import check_input
 from hypermoe_ds.data.settings import DataConfig
-from hypermoe_ds.errors import UserError, one_line_errors
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import check_input
 from hypermoe_ds.monitor.summary import summarize
+from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.training.settings import EvaluationConfig, TrainConfig
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from hypermoe_ds.data.tokenizer import train_tokenizer
-from hypermoe_ds.errors import one_line_errors
+from hypermoe_ds.process import one_line_errors
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,18 +12,14 @@ from typing import Any
 
 import torch
 from pydantic import ConfigDict, ValidationError, create_model
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import file_of
 from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
 
 CONFIG = "config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors has 10 MB
-_AGAIN = "export or fetch the folder again"
+FETCH_AGAIN = "export or fetch the folder again"
 
 # Far above any model, and low enough that nothing made from them takes long.
 _LARGEST_NUMBER = 2**40
@@ -43,14 +39,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     path = file_of(folder, name)
     try:
         if path.stat().st_size > _LARGEST_JSON:
-            raise UserError(str(path), f"is larger than {_LARGEST_JSON / 2**20:.0f} MiB", _AGAIN)
+            raise UserError(str(path), f"is larger than {_LARGEST_JSON / 2**20:.0f} MiB", FETCH_AGAIN)
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise UserError(str(path), "is nested too deep", _AGAIN) from None
+        raise UserError(str(path), "is nested too deep", FETCH_AGAIN) from None
     except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", _AGAIN) from None
+        raise UserError(str(path), f"cannot be read ({error})", FETCH_AGAIN) from None
     if not isinstance(content, dict):
-        raise UserError(str(path), "holds no JSON object", _AGAIN)
+        raise UserError(str(path), "holds no JSON object", FETCH_AGAIN)
     return content
 
 
@@ -129,91 +125,6 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
     except RuntimeError as error:  # sizes that overflow
         problem = f"its config.json describes tensors that cannot be ({last_line(error)})"
         raise UserError(str(folder), problem, "mend config.json") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a folder.
-
-    Raises:
-        UserError: there are none, the index is damaged or names another kind of file, or a file is missing or a link
-            that leads out of the folder.
-    """
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder, INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX}: weight_map={short(weight_map)}", "names no files", _AGAIN)
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or not file.endswith(".safetensors"):
-                where = f"{folder / INDEX}: weight_map[{short(name)}]={short(file)}"
-                raise UserError(where, "is not a safetensors file", "save the model as safetensors")
-        return [file_of(folder, name) for name in sorted(set(weight_map.values()))]
-    if (folder / WEIGHTS).exists():
-        return [file_of(folder, WEIGHTS)]
-    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
-    if pickles:
-        raise UserError(
-            str(folder / pickles[0]),
-            "is a pickle, which can run any code when it is read",
-            "save the model as safetensors: Transformers' save_pretrained does",
-        )
-    raise UserError(str(folder), f"holds no weights (neither {WEIGHTS} nor {INDEX})", "give a Hugging Face folder")
-
-
-class FolderTensors:
-    """The tensors of a folder's safetensors files, by the names that the files give them.
-
-    Args:
-        folder: a Hugging Face folder.
-
-    Attributes:
-        folder: the folder.
-        paths: the files.
-        shapes: name and shape of each tensor.
-        dtypes: its type, as safetensors names it ("F32", "BF16").
-
-    Raises:
-        UserError: as `weight_files`, or a file is damaged, or a tensor is in two files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.paths = weight_files(folder)
-        self.shapes: dict[str, torch.Size] = {}
-        self.dtypes: dict[str, str] = {}
-        self._file_of: dict[str, Path] = {}
-        for path in self.paths:
-            try:
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (no dict)
-                        if name in self._file_of:
-                            other = self._file_of[name].name
-                            raise UserError(f"{path}: {short(name)}", f"is in {other} too", _AGAIN)
-                        part = file.get_slice(name)
-                        self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part.get_dtype()
-                        self._file_of[name] = path
-            except (OSError, SafetensorError) as error:
-                raise _damaged(path, error) from None
-
-    def path_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._file_of[name]
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor as it is stored; its memory is not the file's.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        try:
-            with safe_open(self._file_of[name], "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor.clone()
-        except (OSError, SafetensorError) as error:
-            raise _damaged(self._file_of[name], error) from None
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(str(path), f"cannot be read ({error})", _AGAIN)
 
 
 def short(value: object) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.host_group import HostGroup
+from hypermoe_ds.parallel.control_group import HostGroup
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from hypermoe_ds.checkpoint.manifest import (
     TensorEntry,
     Verify,
     shard_name,
-    sync_folder,
 )
 from hypermoe_ds.checkpoint.run_folder import refuse_other_model
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
@@ -39,7 +38,8 @@ from hypermoe_ds.checkpoint.shards import (
     write_shard,
 )
 from hypermoe_ds.errors import MachineError, UserError
-from hypermoe_ds.parallel.host_group import HostGroup
+from hypermoe_ds.files import sync_folder
+from hypermoe_ds.parallel.control_group import HostGroup
 
 _LOGGER = logging.getLogger(__name__)
 _BYTES_OF_PARAMETER = BYTES_OF_ELEMENT * (1 + len(MOMENTS))

@@ -6,14 +6,10 @@ before anything is allocated for it.
 
 import hashlib
 import json
-import os
-import subprocess
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,6 +18,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import sha256_of, write_durably
+from hypermoe_ds.provenance import versions_now
 
 Verify = Literal["sizes", "full"]
 
@@ -31,7 +29,6 @@ BYTES_OF_ELEMENT = 4  # fp32
 _LARGEST_MANIFEST = 2**30  # bytes; one of 1,000 tensors in 1,000 shards has 0.1 GiB
 _HASHING_THREADS = 8
 _REMEDY = "choose another checkpoint"
-_PACKAGES = ("hypermoe-ds", "torch", "deepspeed", "transformers")
 
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -88,27 +85,6 @@ class FileEntry:
 
     bytes: Count
     sha256: Digest
-
-
-def versions_now() -> dict[str, str]:
-    """Git commit of the code and versions of the packages that matter."""
-    found = {"git_commit": _git_commit()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-@cache
-def _git_commit() -> str:
-    """Commit of the checkout that this file belongs to, "unknown" outside one; looked up once a process."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 @dataclass(frozen=True)
@@ -254,35 +230,9 @@ def check_inside(path: Path, folder: Path) -> None:
         raise UserError(str(path), "is a link that leads out of its folder", "put the file itself there")
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def file_entry(path: Path) -> FileEntry:
     """Size and hash of a file."""
     return FileEntry(path.stat().st_size, sha256_of(path))
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, so that it survives a power cut."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
-from hypermoe_ds.checkpoint.manifest import write_durably
 from hypermoe_ds.config import Section, load_yaml, validate
-from hypermoe_ds.data.output import scratch_beside
 from hypermoe_ds.data.tokenizer import tokenizer_files, vocabulary_digests
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import scratch_beside, write_durably
 from hypermoe_ds.modeling import HyperMoEConfig
 
 # Keys of a model configuration that say nothing about the model's weights or outputs.
@@ -180,3 +179,13 @@ def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: 
                 f"{run} is the run of another model (there it is {theirs[key]!r})",
                 "choose another run.dir or the model of that run",
             )
+
+
+def check_step(step: int | None, paths: Iterable[Path]) -> None:
+    """Refuse a step that no folder could have.
+
+    Raises:
+        UserError: there is a step, and none of the folders is a run's.
+    """
+    if step is not None and not any(RunFolder(path).exists() for path in paths):
+        raise UserError(f"--step={step}", "only a run folder has steps and none is given", "leave it out")

@@ -17,17 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    Piece,
-    TensorEntry,
-    Verify,
-    file_entry,
-    shard_name,
-    sync_folder,
-)
+from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, file_entry, shard_name
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import sync_folder
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -10,9 +10,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from hypermoe_ds.checkpoint.manifest import sync_folder, write_durably
-from hypermoe_ds.data.output import delete
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import delete, sync_folder, write_durably
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = "latest"

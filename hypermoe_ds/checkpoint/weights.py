@@ -3,7 +3,7 @@
 Shape legend: D hidden size, N experts, F expert width.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.expert_layout import training_shapes, training_view
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, short
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
@@ -19,7 +20,6 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 _MAPPED_BYTES = 2**26  # files are mapped into memory as they are read: let go of them after so much
 
 
@@ -48,7 +48,7 @@ class CheckpointWeights:
         self._mapped = 0
         stored = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
         for name, shape in self.shapes.items():
-            for part, of_part in _parts(name, shape).items():
+            for part, of_part in training_shapes(name, shape).items():
                 if stored.get(part) != tuple(of_part):
                     found = f"has {part} as {list(stored[part])}" if part in stored else f"has no {part}"
                     raise _broken(reader.folder, f"{found}, the run's model as {list(of_part)}")
@@ -62,8 +62,8 @@ class CheckpointWeights:
         shape = self.shapes[name]
         tensor = torch.empty(shape, dtype=self.dtype)
         try:
-            for part, of_part in _parts(name, shape).items():
-                self._read_into(_place(tensor, part), part, of_part)
+            for part, of_part in training_shapes(name, shape).items():
+                self._read_into(training_view(tensor, part), part, of_part)
         except (OSError, SafetensorError) as error:
             raise _broken(self._reader.folder, str(error)) from None
         return tensor
@@ -123,34 +123,6 @@ def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForC
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model
-
-
-def training_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The Transformers model's tensors under the training model's names, as a checkpoint holds them."""
-    for name, tensor in weights:
-        for part in _parts(name, tensor.shape):
-            yield part, _place(tensor, part)
-
-
-def _parts(name: str, shape: torch.Size) -> dict[str, torch.Size]:
-    """What a tensor of the Transformers model is in a checkpoint: names and shapes.
-
-    `BLOCK.experts.gate_up_proj` [N, 2F, D] is w1 (gate) and w3 (up), each [N, F, D]; `.down_proj` [N, D, F] is w2.
-    """
-    if name.endswith(_GATE_UP):
-        half = torch.Size((shape[0], shape[1] // 2, shape[2]))
-        return {name.removesuffix("gate_up_proj") + part: half for part in ("w1", "w3")}
-    if name.endswith(_DOWN):
-        return {name.removesuffix("down_proj") + "w2": shape}
-    return {name: shape}
-
-
-def _place(tensor: Tensor, part: str) -> Tensor:
-    """The part of a Transformers model's tensor that has this name in a checkpoint; a view."""
-    if part.endswith((".experts.w1", ".experts.w3")):
-        gate_NFD, up_NFD = tensor.chunk(2, dim=1)
-        return gate_NFD if part.endswith("w1") else up_NFD
-    return tensor
 
 
 def _precision_of(reader: CheckpointReader) -> torch.dtype:

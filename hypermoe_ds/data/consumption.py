@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hypermoe_ds.data.datasets import SequenceDataset
-from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.shares import DatasetShare
+from hypermoe_ds.data.skipped_samples import LeftOut
 
 _CHUNK = 1 << 24  # samples counted at once: counting takes 8 bytes each
 

@@ -3,7 +3,6 @@
 Shapes: B samples of a micro-batch, S tokens of a sample.
 """
 
-import ctypes
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,11 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hypermoe_ds.data.left_out import LeftOut
+from hypermoe_ds.data.skipped_samples import LeftOut
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.process import STOP_SIGNALS, signal_when_parent_ends
 
-_PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a rank then finishes its step
 IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
 
 
@@ -189,11 +187,6 @@ def _live_as_long_as_the_rank(_worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     Thread(target=listen, daemon=True).start()
     signal_when_parent_ends(signal.SIGKILL)
-
-
-def signal_when_parent_ends(number: signal.Signals) -> None:
-    """From now on the system sends this process that signal when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
-from hypermoe_ds.data.output import scratch_beside, writing_to
 from hypermoe_ds.data.preprocess import Job, TokenizerSource, Written, check_job, preprocess, publish, write_tokens
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import scratch_beside, writing_to
 
 Result = TypeVar("Result")
 

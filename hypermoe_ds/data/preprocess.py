@@ -13,11 +13,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from hypermoe_ds.data.encoding import Encoder, Tokens, encode_batch, encoder_for
-from hypermoe_ds.data.output import scratch_beside, writing_to
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.data.token_files import Metadata
 from hypermoe_ds.data.tokenizer import sha256_of, vocabulary_file
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import scratch_beside, writing_to
 from hypermoe_ds.progress import Progress
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the order of appearance: an .idx says that the rest is there

@@ -11,10 +11,9 @@ from typing import Any
 
 import sentencepiece
 
-from hypermoe_ds.data.output import check_output, scratch_beside
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import file_of
+from hypermoe_ds.files import check_output, file_of, scratch_beside
 from hypermoe_ds.progress import progress
 
 # SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their

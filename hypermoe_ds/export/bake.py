@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.export.source import LazyWeights, WeightSource, weights_of
+from hypermoe_ds.export.weight_loader import LazyWeights, WeightSource, weights_of
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton, stored_shapes
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, read_config
+from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, Reader, TakenTensors
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.export.folder import FolderWeights, Reader, TakenTensors, read_folder
-from hypermoe_ds.export.foreign import DENSE, model_type, refuse_unknown, shape_of
-from hypermoe_ds.export.fresh import fresh_hyper_experts
-from hypermoe_ds.export.source import LazyWeights
+from hypermoe_ds.export.hf_config_mapping import DENSE, model_type, refuse_unknown, shape_of
+from hypermoe_ds.export.init_hyper_experts import fresh_hyper_experts
 from hypermoe_ds.export.upcycle import Upcycling
+from hypermoe_ds.export.weight_loader import LazyWeights, read_folder
 from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
 
 # Fields that the weights of a model without HyperExperts leave open.

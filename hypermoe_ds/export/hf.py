@@ -12,17 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from hypermoe_ds.checkpoint.hf_folder import CONFIG, INDEX, read_hypermoe_config, read_json
-from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.sources import check_step
+from hypermoe_ds.checkpoint.hf_folder import CONFIG, read_hypermoe_config, read_json
+from hypermoe_ds.checkpoint.run_folder import RunFolder, check_step
+from hypermoe_ds.checkpoint.safetensors_folder import INDEX, FolderWeights
 from hypermoe_ds.checkpoint.weights import load_model, model_of
-from hypermoe_ds.data.output import check_output, check_room, scratch_beside
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.export.folder import FolderWeights, read_folder
-from hypermoe_ds.export.source import LazyWeights, WeightSource
 from hypermoe_ds.export.streaming import streamed_logits
 from hypermoe_ds.export.tokenizer import write_tokenizer
+from hypermoe_ds.export.weight_loader import LazyWeights, WeightSource, read_folder
+from hypermoe_ds.files import check_output, check_room, scratch_beside
 from hypermoe_ds.modeling import HyperMoEForCausalLM, skeleton
 from hypermoe_ds.progress import Progress, progress
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hypermoe_ds.export.source import WeightSource
+from hypermoe_ds.export.weight_loader import WeightSource
 from hypermoe_ds.modeling import skeleton
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 

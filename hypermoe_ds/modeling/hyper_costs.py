@@ -53,7 +53,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does, from `tools/bench/hyper_experts.py --calibrate`.
+    """What a device does, from `benchmarks/hyper_experts.py --calibrate`.
 
     Attributes:
         flops: FLOP/s of a matrix product.

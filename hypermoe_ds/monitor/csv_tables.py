@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from hypermoe_ds.monitor.files import write_whole
+from hypermoe_ds.files import write_whole
 
 
 class CsvTable:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hypermoe_ds.monitor.files import write_lines
+from hypermoe_ds.files import write_lines
 from hypermoe_ds.monitor.summary import iterate_records
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from hypermoe_ds.errors import UserError, global_rank
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.process import global_rank
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _VARIABLE = "HYPERMOE_LOG_LEVEL"

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hypermoe_ds.monitor.files import write_whole
+from hypermoe_ds.files import write_whole
 from hypermoe_ds.monitor.metrics import metric_of
 
 

@@ -11,8 +11,8 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.config import validate
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
-from hypermoe_ds.training.agreement import flat
 from hypermoe_ds.training.ds_config import without_owned_by_recipe
+from hypermoe_ds.training.same_settings import flat
 from hypermoe_ds.training.settings import ScheduleConfig
 
 _NOT_IN_RESULTS = "results stay the same"

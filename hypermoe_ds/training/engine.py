@@ -23,13 +23,13 @@ from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hypermoe_ds.data.loader import signal_when_parent_ends
-from hypermoe_ds.errors import MachineError, UserError, local_rank
+from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import Fp32Gate
 from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
 from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 from hypermoe_ds.parallel.topology import ParallelConfig
+from hypermoe_ds.process import export_rank_variables, local_rank, signal_when_parent_ends
 from hypermoe_ds.training.operators import operators_folder, without_stale_locks
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -56,7 +56,7 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
     """
     signal_when_parent_ends(signal.SIGTERM)
     _set_up_libraries(log_level)
-    _name_ranks()
+    export_rank_variables()
     launched = os.environ.get("WORLD_SIZE")
     get_accelerator().set_device(local_rank())
     _load_communication()
@@ -103,19 +103,6 @@ def _load_communication() -> None:
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         with without_stale_locks():
             builder.load()
-
-
-def _name_ranks() -> None:
-    """Put what mpirun and srun tell their processes into the words of deepspeed and torchrun, which come first."""
-    words = {
-        "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
-        "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
-        "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
-    }
-    for name, theirs in words.items():
-        told = next((os.environ[key] for key in theirs if key in os.environ), None)
-        if told is not None:
-            os.environ.setdefault(name, told)
 
 
 def build_engine(

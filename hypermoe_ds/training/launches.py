@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from hypermoe_ds.checkpoint.manifest import versions_now
 from hypermoe_ds.data.shares import DatasetShare
 from hypermoe_ds.errors import disk_errors
+from hypermoe_ds.provenance import versions_now
 
 Ended = Literal["finished", "stop_at_step", "signal"]
 

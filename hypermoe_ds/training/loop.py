@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
-from hypermoe_ds.training.guard import Guard
+from hypermoe_ds.resilience.watchdog import Watchdog
 from hypermoe_ds.training.state import TrainState
-from hypermoe_ds.training.watchdog import Watchdog
+from hypermoe_ds.training.step_monitor import Guard
 
 if TYPE_CHECKING:
     from hypermoe_ds.monitor.step_clock import Part

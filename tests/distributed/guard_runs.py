@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hypermoe_ds.checkpoint.engine_state import EngineState
 from hypermoe_ds.errors import MachineError
-from hypermoe_ds.parallel.host_group import HostGroup
-from hypermoe_ds.training.guard import Guard
+from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.resilience.replicas import ReplicaCheck
 from hypermoe_ds.training.loop import StepObserver, optimizer_step
-from hypermoe_ds.training.replicas import ReplicaCheck
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.step_monitor import Guard
 
 BAD_STEP = 2
 HYPERNETWORK = "model.hypernetwork.trunk.weight"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.host_group import HostGroup
+from hypermoe_ds.parallel.control_group import HostGroup
 from tests.helpers.ranks import run_on_ranks
 
 RANKS = 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.training import agreement
+from hypermoe_ds.training import same_settings
 from tests.helpers.ranks import run_on_ranks
 
 RANKS = 3
@@ -20,9 +20,9 @@ def compare(others: list[tuple[dict[str, Any], dict[str, Any]]], digest: str | N
     """What a rank is told whose settings are of `others` by its rank, RECIPE and DS_JSON for rank 0."""
     rank = torch.distributed.get_rank()
     if rank == 2 and digest is not None:
-        agreement.source_digest = lambda: digest  # type: ignore[attr-defined, assignment]
+        same_settings.source_digest = lambda: digest  # type: ignore[attr-defined, assignment]
     try:
-        agreement.check_same_settings(*[(RECIPE, DS_JSON), *others][rank])
+        same_settings.check_same_settings(*[(RECIPE, DS_JSON), *others][rank])
     except UserError as error:
         return str(error)
     return None

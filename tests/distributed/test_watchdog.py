@@ -10,7 +10,7 @@ import pytest
 from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, stand_still, start_slowly
 
 from hypermoe_ds.errors import EXIT_FAULT
-from hypermoe_ds.monitor.signs import VERDICT, read_signs
+from hypermoe_ds.resilience.heartbeat import VERDICT, read_signs
 from tests.helpers.ranks import process_group, ranks_of, run_on_ranks
 
 RANKS = 3

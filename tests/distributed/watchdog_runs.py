@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from hypermoe_ds.training.watchdog import Watchdog
+from hypermoe_ds.resilience.watchdog import Watchdog
 
 TIMEOUT = 2.0
 LAST_GOOD = 5

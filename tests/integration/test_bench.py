@@ -16,7 +16,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 from tests.helpers.ranks import CPU
 
 REPOSITORY = Path(__file__).parents[2]
-BENCH = REPOSITORY / "tools/bench"
+BENCH = REPOSITORY / "benchmarks"
 TINY = {
     "vocab_size": 512,
     "hidden_size": 32,

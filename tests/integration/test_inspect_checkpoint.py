@@ -87,7 +87,7 @@ def test_bad_input_ends_with_one_line(arguments: str, message: str, run: Path, t
 # system may drop at any time, are not counted.
 WATCHED = """
 import pathlib, runpy, sys, threading, time
-import torch, transformers, safetensors.torch, numpy, hypermoe_ds.checkpoint.inspection
+import torch, transformers, safetensors.torch, numpy, hypermoe_ds.inspection.statistics
 
 def own():
     status = pathlib.Path("/proc/self/status").read_text()

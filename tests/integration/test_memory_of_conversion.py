@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.new_run import write_new_run
+from hypermoe_ds.checkpoint.init_from_weights import write_new_run
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import open_weights
 from hypermoe_ds.export.from_hf import open_folder

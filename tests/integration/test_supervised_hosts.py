@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from hypermoe_ds.monitor.signs import SignOfLife, read_signs
 from hypermoe_ds.monitor.summary import read_records
+from hypermoe_ds.resilience.heartbeat import SignOfLife, read_signs
 from tests.helpers.faulty_train import PARAMETER
 from tests.helpers.jobs import RECORDED_TRAIN, REPOSITORY, arguments_of, logged_steps, run_script
 from tests.helpers.routing import assert_same_until_a_tie, read_routing

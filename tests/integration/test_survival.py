@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_SAVED
-from hypermoe_ds.monitor.signs import read_signs
+from hypermoe_ds.resilience.heartbeat import read_signs
 from tests.helpers.faulty_train import PARAMETER
 from tests.helpers.jobs import REPOSITORY, TRAIN, Done, Job, arguments_of, logged_steps, run_script, start
 

@@ -118,7 +118,7 @@ def running(hosts: TwoHosts, host: str, command: str, folder: Path) -> list[str]
 
 def exchanging(hosts: TwoHosts, folder: Path) -> list[str]:
     """Processes of a preflight's exchange, anywhere."""
-    return [process for host in NAMES for process in running(hosts, host, "hypermoe_ds.parallel.links", folder)]
+    return [process for host in NAMES for process in running(hosts, host, "hypermoe_ds.cluster.interconnect", folder)]
 
 
 LISTEN = "import socket, time; s = socket.create_server(('', 29500)); print('on', flush=True); time.sleep(600)"
@@ -148,7 +148,7 @@ def test_an_exchange_ends_on_all_hosts_when_its_preflight_is_killed(
     words = ["python", REPOSITORY / "tools/preflight.py", *arguments_of(recipe, f"run.dir={folder / 'run'}")]
     pipe = subprocess.PIPE
     with hosts.start("left", *words, "--mebibytes=2000", folder=folder, out=pipe, errors=pipe) as process:
-        until(lambda: running(hosts, "right", "hypermoe_ds.parallel.links", folder) != [])
+        until(lambda: running(hosts, "right", "hypermoe_ds.cluster.interconnect", folder) != [])
         preflight = running(hosts, "left", "^python .*tools/preflight.py", folder)
         hosts.run("left", "kill", "-KILL", *preflight, folder=folder)
         process.wait(30)

@@ -119,7 +119,7 @@ def test_the_tree_of_the_architecture_is_the_tree_on_disk() -> None:
     files = [path for room in ROOMS for kind in ("*.py", "*.sh") for path in (REPOSITORY / room).rglob(kind)]
     files += [path for path in (REPOSITORY / "launch").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     modules = {file.relative_to(REPOSITORY).as_posix() for file in files if file.name != "__init__.py"}
-    missing = {path for path in modules if not path.startswith("tools/bench/")} - tree
+    missing = {path for path in modules if not path.startswith("benchmarks/")} - tree
     assert sorted(missing) == []
 
 

@@ -9,15 +9,14 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "hypermoe_ds"
-SCRIPTS = ("pretrain", "tools", "launch")
+SCRIPTS = ("pretrain", "tools", "launch", "benchmarks")
 ORDER = (
     {PACKAGE},  # the package's own __init__
-    {"errors"},
-    {"config", "files", "progress"},
+    {"errors", "provenance"},
+    {"files", "process", "config", "progress"},
     {"modeling", "data", "parallel"},
-    {"checkpoint", "monitor"},
-    {"export"},
-    {"training", "supervision"},
+    {"checkpoint", "monitor", "resilience"},
+    {"training", "export", "inspection", "cluster"},
     {"run_config"},
     {"job", "report"},
     set(SCRIPTS),
@@ -28,7 +27,7 @@ DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
     "hypermoe_ds/training/engine.py",
     "hypermoe_ds/checkpoint/engine_state.py",
 }
-DEEPSPEED_PEERS = "tools/bench/"  # beside them: a comparison with DeepSpeed's own layers needs the library itself
+DEEPSPEED_PEERS = "benchmarks/"  # beside them: a comparison with DeepSpeed's own layers needs the library itself
 WITHOUT_DEEPSPEED = ("hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
 MODELING_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
 FILE_LINES, FUNCTION_LINES, MAIN_JOB_LINES = 500, 60, 110
@@ -201,7 +200,7 @@ def plant(root: Path, name: str, source: str) -> Path:
         ("tools/plan.py", "def main():\n    import deepspeed", "DeepSpeed is used through"),
         ("launch/start.py", "import deepspeed", "DeepSpeed is used through"),
         ("launch/start.py", "from tools.plan import main", "not below"),
-        ("hypermoe_ds/supervision/a.py", "from launch import supervise", "not below"),
+        ("hypermoe_ds/cluster/a.py", "from launch import supervise", "not below"),
     ],
 )
 def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, complaint: str) -> None:
@@ -222,8 +221,8 @@ def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, com
         ("hypermoe_ds/modeling/moe.py", "import math\nimport torch.nn\nfrom transformers import x\nfrom .h import H"),
         ("hypermoe_ds/training/engine.py", "import deepspeed\nfrom hypermoe_ds.monitor import logger"),
         ("hypermoe_ds/run_config.py", "from hypermoe_ds.training import loop"),
-        ("tools/bench/peer.py", "from deepspeed.moe.layer import MoE"),
-        ("tools/bench/moe.py", "from hypermoe_ds.run_config import RunConfig\nfrom tools.bench import timing"),
+        ("benchmarks/peer.py", "from deepspeed.moe.layer import MoE"),
+        ("benchmarks/moe.py", "from hypermoe_ds.run_config import RunConfig\nfrom benchmarks import timing"),
     ],
 )
 def test_an_allowed_import_passes(tmp_path: Path, name: str, source: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hypermoe_ds.parallel.hosts import read_hostfile
+from hypermoe_ds.cluster.hosts import read_hostfile
 from tests.helpers.launch_scripts import LAUNCH, REPOSITORY, SYSTEM, TRAIN, ZERO1, commands, launch, stub
 
 PREFLIGHT = f"{REPOSITORY}/tools/preflight.py"

@@ -13,8 +13,8 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON_SCRIPTS = sorted(p for folder in ("pretrain", "tools") for p in (REPOSITORY / folder).glob("*.py"))
-PYTHON_SCRIPTS += [REPOSITORY / "launch/supervise.py", REPOSITORY / "tools/bench/compare_losses.py"]
-BENCHMARKS = [REPOSITORY / "tools/bench" / f"{name}.py" for name in ("overlap", "train_step")]
+PYTHON_SCRIPTS += [REPOSITORY / "launch/supervise.py", REPOSITORY / "benchmarks/compare_losses.py"]
+BENCHMARKS = [REPOSITORY / "benchmarks" / f"{name}.py" for name in ("overlap", "train_step")]
 COMMANDS = ["bash", "basename", "cat", "dirname", "grep", "head", "ls", "mkdir", "paste", "sed", "sha256sum"]
 COMMANDS += ["sort", "tail", "tr"]
 CHECKS = ("ruff", "mypy", "shellcheck", "hadolint", "python")
@@ -319,8 +319,8 @@ def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(
 
 
 def test_the_benchmarks_of_a_gpu_say_in_one_line_that_there_is_none(bare_path: Path) -> None:
-    suite = run("bash", REPOSITORY / "tools/bench/gpu_suite.sh", PATH=str(bare_path))
-    overlap = run(sys.executable, REPOSITORY / "tools/bench/overlap.py", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    suite = run("bash", REPOSITORY / "benchmarks/gpu_suite.sh", PATH=str(bare_path))
+    overlap = run(sys.executable, REPOSITORY / "benchmarks/overlap.py", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     assert suite.stderr == "gpu_suite: no NVIDIA GPU on this machine; run it on one that has it\n"
     assert suite.returncode == 1
     [line] = overlap.stderr.splitlines()

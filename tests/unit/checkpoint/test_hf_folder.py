@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypermoe_ds.checkpoint.hf_folder import FolderTensors, read_hypermoe_config, read_json
-from hypermoe_ds.checkpoint.sources import open_source
+from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config, read_json
+from hypermoe_ds.checkpoint.safetensors_folder import SafetensorsFolder
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.from_hf import open_folder
 from hypermoe_ds.export.hf import read_model
 from hypermoe_ds.files import file_of
+from hypermoe_ds.inspection.tensor_readers import open_source
 from tests.helpers.checkpoints import small_model
 
 READERS: dict[str, Callable[[Path], Any]] = {"inspect": open_source, "generate": read_model, "import": open_folder}
@@ -209,4 +210,4 @@ def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     save_file({**load_file(second), **load_file(first)}, second)
     with pytest.raises(UserError, match=rf"{second.name}: .* is in {first.name} too"):
-        FolderTensors(folder)
+        SafetensorsFolder(folder)

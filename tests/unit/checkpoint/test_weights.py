@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.checkpoint import weights
+from hypermoe_ds.checkpoint.expert_layout import training_weights
 from hypermoe_ds.checkpoint.manifest import Manifest, Piece, TensorEntry
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import shard_name, write_shard, write_weights
-from hypermoe_ds.checkpoint.weights import load_model, open_weights, training_weights
+from hypermoe_ds.checkpoint.weights import load_model, open_weights
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 

@@ -10,9 +10,9 @@ from hypermoe_ds.config import validate
 from hypermoe_ds.data import consumption
 from hypermoe_ds.data.consumption import Consumption
 from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
-from hypermoe_ds.data.left_out import LeftOut
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.shares import dataset_shares
+from hypermoe_ds.data.skipped_samples import LeftOut
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
 
 S, SAMPLES = 16, 200

@@ -6,7 +6,7 @@ import pytest
 
 from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.export.hf import export
-from hypermoe_ds.export.source import weights_of
+from hypermoe_ds.export.weight_loader import weights_of
 from tests.helpers.checkpoints import small_model
 from tests.helpers.corpus import stdlib_texts
 

@@ -23,8 +23,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hypermoe_ds.export.source import WeightSource
 from hypermoe_ds.export.streaming import streamed_logits
+from hypermoe_ds.export.weight_loader import WeightSource
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,

@@ -9,8 +9,8 @@ import torch
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.from_hf import open_folder
-from hypermoe_ds.export.source import weights_of
 from hypermoe_ds.export.streaming import streamed_logits
+from hypermoe_ds.export.weight_loader import weights_of
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.unit.export.folders import EXPERTS, SMALL_HYPER, ids, largest_difference, saved, their_logits, their_model
 

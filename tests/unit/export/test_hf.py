@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hypermoe_ds import modeling
-from hypermoe_ds.data.output import check_output
 from hypermoe_ds.data.tokenizer import train_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export import hf
 from hypermoe_ds.export.bake import bake_weights
 from hypermoe_ds.export.hf import export, load_any, read_model, shard_bytes_of
-from hypermoe_ds.export.source import LazyWeights, weights_of
+from hypermoe_ds.export.weight_loader import LazyWeights, weights_of
+from hypermoe_ds.files import check_output
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.helpers.corpus import stdlib_texts
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hypermoe_ds.export.bake import bake_weights
-from hypermoe_ds.export.source import LazyWeights, weights_of
 from hypermoe_ds.export.streaming import streamed_logits
+from hypermoe_ds.export.weight_loader import LazyWeights, weights_of
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.unit.export.test_bake import SIZES
 

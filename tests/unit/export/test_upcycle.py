@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.from_hf import open_folder
-from hypermoe_ds.export.source import LazyWeights
 from hypermoe_ds.export.upcycle import Upcycling
+from hypermoe_ds.export.weight_loader import LazyWeights
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 from tests.unit.export.folders import SMALL_HYPER, ids, largest_difference, saved, their_logits, their_model
 

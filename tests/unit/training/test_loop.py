@@ -15,7 +15,7 @@ from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.settings import MonitorConfig
-from hypermoe_ds.training.agreement import Agreed
+from hypermoe_ds.resilience.step_status import Agreed
 from hypermoe_ds.training.loop import optimizer_step, train
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder

@@ -1,0 +1,224 @@
+"""The contestants: each builds a model at the same shape and returns how it takes one training step.
+
+A step is `step(batch) -> loss`: forward, backward, clipping and AdamW over one micro-batch on each rank; `batch` holds
+`input_ids` [B, S] and `labels` [B, S], the next tokens. The loss is the side's own, a tensor in nats per token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import configure_moe_param_groups
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hypermoe_ds.config import LARGEST_COUNT
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
+from hypermoe_ds.modeling.moe import SwiGLU
+from hypermoe_ds.parallel.topology import ParallelConfig
+from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
+from hypermoe_ds.training.engine import build_engine, fused_cross_entropy
+from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.optimizer import parameter_groups
+from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+
+Batch = dict[str, Tensor]
+Step = Callable[[Batch], Tensor]
+
+_ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"
+
+
+def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.Module, Step]:
+    """Build one side on this rank, in a process group already joined.
+
+    Args:
+        side: one of the names that train_step.py lists.
+        settings: `model` (fields of HyperMoEConfig), `micro_batch_size`, `accumulation` (micro-batches of a step),
+            `activation_checkpointing`, `precision`, `expert_parallel`, `seed`, `repeat_batch` (a side learns only then:
+            routers that learn share the tokens out unlike on each side).
+        world_size: ranks of this side.
+
+    Returns:
+        The module, as it trains, and its step.
+    """
+    config = HyperMoEConfig(**{**settings["model"], "hypernetwork": side in ("hypermoe", "per_token")})
+    train = TrainConfig(
+        steps=LARGEST_COUNT,
+        micro_batch_size=settings["micro_batch_size"],
+        global_batch_size=settings["micro_batch_size"] * settings["accumulation"] * world_size,
+        precision=settings["precision"],
+        activation_checkpointing=settings["activation_checkpointing"],
+        seed=settings["seed"],
+    )
+    optimizer = OptimizerConfig(lr=1e-4 if settings["repeat_batch"] else 1e-12)
+    if side == "mixtral":
+        return _mixtral(config, train, optimizer, world_size, settings["accumulation"])
+    ds_config = merge(load_deepspeed_json(_ZERO), train, config, settings["expert_parallel"], world_size)
+    if side == "deepspeed_moe":
+        engine = _deepspeed_moe(config, ds_config, train, optimizer, settings["expert_parallel"])
+    else:
+        model = _plain_moe if side == "moe" else HyperMoEForCausalLM
+        with patch("hypermoe_ds.training.engine.HyperMoEForCausalLM", model):
+            schedule = ScheduleConfig(name="constant")
+            engine = build_engine(config, ds_config, optimizer, schedule, train, ParallelConfig())
+    if side == "per_token":
+        _force_per_token(engine.module)
+    return engine.module, _engine_step(engine)
+
+
+def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
+    """The model without HyperExperts, with the weights that HyperMoE starts with.
+
+    From random numbers of its own it would route other shares of the tokens to each rank, and so take another time.
+    """
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
+    model.model.hypernetwork = None
+    for layer in model.model.layers:
+        layer.hyper_experts = None  # type: ignore[assignment]
+    model.config.hypernetwork = False
+    return model
+
+
+def global_parameters(module: nn.Module, expert_parallel: int) -> int:
+    """Parameters of the whole model, with the experts that other ranks hold."""
+    return sum(p.numel() * (1 if getattr(p, "allreduce", True) else expert_parallel) for p in module.parameters())
+
+
+def _engine_step(engine: Any) -> Step:
+    """A step as the training loop takes it; the loss is read off the model's output on its way."""
+    losses: list[Tensor] = []
+    engine.module.register_forward_hook(lambda _module, _inputs, output: losses.append(output.lm_loss.detach()))
+
+    def step(batch: Batch) -> Tensor:
+        losses.clear()
+        optimizer_step(engine, _endless(batch), StepObserver())
+        return losses[-1]
+
+    return step
+
+
+def _endless(batch: Batch) -> Iterator[Batch]:
+    while True:
+        yield batch
+
+
+def _force_per_token(model: Any) -> None:
+    """The published form: each token's HyperExpert is generated for it alone."""
+    for layer in model.model.layers:
+        if layer.hyper_experts is not None:
+            layer.hyper_experts.forward = partial(layer.hyper_experts.forward, form="per_token")
+
+
+def _mixtral(
+    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int, accumulation: int
+) -> tuple[nn.Module, Step]:
+    """Transformers' Mixtral in a plain loop; with more than one rank under DistributedDataParallel.
+
+    In bf16 weights and moments are bf16 without fp32 copies: less memory and work than the engine's optimizer takes.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(train.seed)
+    model: Any = MixtralForCausalLM(mixtral_config(config))
+    model = model.to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32).train()
+    adamw = _adamw(parameter_groups(model, optimizer.weight_decay), optimizer)
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
+
+    def step(batch: Batch) -> Tensor:
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        for _ in range(accumulation):
+            output = parallel(
+                input_ids=moved["input_ids"], labels=moved["labels"], shift_labels=moved["labels"], use_cache=False
+            )
+            (output.loss / accumulation).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        loss: Tensor = output.loss.detach() - model.router_aux_loss_coef * output.aux_loss.detach()
+        return loss
+
+    return model, step
+
+
+def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
+    """Mixtral at our shape. It has neither dense layers, shared experts nor QK-norm: these it leaves out."""
+    same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
+    same += "router_aux_loss_coef"
+    return MixtralConfig(
+        **{name: getattr(config, name) for name in same.split()},
+        intermediate_size=config.moe_intermediate_size,
+        num_local_experts=config.num_experts,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        output_router_logits=True,  # its load-balancing loss is part of the step, as ours is
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _deepspeed_moe(
+    config: HyperMoEConfig,
+    ds_config: dict[str, Any],
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    expert_parallel: int,
+) -> Any:
+    """Our decoder with DeepSpeed's older MoE layer in the place of each block, in a DeepSpeed engine.
+
+    Dropless, so that it computes what our blocks do: every expert is padded to the fullest one's load. Its router has
+    no z-loss, and no shared expert is carried over.
+    """
+    torch.manual_seed(train.seed)
+    model = _plain_moe(config)
+    first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
+    for layer in (model.model.layers[index] for index in config.moe_layers):
+        layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)
+        layer.is_moe = False  # type: ignore[assignment] # the decoder then takes it for a plain MLP: its routing losses are added below
+    blocks = [module for module in model.modules() if isinstance(module, MoE)]
+
+    def add_balancing_loss(_module: nn.Module, _inputs: object, output: Any) -> None:
+        output.loss = output.lm_loss + config.router_aux_loss_coef * sum(b.deepspeed_moe.l_aux for b in blocks)
+
+    model.register_forward_hook(add_balancing_loss)
+    model.lm_head.fused_cross_entropy = fused_cross_entropy()
+    ds_config.pop("expert_parallel", None)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, optimizer.weight_decay),
+        optimizer=lambda groups: _adamw(configure_moe_param_groups(groups), optimizer),
+        config=ds_config,
+    )
+    return engine
+
+
+@torch.no_grad()
+def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
+    """DeepSpeed's layer with the weights of our block; this rank's experts begin with number `first`."""
+    layer = MoE(
+        config.hidden_size,
+        SwiGLU(config.hidden_size, config.moe_intermediate_size),
+        config.num_experts,
+        ep_size=expert_parallel,
+        k=config.num_experts_per_tok,
+        drop_tokens=False,
+        top2_2nd_expert_sampling=False,  # the two likeliest experts, as our router takes them
+    )
+    layer.deepspeed_moe.gate.wg.weight.copy_(block.router.gate.weight)
+    for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, first):
+        gate_FD, up_FD = block.experts.gate_up_proj[number].chunk(2)
+        expert.gate_proj.weight.copy_(gate_FD)
+        expert.up_proj.weight.copy_(up_FD)
+        expert.down_proj.weight.copy_(block.experts.down_proj[number])
+    layer.register_forward_hook(lambda _module, _inputs, output: output[0])
+    return layer
+
+
+def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """The engine's AdamW, for the peers."""
+    betas = (optimizer.beta1, optimizer.beta2)
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)

@@ -1,0 +1,57 @@
+"""A run that has not taken a step yet, written from weights that come from elsewhere."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from hypermoe_ds.checkpoint.expert_layout import training_weights
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.shards import write_weights
+from hypermoe_ds.checkpoint.store import name_latest, step_name
+from hypermoe_ds.data.tokenizer import copy_tokenizer
+from hypermoe_ds.files import check_output, check_room, scratch_beside
+from hypermoe_ds.modeling import HyperMoEConfig
+
+_SHARD_BYTES = 10**8  # held in memory while it is written
+
+
+def write_new_run(
+    output: Path,
+    config: HyperMoEConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    tokenizer: Path,
+    settings: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> RunFolder:
+    """Write a run folder that training goes on from at step 0; it appears whole or not at all.
+
+    Args:
+        output: the run folder, which does not exist or is empty.
+        config: the model, as a recipe gives it.
+        weights: the Transformers model's tensors.
+        tokenizer: folder of its tokenizer.
+        settings: what of the recipe is known: `model` and `train.precision`.
+        state: position of a run before its first step.
+
+    Raises:
+        UserError: the place is taken or has no room, or there is no tokenizer.
+    """
+    check_output(output)
+    with scratch_beside(output) as scratch:
+        check_room(output, scratch, 4 * config.parameter_counts().total)
+        run = RunFolder(scratch / output.name)
+        copy_tokenizer(tokenizer, run.tokenizer)
+        run.write_model(config)
+        section = yaml.safe_dump({"model": settings["model"]}, sort_keys=False)
+        run.model_section.write_text(section, encoding="utf-8")
+        checkpoint = run.checkpoints / step_name(0)
+        checkpoint.mkdir(parents=True)
+        write_weights(checkpoint, training_weights(weights), dict(settings), {"run": dict(state)}, _SHARD_BYTES)
+        name_latest(run.checkpoints, 0)
+        if output.exists():
+            output.rmdir()
+        run.path.rename(output)
+    return RunFolder(output)

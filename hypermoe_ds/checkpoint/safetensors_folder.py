@@ -1,0 +1,176 @@
+"""Read the tensors of a Hugging Face folder from its safetensors files."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hypermoe_ds.checkpoint.hf_folder import FETCH_AGAIN, read_json, short
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import file_of
+from hypermoe_ds.modeling import HyperMoEConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # kept by old versions; computed from rope_theta
+
+Reader = Callable[[], Tensor]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a folder.
+
+    Raises:
+        UserError: there are none, the index is damaged or names another kind of file, or a file is missing or a link
+            that leads out of the folder.
+    """
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder, INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX}: weight_map={short(weight_map)}", "names no files", FETCH_AGAIN)
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors"):
+                where = f"{folder / INDEX}: weight_map[{short(name)}]={short(file)}"
+                raise UserError(where, "is not a safetensors file", "save the model as safetensors")
+        return [file_of(folder, name) for name in sorted(set(weight_map.values()))]
+    if (folder / WEIGHTS).exists():
+        return [file_of(folder, WEIGHTS)]
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles:
+        raise UserError(
+            str(folder / pickles[0]),
+            "is a pickle, which can run any code when it is read",
+            "save the model as safetensors: Transformers' save_pretrained does",
+        )
+    raise UserError(str(folder), f"holds no weights (neither {WEIGHTS} nor {INDEX})", "give a Hugging Face folder")
+
+
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors files, by the names that the files give them.
+
+    Args:
+        folder: a Hugging Face folder.
+
+    Attributes:
+        folder: the folder.
+        paths: the files.
+        shapes: name and shape of each tensor.
+        dtypes: its type, as safetensors names it ("F32", "BF16").
+
+    Raises:
+        UserError: as `weight_files`, or a file is damaged, or a tensor is in two files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths = weight_files(folder)
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, str] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (no dict)
+                        if name in self._file_of:
+                            other = self._file_of[name].name
+                            raise UserError(f"{path}: {short(name)}", f"is in {other} too", FETCH_AGAIN)
+                        part = file.get_slice(name)
+                        self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part.get_dtype()
+                        self._file_of[name] = path
+            except (OSError, SafetensorError) as error:
+                raise _damaged(path, error) from None
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def map(self, name: str) -> Tensor:
+        """Map a tensor to its file: only the parts that are used are read.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self._file_of[name]
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise _damaged(path, error) from None
+        return tensor
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor as it is stored, into memory of its own.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return self.map(name).clone()
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(str(path), f"cannot be read ({error})", FETCH_AGAIN)
+
+
+class FolderWeights(SafetensorsFolder):
+    """Tensors by the names that the files give them.
+
+    Args:
+        folder: a Hugging Face folder with `model.safetensors`, or several files and their index.
+
+    Attributes:
+        dtype: the widest precision among the tensors.
+
+    Raises:
+        UserError: there are no safetensors, a file is missing or damaged, or a tensor is of another type.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        for name, stored in self.dtypes.items():
+            if stored not in _DTYPES:
+                where = f"{self.path_of(name)}: {name}"
+                raise UserError(where, f"is stored as {stored}", f"save the model as one of {', '.join(_DTYPES)}")
+        dtypes = {_DTYPES[stored] for stored in self.dtypes.values()}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+class TakenTensors:
+    """Tensors of a folder, and which of them were asked for: none may be left over."""
+
+    def __init__(self, files: FolderWeights) -> None:
+        self.files = files
+        self._names: set[str] = set()
+
+    def holds(self, name: str) -> bool:
+        return name in self.files.shapes
+
+    def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
+        """What reads a tensor of this shape."""
+        if not self.holds(name):
+            raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
+        found = tuple(self.files.shapes[name])
+        if found != tuple(shape):
+            raise UserError(
+                f"{self.files.folder}: {name}",
+                f"is {list(found)}, by config.json it is {list(shape)}",
+                "mend config.json",
+            )
+        self._names.add(name)
+        return partial(self.files.read, name)
+
+    def refuse_the_rest(self, config: HyperMoEConfig) -> None:
+        """Nothing is dropped without a word."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        for name in self.files.shapes:
+            if name in self._names or _DERIVED.fullmatch(name):
+                continue
+            tied = name == head and config.tie_word_embeddings
+            if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
+                continue
+            reason = "differs from the embedding it is tied to" if tied else "has no place in HyperMoE"
+            raise UserError(f"{self.files.folder}: {name}", reason, "choose a model without it")

@@ -1,0 +1,142 @@
+"""What one host of a job tells of itself: `python -m hypermoe_ds.cluster.host_report ASKED` prints it as JSON.
+
+`ASKED` is a JSON object of the fields of `Asked`. The line is printed last, so that its time is the one it arrives at.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hypermoe_ds.config import apply_overrides, load_yaml
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.provenance import git_commit, package_version, source_digest
+
+FACTS = "facts: "  # before the JSON: other lines may come from the host's shell
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a host is asked about.
+
+    Attributes:
+        run_dir: the run folder.
+        token: name of a file that the asker wrote into it.
+        config: the recipe.
+        deepspeed_config: DeepSpeed's JSON.
+        overrides: `section.key=value`.
+        data: token files and the tokenizer.
+    """
+
+    run_dir: str
+    token: str
+    config: str
+    deepspeed_config: str
+    overrides: Sequence[str]
+    data: Sequence[str]
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What a host told.
+
+    Attributes:
+        python: version.
+        torch: version.
+        deepspeed: version.
+        project: git commit, and a digest of the sources as they lie there.
+        settings: digest of the recipe with its overrides and of DeepSpeed's JSON, or why they cannot be read.
+        data: digest of the sizes of the data's files, or the first that is not there.
+        devices: name of each GPU; None where DeepSpeed is told to use the CPU.
+        memory_gib: free in /dev/shm.
+        disk_gib: free where the run folder is.
+        sees_run_folder: the asker's file is there.
+        address: the interface that gloo is told to use (GLOO_SOCKET_IFNAME), or what the host's own name resolves to.
+        clock: seconds since the epoch, at the end.
+    """
+
+    python: str
+    torch: str
+    deepspeed: str
+    project: str
+    settings: str
+    data: str
+    devices: Sequence[str] | None
+    memory_gib: float
+    disk_gib: float
+    sees_run_folder: bool
+    address: str
+    clock: float
+
+
+def facts_here(asked: Asked) -> HostFacts:
+    """The facts of this host."""
+    return HostFacts(
+        python=platform.python_version(),
+        torch=package_version("torch"),
+        deepspeed=package_version("deepspeed"),
+        project=f"{git_commit()[:8]} {source_digest()}",
+        settings=settings_digest(asked.config, asked.deepspeed_config, asked.overrides),
+        data=data_digest(asked.data),
+        devices=_devices(),
+        memory_gib=_free_gib(Path("/dev/shm")),  # noqa: S108 (where ranks of a host exchange)
+        disk_gib=_free_gib(Path(asked.run_dir)),
+        sees_run_folder=(Path(asked.run_dir) / asked.token).exists(),
+        address=_own_address(),
+        clock=time.time(),
+    )
+
+
+def settings_digest(config: str, deepspeed_config: str, overrides: Sequence[str]) -> str:
+    """A short digest of what the files of this host say, whatever their layout and comments."""
+    try:
+        recipe = apply_overrides(load_yaml(config), overrides)
+        own = json.loads(Path(deepspeed_config).read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError) as error:
+        return f"unreadable: {error}"
+    return hashlib.sha256(json.dumps([recipe, own], sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def data_digest(files: Sequence[str]) -> str:
+    """A short digest of the sizes of files; folders count as there or not."""
+    sizes = []
+    for file in map(Path, files):
+        try:
+            sizes.append(None if file.is_dir() else file.stat().st_size)
+        except OSError:
+            return f"lacks {file}"
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
+
+
+def _devices() -> list[str] | None:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return None
+    import torch  # noqa: PLC0415 (takes seconds)
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _free_gib(path: Path) -> float:
+    """Free space at `path`, or where it would be made."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**30
+
+
+def _own_address() -> str:
+    try:
+        return os.environ.get("GLOO_SOCKET_IFNAME") or socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "unknown"
+
+
+if __name__ == "__main__":
+    print(FACTS + json.dumps(asdict(facts_here(Asked(**json.loads(sys.argv[1]))))), flush=True)

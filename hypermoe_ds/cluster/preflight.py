@@ -1,0 +1,371 @@
+"""Looks at the hosts of a job before it starts: are they there, are they alike, do they see one run folder, how fast
+are the links between them. Each failed check is one line with its remedy.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from threading import Timer
+from typing import NamedTuple
+
+from hypermoe_ds.cluster.host_report import FACTS, Asked, HostFacts
+from hypermoe_ds.cluster.hosts import Host, shell_line
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
+
+LINKS = "links: "  # before the JSON that parallel/links.py prints: libraries print too
+_ANSWER_SECONDS = 60
+_MEASURE_SECONDS = 120
+_MEETING_SECONDS = 60
+_SECONDS_AFTER_FAILURE = 5
+_MEMORY_GIB = 0.125  # of /dev/shm for each rank: DeepSpeed's operator takes 66 MB, NCCL some more
+_CLOCK_SECONDS = 5.0
+_SLOW_SHARE = 1 / 3  # of the median of all pairs
+_ALIKE = {
+    "python": "make the environment anew there: bash launch/setup.sh",
+    "torch": "run there: bash launch/setup.sh",
+    "deepspeed": "run there: bash launch/setup.sh",
+    "project": "check out the same commit there, without edits",
+    "settings": "put the same recipe and DeepSpeed JSON there",
+    "data": "put the token files and the tokenizer there, or on storage that all mount",
+    "devices": "take hosts with the same GPUs into the hostfile",
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A host's answer.
+
+    Attributes:
+        host: who was asked.
+        facts: what it told; None if it did not.
+        trouble: the last line that it gave instead.
+        exit_code: with which it ended then; 126 and 127 are a shell's that cannot start the command.
+        clock_ahead: seconds by which its clock is ahead of this machine's.
+    """
+
+    host: Host
+    facts: HostFacts | None
+    trouble: str = ""
+    exit_code: int | None = None
+    clock_ahead: float = 0.0
+
+
+@dataclass(frozen=True)
+class Links:
+    """What was measured, in GB/s of what one rank sends.
+
+    Attributes:
+        all_reduce: over all ranks; None with one rank.
+        all_to_all: over all ranks; None with one rank.
+        pairs: number of one host, number of the other, between their first ranks, both ways at once.
+        wrong: exchanges whose result was not what it must be.
+    """
+
+    all_reduce: float | None
+    all_to_all: float | None
+    pairs: list[tuple[int, int, float]]
+    wrong: list[str]
+
+
+class Failure(NamedTuple):
+    """A check that failed.
+
+    Attributes:
+        host: the host without which it would not; None where it is no single one.
+        error: the line that tells it.
+    """
+
+    host: Host | None
+    error: UserError
+
+
+@dataclass(frozen=True)
+class Starter:
+    """How a Python module is run on a host: the same interpreter and folder everywhere.
+
+    Attributes:
+        environment: variables that are set for it.
+        folder: working directory.
+    """
+
+    environment: Mapping[str, str]
+    folder: Path
+
+    def start(self, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start `python -m module arguments`; it ends on the host too after `seconds`, or when its stdin is closed."""
+        command = ["timeout", "--kill-after=5", str(seconds), sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(
+            host.command(shell_line(command, self.environment, self.folder)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def ask_hosts(hosts: Sequence[Host], asked: Asked, starter: Starter) -> list[Told]:
+    """Ask all hosts at once; a host that does not answer is told as such."""
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(lambda host: _ask(host, asked, starter), hosts))
+
+
+def _ask(host: Host, asked: Asked, starter: Starter) -> Told:
+    try:
+        process = starter.start(host, _ANSWER_SECONDS, "hypermoe_ds.cluster.host_report", json.dumps(asdict(asked)))
+    except OSError as error:
+        return Told(host, None, str(error))
+    last = "no answer"
+    with process, _ended_after(process, _ANSWER_SECONDS + 10):
+        for line in process.stdout or ():
+            arrived = time.time()
+            if line.startswith(FACTS):
+                facts = HostFacts(**json.loads(line.removeprefix(FACTS)))
+                return Told(host, facts, clock_ahead=facts.clock - arrived)
+            last = line.strip() or last
+    return Told(host, None, last, process.returncode)
+
+
+@contextmanager
+def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
+    """Kill the process if this takes longer than so many seconds."""
+    timer = Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[Failure]:
+    """Everything that is wrong with the hosts.
+
+    Args:
+        answers: of all hosts.
+        asked: what they were asked about.
+        disk_gib: free space that the run needs.
+    """
+    failures = [
+        Failure(told.host, UserError(told.host.name, f"does not answer ({told.trouble})", _remedy(told)))
+        for told in answers
+        if told.facts is None
+    ]
+    present = [(told, told.facts) for told in answers if told.facts is not None]
+    for name, remedy in _ALIKE.items():
+        failures += _differing(name, {told.host: _shown(getattr(facts, name)) for told, facts in present}, remedy)
+    for told, facts in present:
+        lacks = _lacking(told, facts, asked, disk_gib)
+        if len(answers) > 1 and facts.address.startswith("127.") and facts.devices is None:
+            lacks.append(_unreachable_name(told.host.name, facts.address))
+        failures += [Failure(told.host, error) for error in lacks]
+    return failures
+
+
+def _remedy(told: Told) -> str:
+    if told.exit_code in (126, 127):
+        return "make the environment there, at the same path as here: bash launch/setup.sh"
+    return told.host.reach_remedy()
+
+
+def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
+    """Hosts whose value is not the one that most have."""
+    [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
+    failures = [
+        Failure(host, UserError(f"{host.name}: {name}", f"is {value}, elsewhere {usual}", remedy))
+        for host, value in values.items()
+        if value != usual
+    ]
+    if usual.startswith(("unreadable", "lacks")):
+        failures.append(Failure(None, UserError(name, usual, remedy)))
+    return failures
+
+
+def _lacking(told: Told, facts: HostFacts, asked: Asked, disk_gib: float) -> list[UserError]:
+    """What one host has too little of."""
+    host, found = told.host, []
+    if facts.devices is not None and len(facts.devices) < host.slots:
+        remedy = "lower its slots, or set DS_ACCELERATOR=cpu to train without GPUs"
+        found.append(UserError(f"{host.name}: slots={host.slots}", f"it has {len(facts.devices)} GPUs", remedy))
+    if facts.memory_gib < host.slots * _MEMORY_GIB:
+        need = f"{facts.memory_gib:.2f} GiB free, {host.slots} ranks need {host.slots * _MEMORY_GIB:.2f}"
+        found.append(UserError(f"{host.name}: /dev/shm", need, "enlarge it (in a container: --shm-size) or clear it"))
+    if facts.disk_gib < disk_gib:
+        need = f"{facts.disk_gib:.2f} GiB free, checkpoints need {disk_gib:.2f}"
+        found.append(
+            UserError(f"{host.name}: run.dir={asked.run_dir}", need, "free space or lower checkpoint.keep_last")
+        )
+    if not facts.sees_run_folder:
+        problem = "is not the folder that this machine sees there"
+        found.append(
+            UserError(f"{host.name}: run.dir={asked.run_dir}", problem, "choose one on storage that all mount")
+        )
+    if abs(told.clock_ahead) > _CLOCK_SECONDS:
+        problem = f"is {told.clock_ahead:+.0f} s off this machine's"
+        found.append(UserError(f"{host.name}: clock", problem, "set it by NTP: timedatectl set-ntp true"))
+    return found
+
+
+def _unreachable_name(host: str, address: str) -> UserError:
+    """Gloo tells other hosts the address that a host's own name has."""
+    remedy = "set GLOO_SOCKET_IFNAME to the network interface, or mend /etc/hosts there"
+    return UserError(f"{host}: its own name", f"means {address} there, which no other host can reach", remedy)
+
+
+def measure_links(hosts: Sequence[Host], starter: Starter, address: str, port: int, mebibytes: int) -> Links:
+    """An all-reduce and an all-to-all over all ranks, and an exchange of each pair of hosts.
+
+    Args:
+        hosts: all of them.
+        starter: how processes are started.
+        address: of the first host.
+        port: where the ranks meet; the one the job will use.
+        mebibytes: what each rank sends.
+
+    Raises:
+        UserError: the ranks do not meet, or one fails.
+    """
+    shared = [f"--nnodes={len(hosts)}", f"--master_addr={address}", f"--master_port={port}"]
+    shared += [f"--rdzv_conf=timeout={_MEETING_SECONDS}", "--log_dir=/dev/null"]  # else a folder stays in TMPDIR
+    processes = []
+    for number, host in enumerate(hosts):
+        own = [f"--node_rank={number}", f"--nproc_per_node={host.slots}", "-m", "hypermoe_ds.cluster.interconnect"]
+        processes.append(starter.start(host, _MEASURE_SECONDS, "torch.distributed.run", *shared, *own, str(mebibytes)))
+    outputs = _outputs(processes)
+    for line in outputs[0].splitlines():
+        if line.startswith(LINKS):
+            return Links(**json.loads(line.removeprefix(LINKS)))
+    failed = [
+        (host.name, text)
+        for host, process, text in zip(hosts, processes, outputs, strict=True)
+        if process.returncode > 0
+    ]
+    name, text = failed[0] if failed else (hosts[0].name, outputs[0])
+    if "EADDRINUSE" in text:
+        remedy = "set another MASTER_PORT, or end the job that has it"
+        raise UserError(f"MASTER_PORT={port}", f"is in use on {name}", remedy)
+    errors = [line.strip() for line in text.splitlines() if "Error" in line] or text.splitlines()[-1:] or ["no output"]
+    remedy = "open the ports between the hosts; name the network in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    raise UserError(f"port {port} of {address}", f"the ranks do not exchange ({name}: {errors[-1][:160]})", remedy)
+
+
+def _outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """What they print until they end; when one has failed the others wait for it, and are ended soon."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        outputs = [pool.submit(_output, process) for process in processes]
+        for output in as_completed(outputs):
+            if processes[outputs.index(output)].returncode:
+                wait(outputs, timeout=_SECONDS_AFTER_FAILURE)
+                for process in processes:
+                    process.kill()
+    return [output.result() for output in outputs]
+
+
+def _output(process: subprocess.Popen[str]) -> str:
+    with process, _ended_after(process, _MEASURE_SECONDS + 10):
+        text = process.stdout.read() if process.stdout else ""
+        process.wait()
+    return text
+
+
+def judge_links(links: Links, hosts: Sequence[Host], least: float) -> list[Failure]:
+    """Links that are slow, each blamed on the host that has more of them, and exchanges that went wrong.
+
+    Args:
+        links: what was measured.
+        hosts: all of them, by number.
+        least: GB/s that each pair of hosts must reach.
+    """
+    failures = [
+        Failure(None, UserError(exchange, "gave a wrong result", "look for faulty memory or network hardware"))
+        for exchange in sorted(set(links.wrong))
+    ]
+    usual = median([speed for *_, speed in links.pairs]) if links.pairs else 0.0
+    slow = [pair for pair in links.pairs if pair[2] < max(least, usual * _SLOW_SHARE)]
+    count = Counter(host for pair in slow for host in pair[:2])
+    for one, other, speed in slow:
+        where = f"{hosts[one].name} - {hosts[other].name}"
+        problem, remedy = f"{speed:.2f} GB/s, wanted are {least:.2f}", "look at their cables and ports"
+        if speed >= least:
+            problem = f"{speed:.2f} GB/s, between others {usual:.2f}"
+            remedy = "look at the cables and ports of the host that is slow to all"
+        culprit = max(one, other, key=lambda host: (count[host], host))
+        failures.append(Failure(hosts[culprit], UserError(where, problem, remedy)))
+    return failures
+
+
+class Fit(NamedTuple):
+    """Hosts that can train together, and the expert parallelism on them."""
+
+    hosts: Sequence[Host]
+    expert: int
+
+
+def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, expert: int, num_experts: int) -> Fit:
+    """The most of these hosts, from the first one on, that the settings can be spread over.
+
+    Args:
+        hosts: those that passed.
+        global_batch_size: sequences of one optimizer step, over all ranks.
+        micro_batch_size: sequences of one forward pass on one rank.
+        expert: ranks that share one copy of the experts, at most.
+        num_experts: of the model.
+
+    Raises:
+        UserError: the batch cannot be shared by the ranks of any number of them.
+    """
+    slots = [host.slots for host in hosts]
+    taken = hosts[: hosts_that_fit(slots, global_batch_size, micro_batch_size)]
+    if not taken:
+        problem = f"cannot be shared by the ranks of {', '.join(host.name for host in hosts)} or fewer hosts"
+        remedy = f"a multiple of {micro_batch_size} times {slots[0] if slots else 1} can"
+        raise UserError(f"train.global_batch_size={global_batch_size}", problem, remedy)
+    ranks = sum(host.slots for host in taken)
+    return Fit(taken, largest_expert_parallel(expert, num_experts, ranks))
+
+
+def table(answers: Sequence[Told]) -> str:
+    """What the hosts told, one line each."""
+    rows = [["host", "slots", *_ALIKE, "shared memory", "disk", "clock"]]
+    for told in answers:
+        row = [told.host.name, str(told.host.slots)]
+        if told.facts is None:
+            row += ["no answer"]
+        else:
+            row += [_shown(getattr(told.facts, name))[:40] for name in _ALIKE]
+            row += [
+                f"{told.facts.memory_gib:.1f} GiB",
+                f"{told.facts.disk_gib:.1f} GiB",
+                f"{round(told.clock_ahead, 1) + 0.0:+.1f} s",
+            ]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def links_line(links: Links, hosts: Sequence[Host], mebibytes: int) -> str:
+    """What was measured, with the slowest pair."""
+    parts = [f"all-reduce {_speed(links.all_reduce)}", f"all-to-all {_speed(links.all_to_all)}"]
+    if links.pairs:
+        one, other, speed = min(links.pairs, key=lambda pair: pair[2])
+        parts.append(f"slowest pair {hosts[one].name} - {hosts[other].name} {_speed(speed)}")
+    return f"{mebibytes} MiB a rank: {', '.join(parts)}"
+
+
+def _speed(value: float | None) -> str:
+    return "of one rank alone" if value is None else f"{value:.2f} GB/s"
+
+
+def _shown(value: str | Sequence[str] | None) -> str:
+    if value is None:
+        return "CPU"
+    if isinstance(value, str):
+        return value
+    return ", ".join(f"{count} x {name}" for name, count in Counter(value).items()) or "no GPU"

@@ -1,0 +1,107 @@
+"""How the parameters of two folders differ."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from hypermoe_ds.inspection.statistics import Progress, by_group, norm_of
+from hypermoe_ds.inspection.tensor_readers import Shape, Source, ranges
+
+
+class Distance(NamedTuple):
+    """Of a tensor, or of a group's tensors taken together.
+
+    Attributes:
+        difference: L2 norm of second - first.
+        norm: L2 norm of the first.
+    """
+
+    difference: float
+    norm: float
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of the first; infinite where the first is zero and the second is not."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.norm if self.norm else math.inf
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Of two folders.
+
+    Attributes:
+        only_first: parameters that the second lacks.
+        only_second: parameters that the first lacks.
+        reshaped: parameters whose shapes differ, with both.
+        tensors: of each kind that both have, the distance of each parameter of the same shape.
+    """
+
+    only_first: list[str]
+    only_second: list[str]
+    reshaped: dict[str, tuple[Shape, Shape]]
+    tensors: dict[str, dict[str, Distance]]
+
+    def groups(self, kind: str) -> dict[str, Distance]:
+        """Each group's tensors taken together."""
+        tensors = self.tensors[kind]
+        return {
+            group: Distance(
+                math.hypot(*(tensors[name].difference for name in names)),
+                math.hypot(*(tensors[name].norm for name in names)),
+            )
+            for group, names in by_group(tensors).items()
+        }
+
+    def largest(self, kind: str, count: int = 10) -> list[str]:
+        """The parameters that differ most, relatively; a distance that is no number comes first."""
+        changed = {name: d.relative for name, d in self.tensors[kind].items() if d.relative != 0}
+        return sorted(changed, key=lambda name: (not math.isnan(changed[name]), -changed[name]))[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self),
+            "groups": {kind: _as_dicts(self.groups(kind)) for kind in self.tensors},
+            "tensors": {kind: _as_dicts(tensors) for kind, tensors in self.tensors.items()},
+            "largest": {kind: self.largest(kind) for kind in self.tensors},
+        }
+
+
+def compare(first: Source, second: Source, progress: Progress = lambda _: None) -> Differences:
+    """Read what both have, a part at a time."""
+    shared = [name for name in first.shapes if first.shapes[name] == second.shapes.get(name)]
+    kinds = [kind for kind in first.kinds if kind in second.kinds]
+    return Differences(
+        only_first=sorted(first.shapes.keys() - second.shapes.keys()),
+        only_second=sorted(second.shapes.keys() - first.shapes.keys()),
+        reshaped={
+            name: (shape, second.shapes[name])
+            for name, shape in first.shapes.items()
+            if name in second.shapes and name not in shared
+        },
+        tensors={kind: {name: _distance(first, second, name, kind, progress) for name in shared} for kind in kinds},
+    )
+
+
+def elements_to_compare(first: Source, second: Source) -> int:
+    """Elements of each folder that `compare` reads."""
+    kinds = sum(kind in second.kinds for kind in first.kinds)
+    return kinds * sum(prod(shape) for name, shape in first.shapes.items() if shape == second.shapes.get(name))
+
+
+def _distance(first: Source, second: Source, name: str, kind: str, progress: Progress) -> Distance:
+    differences, norms = [], []
+    for start, stop in ranges(prod(first.shapes[name])):
+        values = first.read_range(name, start, stop, kind)
+        norms.append(norm_of(values))
+        differences.append(norm_of(second.read_range(name, start, stop, kind) - values))
+        progress(stop - start)
+    return Distance(math.hypot(*differences), math.hypot(*norms))
+
+
+def _as_dicts(distances: Mapping[str, Distance]) -> dict[str, dict[str, float]]:
+    return {name: {**distance._asdict(), "relative": distance.relative} for name, distance in distances.items()}

@@ -1,0 +1,236 @@
+"""What is in a folder that holds a model: parameters, norms, NaN and Inf, how alike the experts are.
+
+Shape legend: N experts, c elements of each that are read at once.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypermoe_ds.checkpoint.shards import WEIGHT
+from hypermoe_ds.inspection.tensor_readers import Origin, Source, ranges
+
+Progress = Callable[[int], Any]  # called with the number of elements read
+
+NEAR_COPIES = 0.9  # cosine of two experts from which they are called near copies
+_MOST_EXPERTS = 4096  # their cosines take 8 N^2 bytes
+COLLAPSING = 0.5  # mean cosine over a layer's pairs from which its experts are said to collapse
+
+# In the order they are shown. A name belongs to the first pattern that it matches; norms come first in that.
+_PATTERNS = {
+    "embeddings": r".*embed_tokens\..*",
+    "attention": r".*\.self_attn\..*",
+    "router": r".*\.router\..*",
+    "experts": r".*\.experts\..*",
+    "shared experts": r".*\.shared_experts\..*",
+    "dense layers": r".*\.mlp\.(gate|up|down)_proj\..*",
+    "HyperExpert encoders": r".*\.hyper_experts\.encoder\..*",
+    "baked HyperExperts": r".*\.hyper_experts\..*",
+    "hypernetwork": r".*\.?hypernetwork\..*",
+    "norms": r"(.*\.)?(\w*layernorm|norm|q_norm|k_norm)\.weight",
+    "head": r"lm_head\..*",
+    "other": r".*",
+}
+_BY_PRIORITY = ("norms", *(group for group in _PATTERNS if group != "norms"))
+
+
+def by_group(names: Iterable[str]) -> dict[str, list[str]]:
+    """Parameters by the part of the model that they belong to."""
+    members: dict[str, list[str]] = {group: [] for group in _PATTERNS}
+    for name in names:
+        members[next(group for group in _BY_PRIORITY if re.fullmatch(_PATTERNS[group], name))].append(name)
+    return {group: found for group, found in members.items() if found}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of a tensor, or of all tensors of a group.
+
+    Attributes:
+        elements: how many.
+        norm: L2 norm of the finite ones.
+        nan: elements that are NaN.
+        inf: elements that are infinite.
+    """
+
+    elements: int
+    norm: float
+    nan: int
+    inf: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no Inf."""
+        return self.nan == self.inf == 0
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike the experts of one layer are: cosines between their flattened weights.
+
+    Attributes:
+        block: the layer's MoE block.
+        experts: N.
+        mean: over all pairs; NaN where a weight is.
+        largest: of a pair.
+        pair: that pair.
+    """
+
+    block: str
+    experts: int
+    mean: float
+    largest: float
+    pair: tuple[int, int]
+
+    def verdict(self) -> str | None:
+        """What is wrong, in words; None where the experts differ enough."""
+        if self.mean >= COLLAPSING:
+            return (
+                f"the experts of {self.block} are collapsing: their mean cosine is {self.mean:.3f}, "
+                f"{COLLAPSING} or more"
+            )
+        if self.largest >= NEAR_COPIES:
+            first, second = self.pair
+            return (
+                f"experts {first} and {second} of {self.block} are near copies: their cosine is "
+                f"{self.largest:.3f}, {NEAR_COPIES} or more"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that was seen in a folder.
+
+    Attributes:
+        origin: what the folder is.
+        tensors: of each kind ("weight", "exp_avg", "exp_avg_sq") its parameters, by the training model's names.
+        similarity: one entry a layer with more than one expert.
+    """
+
+    origin: Origin
+    tensors: dict[str, dict[str, Measured]]
+    similarity: list[Similarity]
+
+    def groups(self, kind: str = WEIGHT) -> dict[str, Measured]:
+        """Each group's tensors taken together, in the order they are shown."""
+        tensors = self.tensors[kind]
+        return {group: _together([tensors[name] for name in names]) for group, names in by_group(tensors).items()}
+
+    def not_finite(self) -> dict[str, Measured]:
+        """Tensors with NaN or Inf, as KIND/NAME."""
+        return {
+            f"{kind}/{name}": measured
+            for kind, tensors in self.tensors.items()
+            for name, measured in tensors.items()
+            if not measured.is_finite
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "origin": asdict(self.origin),
+            "groups": {kind: {name: asdict(m) for name, m in self.groups(kind).items()} for kind in self.tensors},
+            "not_finite": {name: asdict(measured) for name, measured in self.not_finite().items()},
+            "expert_similarity": [{**asdict(layer), "verdict": layer.verdict()} for layer in self.similarity],
+            "tensors": {kind: {name: asdict(m) for name, m in part.items()} for kind, part in self.tensors.items()},
+        }
+
+
+def inspect(source: Source, progress: Progress = lambda _: None) -> Inspection:
+    """Read everything once, the experts' weights twice, and never more than some MiB at a time."""
+    tensors = {
+        kind: {name: measure(source, name, kind, progress) for name in sorted(source.shapes)} for kind in source.kinds
+    }
+    blocks = expert_blocks(source.shapes).items()
+    return Inspection(source.origin, tensors, [compare_experts(source, *block, progress) for block in blocks])
+
+
+def elements_to_inspect(source: Source) -> int:
+    """Elements that `inspect` reads."""
+    elements = {name: prod(shape) for name, shape in source.shapes.items()}
+    stacks = [name for names in expert_blocks(source.shapes).values() for name in names]
+    return len(source.kinds) * sum(elements.values()) + sum(elements[name] for name in stacks)
+
+
+def measure(source: Source, name: str, kind: str, progress: Progress) -> Measured:
+    """Norm and NaN and Inf of a parameter, or moment of one."""
+    elements, square, nan, inf = prod(source.shapes[name]), 0.0, 0, 0
+    for start, stop in ranges(elements):
+        values = source.read_range(name, start, stop, kind)
+        norm = norm_of(values)
+        if not math.isfinite(norm):
+            nan += int(values.isnan().sum())
+            inf += int(values.isinf().sum())
+            norm = norm_of(values[values.isfinite()])
+        square += norm**2
+        progress(stop - start)
+    return Measured(elements, math.sqrt(square), nan, inf)
+
+
+def norm_of(values: Tensor) -> float:
+    """L2 norm, added up in fp64."""
+    norm: float = torch.linalg.vector_norm(values, dtype=torch.float64).item()
+    return norm
+
+
+def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """List the stacked expert weights [N, ...] of each MoE block with more than one expert and at most 4,096."""
+    blocks: dict[str, list[str]] = {}
+    for name in sorted(shapes, key=_by_layer):
+        match = re.fullmatch(r"(.*)\.experts\.(w[123]|gate_up_proj|down_proj)", name)
+        if match and len(shapes[name]) == 3 and 1 < shapes[name][0] <= _MOST_EXPERTS:
+            blocks.setdefault(match[1], []).append(name)
+    return blocks
+
+
+def compare_experts(source: Source, block: str, stacks: list[str], progress: Progress) -> Similarity:
+    """Cosines between the flattened weights of all pairs of experts.
+
+    Their inner products are added up over parts of all experts' weights at once, so each is read once.
+
+    Args:
+        source: where they are read from.
+        block: the MoE block.
+        stacks: names of its expert weights, each [N, ...].
+        progress: told of the elements read.
+    """
+    N = source.shapes[stacks[0]][0]
+    gram_NN = torch.zeros(N, N, dtype=torch.float64)
+    for name in stacks:
+        elements = prod(source.shapes[name]) // N
+        for part_Nc in _parts_of_experts(source, name, N, elements):
+            gram_NN += (part_Nc @ part_Nc.T).double()
+            progress(part_Nc.numel())
+    norm_N = gram_NN.diagonal().sqrt()
+    cosine_NN = gram_NN / torch.outer(norm_N, norm_N).clamp_min(torch.finfo(torch.float64).tiny)
+    first_P, second_P = torch.triu_indices(N, N, offset=1)
+    cosine_P = cosine_NN[first_P, second_P]
+    at = int(cosine_P.argmax())
+    return Similarity(block, N, cosine_P.mean().item(), cosine_P[at].item(), (int(first_P[at]), int(second_P[at])))
+
+
+def _together(parts: list[Measured]) -> Measured:
+    return Measured(
+        elements=sum(part.elements for part in parts),
+        norm=math.hypot(*(part.norm for part in parts)),
+        nan=sum(part.nan for part in parts),
+        inf=sum(part.inf for part in parts),
+    )
+
+
+def _parts_of_experts(source: Source, name: str, N: int, elements: int) -> Iterator[Tensor]:
+    """The same range of every expert's weights, [N, c], one range after the other."""
+    for start, stop in ranges(elements, max(1, 2**20 // N)):
+        yield torch.stack([source.read_range(name, n * elements + start, n * elements + stop) for n in range(N)])
+
+
+def _by_layer(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (-1, part) for part in name.split(".")]

@@ -1,0 +1,202 @@
+"""The parameters of any folder that holds a model, read range by range under the training model's names.
+
+So a run's checkpoint and a Hugging Face folder can be compared, and neither has to fit into memory.
+
+Shape legend: N experts, F expert width, D hidden size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from hypermoe_ds.checkpoint.expert_layout import training_shapes, training_view
+from hypermoe_ds.checkpoint.hf_folder import read_config
+from hypermoe_ds.checkpoint.manifest import MANIFEST
+from hypermoe_ds.checkpoint.run_folder import RunFolder
+from hypermoe_ds.checkpoint.safetensors_folder import SafetensorsFolder
+from hypermoe_ds.checkpoint.shards import WEIGHT, CheckpointReader
+from hypermoe_ds.checkpoint.store import find_checkpoint
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.modeling import HyperMoEConfig
+
+Shape = tuple[int, ...]
+
+_ELEMENTS_AT_ONCE = 2**20  # 4 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a folder is and who wrote it.
+
+    Attributes:
+        path: the folder that holds the tensors.
+        kind: "run folder", "checkpoint folder" or "Hugging Face folder".
+        step: optimizer steps taken; None where the folder does not say.
+        files: bytes of each file that holds tensors.
+        cut_tensors: tensors of which more than one file holds a part.
+        dtypes: types that are stored.
+        written_by: git commit and versions of packages, as far as the folder says.
+        state: position of the run.
+    """
+
+    path: str
+    kind: str
+    step: int | None
+    files: dict[str, int]
+    cut_tensors: int
+    dtypes: tuple[str, ...]
+    written_by: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(ABC):
+    """Parameters of one folder; a context manager, since it keeps files open.
+
+    Attributes:
+        origin: what the folder is.
+        shapes: shape of every parameter, by the training model's names.
+        kinds: what there is of each: "weight" and, of a run that has trained, the optimizer's moments.
+    """
+
+    origin: Origin
+    shapes: dict[str, Shape]
+    kinds: tuple[str, ...]
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
+        """Elements `start` to `stop` of a flattened parameter, or moment of one, in fp32; [stop - start]."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_source(path: Path, step: int | None = None) -> Source:
+    """Open a run folder, a checkpoint folder or a Hugging Face folder.
+
+    Args:
+        path: the folder.
+        step: which checkpoint of a run folder; None takes the newest. Other folders have only one.
+
+    Raises:
+        UserError: it is none of these, or not whole, or has no such step.
+    """
+    run = RunFolder(path)
+    if run.exists():
+        return CheckpointSource(find_checkpoint(run.checkpoints, step), "run folder")
+    if (path / MANIFEST).is_file():
+        return CheckpointSource(path, "checkpoint folder")
+    if (path / "config.json").is_file():
+        return HuggingFaceSource(path)
+    raise UserError(str(path), "is no run folder, checkpoint folder or Hugging Face folder", "give one of them")
+
+
+def ranges(elements: int, at_once: int = _ELEMENTS_AT_ONCE) -> Iterator[tuple[int, int]]:
+    """Cut `elements` into (start, stop) of at most `at_once`."""
+    for start in range(0, elements, at_once):
+        yield start, min(start + at_once, elements)
+
+
+class CheckpointSource(Source):
+    """A checkpoint of a run.
+
+    Args:
+        folder: the checkpoint.
+        kind: what the user named: a run folder or the checkpoint itself.
+
+    Raises:
+        UserError: a file is missing or differs from what was written.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._reader = CheckpointReader(folder)
+        manifest = self._reader.manifest
+        self.shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
+        self.kinds = manifest.kinds
+        self.origin = Origin(
+            path=str(folder),
+            kind=kind,
+            step=manifest.step,
+            files={name: entry.bytes for name, entry in manifest.files.items() if name.endswith(".safetensors")},
+            cut_tensors=sum(len({piece.shard for piece in entry.pieces}) > 1 for entry in manifest.tensors.values()),
+            dtypes=("F32",),
+            written_by=manifest.written_by,
+            state=manifest.state,
+        )
+
+    def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
+        return self._reader.read_range(name, start, stop, kind)
+
+    def close(self) -> None:
+        self._reader.__exit__(None, None, None)
+
+
+class HuggingFaceSource(Source):
+    """A Hugging Face folder of safetensors files; the experts of a HyperMoE model are named as in training.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+
+    kinds = (WEIGHT,)
+
+    def __init__(self, folder: Path) -> None:
+        config = read_config(folder)
+        self._files = tensors = SafetensorsFolder(folder)
+        self._mapped = ("", torch.empty(0))
+        splits = config.get("model_type") == HyperMoEConfig.model_type
+        self._stored_as: dict[str, str] = {}
+        self.shapes = {}
+        for stored, shape in tensors.shapes.items():
+            parts = training_shapes(stored, shape) if splits else {stored: shape}
+            self._stored_as |= dict.fromkeys(parts, stored)
+            self.shapes |= {name: tuple(of_part) for name, of_part in parts.items()}
+        version = config.get("transformers_version")
+        self.origin = Origin(
+            path=str(folder),
+            kind="Hugging Face folder",
+            step=None,
+            files={path.name: path.stat().st_size for path in tensors.paths},
+            cut_tensors=0,
+            dtypes=tuple(sorted(set(tensors.dtypes.values()))),
+            written_by={"transformers": version} if isinstance(version, str) else {},
+        )
+
+    def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
+        assert kind == WEIGHT
+        stored = self._stored_as[name]
+        whole = self._map(stored) if stored == name else training_view(self._map(stored), name)
+        # w1 and w3 are blocks of a stored tensor, one for each expert; anything else is one block.
+        block = max(whole.numel() if whole.is_contiguous() else whole[0].numel(), 1)
+        values = torch.empty(stop - start)
+        for index in range(start // block, -(-stop // block)):
+            first, last = max(start, index * block), min(stop, (index + 1) * block)
+            part = whole if whole.is_contiguous() else whole[index]
+            values[first - start : last - start] = part.reshape(-1)[first - index * block : last - index * block]
+        return values
+
+    def close(self) -> None:
+        self._mapped = ("", torch.empty(0))
+
+    def _map(self, stored: str) -> Tensor:
+        """Keep the last tensor mapped: it is read range by range."""
+        if self._mapped[0] != stored:
+            self._mapped = (stored, self._files.map(stored))
+        return self._mapped[1]

@@ -1,0 +1,87 @@
+"""This process among others: its rank, its signals, and how it ends with one line."""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, MachineError, UserError, print_error, shortened
+
+_PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a rank then finishes its step
+_SILENT_SECONDS = 30
+_CRASH_SECONDS = 3  # an unexpected error may be this rank's alone, and the others then wait for it
+
+
+def local_rank() -> int:
+    """This process's number among the ranks of its host, as its launcher tells it; 0 without a launcher."""
+    return _from_environment(("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"))
+
+
+def global_rank() -> int:
+    """Return this process's rank as its launcher sets it in the environment; 0 without a launcher."""
+    return _from_environment(("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"))
+
+
+def _from_environment(names: Sequence[str]) -> int:
+    """Return the first of these variables: deepspeed and torchrun, Open MPI, srun, MPICH."""
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
+
+
+def export_rank_variables() -> None:
+    """Put what mpirun and srun tell their processes into the words of deepspeed and torchrun, which come first."""
+    words = {
+        "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
+        "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
+        "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
+    }
+    for name, theirs in words.items():
+        told = next((os.environ[key] for key in theirs if key in os.environ), None)
+        if told is not None:
+            os.environ.setdefault(name, told)
+
+
+def signal_when_parent_ends(number: signal.Signals) -> None:
+    """From now on the system sends this process that signal when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _wait_for_local_rank_zero(seconds: float) -> None:
+    """Wait until the launcher ends this rank, so that one host prints one line.
+
+    If this rank exited first, the launcher would kill local rank 0 before it printed the error. If nobody ends this
+    rank in that time the error is its own, and it prints it.
+    """
+    if local_rank() != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.sigtimedwait([], seconds)
+
+
+@contextmanager
+def one_line_errors(err: TextIO | None = None, log: Path | None = None) -> Iterator[None]:
+    """Turn a `UserError` or `MachineError` into one line and exit code 2 or 76, without a traceback.
+
+    Args:
+        err: where the line is printed; None takes stderr.
+        log: file that stderr is redirected to. The traceback of any other exception is then written there, and one
+            line on `err` names the exception and the file (exit code 1). None leaves other exceptions alone.
+    """
+    try:
+        yield
+    except (UserError, MachineError) as error:
+        _wait_for_local_rank_zero(_SILENT_SECONDS)
+        print_error(str(error), err)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAULT)
+    except (Exception, KeyboardInterrupt) as error:
+        if log is None:
+            raise
+        traceback.print_exc()
+        _wait_for_local_rank_zero(_CRASH_SECONDS)
+        what = f"{type(error).__name__}: {shortened(str(error))}" if str(error) else type(error).__name__
+        print_error(f"rank {global_rank()}: {what}; the traceback is at the end of {log}", err)
+        sys.exit(1)

@@ -1,0 +1,304 @@
+"""What is found wrong with hosts before a job starts, each in one line with its remedy."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hypermoe_ds.cluster import preflight
+from hypermoe_ds.cluster.host_report import Asked, HostFacts, data_digest, facts_here, settings_digest
+from hypermoe_ds.cluster.hosts import Host, this_host
+from hypermoe_ds.cluster.interconnect import Links
+from hypermoe_ds.cluster.preflight import (
+    Failure,
+    Starter,
+    Told,
+    ask_hosts,
+    fit,
+    judge,
+    judge_links,
+    links_line,
+    measure_links,
+    table,
+)
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.provenance import source_digest
+
+REPOSITORY = Path(__file__).parents[3]
+ASKED = Asked("/runs/a", ".preflight-1", "r.yaml", "z.json", (), ())
+GOOD = HostFacts(
+    python="3.11.7", torch="2.13.0", deepspeed="0.19.8", project="abc def", settings="123", data="456",
+    devices=["H100"] * 8, memory_gib=100.0, disk_gib=500.0, sees_run_folder=True, address="10.0.0.1", clock=0.0,
+)  # fmt: skip
+
+
+def told(**changed: object) -> list[Told]:
+    """Three hosts, of which the second differs in this."""
+    answers = [Told(Host(f"n{number}", 8), GOOD) for number in range(3)]
+    ahead = float(str(changed.pop("clock_ahead", 0.0)))
+    answers[1] = Told(Host("n1", 8), replace(GOOD, **changed), clock_ahead=ahead)  # type: ignore[arg-type]
+    return answers
+
+
+def lines(failures: list[Failure]) -> list[str]:
+    return [str(failure.error) for failure in failures]
+
+
+def test_hosts_that_are_alike_and_have_enough_pass() -> None:
+    assert judge(told(clock_ahead=-4.9), ASKED, 499.0) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"python": "3.12.1"}, "n1: python: is 3.12.1, elsewhere 3.11.7; make the environment anew there"),
+        ({"torch": "2.12.0"}, "n1: torch: is 2.12.0, elsewhere 2.13.0; run there: bash launch/setup.sh"),
+        ({"deepspeed": "missing"}, "n1: deepspeed: is missing, elsewhere 0.19.8; run there: bash launch/setup.sh"),
+        ({"project": "abc xyz"}, "n1: project: is abc xyz, elsewhere abc def; check out the same commit there"),
+        (
+            {"data": "lacks /d/t.idx"},
+            "n1: data: is lacks /d/t.idx, elsewhere 456; put the token files and the tokenizer",
+        ),
+        ({"settings": "9"}, "n1: settings: is 9, elsewhere 123; put the same recipe and DeepSpeed JSON there"),
+        ({"devices": ["A100"] * 8}, "n1: devices: is 8 x A100, elsewhere 8 x H100; take hosts with the same GPUs"),
+        ({"memory_gib": 0.9}, "n1: /dev/shm: 0.90 GiB free, 8 ranks need 1.00; enlarge it"),
+        ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.00 GiB free, checkpoints need 40.00; free space"),
+        ({"sees_run_folder": False}, "n1: run.dir=/runs/a: is not the folder that this machine sees there; choose one"),
+        ({"clock_ahead": 7.0}, "n1: clock: is +7 s off this machine's; set it by NTP"),
+        ({"clock_ahead": -61.2}, "n1: clock: is -61 s off this machine's; set it by NTP"),
+    ],
+)
+def test_a_host_that_differs_or_lacks_something_is_named_with_the_remedy(changed: dict[str, object], line: str) -> None:
+    [failure] = lines(judge(told(**changed), ASKED, 40.0))
+    assert failure.startswith(line)
+
+
+def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
+    failures = lines(judge(told(devices=["H100"] * 7), ASKED, 40.0))
+    assert [line.partition(";")[0] for line in failures] == [
+        "n1: devices: is 7 x H100, elsewhere 8 x H100",
+        "n1: slots=8: it has 7 GPUs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("settings", "unreadable: r.yaml: is gone"), ("data", "lacks /data/train.idx")]
+)
+def test_files_that_no_host_has_are_told_once(fact: str, value: str) -> None:
+    answers = [Told(Host(f"n{n}", 8), replace(GOOD, **{fact: value})) for n in range(3)]  # type: ignore[arg-type]
+    [line] = lines(judge(answers, ASKED, 1.0))
+    assert line.startswith(f"{fact}: {value}; put the ")
+
+
+def test_a_host_that_names_itself_loopback_is_told_on_cpus_unless_it_is_alone() -> None:
+    facts = replace(GOOD, devices=None, address="127.0.1.1")
+    pair = [Told(Host("n0", 1), facts), Told(Host("n1", 1), replace(facts, address="10.0.0.2"))]
+    [line] = lines(judge(pair, ASKED, 1.0))
+    assert line.startswith("n0: its own name: means 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET")
+    assert judge(pair[:1], ASKED, 1.0) == []
+
+
+@pytest.mark.parametrize(("reach", "remedy"), [("ssh", "make `ssh n1 true` work"), ("srun", "see `sinfo`")])
+def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, remedy: str) -> None:
+    answers = told()
+    answers[1] = Told(Host("n1", 8, reach), None, "ssh: connect to host n1 port 22: No route to host")
+    [line] = lines(judge(answers, ASKED, 1.0))
+    assert line.startswith(f"n1: does not answer (ssh: connect to host n1 port 22: No route to host); {remedy}")
+    assert [row.split()[0] for row in table(answers).splitlines()] == ["host", "n0", "n1", "n2"]
+    assert "no answer" in table(answers).splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "remedy"), [(255, "make `ssh -p 7 n1 true` work"), (127, "make the environment")]
+)
+def test_a_host_that_ssh_reaches_but_without_an_environment_is_told_so(
+    exit_code: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPERMOE_SSH_OPTIONS", "-p 7")
+    [line] = lines(judge([Told(Host("n1", 8), None, "words", exit_code)], ASKED, 1.0))
+    assert line.startswith(f"n1: does not answer (words); {remedy}")
+
+
+HOSTS = [Host(f"n{number}", 8) for number in range(4)]
+
+
+def links(**slow: float) -> Links:
+    pairs = [(a, b, slow.get(f"p{a}{b}", 10.0)) for a in range(4) for b in range(a + 1, 4)]
+    return Links(9.0, 5.0, pairs, [])
+
+
+def test_a_link_much_slower_than_the_others_is_told() -> None:
+    assert judge_links(links(p13=3.4), HOSTS, 0.0) == []
+    [line] = lines(judge_links(links(p13=3.3), HOSTS, 0.0))
+    assert line.startswith("n1 - n3: 3.30 GB/s, between others 10.00; look at the cables")
+
+
+def test_a_link_slower_than_wanted_is_told() -> None:
+    [line] = lines(judge_links(links(p02=8.0), HOSTS, 9.0))
+    assert line.startswith("n0 - n2: 8.00 GB/s, wanted are 9.00; look at")
+
+
+def test_slow_links_are_blamed_on_the_host_that_has_most_of_them() -> None:
+    failures = judge_links(links(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
+    assert [failure.host for failure in failures] == [HOSTS[1]] * 3
+    [alone] = judge_links(links(p01=1.0), HOSTS, 0.0)
+    assert alone.host == HOSTS[1], "the later one of two"
+
+
+def test_a_host_that_fails_a_check_is_named_with_it_and_all_are_where_no_one_is_to_blame() -> None:
+    [failure] = judge(told(memory_gib=0.9), ASKED, 40.0)
+    assert failure.host == Host("n1", 8)
+    unreadable = [Told(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
+    assert [failure.host for failure in judge(unreadable, ASKED, 1.0)] == [None]
+
+
+def test_hosts_are_taken_as_the_batch_allows_and_the_experts_spread_over_them() -> None:
+    assert fit(HOSTS, 64, 2, 8, 8) == (HOSTS, 8)
+    assert fit(HOSTS[:3], 64, 2, 8, 8) == (HOSTS[:2], 8)  # 3 hosts are 24 ranks
+    assert fit(HOSTS[:3], 96, 2, 16, 8) == (HOSTS[:3], 8)
+    assert fit([Host("n0", 1), Host("n2", 2)], 12, 2, 2, 8).expert == 1
+    with pytest.raises(UserError, match=r"^train.global_batch_size=60: cannot be shared by the ranks of n0, n1 or "):
+        fit(HOSTS[:2], 60, 2, 8, 8)
+
+
+def test_a_wrong_result_is_told_once() -> None:
+    assert [failure.host for failure in judge_links(replace(links(), wrong=["all-to-all"]), HOSTS, 0.0)] == [None]
+    [line] = lines(judge_links(replace(links(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
+    assert line.startswith("all-reduce: gave a wrong result; ")
+
+
+def test_the_slowest_pair_is_named() -> None:
+    line = links_line(links(p12=7.25), HOSTS, 64)
+    assert line == "64 MiB a rank: all-reduce 9.00 GB/s, all-to-all 5.00 GB/s, slowest pair n1 - n2 7.25 GB/s"
+
+
+# What a host tells of itself
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Asked:
+    (tmp_path / "r.yaml").write_text("train:\n  steps: 3\n")
+    (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".token").touch()
+    return Asked(str(tmp_path / "runs"), ".token", str(tmp_path / "r.yaml"), str(tmp_path / "z.json"), ["a.b=1"], [])
+
+
+def test_settings_differ_by_what_they_say_not_by_how_they_are_written(asked: Asked, tmp_path: Path) -> None:
+    def digest(recipe: str, own: str, *overrides: str) -> str:
+        (tmp_path / "x.yaml").write_text(recipe)
+        (tmp_path / "x.json").write_text(own)
+        return settings_digest(str(tmp_path / "x.yaml"), str(tmp_path / "x.json"), overrides)
+
+    usual = digest("a: {b: 1}\nc: {d: 2}\n", '{"x": 1, "y": 2}')
+    assert digest("# why\nc:\n  d: 2\na:\n  b: 1\n", '{"y": 2,\n "x": 1}') == usual
+    assert digest("c: {d: 2}\n", '{"x": 1, "y": 2}', "a.b=1") == usual
+    others = {digest("a: {b: 3}\nc: {d: 2}\n", '{"x": 1, "y": 2}'), digest("a: {b: 1}\nc: {d: 2}\n", '{"x": 1}')}
+    assert len(others | {usual}) == 3
+    assert digest("a: [", "{}").startswith("unreadable: ")
+    assert settings_digest(asked.config, str(tmp_path / "none.json"), ()).startswith("unreadable: ")
+
+
+def test_the_data_differs_where_a_file_is_missing_or_has_another_size(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "t.idx").write_text("12")
+    files = [str(tmp_path / name) for name in ("tokenizer", "t.idx")]
+    before = data_digest(files)
+    (tmp_path / "tokenizer/vocabulary").touch()
+    assert data_digest(files) == before
+    (tmp_path / "t.idx").write_text("123")
+    assert data_digest(files) != before
+    (tmp_path / "t.idx").unlink()
+    assert data_digest(files) == f"lacks {tmp_path / 't.idx'}"
+
+
+def test_an_edit_of_a_source_changes_the_project(tmp_path: Path) -> None:
+    for name in ("hypermoe_ds/a.py", "pretrain/train.py", "tools/b.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x = 1\n")
+    before = source_digest(tmp_path)
+    (tmp_path / "tools/b.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) == before, "tools do not train"
+    (tmp_path / "hypermoe_ds/a.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) != before
+
+
+def test_this_machine_tells_what_it_has(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    facts = facts_here(asked)
+    assert facts.python == ".".join(map(str, sys.version_info[:3]))
+    assert (facts.devices, facts.sees_run_folder) == (None, True)
+    assert facts.disk_gib > 0
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert facts_here(asked).address == "ib0"
+    assert not facts_here(replace(asked, token=".other")).sees_run_folder
+    assert facts_here(replace(asked, run_dir=f"{asked.run_dir}/not/yet")).disk_gib == pytest.approx(
+        facts.disk_gib, rel=0.1
+    )
+
+
+def starter(folder: Path, **environment: str) -> Starter:
+    return Starter({"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", **environment}, folder)
+
+
+def test_a_host_answers_with_its_facts_and_the_time_between_clocks(asked: Asked, tmp_path: Path) -> None:
+    [answer] = ask_hosts(this_host("2", 0), asked, starter(tmp_path))
+    assert answer.facts is not None, answer.trouble
+    assert answer.facts.sees_run_folder
+    assert abs(answer.clock_ahead) < 5
+    assert judge([answer], asked, 0.0) == []
+
+
+def test_a_host_without_the_package_tells_why_it_cannot_answer(asked: Asked, tmp_path: Path) -> None:
+    broken = tmp_path / "hypermoe_ds"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('not for this host')")
+    [answer] = ask_hosts(this_host("1", 0), asked, starter(tmp_path, PYTHONPATH=str(tmp_path)))
+    assert answer.facts is None
+    assert "not for this host" in answer.trouble
+
+
+def test_what_was_started_on_a_host_ends_with_its_starter(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    process = starter(tmp_path, PYTHONPATH=str(tmp_path)).start(*this_host("1", 0), 600, "sleeper")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    sleeper = psutil.Process(int(process.stdout.readline()))
+    process.stdin.close()
+    assert psutil.wait_procs([sleeper], timeout=30)[1] == []
+    assert process.wait(30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "remedy"),
+    [
+        (
+            "connect [10.0.0.1]:29500: No route",
+            r"port 29500 of n0: the ranks do not exchange \(n1: .*No",
+            "GLOO_SOCKET",
+        ),
+        ("address already in use EADDRINUSE", r"MASTER_PORT=29500: is in use on n1", "set another MASTER_PORT"),
+    ],
+)
+def test_ranks_that_cannot_meet_are_told_in_one_line_without_waiting_for_the_others(
+    text: str, line: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Starter, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
+        script = "exec sleep 600" if host == HOSTS[0] else f"echo 'RuntimeError: {text}'; exit 1"
+        return subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(preflight.Starter, "start", fails)
+    monkeypatch.setattr(preflight, "_SECONDS_AFTER_FAILURE", 0)
+    with pytest.raises(UserError, match=line) as error:
+        measure_links(HOSTS[:2], starter(tmp_path), "n0", 29500, 1)
+    assert remedy in str(error.value)
+
+
+def test_facts_survive_the_way_as_json() -> None:
+    again = HostFacts(**json.loads(json.dumps(GOOD.__dict__)))
+    assert again == GOOD

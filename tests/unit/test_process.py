@@ -1,0 +1,185 @@
+"""A user's mistake is told in one line: on stderr, with exit code 2, once a host."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hypermoe_ds.errors import MachineError, UserError
+from hypermoe_ds.process import global_rank, local_rank, one_line_errors
+
+REPOSITORY = Path(__file__).parents[2]
+LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
+RAISE = """
+from hypermoe_ds import errors, process
+{before}
+with process.one_line_errors():
+    print("up", flush=True)
+    raise errors.UserError("parallel.expert=3", "does not divide 8 experts", "use 1, 2, 4 or 8")
+"""
+
+
+def start(code: str, rank: str | None) -> subprocess.Popen[str]:
+    """A Python process that has reached its error: it prints `up` right before."""
+    environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
+    if rank is not None:
+        environment["LOCAL_RANK"] = rank
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_the_message_names_place_problem_and_remedy() -> None:
+    assert str(UserError("a.b=1", "is odd", "use 2")) == "a.b=1: is odd; use 2"
+
+
+def test_a_part_of_megabytes_is_cut_and_its_length_given() -> None:
+    text = str(UserError(f"train.steps={'9' * 100_000}", "is not valid", "r" * 1500))
+    assert text.startswith("train.steps=9999")
+    assert f"... (100,012 characters): is not valid; {'r' * 1500}" in text
+    assert len(text) < 3100
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(rank: str | None) -> None:
+    process = start(RAISE.format(before=""), rank)
+    out, err = process.communicate(timeout=20)
+    assert (out, err, process.returncode) == ("", LINE, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "3"}, 3),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "2"}, 2),
+        ({"SLURM_LOCALID": "1"}, 1),
+        ({"SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, 2),
+        ({"SLURM_LOCALID": "0", "LOCAL_RANK": "3"}, 3),
+    ],
+)
+def test_each_launcher_says_which_rank_of_its_host_one_is(
+    environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert local_rank() == rank
+
+
+def test_a_fault_of_a_machine_is_one_line_and_exit_code_76(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise MachineError("rank 3 is lost")
+    assert stop.value.code == 76
+    assert capsys.readouterr().err == "error: rank 3 is lost\n"
+
+
+def test_a_message_of_many_lines_is_told_in_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise UserError("a.yaml", "is bad\n  at line 3", "mend\tit")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: a.yaml: is bad at line 3; mend it\n"
+
+
+def test_any_other_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        print(1 // 0)
+
+
+def test_no_error_passes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with one_line_errors():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_host_of_two_ranks_prints_one_line() -> None:
+    """As a launcher does it: the first rank that ends has the others terminated."""
+    other = start(RAISE.format(before=""), "1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(timeout=1)  # it neither ends nor speaks of its own accord
+    first = start(RAISE.format(before=""), "0")
+    first_err = first.communicate(timeout=20)[1]
+    other.terminate()
+    other_err = other.communicate(timeout=20)[1]
+    assert first_err + other_err == LINE
+    assert first.returncode == 2
+
+
+def test_a_rank_whose_fault_is_its_own_speaks_in_the_end() -> None:
+    process = start(RAISE.format(before="process._SILENT_SECONDS = 0.2"), "1")
+    err = process.communicate(timeout=20)[1]
+    assert (err, process.returncode) == (LINE, 2)
+
+
+def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
+    """Training handles SIGTERM to save before it stops; a rank that waits in silence has nothing to save."""
+    handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)"
+    process = start(RAISE.format(before=handler), "1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.terminate()
+    terminated = time.monotonic()
+    err = process.communicate(timeout=40)[1]
+    assert err == ""
+    assert time.monotonic() - terminated < 10
+
+
+class Terminal(io.StringIO):
+    """A file that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_unexpected_error_keeps_its_traceback_where_there_is_no_log() -> None:
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        raise ZeroDivisionError
+
+
+def test_an_unexpected_error_is_one_line_on_the_screen_and_a_traceback_in_the_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    screen = io.StringIO()
+    with pytest.raises(SystemExit) as left, one_line_errors(screen, Path("run/logs/rank_00003.log")):
+        raise ValueError("two\nlines")
+    assert left.value.code == 1
+    where = "the traceback is at the end of run/logs/rank_00003.log"
+    assert screen.getvalue() == f"error: rank 3: ValueError: two lines; {where}\n"
+    assert "Traceback (most recent call last):" in capsys.readouterr().err
+
+
+def test_an_error_on_a_terminal_replaces_a_status_line() -> None:
+    terminal = Terminal()
+    with pytest.raises(SystemExit), one_line_errors(terminal):
+        raise UserError("a=1", "is odd", "use 2")
+    assert terminal.getvalue() == "\r\x1b[Kerror: a=1: is odd; use 2\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"])
+def test_the_rank_is_read_off_the_environment_of_every_launcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"):
+        monkeypatch.delenv(other, raising=False)
+    assert global_rank() == 0
+    monkeypatch.setenv(name, "5")
+    assert global_rank() == 5
