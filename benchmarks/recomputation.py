@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from hyper_experts import DTYPES, LAYERS, D, added_memory, build, held, medians, without_gradients
-from hypermoe_ds.modeling.generated import Taken
-from hypermoe_ds.modeling.hyper_costs import modules_fit
+from hypermoe_ds.modeling.generated import Assignment
+from hypermoe_ds.modeling.hyper_costs import generated_weights_fit
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork
 from hypermoe_ds.process import one_line_errors
 from results import check_arguments, machine
@@ -56,7 +56,7 @@ def report(dtype: str, repeats: int, where: dict[str, Any], path: Path | None) -
     line = False
     for case in found:
         kept, again = case["kept"], case["recomputed"]
-        if not line and not modules_fit(_TOKENS, case["sets"], build(2, 1, where)[1].sizes):
+        if not line and not generated_weights_fit(_TOKENS, case["sets"], build(2, 1, where)[1].sizes):
             line = True
             print("| *generated again* | | | | | |")
         print(
@@ -79,7 +79,7 @@ def one_pass(branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: tor
     y_TD = x_TD
     for branch in branches:
         z_UH = branch.encode_all(1, x_TD.device)
-        taken = Taken((torch.arange(_TOKENS) % len(z_UH)).unsqueeze(1))
+        taken = Assignment((torch.arange(_TOKENS) % len(z_UH)).unsqueeze(1))
         layer_U = torch.full((len(z_UH),), branch.layer_index)
         y_TD = y_TD + hypernetwork(z_UH, layer_U, x_TD, taken, "per_set", recompute)
     y_TD.backward(x_TD.detach())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hypermoe_ds.checkpoint.lock import claimed
+from hypermoe_ds.checkpoint.lock import run_lock
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.consumption import Consumption
@@ -26,7 +26,7 @@ from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_per_token
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.screen import Screen
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.provenance import versions_now
 from hypermoe_ds.resilience.watchdog import Watchdog
 from hypermoe_ds.run_config import RunConfig
@@ -42,7 +42,7 @@ from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.same_settings import check_same_settings
 from hypermoe_ds.training.state import TrainState
-from hypermoe_ds.training.step_monitor import Guard
+from hypermoe_ds.training.step_monitor import StepMonitor
 from hypermoe_ds.training.validation import Batches, Validator
 
 
@@ -54,37 +54,39 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         MachineError: the ranks do not meet, or a disk fails.
     """
     began = time.monotonic()
-    model, folder = config.architecture(), RunFolder(Path(config.run.dir))
-    check_sources(config.data, model.vocab_size)
-    folder.check_same_run(model, Path(config.data.tokenizer))
+    model_config, folder = config.build_model_config(), RunFolder(Path(config.run.dir))
+    check_sources(config.data, model_config.vocab_size)
+    folder.check_same_run(model_config, Path(config.data.tokenizer))
     settings = config.model_dump(mode="json")
     with console.phase("waiting for all ranks"):
         rank, world_size = start_ranks(config.train.collective_timeout, screen.level)
         check_same_settings(settings, ds_json)
-    ds_config = merge(ds_json, config.train, model, config.parallel.expert, world_size)
+    ds_config = merge(ds_json, config.train, model_config, config.parallel.expert, world_size)
     show = partial(console.progress, config.train.steps)
     watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, screen.err, show)
-    with claimed(folder.path), watchdog.watching():
+    with run_lock(folder.path), watchdog.watching():
         with console.phase("building the model"):
-            engine = build_engine(model, ds_config, config.optimizer, config.schedule, config.train, config.parallel)
+            engine = build_engine(
+                model_config, ds_config, config.optimizer, config.schedule, config.train, config.parallel
+            )
         checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, settings)
         checkpoints.check_room()
         with console.phase("loading the newest checkpoint"):
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
-        launch = report_launch(config, model, ds_config, state, folder, console)
+        launch = report_launch(config, model_config, ds_config, state, folder, console)
         if rank == 0:  # finding the commit starts a process
             logger.log_launch(settings, versions_now())
         seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         with console.phase("building datasets"):
             train_set, valid_sets = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
-        if state.follow(train_set.order_key):
+        if state.follow(train_set.data_order_hash):
             console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
 
         validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
-        recorder = build_recorder(config, model, engine, train_set, launch.datasets, logger, console)
+        recorder = build_recorder(config, model_config, engine, train_set, launch.datasets, logger, console)
         place = (micro_batch, rank, world_size, state.consumed_samples)
-        loader = build_loader(train_set, *place, config.data.workers, config.left_out)
+        loader = build_loader(train_set, *place, config.data.workers, config.skipped_samples)
         stopped = loop.train(
             engine=engine,
             batches=watchdog.each(loader, "forward and backward"),
@@ -94,7 +96,9 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
             checkpoints=checkpoints,
             validate=validator,
             validation_interval=config.evaluation.interval,
-            guard=Guard(engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.origin),
+            step_monitor=StepMonitor(
+                engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.describe_sample
+            ),
             watchdog=watchdog,
         )
         engine.destroy()
@@ -106,7 +110,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
 
 def build_recorder(
     config: RunConfig,
-    model: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     engine: Any,
     train_set: SequenceDataset,
     datasets: Sequence[DatasetShare],
@@ -121,7 +125,7 @@ def build_recorder(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     known = peak_tflops(device, config.train.precision) if device is not None else None
     flops = ModelFlops(
-        per_token=training_flops_per_token(model, config.data.sequence_length),
+        per_token=training_flops_per_token(model_config, config.data.sequence_length),
         ranks=torch.distributed.get_world_size(),
         device=device,
         peak=config.monitor.peak_tflops or known,
@@ -129,7 +133,7 @@ def build_recorder(
     rank = torch.distributed.get_rank()
     consumption = None
     if rank == 0:
-        consumption = Consumption(train_set, datasets, config.data.sequence_length, config.left_out)
+        consumption = Consumption(train_set, datasets, config.data.sequence_length, config.skipped_samples)
     norms = ParameterNorms(engine, config.optimizer)
     for absent in (number for number in config.monitor.profile_ranks if number >= flops.ranks):
         remedy = f"give ranks from 0 to {flops.ranks - 1}"
@@ -158,7 +162,7 @@ def build_validator(
 
 def report_launch(
     config: RunConfig,
-    model: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     ds_config: dict[str, Any],
     state: TrainState,
     folder: RunFolder,
@@ -170,17 +174,17 @@ def report_launch(
         UserError: a token file is missing, or a setting does not fit the samples of the run.
         MachineError: a file cannot be written.
     """
-    ranks = HostGroup()
+    ranks = ControlGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
     tokens = config.samples(state) * config.data.sequence_length
     datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []  # it reads all token indices
-    launch = Launch(state.step, ranks.size, hosts, asdict(model.parameter_counts()), datasets)
+    launch = Launch(state.step, ranks.size, hosts, asdict(model_config.parameter_counts()), datasets)
     if ranks.rank == 0:
         stage = ds_config["zero_optimization"]["stage"]
-        console.table(banner(launch, model, config.train, config.data, config.parallel, stage, config.run.dir))
+        console.table(banner(launch, model_config, config.train, config.data, config.parallel, stage, config.run.dir))
         for warning in repetition_warnings(datasets):
             console.log(warning)
-        record_launch(folder, config.model_dump(mode="json"), ds_config, model, state.step, console.log)
+        record_launch(folder, config.model_dump(mode="json"), ds_config, model_config, state.step, console.log)
         launch.write(folder.path)
         if state.step >= config.last_step:
             console.log("nothing to train: raise train.steps or train.stop_at_step to continue")

@@ -16,7 +16,7 @@ from pydantic import Field, create_model, model_validator
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings, apply_overrides, closest, load_yaml, validate
 from hypermoe_ds.data.settings import DataConfig
-from hypermoe_ds.data.skipped_samples import LeftOut
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.settings import MonitorConfig
@@ -159,9 +159,9 @@ class RunConfig(Settings):
         return min(self.train.steps, self.train.stop_at_step or self.train.steps)
 
     @property
-    def left_out(self) -> LeftOut:
+    def skipped_samples(self) -> SkippedSamples:
         """The samples that nobody trains on."""
-        return LeftOut(self.train.skip_samples)
+        return SkippedSamples(self.train.skip_samples)
 
     def samples(self, state: TrainState) -> int:
         """Return how many places of the order of the training samples the run needs: consumed and still to come.
@@ -173,7 +173,7 @@ class RunConfig(Settings):
                 index of them can have.
         """
         to_come = max(self.train.steps - state.step, 0) * self.train.global_batch_size
-        end = self.left_out.after(state.consumed_samples, to_come) if to_come else state.consumed_samples
+        end = self.skipped_samples.after(state.consumed_samples, to_come) if to_come else state.consumed_samples
         for first, last in self.train.skip_samples:
             if first >= end:
                 problem = f"begins after the run's last sample, {end - 1}"
@@ -183,7 +183,7 @@ class RunConfig(Settings):
             raise UserError(f"train.steps={self.train.steps}", problem, f"stay below {_MOST_SAMPLES:,}")
         return end
 
-    def architecture(self) -> "HyperMoEConfig":
+    def build_model_config(self) -> "HyperMoEConfig":
         """The model: the preset, if one is named, with the recipe's fields over it.
 
         A vocabulary that neither gives is that of the tokenizer.

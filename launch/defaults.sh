@@ -120,9 +120,9 @@ needs() {
     $dry_run || command -v "$1" >/dev/null || fail "$1: not found; install $2"
 }
 
-# travelling_names: the names of the variables that are set and travel.
-travelling_names() {
-    compgen -e | grep -E -f "$repo/launch/travelling.txt" | LC_ALL=C sort
+# forwarded_names: the names of the variables that are set and forwarded.
+forwarded_names() {
+    compgen -e | grep -E -f "$repo/launch/forwarded_environment.txt" | LC_ALL=C sort
 }
 
 # write_environment: sets environment, NAME=VALUE of what travels and over it that of the user's .deepspeed_env, home
@@ -131,7 +131,7 @@ travelling_names() {
 write_environment() {
     local file name value
     local -A values=()
-    for name in $(travelling_names); do
+    for name in $(forwarded_names); do
         [[ ${!name} != *$'\n'* ]] || fail "$name: has more than one line and cannot travel to other hosts; unset it"
         if [ -n "${!name}" ]; then values[$name]=${!name}; fi
     done

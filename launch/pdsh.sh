@@ -44,7 +44,7 @@ if ! $dry_run; then
     done | (umask 077 && cat >"$environment_file.pdsh")
 fi
 kept=() # the launcher would pass these on too, as they are
-for name in $(compgen -e | grep -E '^(MLFLOW|MV2|PYTHON)' | grep -vEf "$repo/launch/travelling.txt"); do kept+=(-u "$name"); done
+for name in $(compgen -e | grep -E '^(MLFLOW|MV2|PYTHON)' | grep -vEf "$repo/launch/forwarded_environment.txt"); do kept+=(-u "$name"); done
 # Ctrl-C on this command ends every DeepSpeed job of this Python on the hosts: see docs/CLUSTERS.md
 run exec env "${kept[@]}" "DS_ENV_FILE=$environment_file.pdsh" "PDSH_SSH_ARGS_APPEND=$HYPERMOE_SSH_OPTIONS" \
     deepspeed --log_level "$launcher_level" --force_multi --hostfile "$hostfile" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \

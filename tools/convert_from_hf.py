@@ -27,7 +27,7 @@ def main() -> None:
     check_input(given.checkpoint)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
     upcycling = upcycling_of(given)
-    from hypermoe_ds.checkpoint.init_from_weights import write_new_run
+    from hypermoe_ds.checkpoint.init_from_weights import init_from_weights
     from hypermoe_ds.checkpoint.weights import PRECISIONS
     from hypermoe_ds.export.from_hf import open_folder
     from hypermoe_ds.export.hf_config_mapping import notes_on
@@ -37,7 +37,9 @@ def main() -> None:
     [precision] = [name for name, dtype in PRECISIONS.items() if dtype == weights.dtype]
     settings = {"model": model_section(weights.config), "train": {"precision": precision}}
     tokenizer = given.tokenizer or given.checkpoint
-    run = write_new_run(given.output, weights.config, weights.tensors(), tokenizer, settings, TrainState().to_dict())
+    run = init_from_weights(
+        given.output, weights.config, weights.tensors(), tokenizer, settings, TrainState().to_dict()
+    )
     for note in notes_on(given.checkpoint):
         print(f"note: {note}")
     counts = weights.config.parameter_counts()

@@ -40,7 +40,7 @@ def main() -> None:
     from hypermoe_ds.export.bake import bake_weights
     from hypermoe_ds.export.hf import export, shard_bytes_of
     from hypermoe_ds.export.model_card import write_model_card
-    from hypermoe_ds.export.training_record import facts_of
+    from hypermoe_ds.export.training_record import read_training_record
 
     shard_bytes = shard_bytes_of(arguments.max_shard_size)
     run = RunFolder(arguments.checkpoint)
@@ -49,7 +49,7 @@ def main() -> None:
         card = partial(
             write_model_card,
             config=written.config,
-            training=facts_of(run, arguments.step),
+            training=read_training_record(run, arguments.step),
             command=shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         )
         same_function = weights if arguments.bake else None

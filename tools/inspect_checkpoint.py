@@ -23,11 +23,11 @@ def main() -> None:
     from hypermoe_ds.inspection.differences import compare, elements_to_compare
     from hypermoe_ds.inspection.report import difference_lines, inspection_lines, write_json
     from hypermoe_ds.inspection.statistics import elements_to_inspect, inspect
-    from hypermoe_ds.inspection.tensor_readers import open_source
+    from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
 
     check_step(arguments.step, paths)
     with ExitStack() as opened:
-        sources = [opened.enter_context(open_source(path, arguments.step)) for path in paths]
+        sources = [opened.enter_context(open_tensor_reader(path, arguments.step)) for path in paths]
         pairs = [(sources[0], sources[1])] if len(sources) == 2 else []
         elements = sum(map(elements_to_inspect, sources)) + sum(elements_to_compare(*pair) for pair in pairs)
         with Progress("read", "elements", elements) as bar:

@@ -16,25 +16,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hypermoe_ds.cluster.host_report import Asked
+from hypermoe_ds.cluster.host_report import HostQuery
 from hypermoe_ds.cluster.hosts import (
     Host,
-    meeting_place,
+    forwarded_environment,
     read_environment,
     read_hostfile,
+    rendezvous,
     slurm_hosts,
     this_host,
-    travelling,
 )
 from hypermoe_ds.cluster.preflight import (
     Failure,
     Starter,
     ask_hosts,
+    check_hosts,
+    check_interconnect,
     fit,
-    judge,
-    judge_links,
-    links_line,
-    measure_links,
+    interconnect_line,
+    measure_interconnect,
     table,
 )
 from hypermoe_ds.errors import UserError
@@ -54,19 +54,21 @@ def main() -> None:
     hosts = [] if arguments.dry_run and arguments.slurm else hosts_of(arguments)
     if arguments.fit is None and arguments.slots is None and hosts:
         ranks = sum(host.slots for host in hosts)
-        merge(ds_json, config.train, config.architecture(), config.parallel.expert, ranks)  # refuses what cannot be
+        merge(
+            ds_json, config.train, config.build_model_config(), config.parallel.expert, ranks
+        )  # refuses what cannot be
     if arguments.dry_run:
         return
     starter = Starter(environment_of(arguments.environment), Path.cwd())
     with token_in(Path(config.run.dir)) as token:
         files = (arguments.config, arguments.deepspeed_config, arguments.overrides, data_files(config))
-        asked = Asked(config.run.dir, token, *files)
+        asked = HostQuery(config.run.dir, token, *files)
         answers = ask_hosts(hosts, asked, starter)
     print(table(answers), flush=True)
-    passed = without_failing(hosts, judge(answers, asked, needed_gib(config)), arguments.fit is not None)
-    links = measure_links(passed, starter, *meeting_place(passed, os.environ), arguments.mebibytes)
-    print(links_line(links, passed, arguments.mebibytes), flush=True)
-    passed = without_failing(passed, judge_links(links, passed, arguments.least), arguments.fit is not None)
+    passed = without_failing(hosts, check_hosts(answers, asked, needed_gib(config)), arguments.fit is not None)
+    links = measure_interconnect(passed, starter, *rendezvous(passed, os.environ), arguments.mebibytes)
+    print(interconnect_line(links, passed, arguments.mebibytes), flush=True)
+    passed = without_failing(passed, check_interconnect(links, passed, arguments.least), arguments.fit is not None)
     if arguments.fit is not None:
         write_fit(arguments.fit, hosts, passed, config)
 
@@ -84,7 +86,7 @@ def without_failing(hosts: Sequence[Host], failures: Sequence[Failure], may_leav
 
 def write_fit(path: Path, hosts: Sequence[Host], passed: Sequence[Host], config: RunConfig) -> None:
     """Tell and write down which hosts can train, and the overrides that it takes if these are not all."""
-    train, experts = config.train, config.architecture().num_experts
+    train, experts = config.train, config.build_model_config().num_experts
     found = fit(passed, train.global_batch_size, train.micro_batch_size, config.parallel.expert, experts)
     fewer = len(found.hosts) < len(hosts)
     overrides = [f"parallel.expert={found.expert}"] if fewer else []
@@ -107,7 +109,7 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
 
 def environment_of(file: Path | None) -> dict[str, str]:
     """What the hosts' processes get: what a job would get, and this checkout before other installations."""
-    given = travelling(REPOSITORY / "launch/travelling.txt", os.environ)
+    given = forwarded_environment(REPOSITORY / "launch/forwarded_environment.txt", os.environ)
     for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
         given |= read_environment(own) if file or own.is_file() else {}
     return given | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), given.get("PYTHONPATH"))))}
@@ -143,7 +145,7 @@ def needed_gib(config: RunConfig) -> float:
     from hypermoe_ds.checkpoint.run_folder import RunFolder
     from hypermoe_ds.checkpoint.store import saved_steps
 
-    one = 12 * config.architecture().parameter_counts().total / 2**30
+    one = 12 * config.build_model_config().parameter_counts().total / 2**30
     there = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))
     return one * max(1, config.checkpoint.keep_last + 1 - there)
 

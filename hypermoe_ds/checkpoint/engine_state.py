@@ -23,7 +23,7 @@ from hypermoe_ds.checkpoint.run_folder import model_fields
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader
 
 
-class Held(NamedTuple):
+class LocalSlice(NamedTuple):
     """The part of a parameter whose optimizer state a rank holds.
 
     Attributes:
@@ -72,7 +72,7 @@ class EngineState:
         self._engine = engine
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())  # with what DeepSpeed adds to them
         self._partitioned = engine.zero_optimization_stage() == 3
-        self.held = {name: self._held(parameter) for name, parameter in self._parameters.items()}
+        self.held = {name: self._local_slice(parameter) for name, parameter in self._parameters.items()}
 
     def model(self) -> dict[str, Any]:
         """The fields of the model's configuration that change its weights or outputs, as JSON."""
@@ -134,7 +134,7 @@ class EngineState:
         if counters:
             self._take_counters(counters)
 
-    def _held(self, parameter: Any) -> Held:
+    def _local_slice(self, parameter: Any) -> LocalSlice:
         shape = tuple(parameter.ds_shape if self._partitioned else parameter.shape)
         numel = torch.Size(shape).numel()
         if self._partitioned:
@@ -149,9 +149,11 @@ class EngineState:
             start, length = address.start, address.numel
         group = getattr(parameter, "group_name", None)  # of the parameters that expert parallelism cuts
         if group is None:
-            return Held(shape, start, length)
+            return LocalSlice(shape, start, length)
         ranks = groups._get_expert_parallel_world_size(group)
-        return Held((shape[0] * ranks, *shape[1:]), groups._get_expert_parallel_rank(group) * numel + start, length)
+        return LocalSlice(
+            (shape[0] * ranks, *shape[1:]), groups._get_expert_parallel_rank(group) * numel + start, length
+        )
 
     def _part(self, parameter: Any, kind: str) -> Tensor:
         """The flat fp32 memory of this rank's part."""

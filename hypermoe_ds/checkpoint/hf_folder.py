@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import file_of
-from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
+from hypermoe_ds.modeling import HyperMoEConfig, state_dict_shapes
 
 CONFIG = "config.json"
 _LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors has 10 MB
@@ -121,7 +121,7 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
         problem = f"holds weights of {layers} layers, and config.json says num_hidden_layers={config.num_hidden_layers}"
         raise UserError(str(folder), problem, "mend config.json")
     try:
-        return stored_shapes(config)
+        return state_dict_shapes(config)
     except RuntimeError as error:  # sizes that overflow
         problem = f"its config.json describes tensors that cannot be ({last_line(error)})"
         raise UserError(str(folder), problem, "mend config.json") from None

@@ -18,7 +18,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 _SHARD_BYTES = 10**8  # held in memory while it is written
 
 
-def write_new_run(
+def init_from_weights(
     output: Path,
     config: HyperMoEConfig,
     weights: Iterable[tuple[str, Tensor]],

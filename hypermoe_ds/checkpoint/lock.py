@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class RunLock:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Take a run folder for all ranks of this job (collective); made if it is missing.
 
     Raises:
         UserError: another job trains in it, or it cannot be written to.
     """
     locks = []
-    HostGroup().from_first(lambda: locks.append(RunLock(folder)))
+    ControlGroup().run_on_rank0(lambda: locks.append(RunLock(folder)))
     yield

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hypermoe_ds.checkpoint import store
-from hypermoe_ds.checkpoint.engine_state import Counters, EngineState, Held
+from hypermoe_ds.checkpoint.engine_state import Counters, EngineState, LocalSlice
 from hypermoe_ds.checkpoint.manifest import (
     BYTES_OF_ELEMENT,
     FileEntry,
     Manifest,
-    Piece,
+    SliceEntry,
     TensorEntry,
     Verify,
     shard_name,
@@ -39,7 +39,7 @@ from hypermoe_ds.checkpoint.shards import (
 )
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.files import sync_folder
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 
 _LOGGER = logging.getLogger(__name__)
 _BYTES_OF_PARAMETER = BYTES_OF_ELEMENT * (1 + len(MOMENTS))
@@ -66,7 +66,7 @@ class CheckpointManager:
         self._config = config
         self._settings = settings
         self._device = engine.device
-        self._ranks = HostGroup()
+        self._ranks = ControlGroup()
         self._tensors = _whole_tensors(self._ranks.gather(self._state.held))
         self._size = _BYTES_OF_PARAMETER * sum(entry.numel for entry in self._tensors.values())
         self._identity = _identity(checkpoints.parent)
@@ -126,7 +126,7 @@ class CheckpointManager:
         failed, self._failure = self._failure, None
         if failed is not None and not isinstance(failed, UserError):
             raise failed
-        with _no_fault_of_the_user():
+        with _as_machine_errors():
             self._save(step, state, prune, began, beside=self._config.asynchronous and failed is None)
 
     def _save(self, step: int, state: dict[str, Any], prune: bool, began: float, beside: bool) -> None:
@@ -155,7 +155,7 @@ class CheckpointManager:
             MachineError: it could not be written.
         """
         self._join()
-        with _no_fault_of_the_user():
+        with _as_machine_errors():
             if self._failure is not None:
                 raise self._failure
 
@@ -190,7 +190,7 @@ class CheckpointManager:
                 another one in its place.
         """
         # The least over the ranks, taken before any of them writes: all go on, or none does.
-        free = min(self._ranks.all_or_none(self._free_bytes))
+        free = min(self._ranks.gather_or_raise(self._free_bytes))
         if free < self._size:
             raise UserError(
                 str(self._folder),
@@ -227,10 +227,10 @@ class CheckpointManager:
     def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], prune: bool) -> None:
         partial = store.partial_folder(self._folder, step)
         rank = self._ranks.rank
-        self._ranks.all_or_none(lambda: self._refuse_not_finite(step, tensors))
+        self._ranks.gather_or_raise(lambda: self._refuse_not_finite(step, tensors))
         try:
             self._first(lambda: store.begin(self._folder, step))
-            entries = self._ranks.all_or_none(lambda: self._in_words(lambda: write_shard(partial, rank, tensors)))
+            entries = self._ranks.gather_or_raise(lambda: self._in_words(lambda: write_shard(partial, rank, tensors)))
             self._first(lambda: self._publish(step, saved, entries, prune))
         except UserError:
             if rank == 0:  # what it holds may be what the disk lacks
@@ -303,7 +303,7 @@ class CheckpointManager:
                 return [error]
             return []
 
-        found = self._ranks.all_or_none(lambda: self._in_words(look, "read"))
+        found = self._ranks.gather_or_raise(lambda: self._in_words(look, "read"))
         return next((error for errors in found for error in errors), None)
 
     def _check(self, reader: CheckpointReader, verify: Verify) -> None:
@@ -348,7 +348,7 @@ class CheckpointManager:
             self._writer = None
 
     def _first(self, action: Callable[[], Value]) -> Value:
-        return self._ranks.from_first(lambda: self._in_words(action))
+        return self._ranks.run_on_rank0(lambda: self._in_words(action))
 
     def _in_words(self, action: Callable[[], Value], done: str = "written") -> Value:
         """Do it, and report a failure of the disk as one line."""
@@ -361,7 +361,7 @@ class CheckpointManager:
 
 
 @contextmanager
-def _no_fault_of_the_user() -> Iterator[None]:
+def _as_machine_errors() -> Iterator[None]:
     """A disk that fails while a run trains is none of its settings."""
     try:
         yield
@@ -394,7 +394,7 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def _whole_tensors(held: list[dict[str, Held]]) -> dict[str, TensorEntry]:
+def _whole_tensors(held: list[dict[str, LocalSlice]]) -> dict[str, TensorEntry]:
     """Where each parameter lies, from what each rank holds of it.
 
     Raises:
@@ -402,7 +402,7 @@ def _whole_tensors(held: list[dict[str, Held]]) -> dict[str, TensorEntry]:
     """
     tensors = {}
     for name, (shape, _, _) in held[0].items():
-        parts = [Piece(rank, *of_rank[name][1:]) for rank, of_rank in enumerate(held)]
+        parts = [SliceEntry(rank, *of_rank[name][1:]) for rank, of_rank in enumerate(held)]
         pieces = tuple(sorted((part for part in parts if part.numel), key=lambda piece: piece.start))
         ends = [0, *(piece.start + piece.numel for piece in pieces)]
         if ends[:-1] != [piece.start for piece in pieces] or ends[-1] != torch.Size(shape).numel():

@@ -42,7 +42,7 @@ def shard_name(shard: int) -> str:
     return f"shard_{shard:05d}.safetensors"
 
 
-class Piece(NamedTuple):
+class SliceEntry(NamedTuple):
     """A range of a flattened tensor.
 
     Attributes:
@@ -66,7 +66,7 @@ class TensorEntry:
     """
 
     shape: tuple[Count, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SliceEntry, ...]
 
     @property
     def numel(self) -> int:

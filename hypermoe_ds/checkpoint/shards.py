@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, Piece, TensorEntry, Verify, file_entry, shard_name
+from hypermoe_ds.checkpoint.manifest import FileEntry, Manifest, SliceEntry, TensorEntry, Verify, file_entry, shard_name
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import sync_folder
 
@@ -70,7 +70,7 @@ def write_weights(
     for name, tensor in weights:
         if shard and sum(part.nbytes for part in shard.values()) + 4 * tensor.numel() > shard_bytes:
             flush()
-        tensors[name] = TensorEntry(tuple(tensor.shape), (Piece(len(files), 0, tensor.numel()),))
+        tensors[name] = TensorEntry(tuple(tensor.shape), (SliceEntry(len(files), 0, tensor.numel()),))
         shard[f"{WEIGHT}/{name}"] = tensor.detach().to(torch.float32).flatten().contiguous()
     flush()
     Manifest(0, state, settings, tensors, (WEIGHT,), files).write(folder)

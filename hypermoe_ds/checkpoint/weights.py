@@ -17,7 +17,7 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
 from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MAPPED_BYTES = 2**26  # files are mapped into memory as they are read: let go of them after so much
@@ -117,7 +117,7 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
 
 def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
     """Build a model of tensors that are not copied, each under its name in the Transformers model."""
-    model = skeleton(config)
+    model = meta_model(config)
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     model.load_state_dict(tensors, assign=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_SAVED
-from hypermoe_ds.resilience.heartbeat import SignOfLife
+from hypermoe_ds.resilience.heartbeat import Heartbeat
 
-_TRIES_UNMET = 3
+_UNMET_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Try:
+class Attempt:
     """One start of the job.
 
     Attributes:
@@ -36,7 +36,7 @@ class Try:
     step: int | None
     what: str
 
-    def repeats(self, other: "Try") -> bool:
+    def same_failure(self, other: "Attempt") -> bool:
         """Whether both ended by the same error at the same step, but for numbers such as addresses."""
         same = self.outcome == other.outcome == "error" and self.step == other.step
         return same and _without_numbers(self.what) == _without_numbers(other.what)
@@ -60,7 +60,9 @@ class Limits(NamedTuple):
     seconds: float
 
 
-def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLife], verdict: str) -> Try:
+def classify(
+    began: float, now: float, exit_code: int, heartbeats: Mapping[int, Heartbeat], failure_report: str
+) -> Attempt:
     """What a try came to.
 
     Args:
@@ -70,47 +72,47 @@ def ended(began: float, now: float, exit_code: int, signs: Mapping[int, SignOfLi
         signs: the ranks' last signs of life in it.
         verdict: what a rank told of one that was lost; empty for none.
     """
-    step = max((sign.step for sign in signs.values() if sign.passed), default=None)
-    failed = [sign for _, sign in sorted(signs.items()) if sign.end == "error"]
-    saved = any(sign.end == "saved" for sign in signs.values())
-    if exit_code == 0 and not any(sign.end in ("saved", "error", "lost") for sign in signs.values()):
+    step = max((heartbeat.step for heartbeat in heartbeats.values() if heartbeat.passed), default=None)
+    failed = [heartbeat for _, heartbeat in sorted(heartbeats.items()) if heartbeat.end == "error"]
+    saved = any(heartbeat.end == "saved" for heartbeat in heartbeats.values())
+    if exit_code == 0 and not any(heartbeat.end in ("saved", "error", "lost") for heartbeat in heartbeats.values()):
         outcome, what = "done", ""
     elif exit_code == EXIT_SAVED or saved:  # the launcher has a code of its own where it got the signal
         outcome, what = "saved", "a signal ended it after a checkpoint"
-    elif exit_code == EXIT_BAD_INPUT or any(sign.error.startswith("UserError: ") for sign in failed):
+    elif exit_code == EXIT_BAD_INPUT or any(heartbeat.error.startswith("UserError: ") for heartbeat in failed):
         outcome, what = "refused", failed[0].error if failed else "see its last line"
     elif failed:
         outcome, what, step = "error", failed[0].error, failed[0].step if failed[0].passed else None
-    elif not signs:
+    elif not heartbeats:
         outcome, what = "unmet", "it ended before its ranks had met"
     else:
-        outcome, what = "lost", verdict or "ranks ended without a word"
-    hosts = sorted({sign.host for sign in signs.values()})
-    return Try(began, now - began, exit_code, hosts, outcome, step, " ".join(what.split()))
+        outcome, what = "lost", failure_report or "ranks ended without a word"
+    hosts = sorted({heartbeat.host for heartbeat in heartbeats.values()})
+    return Attempt(began, now - began, exit_code, hosts, outcome, step, " ".join(what.split()))
 
 
-def decide(tries: Sequence[Try], limits: Limits) -> Decision:
+def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
     """Whether to start again after the last of the tries."""
-    last = tries[-1]
+    last = attempts[-1]
     if last.outcome == "done":
         return Decision(False, "done")
     if last.outcome == "saved":
         return Decision(True, f"saved at step {last.step} on a signal")
-    reason = _reason_to_stop(tries, limits)
+    reason = _reason_to_stop(attempts, limits)
     return Decision(not reason, reason or last.what)
 
 
-def _reason_to_stop(tries: Sequence[Try], limits: Limits) -> str:
+def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
     """Why another start makes no sense; empty where it may."""
-    last = tries[-1]
-    if last.outcome == "refused" and tries[-2:][0].outcome == "refused":  # a lost rank may hold the folder a while
+    last = attempts[-1]
+    if last.outcome == "refused" and attempts[-2:][0].outcome == "refused":  # a lost rank may hold the folder a while
         return f"a mistake in the settings, which a new start does not mend: {last.what}"
-    if len(tries) > 1 and last.repeats(tries[-2]):
+    if len(attempts) > 1 and last.same_failure(attempts[-2]):
         return f"the same error at step {last.step} as in the try before: {last.what}"
-    if [entry.outcome for entry in tries[-_TRIES_UNMET:]] == ["unmet"] * _TRIES_UNMET:
-        return f"{_TRIES_UNMET} tries in a row ended before their ranks had met"
+    if [entry.outcome for entry in attempts[-_UNMET_ATTEMPTS:]] == ["unmet"] * _UNMET_ATTEMPTS:
+        return f"{_UNMET_ATTEMPTS} tries in a row ended before their ranks had met"
     end = last.began + last.seconds
-    faults = sum(entry.outcome != "saved" and end - entry.began - entry.seconds < limits.seconds for entry in tries)
+    faults = sum(entry.outcome != "saved" and end - entry.began - entry.seconds < limits.seconds for entry in attempts)
     return f"{faults} faults within {limits.seconds:.0f} s, the last one: {last.what}" * (faults > limits.restarts)
 
 
@@ -120,7 +122,7 @@ class HistoryFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, entry: Try) -> None:
+    def append(self, entry: Attempt) -> None:
         """Add a try."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:

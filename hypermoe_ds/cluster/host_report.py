@@ -19,11 +19,11 @@ from hypermoe_ds.config import apply_overrides, load_yaml
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.provenance import git_commit, package_version, source_digest
 
-FACTS = "facts: "  # before the JSON: other lines may come from the host's shell
+HOST_REPORT = "facts: "  # before the JSON: other lines may come from the host's shell
 
 
 @dataclass(frozen=True)
-class Asked:
+class HostQuery:
     """What a host is asked about.
 
     Attributes:
@@ -44,7 +44,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class HostFacts:
+class HostReport:
     """What a host told.
 
     Attributes:
@@ -76,19 +76,19 @@ class HostFacts:
     clock: float
 
 
-def facts_here(asked: Asked) -> HostFacts:
+def report_host(query: HostQuery) -> HostReport:
     """The facts of this host."""
-    return HostFacts(
+    return HostReport(
         python=platform.python_version(),
         torch=package_version("torch"),
         deepspeed=package_version("deepspeed"),
         project=f"{git_commit()[:8]} {source_digest()}",
-        settings=settings_digest(asked.config, asked.deepspeed_config, asked.overrides),
-        data=data_digest(asked.data),
+        settings=settings_digest(query.config, query.deepspeed_config, query.overrides),
+        data=data_digest(query.data),
         devices=_devices(),
         memory_gib=_free_gib(Path("/dev/shm")),  # noqa: S108 (where ranks of a host exchange)
-        disk_gib=_free_gib(Path(asked.run_dir)),
-        sees_run_folder=(Path(asked.run_dir) / asked.token).exists(),
+        disk_gib=_free_gib(Path(query.run_dir)),
+        sees_run_folder=(Path(query.run_dir) / query.token).exists(),
         address=_own_address(),
         clock=time.time(),
     )
@@ -139,4 +139,4 @@ def _own_address() -> str:
 
 
 if __name__ == "__main__":
-    print(FACTS + json.dumps(asdict(facts_here(Asked(**json.loads(sys.argv[1]))))), flush=True)
+    print(HOST_REPORT + json.dumps(asdict(report_host(HostQuery(**json.loads(sys.argv[1]))))), flush=True)

@@ -108,7 +108,7 @@ def this_host(slots: str, gpus: int) -> list[Host]:
     return [Host(_HERE, int(slots), "here")]
 
 
-def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tuple[str, int]:
+def rendezvous(hosts: Sequence[Host], environment: Mapping[str, str]) -> tuple[str, int]:
     """Address and port at which ranks of these hosts meet: those of the job, but on one host alone a free port.
 
     There other hosts of the job may already knock at the job's port.
@@ -128,7 +128,7 @@ def meeting_place(hosts: Sequence[Host], environment: Mapping[str, str]) -> tupl
     return address, int(port)
 
 
-def travelling(patterns: Path, environment: Mapping[str, str]) -> dict[str, str]:
+def forwarded_environment(patterns: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that every host must have, as the launch scripts pass them on.
 
     Args:

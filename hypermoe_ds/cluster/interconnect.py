@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hypermoe_ds.cluster.preflight import LINKS, Links
+from hypermoe_ds.cluster.preflight import INTERCONNECT, Interconnect
 
 _TRIALS = 3
 _TIMEOUT = timedelta(seconds=30)
@@ -30,7 +30,7 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
         seats = [seats[0], seats[-1], *seats[1:-1]]
 
 
-def measure(mebibytes: int, device: torch.device) -> Links:
+def measure(mebibytes: int, device: torch.device) -> Interconnect:
     """Measure together with all ranks of the default process group.
 
     Args:
@@ -54,7 +54,7 @@ def measure(mebibytes: int, device: torch.device) -> Links:
     if not bool((received == rank).all()):
         wrong.append("all-to-all")
     all_to_all = None if world == 1 else size * (world - 1) / world / seconds
-    return Links(all_reduce, all_to_all, _pairs(sent, received, size, device), _of_all_ranks(wrong))
+    return Interconnect(all_reduce, all_to_all, _pairs(sent, received, size, device), _of_all_ranks(wrong))
 
 
 def _pairs(
@@ -109,7 +109,7 @@ def main() -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     links = measure(int(sys.argv[1]), device)
     if dist.get_rank() == 0:
-        print(LINKS + json.dumps(asdict(links)), flush=True)
+        print(INTERCONNECT + json.dumps(asdict(links)), flush=True)
     dist.destroy_process_group()
 
 

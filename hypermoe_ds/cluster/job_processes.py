@@ -58,8 +58,8 @@ class JobProcesses:
     def signal_ranks(self, number: signal.Signals) -> bool:
         """Send a signal to all ranks; tells whether there are any."""
         name = number.name.removeprefix("SIG")
-        told = self._everywhere(f'found=$(ranks); signal {name} $found; echo "ranks:" $found', _SECONDS_TO_ANSWER)
-        return any(text.rpartition("ranks:")[2].strip() for text in told)
+        answer = self._everywhere(f'found=$(ranks); signal {name} $found; echo "ranks:" $found', _SECONDS_TO_ANSWER)
+        return any(text.rpartition("ranks:")[2].strip() for text in answer)
 
     def end(self, seconds: int) -> None:
         """End all of them: ranks may save and end by themselves for so many seconds, then nothing runs on.

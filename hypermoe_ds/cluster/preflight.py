@@ -16,15 +16,15 @@ from statistics import median
 from threading import Timer
 from typing import NamedTuple
 
-from hypermoe_ds.cluster.host_report import FACTS, Asked, HostFacts
+from hypermoe_ds.cluster.host_report import HOST_REPORT, HostQuery, HostReport
 from hypermoe_ds.cluster.hosts import Host, shell_line
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
 
-LINKS = "links: "  # before the JSON that parallel/links.py prints: libraries print too
+INTERCONNECT = "links: "  # before the JSON that parallel/links.py prints: libraries print too
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
-_MEETING_SECONDS = 60
+_RENDEZVOUS_SECONDS = 60
 _SECONDS_AFTER_FAILURE = 5
 _MEMORY_GIB = 0.125  # of /dev/shm for each rank: DeepSpeed's operator takes 66 MB, NCCL some more
 _CLOCK_SECONDS = 5.0
@@ -41,7 +41,7 @@ _ALIKE = {
 
 
 @dataclass(frozen=True)
-class Told:
+class HostAnswer:
     """A host's answer.
 
     Attributes:
@@ -53,14 +53,14 @@ class Told:
     """
 
     host: Host
-    facts: HostFacts | None
+    report: HostReport | None
     trouble: str = ""
     exit_code: int | None = None
     clock_ahead: float = 0.0
 
 
 @dataclass(frozen=True)
-class Links:
+class Interconnect:
     """What was measured, in GB/s of what one rank sends.
 
     Attributes:
@@ -112,26 +112,26 @@ class Starter:
         )
 
 
-def ask_hosts(hosts: Sequence[Host], asked: Asked, starter: Starter) -> list[Told]:
+def ask_hosts(hosts: Sequence[Host], query: HostQuery, starter: Starter) -> list[HostAnswer]:
     """Ask all hosts at once; a host that does not answer is told as such."""
     with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda host: _ask(host, asked, starter), hosts))
+        return list(pool.map(lambda host: _ask(host, query, starter), hosts))
 
 
-def _ask(host: Host, asked: Asked, starter: Starter) -> Told:
+def _ask(host: Host, query: HostQuery, starter: Starter) -> HostAnswer:
     try:
-        process = starter.start(host, _ANSWER_SECONDS, "hypermoe_ds.cluster.host_report", json.dumps(asdict(asked)))
+        process = starter.start(host, _ANSWER_SECONDS, "hypermoe_ds.cluster.host_report", json.dumps(asdict(query)))
     except OSError as error:
-        return Told(host, None, str(error))
+        return HostAnswer(host, None, str(error))
     last = "no answer"
     with process, _ended_after(process, _ANSWER_SECONDS + 10):
         for line in process.stdout or ():
             arrived = time.time()
-            if line.startswith(FACTS):
-                facts = HostFacts(**json.loads(line.removeprefix(FACTS)))
-                return Told(host, facts, clock_ahead=facts.clock - arrived)
+            if line.startswith(HOST_REPORT):
+                report = HostReport(**json.loads(line.removeprefix(HOST_REPORT)))
+                return HostAnswer(host, report, clock_ahead=report.clock - arrived)
             last = line.strip() or last
-    return Told(host, None, last, process.returncode)
+    return HostAnswer(host, None, last, process.returncode)
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[Non
         timer.cancel()
 
 
-def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[Failure]:
+def check_hosts(answers: Sequence[HostAnswer], query: HostQuery, disk_gib: float) -> list[Failure]:
     """Everything that is wrong with the hosts.
 
     Args:
@@ -154,25 +154,25 @@ def judge(answers: Sequence[Told], asked: Asked, disk_gib: float) -> list[Failur
         disk_gib: free space that the run needs.
     """
     failures = [
-        Failure(told.host, UserError(told.host.name, f"does not answer ({told.trouble})", _remedy(told)))
-        for told in answers
-        if told.facts is None
+        Failure(answer.host, UserError(answer.host.name, f"does not answer ({answer.trouble})", _remedy(answer)))
+        for answer in answers
+        if answer.report is None
     ]
-    present = [(told, told.facts) for told in answers if told.facts is not None]
+    present = [(answer, answer.report) for answer in answers if answer.report is not None]
     for name, remedy in _ALIKE.items():
-        failures += _differing(name, {told.host: _shown(getattr(facts, name)) for told, facts in present}, remedy)
-    for told, facts in present:
-        lacks = _lacking(told, facts, asked, disk_gib)
-        if len(answers) > 1 and facts.address.startswith("127.") and facts.devices is None:
-            lacks.append(_unreachable_name(told.host.name, facts.address))
-        failures += [Failure(told.host, error) for error in lacks]
+        failures += _differing(name, {answer.host: _shown(getattr(report, name)) for answer, report in present}, remedy)
+    for answer, report in present:
+        lacks = _lacking(answer, report, query, disk_gib)
+        if len(answers) > 1 and report.address.startswith("127.") and report.devices is None:
+            lacks.append(_unreachable_name(answer.host.name, report.address))
+        failures += [Failure(answer.host, error) for error in lacks]
     return failures
 
 
-def _remedy(told: Told) -> str:
-    if told.exit_code in (126, 127):
+def _remedy(answer: HostAnswer) -> str:
+    if answer.exit_code in (126, 127):
         return "make the environment there, at the same path as here: bash launch/setup.sh"
-    return told.host.reach_remedy()
+    return answer.host.reach_remedy()
 
 
 def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
@@ -188,27 +188,27 @@ def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failu
     return failures
 
 
-def _lacking(told: Told, facts: HostFacts, asked: Asked, disk_gib: float) -> list[UserError]:
+def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib: float) -> list[UserError]:
     """What one host has too little of."""
-    host, found = told.host, []
-    if facts.devices is not None and len(facts.devices) < host.slots:
+    host, found = answer.host, []
+    if report.devices is not None and len(report.devices) < host.slots:
         remedy = "lower its slots, or set DS_ACCELERATOR=cpu to train without GPUs"
-        found.append(UserError(f"{host.name}: slots={host.slots}", f"it has {len(facts.devices)} GPUs", remedy))
-    if facts.memory_gib < host.slots * _MEMORY_GIB:
-        need = f"{facts.memory_gib:.2f} GiB free, {host.slots} ranks need {host.slots * _MEMORY_GIB:.2f}"
+        found.append(UserError(f"{host.name}: slots={host.slots}", f"it has {len(report.devices)} GPUs", remedy))
+    if report.memory_gib < host.slots * _MEMORY_GIB:
+        need = f"{report.memory_gib:.2f} GiB free, {host.slots} ranks need {host.slots * _MEMORY_GIB:.2f}"
         found.append(UserError(f"{host.name}: /dev/shm", need, "enlarge it (in a container: --shm-size) or clear it"))
-    if facts.disk_gib < disk_gib:
-        need = f"{facts.disk_gib:.2f} GiB free, checkpoints need {disk_gib:.2f}"
+    if report.disk_gib < disk_gib:
+        need = f"{report.disk_gib:.2f} GiB free, checkpoints need {disk_gib:.2f}"
         found.append(
-            UserError(f"{host.name}: run.dir={asked.run_dir}", need, "free space or lower checkpoint.keep_last")
+            UserError(f"{host.name}: run.dir={query.run_dir}", need, "free space or lower checkpoint.keep_last")
         )
-    if not facts.sees_run_folder:
+    if not report.sees_run_folder:
         problem = "is not the folder that this machine sees there"
         found.append(
-            UserError(f"{host.name}: run.dir={asked.run_dir}", problem, "choose one on storage that all mount")
+            UserError(f"{host.name}: run.dir={query.run_dir}", problem, "choose one on storage that all mount")
         )
-    if abs(told.clock_ahead) > _CLOCK_SECONDS:
-        problem = f"is {told.clock_ahead:+.0f} s off this machine's"
+    if abs(answer.clock_ahead) > _CLOCK_SECONDS:
+        problem = f"is {answer.clock_ahead:+.0f} s off this machine's"
         found.append(UserError(f"{host.name}: clock", problem, "set it by NTP: timedatectl set-ntp true"))
     return found
 
@@ -219,7 +219,9 @@ def _unreachable_name(host: str, address: str) -> UserError:
     return UserError(f"{host}: its own name", f"means {address} there, which no other host can reach", remedy)
 
 
-def measure_links(hosts: Sequence[Host], starter: Starter, address: str, port: int, mebibytes: int) -> Links:
+def measure_interconnect(
+    hosts: Sequence[Host], starter: Starter, address: str, port: int, mebibytes: int
+) -> Interconnect:
     """An all-reduce and an all-to-all over all ranks, and an exchange of each pair of hosts.
 
     Args:
@@ -233,15 +235,15 @@ def measure_links(hosts: Sequence[Host], starter: Starter, address: str, port: i
         UserError: the ranks do not meet, or one fails.
     """
     shared = [f"--nnodes={len(hosts)}", f"--master_addr={address}", f"--master_port={port}"]
-    shared += [f"--rdzv_conf=timeout={_MEETING_SECONDS}", "--log_dir=/dev/null"]  # else a folder stays in TMPDIR
+    shared += [f"--rdzv_conf=timeout={_RENDEZVOUS_SECONDS}", "--log_dir=/dev/null"]  # else a folder stays in TMPDIR
     processes = []
     for number, host in enumerate(hosts):
         own = [f"--node_rank={number}", f"--nproc_per_node={host.slots}", "-m", "hypermoe_ds.cluster.interconnect"]
         processes.append(starter.start(host, _MEASURE_SECONDS, "torch.distributed.run", *shared, *own, str(mebibytes)))
     outputs = _outputs(processes)
     for line in outputs[0].splitlines():
-        if line.startswith(LINKS):
-            return Links(**json.loads(line.removeprefix(LINKS)))
+        if line.startswith(INTERCONNECT):
+            return Interconnect(**json.loads(line.removeprefix(INTERCONNECT)))
     failed = [
         (host.name, text)
         for host, process, text in zip(hosts, processes, outputs, strict=True)
@@ -275,7 +277,7 @@ def _output(process: subprocess.Popen[str]) -> str:
     return text
 
 
-def judge_links(links: Links, hosts: Sequence[Host], least: float) -> list[Failure]:
+def check_interconnect(links: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
     """Links that are slow, each blamed on the host that has more of them, and exchanges that went wrong.
 
     Args:
@@ -331,26 +333,26 @@ def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, ex
     return Fit(taken, largest_expert_parallel(expert, num_experts, ranks))
 
 
-def table(answers: Sequence[Told]) -> str:
+def table(answers: Sequence[HostAnswer]) -> str:
     """What the hosts told, one line each."""
     rows = [["host", "slots", *_ALIKE, "shared memory", "disk", "clock"]]
-    for told in answers:
-        row = [told.host.name, str(told.host.slots)]
-        if told.facts is None:
+    for answer in answers:
+        row = [answer.host.name, str(answer.host.slots)]
+        if answer.report is None:
             row += ["no answer"]
         else:
-            row += [_shown(getattr(told.facts, name))[:40] for name in _ALIKE]
+            row += [_shown(getattr(answer.report, name))[:40] for name in _ALIKE]
             row += [
-                f"{told.facts.memory_gib:.1f} GiB",
-                f"{told.facts.disk_gib:.1f} GiB",
-                f"{round(told.clock_ahead, 1) + 0.0:+.1f} s",
+                f"{answer.report.memory_gib:.1f} GiB",
+                f"{answer.report.disk_gib:.1f} GiB",
+                f"{round(answer.clock_ahead, 1) + 0.0:+.1f} s",
             ]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def links_line(links: Links, hosts: Sequence[Host], mebibytes: int) -> str:
+def interconnect_line(links: Interconnect, hosts: Sequence[Host], mebibytes: int) -> str:
     """What was measured, with the slowest pair."""
     parts = [f"all-reduce {_speed(links.all_reduce)}", f"all-to-all {_speed(links.all_to_all)}"]
     if links.pairs:

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from hypermoe_ds.cluster.attempts import HistoryFile, Limits, Try, decide, ended
+from hypermoe_ds.cluster.attempts import Attempt, HistoryFile, Limits, classify, decide
 from hypermoe_ds.cluster.host_selection import Chosen, HostChoice
 from hypermoe_ds.cluster.job_processes import RANK_VARIABLES, JobProcesses
 from hypermoe_ds.cluster.training_command import HOSTS, TrainingCommand
 from hypermoe_ds.errors import EXIT_SAVED, UserError
-from hypermoe_ds.resilience.heartbeat import VERDICT, SignOfLife, read_signs, sign_path
+from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, Heartbeat, heartbeat_path, read_heartbeats
 
 _POLL_SECONDS = 0.2
 _SECONDS_AFTER_VERDICT = 15.0  # ranks end themselves at once, or are ended 10 s later
@@ -52,24 +52,24 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a script's `&` have it
                 signal.signal(number, self._note)
-        tries: list[Try] = []
+        attempts: list[Attempt] = []
         while True:
-            words = self._words(patient=bool(tries))
+            words = self._words(patient=bool(attempts))
             if self._asked_to_end:
-                return _exit_code(tries)
-            tries.append(self._try(words))
+                return _exit_code(attempts)
+            attempts.append(self._run_attempt(words))
             try:
-                self._history.append(tries[-1])
+                self._history.append(attempts[-1])
             except OSError as error:
                 _say(f"what ended this try could not be kept ({error})")
-            decision = decide(tries, self._limits)
+            decision = decide(attempts, self._limits)
             again = decision.again and not self._asked_to_end
-            step = "before the first step" if tries[-1].step is None else f"in step {tries[-1].step}"
-            _say(f"try {len(tries)} ended {step} with exit code {tries[-1].exit_code}: {decision.why}")
+            step = "before the first step" if attempts[-1].step is None else f"in step {attempts[-1].step}"
+            _say(f"try {len(attempts)} ended {step} with exit code {attempts[-1].exit_code}: {decision.why}")
             if not again:
                 _say("not started again" if decision.why != "done" else "the run is done")
-                return _exit_code(tries)
-            if tries[-1].outcome == "refused":
+                return _exit_code(attempts)
+            if attempts[-1].outcome == "refused":
                 self._rest(_SECONDS_AFTER_REFUSAL)
             _say("starting again from the newest checkpoint")
 
@@ -99,7 +99,7 @@ class Supervisor:
         while time.monotonic() < end and not self._asked_to_end:
             time.sleep(_POLL_SECONDS)
 
-    def _try(self, words: Sequence[str]) -> Try:
+    def _run_attempt(self, words: Sequence[str]) -> Attempt:
         """One start: the launcher and all that it leaves behind have ended when this returns."""
         watch = _WatchFolder(self._command.run_dir / "watch")
         began = time.time()
@@ -110,9 +110,11 @@ class Supervisor:
         except OSError as error:
             raise UserError(words[0], f"cannot be started ({error.strerror})", "mend the command after --") from None
         self._wait(launcher, watch)
-        self._processes.end(0 if watch.verdict() else _SECONDS_TO_SAVE)
+        self._processes.end(0 if watch.failure_report() else _SECONDS_TO_SAVE)
         code = launcher.returncode
-        return ended(began, time.time(), 128 - code if code < 0 else code, watch.signs(), watch.verdict())
+        return classify(
+            began, time.time(), 128 - code if code < 0 else code, watch.heartbeats(), watch.failure_report()
+        )
 
     def _wait(self, launcher: "subprocess.Popen[bytes]", watch: "_WatchFolder") -> None:
         """Until the launcher has ended, passing a signal on once, or until it is clear that it never will.
@@ -125,9 +127,9 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
             if self._asked_to_end and not passed_on:
                 passed_on = True  # as SIGTERM: what the terminal sends, the command may have its ranks ignore
-                if not self._processes.signal_ranks(signal.SIGTERM) or not watch.signs():  # nothing to save yet
+                if not self._processes.signal_ranks(signal.SIGTERM) or not watch.heartbeats():  # nothing to save yet
                     latest = time.monotonic()
-            if latest is None and watch.verdict():
+            if latest is None and watch.failure_report():
                 latest = time.monotonic() + _SECONDS_AFTER_VERDICT
             if latest is not None and time.monotonic() > latest:
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -140,13 +142,17 @@ class _WatchFolder:
         self._folder = folder
         self._old = {path.name: _changed_at(path) for path in folder.glob("*")}
 
-    def signs(self) -> dict[int, SignOfLife]:
+    def heartbeats(self) -> dict[int, Heartbeat]:
         """The ranks' signs of life."""
-        return {rank: s for rank, s in read_signs(self._folder).items() if self._is_new(sign_path(self._folder, rank))}
+        return {
+            rank: s
+            for rank, s in read_heartbeats(self._folder).items()
+            if self._is_new(heartbeat_path(self._folder, rank))
+        }
 
-    def verdict(self) -> str:
+    def failure_report(self) -> str:
         """What a rank told of one that was lost; empty for none."""
-        path = self._folder / VERDICT
+        path = self._folder / FAILURE_REPORT
         with suppress(OSError):
             return path.read_text() if self._is_new(path) else ""
         return ""
@@ -163,8 +169,8 @@ def _changed_at(path: Path) -> int | None:
     return None
 
 
-def _exit_code(tries: Sequence[Try]) -> int:
-    return EXIT_SAVED if not tries or tries[-1].outcome == "saved" else tries[-1].exit_code
+def _exit_code(attempts: Sequence[Attempt]) -> int:
+    return EXIT_SAVED if not attempts or attempts[-1].outcome == "saved" else attempts[-1].exit_code
 
 
 def _say(line: str) -> None:

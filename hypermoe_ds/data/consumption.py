@@ -6,7 +6,7 @@ import numpy as np
 
 from hypermoe_ds.data.datasets import SequenceDataset
 from hypermoe_ds.data.shares import DatasetShare
-from hypermoe_ds.data.skipped_samples import LeftOut
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 
 _CHUNK = 1 << 24  # samples counted at once: counting takes 8 bytes each
 
@@ -24,12 +24,16 @@ class Consumption:
     """
 
     def __init__(
-        self, samples: SequenceDataset, datasets: Sequence[DatasetShare], sequence_length: int, left_out: LeftOut
+        self,
+        samples: SequenceDataset,
+        datasets: Sequence[DatasetShare],
+        sequence_length: int,
+        skipped_samples: SkippedSamples,
     ) -> None:
         self._samples = samples
         self._datasets = datasets
         self._sequence_length = sequence_length
-        self._left_out = left_out
+        self._left_out = skipped_samples
         self._counts = np.zeros(len(datasets), dtype=np.int64)
         self._counted = 0
 

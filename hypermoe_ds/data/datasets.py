@@ -15,7 +15,7 @@ import torch.distributed
 from torch.utils.data import Dataset
 
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
-from hypermoe_ds.data.settings import DataConfig, DataSource, dataset_names
+from hypermoe_ds.data.settings import DataConfig, DatasetConfig, dataset_names
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
 from hypermoe_ds.data.tokenizer import embeddings_needed, encoding_digest, load_tokenizer, sha256_of, vocabulary_file
 from hypermoe_ds.errors import UserError
@@ -34,10 +34,10 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
             both go; see `build_datasets` for what changes it.
     """
 
-    def __init__(self, samples: Any, length: int, order_key: str) -> None:
+    def __init__(self, samples: Any, length: int, data_order_hash: str) -> None:
         self._samples = samples
         self._length = length
-        self.order_key = order_key
+        self.data_order_hash = data_order_hash
 
     def __len__(self) -> int:
         return self._length
@@ -50,7 +50,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
 
     def first(self, length: int) -> "SequenceDataset":
         """Return the first samples alone."""
-        return SequenceDataset(self._samples, length, self.order_key)
+        return SequenceDataset(self._samples, length, self.data_order_hash)
 
     def count_by_dataset(self, first: int, end: int, datasets: int) -> np.ndarray[Any, Any]:
         """Return how many of the samples from `first` to `end`, the latter not included, come from each dataset.
@@ -65,7 +65,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         self[first]  # megatron-core reads its indices with the first sample
         return np.bincount(self._samples.dataset_index[first:end], minlength=datasets)
 
-    def origin(self, index: int) -> str:
+    def describe_sample(self, index: int) -> str:
         """Which documents of which token files a sample was cut from, in words."""
         self[index]  # megatron-core reads its indices with the first sample
         part, place = self._samples, index
@@ -77,7 +77,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 @dataclass(frozen=True)
-class _TokenizerFacts:
+class _TokenizerMetadata:
     """What megatron-core asks of a tokenizer.
 
     It has no `pad` on purpose: megatron-core turns the pad tokens of the data, genuine ones too, into token 0.
@@ -123,7 +123,7 @@ def check_sources(config: DataConfig, vocab_size: int) -> None:
         _check_long_enough(files, config.sequence_length)
 
 
-def _check_tokenizer(folder: str, tokenizer: Any, source: DataSource, metadata: Metadata) -> None:
+def _check_tokenizer(folder: str, tokenizer: Any, source: DatasetConfig, metadata: Metadata) -> None:
     path = Path(folder) / metadata.tokenizer_file
     problem = f"was made with another tokenizer than {folder}"
     if not path.is_file():
@@ -188,7 +188,7 @@ def build_datasets(
     if train_samples <= 0 or (valid_samples is not None and valid_samples <= 0):
         raise ValueError(f"{train_samples=} and {valid_samples=} must be positive")
     tokenizer = load_tokenizer(config.tokenizer)
-    facts = _TokenizerFacts(len(tokenizer), tokenizer.eos_token_id)
+    facts = _TokenizerMetadata(len(tokenizer), tokenizer.eos_token_id)
     with _cache_errors(config.cache_folder):
         train = _build_train(config, facts, seed, train_samples)
         whole = {
@@ -213,20 +213,20 @@ def build_validation_set(prefix: str, tokenizer: str, sequence_length: int, voca
     Raises:
         UserError: as `check_sources` and `build_datasets`.
     """
-    source = DataSource(prefix=prefix)
+    source = DatasetConfig(prefix=prefix)
     config = DataConfig(train=[source], valid=[source], sequence_length=sequence_length, tokenizer=tokenizer)
     check_sources(config, vocab_size)
     loaded = load_tokenizer(tokenizer)
     with _cache_errors(config.cache_folder):
-        return _build_valid(config, _TokenizerFacts(len(loaded), loaded.eos_token_id), source)
+        return _build_valid(config, _TokenizerMetadata(len(loaded), loaded.eos_token_id), source)
 
 
-def _build_train(config: DataConfig, facts: _TokenizerFacts, seed: int, train_samples: int) -> SequenceDataset:
+def _build_train(config: DataConfig, facts: _TokenizerMetadata, seed: int, train_samples: int) -> SequenceDataset:
     total = sum(source.weight for source in config.train)
     weights = [source.weight / total for source in config.train]
     if len(weights) == 1:
         samples = _build_source(config, facts, config.train[0].prefix, seed, train_samples)
-        return SequenceDataset(samples, train_samples, _order_key([samples], weights))
+        return SequenceDataset(samples, train_samples, _data_order_hash([samples], weights))
     # The blend may be ahead of the weights by a sample a source at any point.
     lengths = [int(train_samples * weight) + 1 + len(weights) for weight in weights]
     parts = [
@@ -234,16 +234,16 @@ def _build_train(config: DataConfig, facts: _TokenizerFacts, seed: int, train_sa
         for source, length in zip(config.train, lengths, strict=True)
     ]
     blend = _blend(parts, weights, train_samples)
-    return SequenceDataset(blend, train_samples, _order_key(parts, weights))
+    return SequenceDataset(blend, train_samples, _data_order_hash(parts, weights))
 
 
-def _build_valid(config: DataConfig, facts: _TokenizerFacts, source: DataSource) -> SequenceDataset:
+def _build_valid(config: DataConfig, facts: _TokenizerMetadata, source: DatasetConfig) -> SequenceDataset:
     part = _build_source(config, facts, source.prefix, _VALIDATION_SEED, None)
-    return SequenceDataset(part, len(part), _order_key([part], [len(part)]))
+    return SequenceDataset(part, len(part), _data_order_hash([part], [len(part)]))
 
 
 def _build_source(
-    config: DataConfig, facts: _TokenizerFacts, prefix: str, seed: int, samples: int | None
+    config: DataConfig, facts: _TokenizerMetadata, prefix: str, seed: int, samples: int | None
 ) -> GPTDataset:
     """The samples of one source: at least `samples` for training, or exactly one epoch for validation."""
     files = inspect(prefix)
@@ -281,7 +281,7 @@ def _on_every_rank() -> bool:
     return True
 
 
-def _order_key(parts: Sequence[GPTDataset], weights: Sequence[float]) -> str:
+def _data_order_hash(parts: Sequence[GPTDataset], weights: Sequence[float]) -> str:
     """A checksum of all that decides the order: the weights, and the beginning of each source's shuffles."""
     digest = hashlib.sha256(repr(list(weights)).encode())
     for part in parts:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hypermoe_ds.data.skipped_samples import LeftOut
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.process import STOP_SIGNALS, signal_when_parent_ends
 
@@ -50,7 +50,7 @@ class ResumableSampler(Sampler[list[int]]):
         rank: int,
         size: int,
         consumed_samples: int = 0,
-        left_out: LeftOut | None = None,
+        skipped_samples: SkippedSamples | None = None,
     ) -> None:
         if micro_batch_size <= 0 or not 0 <= rank < size:
             raise ValueError(f"no such place: {micro_batch_size=}, {rank=}, {size=}")
@@ -58,7 +58,7 @@ class ResumableSampler(Sampler[list[int]]):
             raise ValueError(f"{consumed_samples=} of {length}")
         self._start = consumed_samples
         self._rank = rank
-        self._left_out = left_out or LeftOut()
+        self._left_out = skipped_samples or SkippedSamples()
         self._micro_batch_size = micro_batch_size
         self._size = size
         self._micro_batches = self._left_out.kept(consumed_samples, length) // (micro_batch_size * size)
@@ -83,7 +83,7 @@ def build_loader(
     size: int,
     consumed_samples: int,
     workers: int,
-    left_out: LeftOut | None = None,
+    skipped_samples: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
 
@@ -103,7 +103,7 @@ def build_loader(
         UserError: samples are asked for beyond the end of the dataset.
         ValueError: a number is out of range.
     """
-    sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, left_out)
+    sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, skipped_samples)
     return _until_exhausted(_load(dataset, sampler, workers), len(dataset))
 
 
@@ -162,7 +162,7 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         # 0.03 s for two: another start method imports all libraries in each worker, 8 s and more.
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
-        worker_init_fn=_live_as_long_as_the_rank,
+        worker_init_fn=_end_with_the_rank,
         pin_memory=pinned,
         persistent_workers=workers > 0,
         # Its own: a loader draws a seed, and would move the random numbers of the model.
@@ -171,7 +171,7 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
     return iter(loader) if pinned else map(_Batch.tensors, loader)
 
 
-def _live_as_long_as_the_rank(_worker: int) -> None:
+def _end_with_the_rank(_worker: int) -> None:
     """The launcher signals a rank's children too: they load on until the rank, which finishes its step, ends them.
 
     When the rank dies they go with it: they hold copies of its connections, and as long as one is open no other rank

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
-from hypermoe_ds.data.preprocess import Job, TokenizerSource, Written, check_job, preprocess, publish, write_tokens
+from hypermoe_ds.data.preprocess import Job, TokenizerFile, Written, check_job, preprocess, publish, write_tokens
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import scratch_beside, writing_to
 
@@ -81,7 +81,7 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
     with ExitStack() as stack:
         made = _together(comm, lambda: stack.enter_context(scratch_beside(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
-        source = _together(comm, lambda: TokenizerSource.of(job.tokenizer))
+        source = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
         _together(comm, source.encoder)  # loading it takes seconds, which are no part of the speed
         start = time.perf_counter()
         share = share_of(files, [path.stat().st_size for path in files], rank, comm.Get_size())
@@ -120,7 +120,7 @@ def _part(scratch: Path, rank: int) -> Path:
     return scratch / f"part-{rank:05d}"
 
 
-def _join(job: Job, source: TokenizerSource, scratch: Path, parts: Sequence[Written]) -> Written:
+def _join(job: Job, source: TokenizerFile, scratch: Path, parts: Sequence[Written]) -> Written:
     """Append the parts of all ranks and publish them as one."""
     from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (takes seconds: see Encoder)
 

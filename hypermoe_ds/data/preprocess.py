@@ -74,7 +74,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class TokenizerSource:
+class TokenizerFile:
     """A tokenizer folder, with the file in it that holds the vocabulary and the SHA-256 of that file."""
 
     folder: str
@@ -82,7 +82,7 @@ class TokenizerSource:
     sha256: str
 
     @classmethod
-    def of(cls, folder: str) -> "TokenizerSource":
+    def of(cls, folder: str) -> "TokenizerFile":
         """The folder as it is now.
 
         Raises:
@@ -107,7 +107,7 @@ def preprocess(job: Job) -> str:
             tokenizer, or files at the output already.
     """
     files = check_job(job)
-    source = TokenizerSource.of(job.tokenizer)
+    source = TokenizerFile.of(job.tokenizer)
     source.encoder()  # loading it takes seconds, which are no part of the speed
     start = time.perf_counter()
     with scratch_beside(job.path(".bin")) as scratch:
@@ -132,7 +132,7 @@ def check_job(job: Job) -> list[Path]:
     return expand_inputs(job.inputs)
 
 
-def write_tokens(job: Job, files: Sequence[Path], source: TokenizerSource, prefix: Path, progress: bool) -> Written:
+def write_tokens(job: Job, files: Sequence[Path], source: TokenizerFile, prefix: Path, progress: bool) -> Written:
     """Tokenise `files` into `prefix`.bin and `prefix`.idx, each document closed by the end-of-sequence token.
 
     Raises:
@@ -156,7 +156,7 @@ def write_tokens(job: Job, files: Sequence[Path], source: TokenizerSource, prefi
     return written
 
 
-def publish(job: Job, source: TokenizerSource, written: Written, prefix: Path) -> None:
+def publish(job: Job, source: TokenizerFile, written: Written, prefix: Path) -> None:
     """Add the metadata to the finished files at `prefix` and move them to the output.
 
     Raises:
@@ -182,7 +182,7 @@ def publish(job: Job, source: TokenizerSource, written: Written, prefix: Path) -
             Path(f"{prefix}{suffix}").replace(job.path(suffix))
 
 
-def _tokenise(documents: Iterator[str], source: TokenizerSource, workers: int) -> Iterator[Tokens]:
+def _tokenise(documents: Iterator[str], source: TokenizerFile, workers: int) -> Iterator[Tokens]:
     """The tokens of each document, in order."""
     encoder = source.encoder()
     if workers == 1:
@@ -202,7 +202,7 @@ def _tokenise(documents: Iterator[str], source: TokenizerSource, workers: int) -
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, documents: Iterator[str], source: TokenizerSource, ahead: int
+    pool: ProcessPoolExecutor, documents: Iterator[str], source: TokenizerFile, ahead: int
 ) -> Iterator[list[Tokens]]:
     """The tokens of batches of documents, in order, with at most `ahead` batches under way."""
     pending: deque[Future[list[Tokens]]] = deque()

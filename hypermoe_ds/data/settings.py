@@ -9,7 +9,7 @@ from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings
 from hypermoe_ds.files import distinct_names
 
 
-class DataSource(Settings):
+class DatasetConfig(Settings):
     """Token files and their share of the training samples."""
 
     prefix: PathText = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
@@ -28,7 +28,7 @@ class DataSource(Settings):
     )
 
 
-def dataset_names(sources: Sequence[DataSource]) -> list[str]:
+def dataset_names(sources: Sequence[DatasetConfig]) -> list[str]:
     """Return a distinct name for each dataset: its own, or the shortest end of its prefix that no other one has.
 
     Parts of a path are joined by `-`, since a `/` separates the parts of a metric's key. Datasets that still share a
@@ -41,8 +41,8 @@ def dataset_names(sources: Sequence[DataSource]) -> list[str]:
 class DataConfig(Settings):
     """What to train and validate on."""
 
-    train: list[DataSource] = Field(min_length=1, description="sources of the training samples")
-    valid: list[DataSource] = Field(default=[], description="sources of the validation samples; empty: none")
+    train: list[DatasetConfig] = Field(min_length=1, description="sources of the training samples")
+    valid: list[DatasetConfig] = Field(default=[], description="sources of the validation samples; empty: none")
     sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens in a sample")
     tokenizer: PathText = Field(description="Hugging Face tokenizer folder that the token files were made with")
     # tiny-10m on two ranks and 2 cores, three times in turn: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypermoe_ds.data.settings import DataSource, dataset_names
+from hypermoe_ds.data.settings import DatasetConfig, dataset_names
 from hypermoe_ds.data.token_files import inspect
 
 
@@ -24,7 +24,7 @@ class DatasetShare:
     epochs: float
 
 
-def dataset_shares(sources: Sequence[DataSource], trained_tokens: int) -> list[DatasetShare]:
+def dataset_shares(sources: Sequence[DatasetConfig], trained_tokens: int) -> list[DatasetShare]:
     """Return the part of each dataset in a run of so many tokens.
 
     Raises:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 
-class LeftOut:
+class SkippedSamples:
     """Places of the order that are passed over; all others keep their order.
 
     Args:

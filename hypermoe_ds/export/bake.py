@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.export.weight_loader import LazyWeights, WeightSource, weights_of
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, skeleton, stored_shapes
+from hypermoe_ds.export.weight_loader import LazyWeights, WeightLoader, weights_of
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model, state_dict_shapes
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
@@ -21,7 +21,7 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
         UserError: it has no hypernetwork, or more HyperExperts than experts.
     """
     weights = bake_weights(weights_of(model))
-    baked = skeleton(weights.config)
+    baked = meta_model(weights.config)
     tensors = {name: weights.read(name) for name in weights.shapes}
     if model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -31,14 +31,14 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     return baked
 
 
-def bake_weights(source: WeightSource) -> LazyWeights:
+def bake_weights(source: WeightLoader) -> LazyWeights:
     """The tensors of the baked model; one layer's adapters are held at a time.
 
     Raises:
         UserError: the model has no hypernetwork, or more HyperExperts than experts.
     """
     config = _baked_config(source.config)
-    generators = skeleton(source.config)
+    generators = meta_model(source.config)
 
     def load(part: nn.Module, prefix: str) -> None:
         names = part.state_dict()
@@ -66,7 +66,7 @@ def bake_weights(source: WeightSource) -> LazyWeights:
         return adapters(layer)[part]
 
     readers = {}
-    for name in stored_shapes(config):
+    for name in state_dict_shapes(config):
         block, _, part = name.rpartition(".hyper_experts.")
         layer = block.removeprefix("model.layers.")
         readers[name] = partial(adapter, int(layer), part) if block else partial(source.read, name)

@@ -16,10 +16,10 @@ from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, re
 from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, Reader, TakenTensors
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.hf_config_mapping import DENSE, model_type, refuse_unknown, shape_of
-from hypermoe_ds.export.init_hyper_experts import fresh_hyper_experts
+from hypermoe_ds.export.init_hyper_experts import init_hyper_experts
 from hypermoe_ds.export.upcycle import Upcycling
 from hypermoe_ds.export.weight_loader import LazyWeights, read_folder
-from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
+from hypermoe_ds.modeling import HyperMoEConfig, state_dict_shapes
 
 # Fields that the weights of a model without HyperExperts leave open.
 OPEN_FIELDS = (
@@ -78,7 +78,7 @@ def open_folder(
     checked_shapes(folder, config, taken.files.shapes)
     readers = _readers(taken, config, upcycling, _MIXTRAL if kind == "mixtral" else _OTHERS)
     taken.refuse_the_rest(config)
-    fresh = fresh_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
+    fresh = init_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
     readers |= {name: partial(fresh.__getitem__, name) for name in fresh}
     return LazyWeights(config, taken.files.dtype, readers)
 
@@ -110,7 +110,7 @@ def _readers(
 ) -> dict[str, Reader]:
     """What gives each tensor but the HyperExperts'."""
     readers: dict[str, Reader] = {}
-    for name, shape in stored_shapes(config).items():
+    for name, shape in state_dict_shapes(config).items():
         if ".hyper_experts." in name or name.startswith("model.hypernetwork."):
             continue
         match = _EXPERTS.fullmatch(name)

@@ -20,9 +20,9 @@ from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.streaming import streamed_logits
 from hypermoe_ds.export.tokenizer import write_tokenizer
-from hypermoe_ds.export.weight_loader import LazyWeights, WeightSource, read_folder
+from hypermoe_ds.export.weight_loader import LazyWeights, WeightLoader, read_folder
 from hypermoe_ds.files import check_output, check_room, scratch_beside
-from hypermoe_ds.modeling import HyperMoEForCausalLM, skeleton
+from hypermoe_ds.modeling import HyperMoEForCausalLM, meta_model
 from hypermoe_ds.progress import Progress, progress
 
 _GENERATION = "generation_config.json"
@@ -32,11 +32,11 @@ _TOKENS_TO_CHECK = 16
 
 
 def export(
-    source: WeightSource,
+    source: WeightLoader,
     tokenizer: Path,
     output: Path,
     shard_bytes: int,
-    same_function: WeightSource | None = None,
+    same_function: WeightLoader | None = None,
     add: Callable[[Path], None] | None = None,
     chat_template: Path | None = None,
 ) -> None:
@@ -60,7 +60,7 @@ def export(
         RuntimeError: what was written does not read back; nothing is left then.
     """
     check_output(output)
-    model = _with_tokens_of(tokenizer, skeleton(source.config).to(source.dtype))
+    model = _with_tokens_of(tokenizer, meta_model(source.config).to(source.dtype))
     needed = sum(shape.numel() for shape in source.shapes.values()) * source.dtype.itemsize
     with scratch_beside(output) as scratch:
         check_room(output, scratch, needed)
@@ -159,7 +159,7 @@ def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _write_weights(source: WeightSource, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
+def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
     """The files, and their index where they are several, as Transformers would cut and name them."""
     empty = {name: torch.empty(shape, dtype=source.dtype, device="meta") for name, shape in source.shapes.items()}
     split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
@@ -185,7 +185,7 @@ def read_back(folder: Path) -> LazyWeights:
     return LazyWeights(config, files.dtype, {name: partial(files.read, name) for name in files.shapes})
 
 
-def _compare_tensors(source: WeightSource, folder: Path) -> None:
+def _compare_tensors(source: WeightLoader, folder: Path) -> None:
     """Bit for bit, so that what is not a number counts too."""
     back = read_back(folder)
     if back.readers.keys() != source.shapes.keys():
@@ -195,7 +195,7 @@ def _compare_tensors(source: WeightSource, folder: Path) -> None:
             raise RuntimeError(f"{name} does not read back as it was written")
 
 
-def _compare_logits(source: WeightSource, folder: Path, same_function: WeightSource | None) -> None:
+def _compare_logits(source: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
     """On a few tokens, both models by the same code; to the bit, or to rounding where they are computed otherwise."""
     ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
@@ -203,12 +203,12 @@ def _compare_logits(source: WeightSource, folder: Path, same_function: WeightSou
         raise UserError("the model", "gives logits that are NaN or Inf", "see tools/inspect_checkpoint.py")
     expected = streamed_logits(source if same_function is None else same_function, ids_BS)
     if same_function is None:
-        agree = _same_bits(found, expected)
+        all_reduce_status = _same_bits(found, expected)
     else:
         # Generated modules are rounded to the precision of the folder; so may be the choice of an expert.
         tolerance = 1e-4 if source.dtype == torch.float32 else 0.1
-        agree = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
-    if not agree:
+        all_reduce_status = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
+    if not all_reduce_status:
         raise RuntimeError(f"{folder} does not give the logits of the model that was written")
 
 

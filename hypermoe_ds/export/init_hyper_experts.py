@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from hypermoe_ds.modeling import HyperMoEConfig, skeleton
+from hypermoe_ds.modeling import HyperMoEConfig, meta_model
 from hypermoe_ds.modeling.hyper_experts import HyperNetwork, SelectionEncoder
 
 # Of a HyperExpert's relu(x W_down + b_down) W_up + b_up: without these two it is zero, and they have gradients.
 _ZERO = ("up_weight", "up_bias")
 
 
-def fresh_hyper_experts(config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
+def init_hyper_experts(config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
     """Tensors of the hypernetwork and of every layer's selection encoder, in fp32."""
     parts = {
         prefix: part
-        for prefix, part in skeleton(config).named_modules()
+        for prefix, part in meta_model(config).named_modules()
         if isinstance(part, HyperNetwork | SelectionEncoder)
     }
     tensors: dict[str, Tensor] = {}

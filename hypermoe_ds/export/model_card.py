@@ -22,7 +22,7 @@ _HEADER = {
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
+class TrainingRecord:
     """What is known of how a model was trained; what is None is not told.
 
     Attributes:
@@ -44,16 +44,16 @@ class TrainingFacts:
     written_by: Mapping[str, str] | None = None
 
 
-_CHECKED = TypeAdapter(TrainingFacts)
+_CHECKED = TypeAdapter(TrainingRecord)
 
 
-def training_facts(
+def training_record(
     settings: Mapping[str, Any],
     step: int,
     consumed_samples: int | None = None,
     valid_loss: float | None = None,
     written_by: Mapping[str, str] | None = None,
-) -> TrainingFacts:
+) -> TrainingRecord:
     """What a recipe says of a checkpoint.
 
     Args:
@@ -67,19 +67,19 @@ def training_facts(
         UserError: the settings are not those of a recipe.
     """
     try:
-        return _facts(settings, step, consumed_samples, valid_loss, written_by)
+        return _record_rows(settings, step, consumed_samples, valid_loss, written_by)
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         problem = f"is not a recipe as run ({error!r:.100})"
         raise UserError("resolved/config.yaml", problem, "restore that file of the run folder") from None
 
 
-def _facts(
+def _record_rows(
     settings: Mapping[str, Any],
     step: int,
     consumed_samples: int | None,
     valid_loss: float | None,
     written_by: Mapping[str, str] | None,
-) -> TrainingFacts:
+) -> TrainingRecord:
     data, train = settings.get("data", {}), settings.get("train", {})
     length, batch = data.get("sequence_length"), train.get("global_batch_size")
     if consumed_samples is None and batch is not None:
@@ -103,7 +103,7 @@ def _facts(
 
 
 def write_model_card(
-    folder: Path, config: HyperMoEConfig, training: TrainingFacts | None = None, command: str | None = None
+    folder: Path, config: HyperMoEConfig, training: TrainingRecord | None = None, command: str | None = None
 ) -> None:
     """Write README.md into an exported folder.
 
@@ -117,7 +117,7 @@ def write_model_card(
 
 
 def model_card(
-    name: str, config: HyperMoEConfig, training: TrainingFacts | None = None, command: str | None = None
+    name: str, config: HyperMoEConfig, training: TrainingRecord | None = None, command: str | None = None
 ) -> str:
     """Text of the card: YAML front matter, architecture, training, how to load it."""
     header = yaml.safe_dump(_HEADER, sort_keys=False)
@@ -168,7 +168,7 @@ def _architecture(config: HyperMoEConfig) -> Iterator[tuple[str, str]]:
     yield "longest sequence", f"{config.max_position_embeddings:,} tokens"
 
 
-def _training(training: TrainingFacts) -> Iterator[tuple[str, str]]:
+def _training(training: TrainingRecord) -> Iterator[tuple[str, str]]:
     shares = ", ".join(f"{name} ({share:.1%})" for name, share in training.data.items())
     if training.data:
         yield "data", shares if len(training.data) > 1 else next(iter(training.data))

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from hypermoe_ds.export.weight_loader import WeightSource
-from hypermoe_ds.modeling import skeleton
+from hypermoe_ds.export.weight_loader import WeightLoader
+from hypermoe_ds.modeling import meta_model
 from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
 @torch.no_grad()
-def streamed_logits(source: WeightSource, ids_BS: Tensor) -> Tensor:
+def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
     """Logits_BSV of a model, by its own code and layer by layer.
 
     In memory at once are the parts of one layer, the hypernetwork and the selection encoders.
     """
-    model = skeleton(source.config).to(source.dtype)
+    model = meta_model(source.config).to(source.dtype)
     names = {id(module): name for name, module in model.named_modules()}
 
     def load(module: nn.Module, *_: object) -> None:

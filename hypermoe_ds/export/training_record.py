@@ -3,11 +3,11 @@
 from hypermoe_ds.checkpoint.manifest import Manifest
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.store import find_checkpoint
-from hypermoe_ds.export.model_card import TrainingFacts, training_facts
+from hypermoe_ds.export.model_card import TrainingRecord, training_record
 from hypermoe_ds.monitor.summary import validation_at
 
 
-def facts_of(run: RunFolder, step: int | None = None) -> TrainingFacts:
+def read_training_record(run: RunFolder, step: int | None = None) -> TrainingRecord:
     """Data, tokens and, if that very step was validated, its loss.
 
     Args:
@@ -18,7 +18,7 @@ def facts_of(run: RunFolder, step: int | None = None) -> TrainingFacts:
         UserError: no such checkpoint, or one that is damaged.
     """
     manifest = Manifest.read(find_checkpoint(run.checkpoints, step))
-    return training_facts(
+    return training_record(
         run.read_settings() if run.settings.is_file() else {},
         manifest.step,
         manifest.state.get("run", {}).get("consumed_samples"),

@@ -12,11 +12,11 @@ from torch import Tensor
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes
 from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, TakenTensors
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, stored_shapes
+from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, state_dict_shapes
 from hypermoe_ds.progress import progress
 
 
-class WeightSource(Protocol):
+class WeightLoader(Protocol):
     """The tensors of a model, one at a time.
 
     Attributes:
@@ -56,7 +56,7 @@ class LazyWeights:
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
         """Names and shapes, in the model's order."""
-        return stored_shapes(self.config)
+        return state_dict_shapes(self.config)
 
     def read(self, name: str) -> Tensor:
         """A tensor, in `dtype`."""
@@ -78,7 +78,7 @@ class LazyWeights:
 def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:
     """The tensors of a model in memory; they are not copied."""
     tensors = model.state_dict()
-    readers = {name: partial(tensors.__getitem__, name) for name in stored_shapes(model.config)}
+    readers = {name: partial(tensors.__getitem__, name) for name in state_dict_shapes(model.config)}
     return LazyWeights(model.config, model.dtype, readers)
 
 

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from hypermoe_ds.inspection.statistics import Progress, by_group, norm_of
-from hypermoe_ds.inspection.tensor_readers import Shape, Source, ranges
+from hypermoe_ds.inspection.tensor_readers import Shape, TensorReader, ranges
 
 
 class Distance(NamedTuple):
@@ -71,7 +71,7 @@ class Differences:
         }
 
 
-def compare(first: Source, second: Source, progress: Progress = lambda _: None) -> Differences:
+def compare(first: TensorReader, second: TensorReader, progress: Progress = lambda _: None) -> Differences:
     """Read what both have, a part at a time."""
     shared = [name for name in first.shapes if first.shapes[name] == second.shapes.get(name)]
     kinds = [kind for kind in first.kinds if kind in second.kinds]
@@ -87,13 +87,13 @@ def compare(first: Source, second: Source, progress: Progress = lambda _: None) 
     )
 
 
-def elements_to_compare(first: Source, second: Source) -> int:
+def elements_to_compare(first: TensorReader, second: TensorReader) -> int:
     """Elements of each folder that `compare` reads."""
     kinds = sum(kind in second.kinds for kind in first.kinds)
     return kinds * sum(prod(shape) for name, shape in first.shapes.items() if shape == second.shapes.get(name))
 
 
-def _distance(first: Source, second: Source, name: str, kind: str, progress: Progress) -> Distance:
+def _distance(first: TensorReader, second: TensorReader, name: str, kind: str, progress: Progress) -> Distance:
     differences, norms = [], []
     for start, stop in ranges(prod(first.shapes[name])):
         values = first.read_range(name, start, stop, kind)

@@ -16,7 +16,7 @@ _SHOWN = 10  # of a list of tensors
 
 def inspection_lines(seen: Inspection) -> Iterator[str]:
     """What a folder is and holds."""
-    yield from _origin_lines(seen)
+    yield from _provenance_lines(seen)
     yield from _group_lines(seen)
     yield from _similarity_lines(seen)
     broken = seen.not_finite()
@@ -63,17 +63,19 @@ def write_json(path: Path, inspections: list[Inspection], differences: list[Diff
         raise UserError(f"--json={path}", f"cannot be written ({error.strerror})", "choose another file") from None
 
 
-def _origin_lines(seen: Inspection) -> Iterator[str]:
-    origin = seen.origin
-    yield f"{origin.path}: {origin.kind}"
+def _provenance_lines(seen: Inspection) -> Iterator[str]:
+    provenance = seen.provenance
+    yield f"{provenance.path}: {provenance.kind}"
     facts = {
-        "step": "unknown" if origin.step is None else f"{origin.step:,}",
-        "layout": f"{_count(len(origin.files), 'file')}, {sum(origin.files.values()) / 2**30:.3f} GiB, "
-        f"{_count(origin.cut_tensors, 'tensor')} cut over files",
-        "stored as": ", ".join(origin.dtypes),
-        "written by": ", ".join(f"{name} {version}" for name, version in origin.written_by.items()) or "unknown",
+        "step": "unknown" if provenance.step is None else f"{provenance.step:,}",
+        "layout": f"{_count(len(provenance.files), 'file')}, {sum(provenance.files.values()) / 2**30:.3f} GiB, "
+        f"{_count(provenance.cut_tensors, 'tensor')} cut over files",
+        "stored as": ", ".join(provenance.dtypes),
+        "written by": ", ".join(f"{name} {version}" for name, version in provenance.written_by.items()) or "unknown",
     }
-    state = ", ".join(f"{key} {value}" for key, value in origin.state.items() if isinstance(value, int | float | str))
+    state = ", ".join(
+        f"{key} {value}" for key, value in provenance.state.items() if isinstance(value, int | float | str)
+    )
     if state:
         facts["state"] = state
     for name, fact in facts.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.shards import WEIGHT
-from hypermoe_ds.inspection.tensor_readers import Origin, Source, ranges
+from hypermoe_ds.inspection.tensor_readers import Provenance, TensorReader, ranges
 
 Progress = Callable[[int], Any]  # called with the number of elements read
 
@@ -114,7 +114,7 @@ class Inspection:
         similarity: one entry a layer with more than one expert.
     """
 
-    origin: Origin
+    provenance: Provenance
     tensors: dict[str, dict[str, Measured]]
     similarity: list[Similarity]
 
@@ -135,7 +135,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "origin": asdict(self.origin),
+            "origin": asdict(self.provenance),
             "groups": {kind: {name: asdict(m) for name, m in self.groups(kind).items()} for kind in self.tensors},
             "not_finite": {name: asdict(measured) for name, measured in self.not_finite().items()},
             "expert_similarity": [{**asdict(layer), "verdict": layer.verdict()} for layer in self.similarity],
@@ -143,23 +143,23 @@ class Inspection:
         }
 
 
-def inspect(source: Source, progress: Progress = lambda _: None) -> Inspection:
+def inspect(source: TensorReader, progress: Progress = lambda _: None) -> Inspection:
     """Read everything once, the experts' weights twice, and never more than some MiB at a time."""
     tensors = {
         kind: {name: measure(source, name, kind, progress) for name in sorted(source.shapes)} for kind in source.kinds
     }
     blocks = expert_blocks(source.shapes).items()
-    return Inspection(source.origin, tensors, [compare_experts(source, *block, progress) for block in blocks])
+    return Inspection(source.provenance, tensors, [compare_experts(source, *block, progress) for block in blocks])
 
 
-def elements_to_inspect(source: Source) -> int:
+def elements_to_inspect(source: TensorReader) -> int:
     """Elements that `inspect` reads."""
     elements = {name: prod(shape) for name, shape in source.shapes.items()}
     stacks = [name for names in expert_blocks(source.shapes).values() for name in names]
     return len(source.kinds) * sum(elements.values()) + sum(elements[name] for name in stacks)
 
 
-def measure(source: Source, name: str, kind: str, progress: Progress) -> Measured:
+def measure(source: TensorReader, name: str, kind: str, progress: Progress) -> Measured:
     """Norm and NaN and Inf of a parameter, or moment of one."""
     elements, square, nan, inf = prod(source.shapes[name]), 0.0, 0, 0
     for start, stop in ranges(elements):
@@ -190,7 +190,7 @@ def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]
     return blocks
 
 
-def compare_experts(source: Source, block: str, stacks: list[str], progress: Progress) -> Similarity:
+def compare_experts(source: TensorReader, block: str, stacks: list[str], progress: Progress) -> Similarity:
     """Cosines between the flattened weights of all pairs of experts.
 
     Their inner products are added up over parts of all experts' weights at once, so each is read once.
@@ -225,7 +225,7 @@ def _together(parts: list[Measured]) -> Measured:
     )
 
 
-def _parts_of_experts(source: Source, name: str, N: int, elements: int) -> Iterator[Tensor]:
+def _parts_of_experts(source: TensorReader, name: str, N: int, elements: int) -> Iterator[Tensor]:
     """The same range of every expert's weights, [N, c], one range after the other."""
     for start, stop in ranges(elements, max(1, 2**20 // N)):
         yield torch.stack([source.read_range(name, n * elements + start, n * elements + stop) for n in range(N)])

@@ -31,7 +31,7 @@ _ELEMENTS_AT_ONCE = 2**20  # 4 MiB in fp32
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What a folder is and who wrote it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Origin:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-class Source(ABC):
+class TensorReader(ABC):
     """Parameters of one folder; a context manager, since it keeps files open.
 
     Attributes:
@@ -64,7 +64,7 @@ class Source(ABC):
         kinds: what there is of each: "weight" and, of a run that has trained, the optimizer's moments.
     """
 
-    origin: Origin
+    provenance: Provenance
     shapes: dict[str, Shape]
     kinds: tuple[str, ...]
 
@@ -85,7 +85,7 @@ class Source(ABC):
         self.close()
 
 
-def open_source(path: Path, step: int | None = None) -> Source:
+def open_tensor_reader(path: Path, step: int | None = None) -> TensorReader:
     """Open a run folder, a checkpoint folder or a Hugging Face folder.
 
     Args:
@@ -97,11 +97,11 @@ def open_source(path: Path, step: int | None = None) -> Source:
     """
     run = RunFolder(path)
     if run.exists():
-        return CheckpointSource(find_checkpoint(run.checkpoints, step), "run folder")
+        return CheckpointTensorReader(find_checkpoint(run.checkpoints, step), "run folder")
     if (path / MANIFEST).is_file():
-        return CheckpointSource(path, "checkpoint folder")
+        return CheckpointTensorReader(path, "checkpoint folder")
     if (path / "config.json").is_file():
-        return HuggingFaceSource(path)
+        return HuggingFaceTensorReader(path)
     raise UserError(str(path), "is no run folder, checkpoint folder or Hugging Face folder", "give one of them")
 
 
@@ -111,7 +111,7 @@ def ranges(elements: int, at_once: int = _ELEMENTS_AT_ONCE) -> Iterator[tuple[in
         yield start, min(start + at_once, elements)
 
 
-class CheckpointSource(Source):
+class CheckpointTensorReader(TensorReader):
     """A checkpoint of a run.
 
     Args:
@@ -127,7 +127,7 @@ class CheckpointSource(Source):
         manifest = self._reader.manifest
         self.shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
         self.kinds = manifest.kinds
-        self.origin = Origin(
+        self.provenance = Provenance(
             path=str(folder),
             kind=kind,
             step=manifest.step,
@@ -145,7 +145,7 @@ class CheckpointSource(Source):
         self._reader.__exit__(None, None, None)
 
 
-class HuggingFaceSource(Source):
+class HuggingFaceTensorReader(TensorReader):
     """A Hugging Face folder of safetensors files; the experts of a HyperMoE model are named as in training.
 
     Args:
@@ -169,7 +169,7 @@ class HuggingFaceSource(Source):
             self._stored_as |= dict.fromkeys(parts, stored)
             self.shapes |= {name: tuple(of_part) for name, of_part in parts.items()}
         version = config.get("transformers_version")
-        self.origin = Origin(
+        self.provenance = Provenance(
             path=str(folder),
             kind="Hugging Face folder",
             step=None,

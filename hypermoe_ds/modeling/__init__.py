@@ -13,7 +13,7 @@ AutoModelForCausalLM.register(HyperMoEConfig, HyperMoEForCausalLM)
 __all__ = ["PRESETS", "HyperMoEConfig", "HyperMoEForCausalLM", "skeleton", "stored_shapes"]
 
 
-def skeleton(config: HyperMoEConfig) -> HyperMoEForCausalLM:
+def meta_model(config: HyperMoEConfig) -> HyperMoEForCausalLM:
     """The model without weights, on the meta device and in evaluation mode."""
     with torch.device("meta"):
         model: HyperMoEForCausalLM = HyperMoEForCausalLM(config)
@@ -21,9 +21,9 @@ def skeleton(config: HyperMoEConfig) -> HyperMoEForCausalLM:
     return model
 
 
-def stored_shapes(config: HyperMoEConfig) -> dict[str, torch.Size]:
+def state_dict_shapes(config: HyperMoEConfig) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a file of the model holds, in order: a tied output projection is none."""
-    shapes = {name: tensor.shape for name, tensor in skeleton(config).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes

@@ -38,7 +38,7 @@ class HyperExpertWeights(NamedTuple):
     up_bias: Tensor
 
 
-class Taken(NamedTuple):
+class Assignment(NamedTuple):
     """Which HyperExperts each token takes.
 
     Attributes:
@@ -58,7 +58,7 @@ class Taken(NamedTuple):
 
 
 def apply_generated(
-    x_TD: Tensor, taken: Taken, weights: HyperExpertWeights, rows: "SortedRows | None" = None
+    x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights, rows: "RoutedRows | None" = None
 ) -> Tensor:
     """Sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
 
@@ -76,16 +76,16 @@ def apply_generated(
         y_TD, in the dtype of the weights.
     """
     if torch.compiler.is_compiling():
-        return _through_all(x_TD, taken, weights)
-    if not torch.is_grad_enabled() and not x_TD.is_cuda and taken.sets_TJ.numel() <= _FEW_ROWS:
-        return _row_by_row(x_TD, taken, weights)
-    rows = rows or sort_rows(taken, weights.down_weight.shape, weights.down_weight)
+        return _through_all(x_TD, assignment, weights)
+    if not torch.is_grad_enabled() and not x_TD.is_cuda and assignment.sets_TJ.numel() <= _FEW_ROWS:
+        return _row_by_row(x_TD, assignment, weights)
+    rows = rows or sort_rows(assignment, weights.down_weight.shape, weights.down_weight)
     x_TD = x_TD.to(weights.up_bias.dtype)  # under autocast another one
-    y_TD: Tensor = _Apply.apply(x_TD, taken.gates_TJ, rows, taken.sets_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Apply.apply(x_TD, assignment.gates_TJ, rows, assignment.sets_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
     return y_TD
 
 
-def _through_all(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tensor:
+def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
     """Every token through all U HyperExperts, those that it does not take weighted with zero.
 
     No shape depends on data, and the operators are plain in every dtype. The U of K = 1 are N of width A: at
@@ -93,26 +93,28 @@ def _through_all(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Ten
     """
     U, D, A = weights.down_weight.shape
     x_TD = x_TD.to(weights.up_bias.dtype)
-    gates_TJ = torch.ones_like(taken.sets_TJ, dtype=x_TD.dtype) if taken.gates_TJ is None else taken.gates_TJ
-    gate_TU = x_TD.new_zeros(x_TD.shape[0], U).scatter(1, taken.sets_TJ, gates_TJ.to(x_TD.dtype))
+    gates_TJ = (
+        torch.ones_like(assignment.sets_TJ, dtype=x_TD.dtype) if assignment.gates_TJ is None else assignment.gates_TJ
+    )
+    gate_TU = x_TD.new_zeros(x_TD.shape[0], U).scatter(1, assignment.sets_TJ, gates_TJ.to(x_TD.dtype))
     down_DUA = weights.down_weight.transpose(0, 1).reshape(D, U * A)
     inner_TUA = torch.relu(x_TD @ down_DUA + weights.down_bias.flatten()).view(-1, U, A)
     gated_TUA = (inner_TUA * gate_TU.unsqueeze(-1)).flatten(1)
     return gated_TUA @ weights.up_weight.flatten(0, 1) + gate_TU @ weights.up_bias
 
 
-def _row_by_row(x_TD: Tensor, taken: Taken, weights: HyperExpertWeights) -> Tensor:
+def _row_by_row(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
     """For the few rows of a step of generation, without gradients."""
     rows = []
-    for row, index in enumerate(taken.sets_TJ.flatten().tolist()):
+    for row, index in enumerate(assignment.sets_TJ.flatten().tolist()):
         down_DA, down_bias_A, up_AD, up_bias_D = (weight[index] for weight in weights)
-        token = row // taken.sets_TJ.shape[1]
+        token = row // assignment.sets_TJ.shape[1]
         x_1D = x_TD[token : token + 1].to(up_AD.dtype)
         rows.append(torch.addmm(up_bias_D, torch.addmm(down_bias_A, x_1D, down_DA).relu_(), up_AD))
-    return taken.sum_over_rows(torch.cat(rows))
+    return assignment.sum_over_rows(torch.cat(rows))
 
 
-def sort_rows(taken: Taken, shape_UDA: Sequence[int], like: Tensor) -> "SortedRows":
+def sort_rows(assignment: Assignment, shape_UDA: Sequence[int], like: Tensor) -> "RoutedRows":
     """The rows of all tokens sorted by the HyperExpert they take.
 
     Args:
@@ -121,7 +123,7 @@ def sort_rows(taken: Taken, shape_UDA: Sequence[int], like: Tensor) -> "SortedRo
         like: a tensor of the dtype and on the device of the products.
     """
     kind = GroupedRows if _has_grouped_mm(shape_UDA[1:], like) else LoopedRows
-    return kind(taken.sets_TJ.flatten(), shape_UDA[0])
+    return kind(assignment.sets_TJ.flatten(), shape_UDA[0])
 
 
 def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
@@ -132,7 +134,7 @@ def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
     return aligned and torch.cuda.get_device_capability(like.device) >= _HOPPER
 
 
-class SortedRows:
+class RoutedRows:
     """Rows sorted by the set they take, and matrix products of each set's rows with its own weights.
 
     Args:
@@ -161,7 +163,7 @@ class SortedRows:
         raise NotImplementedError
 
 
-class _Piece(NamedTuple):
+class _Chunk(NamedTuple):
     """As many sets as one grouped GEMM takes."""
 
     sets: slice
@@ -169,16 +171,16 @@ class _Piece(NamedTuple):
     ends_U: Tensor
 
 
-class GroupedRows(SortedRows):
+class GroupedRows(RoutedRows):
     """By grouped GEMMs: nothing waits for the host, unless the sets are more than one of them takes."""
 
     def __init__(self, sets_R: Tensor, sets: int) -> None:
         super().__init__(sets_R, sets)
         cuts = list(range(_MOST_GROUPS, sets, _MOST_GROUPS))
         row_cuts = self.ends_U[[cut - 1 for cut in cuts]].tolist() if cuts else []
-        pieces = zip(pairwise([0, *cuts, sets]), pairwise([0, *row_cuts, len(sets_R)]), strict=True)
-        self._pieces = [
-            _Piece(slice(*between), slice(*rows), self.ends_U[slice(*between)] - rows[0]) for between, rows in pieces
+        chunks = zip(pairwise([0, *cuts, sets]), pairwise([0, *row_cuts, len(sets_R)]), strict=True)
+        self._chunks = [
+            _Chunk(slice(*between), slice(*rows), self.ends_U[slice(*between)] - rows[0]) for between, rows in chunks
         ]
 
     def affine(
@@ -186,9 +188,9 @@ class GroupedRows(SortedRows):
     ) -> Tensor:
         y_RO = _joined(
             [
-                torch._grouped_mm(x_RI[piece.rows], weight_UIO[piece.sets], offs=piece.ends_U)
-                for piece in self._pieces
-                if piece.rows.start < piece.rows.stop
+                torch._grouped_mm(x_RI[chunk.rows], weight_UIO[chunk.sets], offs=chunk.ends_U)
+                for chunk in self._chunks
+                if chunk.rows.start < chunk.rows.stop
             ]
         )
         if bias_UO is None:
@@ -199,10 +201,10 @@ class GroupedRows(SortedRows):
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
         return _joined(
             [
-                torch._grouped_mm(x_RI[piece.rows].t(), y_RO[piece.rows], offs=piece.ends_U)
-                if piece.rows.start < piece.rows.stop
-                else x_RI.new_zeros(len(piece.ends_U), x_RI.shape[1], y_RO.shape[1])
-                for piece in self._pieces
+                torch._grouped_mm(x_RI[chunk.rows].t(), y_RO[chunk.rows], offs=chunk.ends_U)
+                if chunk.rows.start < chunk.rows.stop
+                else x_RI.new_zeros(len(chunk.ends_U), x_RI.shape[1], y_RO.shape[1])
+                for chunk in self._chunks
             ]
         )
 
@@ -215,7 +217,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class LoopedRows(SortedRows):
+class LoopedRows(RoutedRows):
     """By one matrix product a set, each written in place; the host learns how many rows a set has.
 
     In bf16 on CPU oneDNN makes code for each number of rows that it meets, which takes longer than the product. There a
@@ -277,7 +279,7 @@ class _Apply(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         gates_TJ: Tensor | None,
-        rows: SortedRows,
+        rows: RoutedRows,
         per_token: int,
         *weights: Tensor,
     ) -> Tensor:
@@ -318,11 +320,11 @@ class _Apply(torch.autograd.Function):
         return grad_x_TD, grad_gates_TJ, None, None, *weights
 
 
-def _sorted_gates(gates_TJ: Tensor | None, rows: SortedRows, like: Tensor) -> Tensor | None:
+def _sorted_gates(gates_TJ: Tensor | None, rows: RoutedRows, like: Tensor) -> Tensor | None:
     return None if gates_TJ is None else gates_TJ.flatten()[rows.order_R].unsqueeze(1).to(like.dtype)
 
 
-def _by_token(y_RD: Tensor, rows: SortedRows, per_token: int) -> Tensor:
+def _by_token(y_RD: Tensor, rows: RoutedRows, per_token: int) -> Tensor:
     """Sorted rows back in the order of the tokens, those of one token added up; y_TD."""
     back_RD = torch.empty_like(y_RD).index_copy_(0, rows.order_R, y_RD)
     return back_RD if per_token == 1 else back_RD.view(-1, per_token, y_RD.shape[1]).sum(1)

@@ -108,7 +108,7 @@ def cheaper_form(rows: int, sets: int, sizes: Sizes, device: str, dtype: torch.d
     return "per_set" if per_set <= seconds(cost_factored(rows, sizes), device, dtype) else "factored"
 
 
-def modules_fit(tokens: int, sets: int, sizes: Sizes) -> bool:
+def generated_weights_fit(tokens: int, sets: int, sizes: Sizes) -> bool:
     """Whether a layer's generated modules may be kept for the backward pass.
 
     They may where they are a small share of the layer's other activations. Where they are, those of all

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_hypermoe import HyperConditioning
-from .generated import HyperExpertWeights, SortedRows, Taken, apply_generated, sort_rows
+from .generated import Assignment, HyperExpertWeights, RoutedRows, apply_generated, sort_rows
 from .hyper_cache import KeptHyperExperts
-from .hyper_costs import Form, Sizes, cheaper_form, modules_fit
+from .hyper_costs import Form, Sizes, cheaper_form, generated_weights_fit
 from .selections import all_sets, distinct_sets, rank_sets
 
 _LOGGER = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class HyperNetwork(nn.Module):
         z_UH: Tensor,
         layer_U: Tensor,
         x_TD: Tensor | None = None,
-        taken: Taken | None = None,
+        assignment: Assignment | None = None,
         form: Form = "per_set",
         recompute: bool = False,
     ) -> HyperExpertWeights | Tensor:
@@ -156,21 +156,21 @@ class HyperNetwork(nn.Module):
             y_TD or, without tokens, the generated weights.
         """
         u_UB = torch.relu(self.trunk(torch.cat([z_UH, self.layer_embedding(layer_U)], dim=-1)))
-        if x_TD is None or taken is None:
+        if x_TD is None or assignment is None:
             return self._generate(u_UB)
         if form == "per_set":
             if recompute and torch.is_grad_enabled():
-                rows = sort_rows(taken, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
+                rows = sort_rows(assignment, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
                 # Of this module's insides alone: its own forward, where parameters are gathered, runs once.
-                y_TD: Tensor = checkpoint(self._per_set, x_TD, taken, u_UB, rows, use_reentrant=False)
+                y_TD: Tensor = checkpoint(self._per_set, x_TD, assignment, u_UB, rows, use_reentrant=False)
                 return y_TD
-            return self._per_set(x_TD, taken, u_UB)
-        x_RD = x_TD.repeat_interleave(taken.sets_TJ.shape[1], dim=0)
-        u_RB = u_UB[taken.sets_TJ.flatten()]
+            return self._per_set(x_TD, assignment, u_UB)
+        x_RD = x_TD.repeat_interleave(assignment.sets_TJ.shape[1], dim=0)
+        u_RB = u_UB[assignment.sets_TJ.flatten()]
         if form == "per_token":
-            return taken.sum_over_rows(self._per_token(x_RD, u_RB))
+            return assignment.sum_over_rows(self._per_token(x_RD, u_RB))
         plain = _computes_its_weight(self.down_weight) and _computes_its_weight(self.up_weight)
-        return taken.sum_over_rows(self._factored(x_RD, u_RB) if plain else self._per_token_in_chunks(x_RD, u_RB))
+        return assignment.sum_over_rows(self._factored(x_RD, u_RB) if plain else self._per_token_in_chunks(x_RD, u_RB))
 
     def _generate(self, u_UB: Tensor) -> HyperExpertWeights:
         """Step 5: one matrix product for all sets."""
@@ -181,9 +181,9 @@ class HyperNetwork(nn.Module):
             self.up_bias(u_UB),
         )
 
-    def _per_set(self, x_TD: Tensor, taken: Taken, u_UB: Tensor, rows: SortedRows | None = None) -> Tensor:
+    def _per_set(self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None) -> Tensor:
         """Weights once per set, grouped matrix products over the tokens sorted by set."""
-        return apply_generated(x_TD, taken, self._generate(u_UB), rows)
+        return apply_generated(x_TD, assignment, self._generate(u_UB), rows)
 
     def _per_token(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
         """The equations as they stand: each row gets weights of its own. The reference for tests."""
@@ -300,21 +300,24 @@ class HyperExperts(nn.Module):
         cache = kept.layer(self.layer_index, self.most_kept(sizes)) if kept is not None and keeps else None
         if generated is not None:
             self._announce("per_set", len(generated.up_bias), tokens, "generated with those of all layers")
-            return apply_generated(x_TD, self._take(selected_TK, gates_TK), generated)
+            return apply_generated(x_TD, self._assign(selected_TK, gates_TK), generated)
         if self.knows_sets(tokens, set_size, sizes):
-            z_UH, taken = self.encode_all(set_size, x_TD.device), self._take(selected_TK, gates_TK)
+            z_UH, assignment = self.encode_all(set_size, x_TD.device), self._assign(selected_TK, gates_TK)
         elif torch.compiler.is_compiling():  # how many sets occur depends on data: one for each token
-            z_UH, taken = self.encoder(selected_TK), Taken(torch.arange(tokens, device=x_TD.device).unsqueeze(1))
+            z_UH, assignment = (
+                self.encoder(selected_TK),
+                Assignment(torch.arange(tokens, device=x_TD.device).unsqueeze(1)),
+            )
             form = "factored" if form == "auto" else form
         else:
             sets_UK, set_of_token_T = distinct_sets(selected_TK, self.num_experts)
-            taken = Taken(set_of_token_T.unsqueeze(1))
+            assignment = Assignment(set_of_token_T.unsqueeze(1))
             if cache is not None and len(sets_UK) <= cache.capacity:
                 weights = cache.fetch(sets_UK, lambda new_UK: self._generate(self.encoder(new_UK), hypernetwork))
-                return apply_generated(x_TD, taken, weights)
+                return apply_generated(x_TD, assignment, weights)
             z_UH = self.encoder(sets_UK)
-        form, recompute = self._choose(form, taken, z_UH.shape[0], set_size, sizes, x_TD)
-        output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, taken, form, recompute)
+        form, recompute = self._choose(form, assignment, z_UH.shape[0], set_size, sizes, x_TD)
+        output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, assignment, form, recompute)
         return output.to(x_TD.device)  # the hypernetwork may be on another
 
     @property
@@ -331,7 +334,7 @@ class HyperExperts(nn.Module):
         sets = math.comb(self.num_experts, set_size)
         if sets <= self.num_experts or torch.compiler.is_compiling():  # the tokens may be a symbol in a graph
             return sets <= self.num_experts
-        return modules_fit(tokens, sets, sizes)
+        return generated_weights_fit(tokens, sets, sizes)
 
     def encode_all(self, set_size: int, device: torch.device) -> Tensor:
         """All sets there can be, encoded; [C(N, set_size), H]."""
@@ -339,22 +342,22 @@ class HyperExperts(nn.Module):
         return z_UH
 
     def _choose(
-        self, form: Form | Literal["auto"], taken: Taken, sets: int, set_size: int, sizes: Sizes, x_TD: Tensor
+        self, form: Form | Literal["auto"], assignment: Assignment, sets: int, set_size: int, sizes: Sizes, x_TD: Tensor
     ) -> tuple[Form, bool]:
         """The form, and whether the backward pass generates modules again."""
         if torch.compiler.is_compiling():
             return ("per_set" if form == "auto" else form), False
-        tokens, rows = x_TD.shape[0], taken.sets_TJ.numel()
+        tokens, rows = x_TD.shape[0], assignment.sets_TJ.numel()
         # By the most sets there can be, not those that occur: all ranks then decide alike.
-        recompute = not modules_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), sizes)
+        recompute = not generated_weights_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), sizes)
         if form == "auto":
             form = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
             kept = "generated again in the backward pass" if recompute else "kept for the backward pass"
             self._announce(form, sets, tokens, kept if form == "per_set" else "none are made")
         return form, recompute
 
-    def _take(self, selected_TK: Tensor, gates_TK: Tensor | None) -> Taken:
-        return take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning)
+    def _assign(self, selected_TK: Tensor, gates_TK: Tensor | None) -> Assignment:
+        return assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
 
     def _layer_of(self, z_UH: Tensor) -> Tensor:
         return torch.full((z_UH.shape[0],), self.layer_index, device=z_UH.device)
@@ -406,22 +409,22 @@ class BakedHyperExperts(nn.Module):
     ) -> Tensor:
         """As `HyperExperts`; there is no hypernetwork, and nothing is generated or kept."""
         weights = HyperExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        return apply_generated(x_TD, take_of_all(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
+        return apply_generated(x_TD, assign(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
 
 
-def take_of_all(
+def assign(
     selected_TK: Tensor, gates_TK: Tensor | None, num_experts: int, conditioning: HyperConditioning
-) -> Taken:
+) -> Assignment:
     """Which of all sets' HyperExperts each token takes.
 
     Raises:
         ValueError: conditioning is "route" and there are no gates.
     """
     if conditioning == "selection":
-        return Taken(rank_sets(selected_TK, num_experts).unsqueeze(1))
+        return Assignment(rank_sets(selected_TK, num_experts).unsqueeze(1))
     if gates_TK is None:
         raise ValueError("conditioning 'route' weighs with gates: give gates_TK")
-    return Taken(selected_TK, gates_TK)
+    return Assignment(selected_TK, gates_TK)
 
 
 def generate_ahead(
@@ -457,7 +460,7 @@ def generate_ahead(
         ahead = branches[0].knows_sets(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
-        ahead = modules_fit(tokens, sets, sizes) and cheaper == "per_set"
+        ahead = generated_weights_fit(tokens, sets, sizes) and cheaper == "per_set"
     if not ahead:
         return None
     sets_UK = all_sets(branches[0].num_experts, set_size, x_TD.device)

@@ -10,7 +10,7 @@ from hypermoe_ds.errors import UserError
 Value = TypeVar("Value")
 
 
-class HostGroup:
+class ControlGroup:
     """Exchanges objects between all ranks, on a gloo group of its own.
 
     Building it and all its methods are collective. Each user has one of its own: messages of one thread never meet
@@ -33,7 +33,7 @@ class HostGroup:
         torch.distributed.all_gather_object(values, value, self.group)
         return values
 
-    def from_first(self, action: Callable[[], Value]) -> Value:
+    def run_on_rank0(self, action: Callable[[], Value]) -> Value:
         """What rank 0 finds or does, told to all.
 
         Raises:
@@ -41,7 +41,7 @@ class HostGroup:
         """
         return self._shared(action if self.rank == 0 else None)[0]
 
-    def all_or_none(self, action: Callable[[], Value]) -> list[Value]:
+    def gather_or_raise(self, action: Callable[[], Value]) -> list[Value]:
         """What each rank finds or does, told to all.
 
         Raises:

@@ -11,11 +11,11 @@ from pydantic import TypeAdapter
 
 from hypermoe_ds.files import write_whole
 
-VERDICT = "verdict"  # beside the signs: which rank was lost, in one line
+FAILURE_REPORT = "verdict"  # beside the signs: which rank was lost, in one line
 
 
 @dataclass(frozen=True)
-class SignOfLife:
+class Heartbeat:
     """What a rank writes.
 
     Attributes:
@@ -43,15 +43,15 @@ class SignOfLife:
     error: str = ""
     began: float = 0.0
 
-    def who(self) -> str:
+    def describe(self) -> str:
         """Rank, process and host."""
         return f"rank {self.rank} (process {self.process} on {self.host})"
 
-    def place(self) -> str:
+    def position(self) -> str:
         """Step and what is done in it."""
         return f"step {self.step}, {self.doing}"
 
-    def is_gone(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether it failed, or its process has ended without a word; of another host that cannot be seen."""
         if self.end or self.host != socket.gethostname():
             return self.end == "error"
@@ -63,25 +63,25 @@ class SignOfLife:
     def write(self, folder: Path) -> None:
         """Replace this rank's last sign. A full disk is for the checkpoints to tell."""
         with suppress(OSError):
-            write_whole(sign_path(folder, self.rank), json.dumps(asdict(self)))
+            write_whole(heartbeat_path(folder, self.rank), json.dumps(asdict(self)))
 
 
-_SIGN = TypeAdapter(SignOfLife)
+_HEARTBEAT = TypeAdapter(Heartbeat)
 
 
-def sign_path(folder: Path, rank: int) -> Path:
+def heartbeat_path(folder: Path, rank: int) -> Path:
     """Where a rank's sign of life lies."""
     return folder / f"rank_{rank:05d}.json"
 
 
-def read_signs(folder: Path) -> dict[int, SignOfLife]:
+def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
     """The signs of life in RUN_DIR/watch, by rank."""
-    signs = map(read_sign, sorted(folder.glob("rank_*.json")))
-    return {sign.rank: sign for sign in signs if sign is not None}
+    heartbeats = map(read_heartbeat, sorted(folder.glob("rank_*.json")))
+    return {heartbeat.rank: heartbeat for heartbeat in heartbeats if heartbeat is not None}
 
 
-def read_sign(path: Path) -> SignOfLife | None:
+def read_heartbeat(path: Path) -> Heartbeat | None:
     """One of them; None where it cannot be read."""
     with suppress(OSError, ValueError):
-        return _SIGN.validate_json(path.read_bytes(), strict=True)
+        return _HEARTBEAT.validate_json(path.read_bytes(), strict=True)
     return None

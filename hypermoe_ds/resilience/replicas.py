@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.errors import MachineError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 
 _CHUNK = 1 << 22
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,7 +26,7 @@ class ReplicaCheck:
         expert_parallel: ranks that share one copy of the experts.
     """
 
-    def __init__(self, engine: Any, ranks: HostGroup, expert_parallel: int) -> None:
+    def __init__(self, engine: Any, ranks: ControlGroup, expert_parallel: int) -> None:
         self._module = engine.module
         self._ranks = ranks
         self._expert_parallel = expert_parallel
@@ -69,10 +69,10 @@ def _difference(name: str, found: dict[int, tuple[int, ...]], step: int) -> str:
     [(usual, holders), *_] = Counter(found.values()).most_common()
     others = [rank for rank, value in found.items() if value != usual]
     if 2 * holders > len(found):
-        who = f"on rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} it is not what the others have"
+        describe = f"on rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} it is not what the others have"
     else:
-        who = f"ranks {', '.join(map(str, found))} disagree, and no value has a majority"
+        describe = f"ranks {', '.join(map(str, found))} disagree, and no value has a majority"
     return (
-        f"the copies of {name} differ after step {step}: {who}; "
+        f"the copies of {name} differ after step {step}: {describe}; "
         "look at the memory of that host and start again from the last checkpoint"
     )

@@ -7,11 +7,11 @@ import torch.distributed
 from torch import Tensor
 
 from hypermoe_ds.errors import MachineError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepStatus:
     """The same on every rank.
 
     Attributes:
@@ -53,7 +53,9 @@ class StepLosses:
         return losses
 
 
-def agree(ranks: HostGroup, asked_to_stop: bool, unsaved: bool, skipped: bool, losses: list[float]) -> Agreed:
+def all_reduce_status(
+    ranks: ControlGroup, asked_to_stop: bool, unsaved: bool, skipped: bool, losses: list[float]
+) -> StepStatus:
     """Bring the ranks together after a step (collective): one all-reduce of four numbers, on the host.
 
     Takes 0.1 ms on one machine. On GPUs the queue of the device still holds the optimizer's step then.
@@ -67,4 +69,4 @@ def agree(ranks: HostGroup, asked_to_stop: bool, unsaved: bool, skipped: bool, l
     stopping, failing, skipping, loss = sums_4.tolist()
     if skipping not in (0, ranks.size):
         raise MachineError(f"{skipping:.0f} of {ranks.size} ranks skipped a step for a NaN or Inf, the others not")
-    return Agreed(stopping > 0, failing > 0, skipping > 0, loss / ranks.size)
+    return StepStatus(stopping > 0, failing > 0, skipping > 0, loss / ranks.size)

@@ -25,16 +25,22 @@ from torch.distributed import distributed_c10d as c10d
 
 from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError, print_error
 from hypermoe_ds.files import delete, write_whole
-from hypermoe_ds.resilience.heartbeat import VERDICT, SignOfLife, read_sign, read_signs, sign_path
+from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, Heartbeat, heartbeat_path, read_heartbeat, read_heartbeats
 
-_WRITTEN = ("rank_*", "stack_*", "told_*", "speaker", f"{VERDICT}*")  # names of what ranks write into RUN_DIR/watch
+_WRITTEN = (
+    "rank_*",
+    "stack_*",
+    "told_*",
+    "speaker",
+    f"{FAILURE_REPORT}*",
+)  # names of what ranks write into RUN_DIR/watch
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
 # Arguments: a process, when it began, the verdict. A stopped process, or one that waits for a disk, does not end
 # itself. DeepSpeed's launcher sends SIGTERM to a rank's children too, and then waits for half a minute. The process may
 # end in these seconds and its number go to another one: only one that began at the same time is killed.
-_END_WITH_VERDICT = f"""
+_END_WITH_REPORT = f"""
 trap '' TERM
 runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
 while runs "$1" "$2"; do
@@ -77,7 +83,7 @@ class Watchdog:
         self._ranks = ranks
         self._timeout = timeout
         self._period = min(_LONGEST_PERIOD, timeout / 10)
-        self._sign = SignOfLife(rank, socket.gethostname(), os.getpid(), 0, "starting", 0, 0, began=time.time())
+        self._heartbeat = Heartbeat(rank, socket.gethostname(), os.getpid(), 0, "starting", 0, 0, began=time.time())
         self._since = time.monotonic()
         self._lock = Lock()
         self._ending = Lock()
@@ -93,10 +99,10 @@ class Watchdog:
             total: how many parts it has, if that is known.
         """
         self._show(step, doing, done, total)
-        if not self._sign.passed:
+        if not self._heartbeat.passed:
             limit_collectives(2 * self._timeout)
         with self._lock:
-            self._sign = replace(self._sign, step=step, doing=doing, passed=self._sign.passed + 1)
+            self._heartbeat = replace(self._heartbeat, step=step, doing=doing, passed=self._heartbeat.passed + 1)
             self._since = time.monotonic()
 
     def each(self, batches: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
@@ -106,12 +112,12 @@ class Watchdog:
         """
         iterator = iter(batches)
         for done in count():
-            self.begin(self._sign.step, "waiting for data")
+            self.begin(self._heartbeat.step, "waiting for data")
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self.begin(self._sign.step, doing, done, total)
+            self.begin(self._heartbeat.step, doing, done, total)
             yield batch
 
     @contextmanager
@@ -139,14 +145,14 @@ class Watchdog:
 
     def _prepare(self) -> None:
         """Take away what an earlier start left, before anyone watches; the stacks of a lost one are kept."""
-        if self._sign.rank == 0:
+        if self._heartbeat.rank == 0:
             previous = self._folder / "previous"
             self._folder.mkdir(parents=True, exist_ok=True)
-            if self._verdict.exists():
+            if self._report.exists():
                 if os.path.lexists(previous):
                     delete(previous)
                 previous.mkdir()
-                for path in (self._verdict, *self._folder.glob("stack_*")):
+                for path in (self._report, *self._folder.glob("stack_*")):
                     path.replace(previous / path.name)
             for pattern in _WRITTEN:
                 for path in self._folder.glob(pattern):
@@ -157,7 +163,7 @@ class Watchdog:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        words = ["sh", "-c", _END_WITH_VERDICT, "sh", str(os.getpid()), start_time(), str(self._verdict)]
+        words = ["sh", "-c", _END_WITH_REPORT, "sh", str(os.getpid()), start_time(), str(self._report)]
         nowhere = subprocess.DEVNULL  # it keeps no pipe of the launcher's open
         process = subprocess.Popen(words, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
         try:
@@ -171,30 +177,30 @@ class Watchdog:
             if self._is_replaced():
                 os._exit(EXIT_FAULT)  # the job was started again while this host was cut off
             self._beat()
-            if self._is_overdue() or self._verdict.exists():
+            if self._is_overdue() or self._report.exists():
                 self._end_job()
 
     def _is_replaced(self) -> bool:
         """Whether a later process writes the signs of this rank."""
-        written = read_sign(sign_path(self._folder, self._sign.rank))
-        return written is not None and written.began > self._sign.began
+        written = read_heartbeat(heartbeat_path(self._folder, self._heartbeat.rank))
+        return written is not None and written.began > self._heartbeat.began
 
     def _is_overdue(self) -> bool:
         return time.monotonic() - self._since > self._timeout
 
     def _beat(self) -> None:
         with self._lock:
-            self._sign = replace(self._sign, beats=self._sign.beats + 1)
-            self._sign.write(self._folder)
+            self._heartbeat = replace(self._heartbeat, beats=self._heartbeat.beats + 1)
+            self._heartbeat.write(self._folder)
 
     def _note_end(self, end: str, error: str = "") -> None:
         with self._lock:
-            self._sign = replace(self._sign, end=end, error=error)
-            self._sign.write(self._folder)
+            self._heartbeat = replace(self._heartbeat, end=end, error=error)
+            self._heartbeat.write(self._folder)
 
     @property
-    def _verdict(self) -> Path:
-        return self._folder / VERDICT
+    def _report(self) -> Path:
+        return self._folder / FAILURE_REPORT
 
     def _end_job(self) -> None:
         """Write this rank's stack down, find out who is lost, and end.
@@ -204,10 +210,10 @@ class Watchdog:
         with self._ending:
             self._beat()
             stack = "".join(traceback.format_stack(sys._current_frames()[main_thread().ident or 0]))
-            path = self._folder / f"stack_{self._sign.rank:05d}.txt"
+            path = self._folder / f"stack_{self._heartbeat.rank:05d}.txt"
             with suppress(OSError):
-                path.write_text(f"{self._sign.who()} in {self._sign.place()}\n{stack}")
-            findings = None if self._verdict.exists() else self._findings()
+                path.write_text(f"{self._heartbeat.describe()} in {self._heartbeat.position()}\n{stack}")
+            findings = None if self._report.exists() else self._findings()
             came_on = self._over.is_set() or not self._is_overdue()
             if findings is not None and current_thread() is not main_thread() and (came_on or not findings):
                 self._since = time.monotonic()
@@ -215,27 +221,27 @@ class Watchdog:
                 return
             self._note_end("lost")
             with suppress(OSError):
-                self._tell(findings)
+                self._print_report(findings)
             os._exit(EXIT_FAULT)  # the main thread may be where no exception reaches it
 
-    def _tell(self, findings: str | None) -> None:
+    def _print_report(self, findings: str | None) -> None:
         """The first rank to come here writes the verdict and tells it; of each other host the first one repeats it."""
-        told = self._folder / f"told_{self._sign.host}"
+        printed = self._folder / f"told_{self._heartbeat.host}"
         try:
             (self._folder / "speaker").touch(exist_ok=False)
         except FileExistsError:
-            self._wait_for_verdict()
-            with told.open("x"):
-                print_error(self._verdict.read_text(), self._err)
+            self._wait_for_report()
+            with printed.open("x"):
+                print_error(self._report.read_text(), self._err)
         else:
             print_error(str(findings), self._err)
-            told.touch()  # before others can read the verdict
-            write_whole(self._verdict, f"{findings}\n")
+            printed.touch()  # before others can read the verdict
+            write_whole(self._report, f"{findings}\n")
 
-    def _wait_for_verdict(self) -> None:
+    def _wait_for_report(self) -> None:
         """Another rank is about to write it, but may be ended before it has."""
         for _ in range(_SECONDS_TO_END * 10):
-            if self._verdict.exists():
+            if self._report.exists():
                 return
             time.sleep(0.1)
 
@@ -244,47 +250,50 @@ class Watchdog:
 
         Empty where all ranks live and this one has not begun to train and still may.
         """
-        waited = f"rank {self._sign.rank} waited in {self._sign.place()}; stacks of live ranks are in {self._folder}"
-        before = read_signs(self._folder)
-        gone = _gone(before) + [
+        where = f"rank {self._heartbeat.rank} waited in {self._heartbeat.position()}"
+        waited = f"{where}; stacks of live ranks are in {self._folder}"
+        before = read_heartbeats(self._folder)
+        missing = _missing(before) + [
             f"rank {rank} has not begun to train" for rank in range(self._ranks) if rank not in before
         ]
-        if gone:
-            return f"{'; '.join(gone)}; {waited}"
+        if missing:
+            return f"{'; '.join(missing)}; {waited}"
         for _ in range(_SILENT_PERIODS):
             time.sleep(self._period)
             self._beat()
-        after = read_signs(self._folder)
-        if gone := _gone(after):  # a killed process closes its connections some time before it is gone
-            return f"{'; '.join(gone)}; {waited}"
+        after = read_heartbeats(self._folder)
+        if missing := _missing(after):  # a killed process closes its connections some time before it is gone
+            return f"{'; '.join(missing)}; {waited}"
         silent = [
-            _told(sign, f"has ended ({sign.end})" if sign.end else "gives no sign of life")
-            for rank, sign in after.items()
-            if before.get(rank) == sign
+            _described(heartbeat, f"has ended ({heartbeat.end})" if heartbeat.end else "gives no sign of life")
+            for rank, heartbeat in after.items()
+            if before.get(rank) == heartbeat
         ]
         if silent:
             return f"{'; '.join(silent)}; {waited}"
-        if not self._sign.passed:
+        if not self._heartbeat.passed:
             failed = current_thread() is main_thread()
             return f"a collective failed before the first step and no rank is lost; {waited}" if failed else ""
-        least = min(sign.passed for sign in after.values())
-        behind = [sign for sign in after.values() if sign.passed == least]
+        least = min(heartbeat.passed for heartbeat in after.values())
+        behind = [heartbeat for heartbeat in after.values() if heartbeat.passed == least]
         if len(behind) == self._ranks:
-            hosts = sorted({sign.host for sign in after.values()})
+            hosts = sorted({heartbeat.host for heartbeat in after.values()})
             remedy = f"look at the network between {', '.join(hosts)}; " if len(hosts) > 1 else ""
             return f"no rank has come on for {self._timeout:.0f} s and none is behind; {remedy}{waited}"
-        if self._sign.passed == least:
+        if self._heartbeat.passed == least:
             waited = waited.partition("; ")[2]
-        return f"{'; '.join(_told(sign, 'hangs') for sign in behind)}; {waited}"
+        return f"{'; '.join(_described(heartbeat, 'hangs') for heartbeat in behind)}; {waited}"
 
 
-def _gone(signs: dict[int, SignOfLife]) -> list[str]:
-    return [_told(sign, sign.error or "died") for sign in signs.values() if sign.is_gone()]
+def _missing(heartbeats: dict[int, Heartbeat]) -> list[str]:
+    return [
+        _described(heartbeat, heartbeat.error or "died") for heartbeat in heartbeats.values() if heartbeat.has_failed()
+    ]
 
 
-def _told(sign: SignOfLife, fate: str) -> str:
+def _described(heartbeat: Heartbeat, fate: str) -> str:
     """A sign is some seconds old."""
-    return f"{sign.who()} {fate}, last heard of in {sign.place()}"
+    return f"{heartbeat.describe()} {fate}, last heard of in {heartbeat.position()}"
 
 
 def start_time() -> str:

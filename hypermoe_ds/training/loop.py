@@ -9,7 +9,7 @@ from torch import Tensor
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.resilience.watchdog import Watchdog
 from hypermoe_ds.training.state import TrainState
-from hypermoe_ds.training.step_monitor import Guard
+from hypermoe_ds.training.step_monitor import StepMonitor
 
 if TYPE_CHECKING:
     from hypermoe_ds.monitor.step_clock import Part
@@ -46,7 +46,7 @@ def train(
     checkpoints: CheckpointManager,
     validate: "Callable[[], Validation] | None",
     validation_interval: int,
-    guard: Guard,
+    step_monitor: StepMonitor,
     watchdog: Watchdog,
 ) -> bool:
     """Train until `last_step` or a signal; log, validate and save when each is due, and at the end.
@@ -75,9 +75,9 @@ def train(
         learning_rate = engine.get_lr()[0]
         recorder.begin(state.step + 1)
         watchdog.begin(state.step + 1, "beginning")
-        tokens = optimizer_step(engine, batches, recorder, guard.watch)
-        agreed = guard.after_step(state)
-        stopping = agreed.stop and state.step < last_step
+        tokens = optimizer_step(engine, batches, recorder, step_monitor.watch)
+        status = step_monitor.after_step(state)
+        stopping = status.stop and state.step < last_step
         recorder.end(state.step, tokens)
         if recorder.logs:
             recorder.record(state, learning_rate)
@@ -86,7 +86,7 @@ def train(
         if validate is not None and not stopping and (ending or state.step % validation_interval == 0):
             with recorder.clock.excluded():
                 recorder.record_validation(state.step, validate())
-        unsaved = unsaved or agreed.unsaved or checkpoints.is_due(state.step)
+        unsaved = unsaved or status.unsaved or checkpoints.is_due(state.step)
         if ending or stopping or (unsaved and not state.bad_steps):
             watchdog.begin(state.step, "saving")
             with recorder.measure("checkpoint"):

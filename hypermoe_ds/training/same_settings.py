@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.provenance import source_digest
 
 
@@ -17,7 +17,7 @@ def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -
         UserError: the first difference of a rank from rank 0, on every rank.
     """
     own = dict(flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
-    (_, first), *others = HostGroup().gather((socket.gethostname(), own))
+    (_, first), *others = ControlGroup().gather((socket.gethostname(), own))
     for rank, (host, given) in enumerate(others, start=1):
         for key in {**first, **given}:
             here, there = first.get(key, "missing"), given.get(key, "missing")

@@ -7,18 +7,18 @@ from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.data.loader import ResumableSampler
-from hypermoe_ds.data.skipped_samples import LeftOut
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.resilience.loss_spikes import SpikeDetector
 from hypermoe_ds.resilience.replicas import ReplicaCheck
-from hypermoe_ds.resilience.step_status import Agreed, StepLosses, agree
+from hypermoe_ds.resilience.step_status import StepLosses, StepStatus, all_reduce_status
 from hypermoe_ds.resilience.stop_signals import StopSignals
 from hypermoe_ds.training.settings import TrainConfig
 from hypermoe_ds.training.state import TrainState
 
 
-class Guard:
+class StepMonitor:
     """Moves the run on by a step and says what all ranks know of it. Building it is collective, and from then on
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after a step and not at once.
 
@@ -38,16 +38,16 @@ class Guard:
         expert_parallel: int,
         log: Callable[[str], None],
         checkpoints: CheckpointManager,
-        origin: Callable[[int], str],
+        describe_sample: Callable[[int], str],
     ) -> None:
         self._engine = engine
         self._config = config
         self._signals = StopSignals()
         self._log = log
         self._checkpoints = checkpoints
-        self._origin = origin
-        self._left_out = LeftOut(config.skip_samples)
-        self._ranks = HostGroup()
+        self._describe_sample = describe_sample
+        self._left_out = SkippedSamples(config.skip_samples)
+        self._ranks = ControlGroup()
         self._replicas = ReplicaCheck(engine, self._ranks, expert_parallel)
         self._spikes = SpikeDetector()
         self._losses = StepLosses()
@@ -56,7 +56,7 @@ class Guard:
         """Take the loss of a micro-batch; gives back what to run the backward pass from."""
         return self._losses.add(loss)
 
-    def after_step(self, state: TrainState) -> Agreed:
+    def after_step(self, state: TrainState) -> StepStatus:
         """Move `state` on by the step just taken; tells what all ranks know of it (collective).
 
         Raises:
@@ -66,22 +66,22 @@ class Guard:
         losses = self._losses.take()
         # DeepSpeed skips by the norm of the gradient, which all ranks have.
         skipped = bool(self._engine.optimizer.overflow)
-        agreed = agree(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
+        status = all_reduce_status(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
         first = state.consumed_samples
-        state.advance(self._left_out.after(first, self._engine.train_batch_size()), agreed.skipped)
-        if agreed.skipped:
-            self._bear(state, first, agreed.loss)
-        deviations = self._spikes.deviations(agreed.loss)
+        state.advance(self._left_out.after(first, self._engine.train_batch_size()), status.skipped)
+        if status.skipped:
+            self._tolerate(state, first, status.loss)
+        deviations = self._spikes.deviations(status.loss)
         if deviations is not None:
-            self._tell_spike(state, first, agreed.loss, deviations, losses)
+            self._report_spike(state, first, status.loss, deviations, losses)
         interval = self._config.consistency_interval
         if interval is not None and state.step % interval == 0:
             self._replicas.run(state.step)
-        if agreed.stop:
+        if status.stop:
             self._log(f"a signal asks for the end: saving step {state.step}; the same command goes on from it")
-        return agreed
+        return status
 
-    def _bear(self, state: TrainState, first: int, loss: float) -> None:
+    def _tolerate(self, state: TrainState, first: int, loss: float) -> None:
         samples = f"samples {first} to {state.consumed_samples - 1}"
         self._log(
             f"warning: step {state.step} skipped: NaN or Inf in its loss ({loss:.4f}) or gradient; {samples}; "
@@ -99,7 +99,7 @@ class Guard:
                 f"train.skip_samples=[[{state.good_samples}, {state.consumed_samples - 1}]]",
             )
 
-    def _tell_spike(self, state: TrainState, first: int, loss: float, deviations: float, losses: list[float]) -> None:
+    def _report_spike(self, state: TrainState, first: int, loss: float, deviations: float, losses: list[float]) -> None:
         """All ranks see the spike, so they can tell each other which micro-batch it was."""
         of_ranks = self._ranks.gather(losses)
         worst, number, rank = max((loss, n, r) for r, losses in enumerate(of_ranks) for n, loss in enumerate(losses))
@@ -110,6 +110,6 @@ class Guard:
         self._log(
             f"warning: loss {loss:.4f} of step {state.step} is {deviations:.0f} robust deviations above the median; "
             f"samples {first} to {state.consumed_samples - 1}, most ({worst:.4f}) in "
-            + ", ".join(f"{sample} ({self._origin(sample)})" for sample in samples)
+            + ", ".join(f"{sample} ({self._describe_sample(sample)})" for sample in samples)
             + f"; train.skip_samples=[[{samples[0]}, {samples[-1]}]] leaves these out"
         )

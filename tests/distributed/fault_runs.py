@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from hypermoe_ds.checkpoint import manager
-from hypermoe_ds.checkpoint.engine_state import Held
+from hypermoe_ds.checkpoint.engine_state import LocalSlice
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.manifest import shard_name
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
@@ -30,7 +30,7 @@ class Part:
     def __init__(self, _engine: Any) -> None:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.values = torch.zeros(NUMEL)
-        self.held = {"weight": Held((ranks * NUMEL,), rank * NUMEL, NUMEL)}
+        self.held = {"weight": LocalSlice((ranks * NUMEL,), rank * NUMEL, NUMEL)}
 
     def tensors(self) -> Any:
         for kind in (WEIGHT, *MOMENTS):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hypermoe_ds.checkpoint.engine_state import EngineState
 from hypermoe_ds.errors import MachineError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.resilience.replicas import ReplicaCheck
 from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.state import TrainState
-from hypermoe_ds.training.step_monitor import Guard
+from hypermoe_ds.training.step_monitor import StepMonitor
 
 BAD_STEP = 2
 HYPERNETWORK = "model.hypernetwork.trunk.weight"
@@ -71,9 +71,9 @@ class Checkpoints:
         return self._good
 
 
-def guard_of(engine: Any, layout: Layout, said: list[str], good: Path | None = None, **train: Any) -> Guard:
+def guard_of(engine: Any, layout: Layout, said: list[str], good: Path | None = None, **train: Any) -> StepMonitor:
     config = train_config(layout).model_copy(update=train)
-    return Guard(engine, config, layout.expert, said.append, Checkpoints(good), lambda sample: f"of {sample}")  # type: ignore[arg-type]
+    return StepMonitor(engine, config, layout.expert, said.append, Checkpoints(good), lambda sample: f"of {sample}")  # type: ignore[arg-type]
 
 
 def batches(layout: Layout, without: int | None) -> Iterator[dict[str, Tensor]]:
@@ -83,12 +83,12 @@ def batches(layout: Layout, without: int | None) -> Iterator[dict[str, Tensor]]:
             yield batch
 
 
-def take(engine: Any, guard: Guard, state: TrainState, source: Iterator[Any]) -> tuple[float, float]:
+def take(engine: Any, step_monitor: StepMonitor, state: TrainState, source: Iterator[Any]) -> tuple[float, float]:
     """A guarded step: the loss and the rate it was taken with."""
     watcher = Watcher(engine.module.config.num_experts)
     rate = engine.get_lr()[0]
-    optimizer_step(engine, source, watcher, guard.watch)
-    assert not guard.after_step(state).stop
+    optimizer_step(engine, source, watcher, step_monitor.watch)
+    assert not step_monitor.after_step(state).stop
     return watcher.read().scalars["total_loss"], rate
 
 
@@ -97,14 +97,14 @@ def skip_each(layouts: list[Layout], what: str) -> None:
     for layout in layouts:
         said: list[str] = []
         engine = engine_of(layout)
-        guard, state, source = guard_of(engine, layout, said), TrainState(), batches(layout, None)
+        step_monitor, state, source = guard_of(engine, layout, said), TrainState(), batches(layout, None)
         taken, before = [], {}
         for step in range(1, STEPS + 1):
             if step == BAD_STEP:
                 before, counters = state_of(engine), EngineState(engine).counters()
                 if torch.distributed.get_rank() == 1:
-                    _make_bad(engine, guard, what)
-            taken.append(take(engine, guard, state, source))
+                    _make_bad(engine, step_monitor, what)
+            taken.append(take(engine, step_monitor, state, source))
             if step == BAD_STEP:
                 assert same(state_of(engine), before)
                 after = EngineState(engine).counters()
@@ -119,15 +119,15 @@ def skip_each(layouts: list[Layout], what: str) -> None:
         _compare(layout, taken, ended)
 
 
-def _make_bad(engine: Any, guard: Guard, what: str) -> None:
+def _make_bad(engine: Any, step_monitor: StepMonitor, what: str) -> None:
     if what == "loss":
-        watch = guard._losses.add
+        watch = step_monitor._losses.add
 
         def once(loss: Tensor) -> Tensor:
-            guard._losses.add = watch  # type: ignore[method-assign]
+            step_monitor._losses.add = watch  # type: ignore[method-assign]
             return watch(infinite_loss(loss))
 
-        guard._losses.add = once  # type: ignore[method-assign]
+        step_monitor._losses.add = once  # type: ignore[method-assign]
     else:
         spoil_gradient(engine, what, torch.nan if what == HYPERNETWORK else torch.inf)
 
@@ -135,8 +135,8 @@ def _make_bad(engine: Any, guard: Guard, what: str) -> None:
 def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, Tensor]) -> None:
     """With a run that never saw the samples of the bad step; its rates are those of the steps that were taken."""
     engine = engine_of(layout)
-    guard, state, source = guard_of(engine, layout, []), TrainState(), batches(layout, BAD_STEP)
-    without = [take(engine, guard, state, source) for _ in range(STEPS - 1)]
+    step_monitor, state, source = guard_of(engine, layout, []), TrainState(), batches(layout, BAD_STEP)
+    without = [take(engine, step_monitor, state, source) for _ in range(STEPS - 1)]
     del taken[BAD_STEP - 1]
     assert taken == without
     assert same(ended, state_of(engine))
@@ -146,13 +146,13 @@ def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, 
 def too_many_bad_steps(layout: Layout, good: Path | None) -> tuple[str, int]:
     """Two bad steps where one is allowed, with this good checkpoint: what is raised, after which step."""
     engine = engine_of(layout)
-    guard = guard_of(engine, layout, [], good, max_bad_steps=1)
+    step_monitor = guard_of(engine, layout, [], good, max_bad_steps=1)
     state, source = TrainState(), batches(layout, None)
     try:
         for step in range(STEPS):
             if step in (0, 2, 3) and torch.distributed.get_rank() == 0:
                 spoil_gradient(engine, HYPERNETWORK, torch.nan)
-            take(engine, guard, state, source)
+            take(engine, step_monitor, state, source)
     except Exception as error:
         return str(error), state.step
     return "", state.step
@@ -164,7 +164,7 @@ def flip_each(layouts: list[Layout], rank: int) -> list[list[str | None]]:
     for layout in layouts:
         engine = engine_of(layout)
         optimizer_step(engine, batches(layout, None), StepObserver())
-        check = ReplicaCheck(engine, HostGroup(), layout.expert)
+        check = ReplicaCheck(engine, ControlGroup(), layout.expert)
         found: list[str | None] = [_told(check)]
         for name in (HYPERNETWORK, EXPERTS):
             parameter = dict(engine.module.named_parameters())[name]
@@ -191,23 +191,23 @@ def spike(layout: Layout) -> list[str]:
     """Twenty calm losses, then one micro-batch of rank 1 that stands out."""
     engine = engine_of(layout)
     said: list[str] = []
-    guard, state = guard_of(engine, layout, said), TrainState()
+    step_monitor, state = guard_of(engine, layout, said), TrainState()
     for step in range(21):
         for number in range(layout.accumulation):
             bad = step == 20 and torch.distributed.get_rank() == 1 and number == 1
-            guard.watch(torch.tensor(9.0 if bad else 2.0 + 0.01 * (step % 3)))
-        guard.after_step(state)
+            step_monitor.watch(torch.tensor(9.0 if bad else 2.0 + 0.01 * (step % 3)))
+        step_monitor.after_step(state)
     return said
 
 
 def asked_to_stop(layout: Layout, rank: int) -> list[bool]:
     """Whether each step ends the run, where one rank is asked to after the second."""
     engine = engine_of(layout)
-    guard, state = guard_of(engine, layout, []), TrainState()
+    step_monitor, state = guard_of(engine, layout, []), TrainState()
     stops = []
     for step in range(4):
         if step == 2 and torch.distributed.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        guard.watch(torch.tensor(2.0))
-        stops.append(guard.after_step(state).stop)
+        step_monitor.watch(torch.tensor(2.0))
+        stops.append(step_monitor.after_step(state).stop)
     return stops

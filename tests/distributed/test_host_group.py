@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.parallel.control_group import HostGroup
+from hypermoe_ds.parallel.control_group import ControlGroup
 from tests.helpers.ranks import run_on_ranks
 
 RANKS = 3
@@ -14,7 +14,7 @@ RANKS = 3
 
 def tell(fails: int | None) -> tuple[list[int], object, object]:
     """Everybody's rank, rank 0's process, everybody's process; or the failure of a rank."""
-    group = HostGroup()
+    group = ControlGroup()
 
     def action() -> int:
         if group.rank == fails:
@@ -22,7 +22,7 @@ def tell(fails: int | None) -> tuple[list[int], object, object]:
         return os.getpid()
 
     outcomes: list[object] = []
-    for exchange in (group.from_first, group.all_or_none):
+    for exchange in (group.run_on_rank0, group.gather_or_raise):
         try:
             outcomes.append(exchange(action))
         except UserError as error:

@@ -10,7 +10,7 @@ import pytest
 from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, stand_still, start_slowly
 
 from hypermoe_ds.errors import EXIT_FAULT
-from hypermoe_ds.resilience.heartbeat import VERDICT, read_signs
+from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, read_heartbeats
 from tests.helpers.ranks import process_group, ranks_of, run_on_ranks
 
 RANKS = 3
@@ -44,7 +44,7 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
             signal_as_the_launcher(ranks[lost].pid)
             ranks[lost].join(30)
             assert ranks[lost].exitcode == -signal.SIGKILL, "it cannot end itself"
-    told = (tmp_path / VERDICT).read_text()
+    told = (tmp_path / FAILURE_REPORT).read_text()
     assert re.match(rf"rank {lost} \(process \d+ on [\w.-]+\) {FOUND[kind]}", told), told
     # Any rank may speak; one that hangs for data says nothing of its own waiting.
     waited = rf"rank \d waited in step {LAST_GOOD + 1}, forward and backward; "
@@ -54,14 +54,14 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
         stack = (tmp_path / f"stack_{rank:05d}.txt").read_text()
         assert f"in step {LAST_GOOD + 1}" in stack
         assert "watchdog_runs.py" in stack
-        assert read_signs(tmp_path)[rank].end == "lost"
+        assert read_heartbeats(tmp_path)[rank].end == "lost"
 
 
 def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_put_aside(tmp_path: Path) -> None:
     previous = tmp_path / "previous"
     previous.mkdir()
     (previous / "stack_00007.txt").write_text("of a start before")
-    for name in (VERDICT, "stack_00001.txt", "told_here", "rank_00007.json"):
+    for name in (FAILURE_REPORT, "stack_00001.txt", "told_here", "rank_00007.json"):
         (tmp_path / name).write_text("of an earlier start")
     for name in (
         "notes",
@@ -72,17 +72,17 @@ def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_put
         (tmp_path / name).mkdir()
         (tmp_path / name / "note").touch()
     assert run_on_ranks(2, come_to_an_end, tmp_path) == [0, 1]
-    assert {sign.end for sign in read_signs(tmp_path).values()} == {"done"}
+    assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path).values()} == {"done"}
     left = ["notes", "previous", "rank_00000.json", "rank_00001.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert (tmp_path / "notes/note").exists()
-    assert sorted(path.name for path in previous.iterdir()) == ["stack_00001.txt", VERDICT]
+    assert sorted(path.name for path in previous.iterdir()) == ["stack_00001.txt", FAILURE_REPORT]
     assert TIMEOUT / 4 * 5 > TIMEOUT
 
 
 def test_a_rank_that_takes_long_to_start_is_waited_for(tmp_path: Path) -> None:
     assert run_on_ranks(2, start_slowly, tmp_path) == [0, 1]
-    assert {sign.end for sign in read_signs(tmp_path).values()} == {"done"}
+    assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path).values()} == {"done"}
     assert not list(tmp_path.glob("stack_*"))
 
 
@@ -91,7 +91,9 @@ def test_a_rank_that_is_lost_before_it_trains_ends_all(kind: str, fate: str, tmp
     with process_group(2) as environments, ranks_of(environments, lose_at_the_start, tmp_path, kind) as ranks:
         ranks[0].join(60)
         assert ranks[0].exitcode == EXIT_FAULT
-    assert re.match(rf"rank 1 \(process \d+ on [\w.-]+\) {fate}, last heard of in ", (tmp_path / VERDICT).read_text())
+    assert re.match(
+        rf"rank 1 \(process \d+ on [\w.-]+\) {fate}, last heard of in ", (tmp_path / FAILURE_REPORT).read_text()
+    )
 
 
 @pytest.mark.parametrize("hosts", [["a", "a", "a"], ["a", "b", "b"]])
@@ -104,7 +106,7 @@ def test_where_no_rank_is_behind_each_host_tells_once_and_two_are_sent_to_look_a
         for rank in ranks:
             rank.join(60)
         assert [rank.exitcode for rank in ranks] == [EXIT_FAULT] * RANKS
-    told = (folder / VERDICT).read_text()
+    told = (folder / FAILURE_REPORT).read_text()
     remedy = "look at the network between a, b; " if "b" in hosts else ""
     assert re.match(f"no rank has come on for 2 s and none is behind; {remedy}(rank|stacks)", told), told
     lines = {host: "".join((consoles / str(n)).read_text() for n in range(RANKS) if hosts[n] == host) for host in hosts}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.manifest import Manifest, Piece, TensorEntry
+from hypermoe_ds.checkpoint.manifest import Manifest, SliceEntry, TensorEntry
 from hypermoe_ds.checkpoint.shards import write_shard
 from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
@@ -57,7 +57,7 @@ def write_cut_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool
     for name, weight in weights.items():
         first = weight.numel() // 3
         ends = (0, first, weight.numel())
-        pieces = [Piece(shard, ends[shard], ends[shard + 1] - ends[shard]) for shard in (0, 1)]
+        pieces = [SliceEntry(shard, ends[shard], ends[shard + 1] - ends[shard]) for shard in (0, 1)]
         entries[name] = TensorEntry(tuple(weight.shape), tuple(piece for piece in pieces if piece.numel))
         for kind, factor in kinds.items():
             flat = (factor * weight).float().flatten()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.init_from_weights import write_new_run
+from hypermoe_ds.checkpoint.init_from_weights import init_from_weights
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import open_weights
 from hypermoe_ds.export.from_hf import open_folder
-from hypermoe_ds.modeling import HyperMoEConfig, stored_shapes
+from hypermoe_ds.modeling import HyperMoEConfig, state_dict_shapes
 from hypermoe_ds.run_config import model_section
 from hypermoe_ds.training.state import TrainState
 from tests.helpers.corpus import TokenisedCorpus
@@ -46,7 +46,7 @@ CONFIG = HyperMoEConfig(
 
 
 def random_weights() -> Iterator[tuple[str, Tensor]]:
-    for name, shape in stored_shapes(CONFIG).items():
+    for name, shape in state_dict_shapes(CONFIG).items():
         yield name, torch.randn(shape).mul_(0.02)
 
 
@@ -65,7 +65,7 @@ def raised_by(script: str, *arguments: object) -> int:
 def run(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large") / "run"
     settings = {"model": model_section(CONFIG), "train": {"precision": "fp32"}}
-    write_new_run(folder, CONFIG, random_weights(), corpus.tokenizer, settings, TrainState().to_dict())
+    init_from_weights(folder, CONFIG, random_weights(), corpus.tokenizer, settings, TrainState().to_dict())
     return folder
 
 

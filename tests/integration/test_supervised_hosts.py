@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from hypermoe_ds.monitor.summary import read_records
-from hypermoe_ds.resilience.heartbeat import SignOfLife, read_signs
+from hypermoe_ds.resilience.heartbeat import Heartbeat, read_heartbeats
 from tests.helpers.faulty_train import PARAMETER
 from tests.helpers.jobs import RECORDED_TRAIN, REPOSITORY, arguments_of, logged_steps, run_script
 from tests.helpers.routing import assert_same_until_a_tie, read_routing
@@ -46,8 +46,8 @@ class SupervisedJob:
     def said(self) -> str:
         return (self.folder / "stdout").read_text() + (self.folder / "stderr").read_text()
 
-    def signs(self) -> dict[int, SignOfLife]:
-        return read_signs(self.run / "watch")
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        return read_heartbeats(self.run / "watch")
 
     def step(self) -> int:
         """The last one that was logged."""
@@ -68,8 +68,8 @@ class SupervisedJob:
 
     def rank_on(self, host: str) -> int:
         """The process of the rank there, by the host's own numbers."""
-        [sign] = [sign for sign in self.signs().values() if sign.host == host]
-        return sign.process
+        [heartbeat] = [heartbeat for heartbeat in self.heartbeats().values() if heartbeat.host == host]
+        return heartbeat.process
 
     def on(self, host: str, *words: object) -> str:
         done = self.hosts.run(host, *words, folder=self.folder)
@@ -393,7 +393,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_time(
         for _ in range(kills):
             known |= new_ranks(job, known)
             time.sleep(moments.uniform(0, 4))
-            victim = moments.choice(list(job.signs().values()))
+            victim = moments.choice(list(job.heartbeats().values()))
             job.on(victim.host, "kill", "-KILL", victim.process)
         tries = job.ends()
         assert job.leaves_nothing_on("left", "right")
@@ -405,7 +405,9 @@ def new_ranks(job: SupervisedJob, known: set[tuple[str, int]]) -> set[tuple[str,
     """Hosts and processes of the ranks of a try, once they have met, of which none is known."""
 
     def found() -> set[tuple[str, int]]:
-        return {(sign.host, sign.process) for sign in job.signs().values() if not sign.end} - known
+        return {
+            (heartbeat.host, heartbeat.process) for heartbeat in job.heartbeats().values() if not heartbeat.end
+        } - known
 
     job.until(lambda: len(found()) == 2)
     return found()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_SAVED
-from hypermoe_ds.resilience.heartbeat import read_signs
+from hypermoe_ds.resilience.heartbeat import read_heartbeats
 from tests.helpers.faulty_train import PARAMETER
 from tests.helpers.jobs import REPOSITORY, TRAIN, Done, Job, arguments_of, logged_steps, run_script, start
 
@@ -127,7 +127,7 @@ def test_a_signal_to_the_launcher_saves_the_step(recipe: Path, whole_run: Path, 
     assert done.returncode == 1, "a code of the launcher's own"
     saved = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
     assert saved in (3, 4), "the launcher polls"
-    assert {sign.end for sign in read_signs(tmp_path / "run/watch").values()} == {"saved"}
+    assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path / "run/watch").values()} == {"saved"}
     assert_nothing_is_left(tmp_path)
     goes_on(recipe, tmp_path)
     assert_ends_as(tmp_path, whole_run)
@@ -210,9 +210,11 @@ def test_five_kills_at_random_moments_lose_nothing_but_time(recipe: Path, tmp_pa
 def begun(job: Job, known: set[int]) -> list[int]:
     """The processes of a try that is about to train, once there are some that are not known."""
     while True:
-        signs = read_signs(job.folder / "run/watch").values()
-        if len(signs) == RANKS and not any(sign.end or sign.process in known for sign in signs):
-            return [sign.process for sign in signs]
+        heartbeats = read_heartbeats(job.folder / "run/watch").values()
+        if len(heartbeats) == RANKS and not any(
+            heartbeat.end or heartbeat.process in known for heartbeat in heartbeats
+        ):
+            return [heartbeat.process for heartbeat in heartbeats]
         assert job.process.poll() is None, (job.folder / "stderr").read_text()
         time.sleep(0.02)
 

@@ -10,14 +10,14 @@ from hypermoe_ds.config import Settings, apply_overrides, closest, load_yaml, va
 from hypermoe_ds.errors import UserError
 
 
-class Source(Settings):
+class TensorReader(Settings):
     prefix: str
     weight: float = 1.0
 
 
 class Data(Settings):
-    train: list[Source]
-    valid: list[Source] | None = None
+    train: list[TensorReader]
+    valid: list[TensorReader] | None = None
     sequence_length: int = Field(default=128, gt=0)
 
 

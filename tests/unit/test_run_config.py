@@ -37,7 +37,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def refusal(recipe: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as refused:
-        load_run_config(recipe, overrides).architecture()
+        load_run_config(recipe, overrides).build_model_config()
     text = str(refused.value)
     assert "\n" not in text
     assert re.match(r".+: .+; .+", text), "where, what and how to mend it"
@@ -47,20 +47,20 @@ def refusal(recipe: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_repository_loads(path: Path) -> None:
     config = load_run_config(path)
-    assert config.architecture().max_position_embeddings >= config.data.sequence_length
+    assert config.build_model_config().max_position_embeddings >= config.data.sequence_length
     assert config.last_step == config.train.steps
-    assert config.architecture().num_experts % config.parallel.expert == 0
+    assert config.build_model_config().num_experts % config.parallel.expert == 0
 
 
 def test_a_preset_stands_below_the_fields_of_the_recipe(recipe: Path) -> None:
     for preset, fields in PRESETS.items():
-        model = load_run_config(recipe, [f"model.preset={preset}", "model.adapter_size=5"]).architecture()
+        model = load_run_config(recipe, [f"model.preset={preset}", "model.adapter_size=5"]).build_model_config()
         expected = HyperMoEConfig(**{**fields, **SMALL["model"], "adapter_size": 5})  # type: ignore[dict-item]
         assert model.to_dict() == expected.to_dict()
 
 
 def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
-    assert load_run_config(recipe).architecture().to_dict() == HyperMoEConfig(**SMALL["model"]).to_dict()  # type: ignore[arg-type]
+    assert load_run_config(recipe).build_model_config().to_dict() == HyperMoEConfig(**SMALL["model"]).to_dict()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_the_samples_needed_are_those_consumed_and_those_to_come(recipe: Path) -
     assert ten.samples(TrainState(step=6, consumed_samples=24)) == 40
     assert ten.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, "after six steps of 16"
     assert ten.samples(TrainState(step=12, consumed_samples=48)) == 48, "a run whose steps were lowered"
-    left_out = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
-    assert left_out.samples(TrainState()) == 13
-    assert left_out.samples(TrainState(step=4, consumed_samples=6)) == 13
+    skipped_samples = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
+    assert skipped_samples.samples(TrainState()) == 13
+    assert skipped_samples.samples(TrainState(step=4, consumed_samples=6)) == 13
 
 
 def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
@@ -305,11 +305,11 @@ def test_a_vocabulary_that_nothing_gives_is_the_tokenizers_in_multiples_of_128(
     recipe["data"] = {**SMALL["data"], "tokenizer": str(tmp_path / "tokenizer")}  # type: ignore[dict-item]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     config = load_run_config(tmp_path / "recipe.yaml")
-    assert config.architecture().vocab_size == vocabulary
+    assert config.build_model_config().vocab_size == vocabulary
     assert config.model.vocab_size is None, "what the user wrote stays"  # type: ignore[attr-defined]
     presets = load_run_config(tmp_path / "recipe.yaml", ["model.preset=tiny-10m"])
-    assert presets.architecture().vocab_size == 4096
-    assert load_run_config(tmp_path / "recipe.yaml", ["model.vocab_size=64"]).architecture().vocab_size == 64
+    assert presets.build_model_config().vocab_size == 4096
+    assert load_run_config(tmp_path / "recipe.yaml", ["model.vocab_size=64"]).build_model_config().vocab_size == 64
 
 
 def test_without_a_vocabulary_and_a_tokenizer_the_tokenizer_is_named(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_printed_recipe_is_the_resolved_one_with_the_same_model(path: Path, 
     printed.write_text(config.resolved().to_yaml(), encoding="utf-8")
     again = load_run_config(printed)
     assert again == config.resolved()
-    assert again.architecture().to_dict() == config.architecture().to_dict()
+    assert again.build_model_config().to_dict() == config.build_model_config().to_dict()
     assert again.model.preset is None  # type: ignore[attr-defined]
 
 

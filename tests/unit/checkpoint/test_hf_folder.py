@@ -16,10 +16,14 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.from_hf import open_folder
 from hypermoe_ds.export.hf import read_model
 from hypermoe_ds.files import file_of
-from hypermoe_ds.inspection.tensor_readers import open_source
+from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
 from tests.helpers.checkpoints import small_model
 
-READERS: dict[str, Callable[[Path], Any]] = {"inspect": open_source, "generate": read_model, "import": open_folder}
+READERS: dict[str, Callable[[Path], Any]] = {
+    "inspect": open_tensor_reader,
+    "generate": read_model,
+    "import": open_folder,
+}
 
 
 @pytest.fixture(params=READERS)

@@ -13,7 +13,7 @@ from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.checkpoint.weights import load_model, open_weights
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.inspection.statistics import expert_blocks, inspect
-from hypermoe_ds.inspection.tensor_readers import open_source
+from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
 from hypermoe_ds.training.settings import EvaluationConfig
 from tests.helpers.checkpoints import small_model, training_weights
 
@@ -93,7 +93,7 @@ def test_experts_without_end_are_not_compared_with_each_other() -> None:
 def test_names_with_numbers_without_end_are_inspected(tmp_path: Path) -> None:
     name = f"model.layers.{'9' * 900}.\u00b2.experts.w1"
     write_weights(tmp_path, [(name, torch.ones(2, 1, 1))], {}, {}, shard_bytes=100)
-    with open_source(tmp_path) as source:
+    with open_tensor_reader(tmp_path) as source:
         assert inspect(source).tensors["weight"][name].elements == 2
 
 

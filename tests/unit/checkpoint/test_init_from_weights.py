@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.init_from_weights import write_new_run
+from hypermoe_ds.checkpoint.init_from_weights import init_from_weights
 from hypermoe_ds.checkpoint.manifest import Manifest
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import load_model
@@ -44,7 +44,7 @@ def model() -> HyperMoEForCausalLM:
 
 def write(output: Path, weights: Iterator[tuple[str, Tensor]], tokenizer: Path) -> RunFolder:
     settings = {"model": model_section(CONFIG), "train": {"precision": "bf16"}}
-    return write_new_run(output, CONFIG, weights, tokenizer, settings, TrainState().to_dict())
+    return init_from_weights(output, CONFIG, weights, tokenizer, settings, TrainState().to_dict())
 
 
 def test_a_new_run_holds_the_weights_at_step_0_and_no_moments(
@@ -71,7 +71,7 @@ def test_its_model_section_in_a_recipe_is_its_model(
         "train": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1},
         "optimizer": {"lr": 1e-3},
     }
-    run.check_same_model(RunConfig.model_validate(recipe).architecture())
+    run.check_same_model(RunConfig.model_validate(recipe).build_model_config())
     assert recipe["model"] == json.loads(json.dumps(model_section(CONFIG)))
 
 

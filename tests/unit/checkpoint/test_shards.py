@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypermoe_ds.checkpoint.manifest import MANIFEST, Manifest, Piece, TensorEntry, shard_name
+from hypermoe_ds.checkpoint.manifest import MANIFEST, Manifest, SliceEntry, TensorEntry, shard_name
 from hypermoe_ds.checkpoint.shards import CheckpointReader, first_not_finite, write_shard, write_weights
 from hypermoe_ds.errors import UserError
 
@@ -33,7 +33,7 @@ def cut_over(folder: Path, shards: int) -> None:
         for shard, (start, stop) in enumerate(pairwise(cuts)):
             contents[shard][f"weight/{name}"] = tensor.flatten()[start:stop].clone()
             contents[shard][f"exp_avg/{name}"] = 2 * tensor.flatten()[start:stop]
-            pieces.append(Piece(shard, start, stop - start))
+            pieces.append(SliceEntry(shard, start, stop - start))
         tensors[name] = TensorEntry(tuple(tensor.shape), tuple(pieces))
     contents[-1]["random_state/cpu"] = torch.arange(9, dtype=torch.uint8)
     files = {shard_name(shard): write_shard(folder, shard, content) for shard, content in enumerate(contents)}

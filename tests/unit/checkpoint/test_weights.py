@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypermoe_ds.checkpoint import weights
 from hypermoe_ds.checkpoint.expert_layout import training_weights
-from hypermoe_ds.checkpoint.manifest import Manifest, Piece, TensorEntry
+from hypermoe_ds.checkpoint.manifest import Manifest, SliceEntry, TensorEntry
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import shard_name, write_shard, write_weights
 from hypermoe_ds.checkpoint.weights import load_model, open_weights
@@ -105,7 +105,7 @@ def test_parameters_cut_over_many_shards_are_put_together(tmp_path: Path) -> Non
         for rank, end in zip(torch.randperm(ranks).tolist(), ends, strict=True):
             if end > start:
                 shards[rank][f"weight/{name}"] = tensor.flatten()[start:end].clone()
-                pieces.append(Piece(rank, start, end - start))
+                pieces.append(SliceEntry(rank, start, end - start))
             start = end
         entries[name] = TensorEntry(tuple(tensor.shape), tuple(pieces))
     files = {shard_name(rank): write_shard(checkpoint, rank, shard) for rank, shard in enumerate(shards)}

@@ -4,22 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from hypermoe_ds.cluster.attempts import Limits, Try, decide, ended
-from hypermoe_ds.resilience.heartbeat import SignOfLife
+from hypermoe_ds.cluster.attempts import Attempt, Limits, classify, decide
+from hypermoe_ds.resilience.heartbeat import Heartbeat
 
 LIMITS = Limits(restarts=3, seconds=100)
-RUNNING = SignOfLife(rank=0, host="node1", process=1, step=7, doing="saving", passed=9, beats=3)
+RUNNING = Heartbeat(rank=0, host="node1", process=1, step=7, doing="saving", passed=9, beats=3)
 LOST = replace(RUNNING, end="lost")
 FAILED = replace(RUNNING, rank=1, host="node2", end="error", error="ValueError: at 0x7f12 of 5")
 SAVED = "a signal ended it after a checkpoint"
 
 
-def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") -> Try:
-    return Try(began, 10, 1, ["node1"], outcome, step, what)
+def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") -> Attempt:
+    return Attempt(began, 10, 1, ["node1"], outcome, step, what)
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "signs", "outcome", "what"),
+    ("exit_code", "heartbeats", "outcome", "what"),
     [
         (0, [replace(RUNNING, end="done")], "done", ""),
         (75, [replace(RUNNING, end="saved")], "saved", SAVED),
@@ -34,11 +34,13 @@ def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") 
         (1, [], "unmet", "it ended before its ranks had met"),
     ],
 )
-def test_a_try_is_what_its_ranks_say_of_it(exit_code: int, signs: list[SignOfLife], outcome: str, what: str) -> None:
-    found = ended(5, 9, exit_code, {sign.rank: sign for sign in signs}, "rank 1 died\n")
+def test_a_try_is_what_its_ranks_say_of_it(
+    exit_code: int, heartbeats: list[Heartbeat], outcome: str, what: str
+) -> None:
+    found = classify(5, 9, exit_code, {heartbeat.rank: heartbeat for heartbeat in heartbeats}, "rank 1 died\n")
     assert (found.outcome, found.what, found.seconds) == (outcome, what, 4)
-    assert found.step == (7 if signs else None)
-    assert found.hosts == sorted({sign.host for sign in signs})
+    assert found.step == (7 if heartbeats else None)
+    assert found.hosts == sorted({heartbeat.host for heartbeat in heartbeats})
 
 
 @pytest.mark.parametrize(("outcome", "again"), [("done", False), ("saved", True), ("refused", False), ("lost", True)])

@@ -9,13 +9,13 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from hypermoe_ds.cluster.hosts import (
     Host,
-    meeting_place,
+    forwarded_environment,
     read_environment,
     read_hostfile,
+    rendezvous,
     shell_line,
     slurm_hosts,
     this_host,
-    travelling,
 )
 from hypermoe_ds.errors import UserError
 
@@ -33,7 +33,7 @@ def test_a_hostfile_means_what_deepspeed_takes_it_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "answer"),
     [
         ("a slots=1\nb\n", ":2: 'b' is no host; write 'host slots=RANKS'"),
         ("a slots=0\n", ":1: 'a slots=0' is no host; write"),
@@ -42,17 +42,17 @@ def test_a_hostfile_means_what_deepspeed_takes_it_for(tmp_path: Path) -> None:
         ("# none\n", ": names no host; write 'host slots=RANKS'"),
     ],
 )
-def test_a_hostfile_with_a_mistake_is_refused_at_its_line(tmp_path: Path, text: str, told: str) -> None:
+def test_a_hostfile_with_a_mistake_is_refused_at_its_line(tmp_path: Path, text: str, answer: str) -> None:
     path = tmp_path / "hostfile"
     path.write_text(text)
-    with pytest.raises(UserError, match=re.escape(f"{path}{told}")):
+    with pytest.raises(UserError, match=re.escape(f"{path}{answer}")):
         read_hostfile(path)
 
 
 @pytest.mark.parametrize("name", NO_HOSTS)
 def test_an_address_that_is_an_option_or_a_pattern_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"MASTER_ADDR={name}: is no host; set it to a name")):
-        meeting_place([Host("a", 1)], {"MASTER_ADDR": name})
+        rendezvous([Host("a", 1)], {"MASTER_ADDR": name})
 
 
 def test_a_missing_hostfile_is_told_with_a_remedy(tmp_path: Path) -> None:
@@ -140,13 +140,13 @@ def test_this_machine_has_as_many_ranks_as_asked_or_as_gpus(slots: str, gpus: in
 
 def test_ranks_meet_where_the_jobs_will_but_on_one_host_alone_apart_from_it() -> None:
     hosts, job = [Host("n1", 8), Host("n2", 8)], {"MASTER_ADDR": "ib1", "MASTER_PORT": "4000"}
-    assert meeting_place(hosts, job) == ("ib1", 4000)
-    assert meeting_place(hosts, {}) == ("n1", 29500)
-    address, port = meeting_place(this_host("8", 0), job)
+    assert rendezvous(hosts, job) == ("ib1", 4000)
+    assert rendezvous(hosts, {}) == ("n1", 29500)
+    address, port = rendezvous(this_host("8", 0), job)
     assert address == "127.0.0.1"
     assert port != 4000
     with pytest.raises(UserError, match=r"^MASTER_PORT=x: is no number"):
-        meeting_place(hosts, {"MASTER_PORT": "x"})
+        rendezvous(hosts, {"MASTER_PORT": "x"})
 
 
 def test_a_file_of_variables_is_read_as_deepspeed_does_and_a_bad_line_is_named(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_a_file_of_variables_is_read_as_deepspeed_does_and_a_bad_line_is_named(t
 
 def test_the_same_variables_travel_as_the_launch_scripts_pass_on(tmp_path: Path) -> None:
     given = {"NCCL_DEBUG": "INFO", "MY_NCCL_X": "1", "GLOO_A": "", "PATH": "/usr/bin:/bin", "PATHS": "x", "LANG": "C"}
-    patterns = REPOSITORY / "launch/travelling.txt"
-    source = f"source {REPOSITORY}/launch/defaults.sh; travelling_names"
+    patterns = REPOSITORY / "launch/forwarded_environment.txt"
+    source = f"source {REPOSITORY}/launch/defaults.sh; forwarded_names"
     listed = subprocess.run(["bash", "-c", source], env=given, capture_output=True, text=True, check=True)
     own = {"HYPERMOE_SSH_OPTIONS", "MASTER_PORT"}  # which the scripts set
-    assert {name for name in listed.stdout.split() if given.get(name)} == travelling(patterns, given).keys()
+    assert {name for name in listed.stdout.split() if given.get(name)} == forwarded_environment(patterns, given).keys()
     assert set(listed.stdout.split()) - given.keys() == own
-    assert travelling(patterns, given) == {"NCCL_DEBUG": "INFO", "PATH": "/usr/bin:/bin"}
+    assert forwarded_environment(patterns, given) == {"NCCL_DEBUG": "INFO", "PATH": "/usr/bin:/bin"}

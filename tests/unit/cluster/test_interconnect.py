@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hypermoe_ds.cluster import interconnect
-from hypermoe_ds.cluster.interconnect import Links, measure, rounds
+from hypermoe_ds.cluster.interconnect import Interconnect, measure, rounds
 from tests.helpers.ranks import run_on_ranks
 
 
@@ -23,7 +23,7 @@ def test_each_pair_of_hosts_meets_once_and_no_host_is_in_two_pairs_of_a_round(co
     assert len(found) <= count
 
 
-def measured(spoiled: bool) -> Links:
+def measured(spoiled: bool) -> Interconnect:
     """Of two hosts of two ranks, as torchrun names them."""
     rank = dist.get_rank()
     os.environ.update(GROUP_RANK=str(rank // 2), LOCAL_RANK=str(rank % 2))
@@ -50,10 +50,10 @@ def test_two_hosts_of_two_ranks_are_measured_and_a_wrong_sum_is_found() -> None:
     assert speed > 0
 
 
-def alone() -> Links:
+def alone() -> Interconnect:
     os.environ.update(GROUP_RANK="0", LOCAL_RANK="0")
     return measure(1, torch.device("cpu"))
 
 
 def test_one_rank_alone_has_no_links() -> None:
-    assert run_on_ranks(1, alone) == [Links(None, None, [], [])]
+    assert run_on_ranks(1, alone) == [Interconnect(None, None, [], [])]

@@ -11,37 +11,37 @@ import psutil
 import pytest
 
 from hypermoe_ds.cluster import preflight
-from hypermoe_ds.cluster.host_report import Asked, HostFacts, data_digest, facts_here, settings_digest
+from hypermoe_ds.cluster.host_report import HostQuery, HostReport, data_digest, report_host, settings_digest
 from hypermoe_ds.cluster.hosts import Host, this_host
-from hypermoe_ds.cluster.interconnect import Links
+from hypermoe_ds.cluster.interconnect import Interconnect
 from hypermoe_ds.cluster.preflight import (
     Failure,
+    HostAnswer,
     Starter,
-    Told,
     ask_hosts,
+    check_hosts,
+    check_interconnect,
     fit,
-    judge,
-    judge_links,
-    links_line,
-    measure_links,
+    interconnect_line,
+    measure_interconnect,
     table,
 )
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.provenance import source_digest
 
 REPOSITORY = Path(__file__).parents[3]
-ASKED = Asked("/runs/a", ".preflight-1", "r.yaml", "z.json", (), ())
-GOOD = HostFacts(
+ASKED = HostQuery("/runs/a", ".preflight-1", "r.yaml", "z.json", (), ())
+GOOD = HostReport(
     python="3.11.7", torch="2.13.0", deepspeed="0.19.8", project="abc def", settings="123", data="456",
     devices=["H100"] * 8, memory_gib=100.0, disk_gib=500.0, sees_run_folder=True, address="10.0.0.1", clock=0.0,
 )  # fmt: skip
 
 
-def told(**changed: object) -> list[Told]:
+def answer(**changed: object) -> list[HostAnswer]:
     """Three hosts, of which the second differs in this."""
-    answers = [Told(Host(f"n{number}", 8), GOOD) for number in range(3)]
+    answers = [HostAnswer(Host(f"n{number}", 8), GOOD) for number in range(3)]
     ahead = float(str(changed.pop("clock_ahead", 0.0)))
-    answers[1] = Told(Host("n1", 8), replace(GOOD, **changed), clock_ahead=ahead)  # type: ignore[arg-type]
+    answers[1] = HostAnswer(Host("n1", 8), replace(GOOD, **changed), clock_ahead=ahead)  # type: ignore[arg-type]
     return answers
 
 
@@ -50,7 +50,7 @@ def lines(failures: list[Failure]) -> list[str]:
 
 
 def test_hosts_that_are_alike_and_have_enough_pass() -> None:
-    assert judge(told(clock_ahead=-4.9), ASKED, 499.0) == []
+    assert check_hosts(answer(clock_ahead=-4.9), ASKED, 499.0) == []
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_hosts_that_are_alike_and_have_enough_pass() -> None:
     ],
 )
 def test_a_host_that_differs_or_lacks_something_is_named_with_the_remedy(changed: dict[str, object], line: str) -> None:
-    [failure] = lines(judge(told(**changed), ASKED, 40.0))
+    [failure] = lines(check_hosts(answer(**changed), ASKED, 40.0))
     assert failure.startswith(line)
 
 
 def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
-    failures = lines(judge(told(devices=["H100"] * 7), ASKED, 40.0))
+    failures = lines(check_hosts(answer(devices=["H100"] * 7), ASKED, 40.0))
     assert [line.partition(";")[0] for line in failures] == [
         "n1: devices: is 7 x H100, elsewhere 8 x H100",
         "n1: slots=8: it has 7 GPUs",
@@ -90,24 +90,24 @@ def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
     ("fact", "value"), [("settings", "unreadable: r.yaml: is gone"), ("data", "lacks /data/train.idx")]
 )
 def test_files_that_no_host_has_are_told_once(fact: str, value: str) -> None:
-    answers = [Told(Host(f"n{n}", 8), replace(GOOD, **{fact: value})) for n in range(3)]  # type: ignore[arg-type]
-    [line] = lines(judge(answers, ASKED, 1.0))
+    answers = [HostAnswer(Host(f"n{n}", 8), replace(GOOD, **{fact: value})) for n in range(3)]  # type: ignore[arg-type]
+    [line] = lines(check_hosts(answers, ASKED, 1.0))
     assert line.startswith(f"{fact}: {value}; put the ")
 
 
 def test_a_host_that_names_itself_loopback_is_told_on_cpus_unless_it_is_alone() -> None:
-    facts = replace(GOOD, devices=None, address="127.0.1.1")
-    pair = [Told(Host("n0", 1), facts), Told(Host("n1", 1), replace(facts, address="10.0.0.2"))]
-    [line] = lines(judge(pair, ASKED, 1.0))
+    report = replace(GOOD, devices=None, address="127.0.1.1")
+    pair = [HostAnswer(Host("n0", 1), report), HostAnswer(Host("n1", 1), replace(report, address="10.0.0.2"))]
+    [line] = lines(check_hosts(pair, ASKED, 1.0))
     assert line.startswith("n0: its own name: means 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET")
-    assert judge(pair[:1], ASKED, 1.0) == []
+    assert check_hosts(pair[:1], ASKED, 1.0) == []
 
 
 @pytest.mark.parametrize(("reach", "remedy"), [("ssh", "make `ssh n1 true` work"), ("srun", "see `sinfo`")])
 def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, remedy: str) -> None:
-    answers = told()
-    answers[1] = Told(Host("n1", 8, reach), None, "ssh: connect to host n1 port 22: No route to host")
-    [line] = lines(judge(answers, ASKED, 1.0))
+    answers = answer()
+    answers[1] = HostAnswer(Host("n1", 8, reach), None, "ssh: connect to host n1 port 22: No route to host")
+    [line] = lines(check_hosts(answers, ASKED, 1.0))
     assert line.startswith(f"n1: does not answer (ssh: connect to host n1 port 22: No route to host); {remedy}")
     assert [row.split()[0] for row in table(answers).splitlines()] == ["host", "n0", "n1", "n2"]
     assert "no answer" in table(answers).splitlines()[2]
@@ -120,41 +120,41 @@ def test_a_host_that_ssh_reaches_but_without_an_environment_is_told_so(
     exit_code: int, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HYPERMOE_SSH_OPTIONS", "-p 7")
-    [line] = lines(judge([Told(Host("n1", 8), None, "words", exit_code)], ASKED, 1.0))
+    [line] = lines(check_hosts([HostAnswer(Host("n1", 8), None, "words", exit_code)], ASKED, 1.0))
     assert line.startswith(f"n1: does not answer (words); {remedy}")
 
 
 HOSTS = [Host(f"n{number}", 8) for number in range(4)]
 
 
-def links(**slow: float) -> Links:
+def links(**slow: float) -> Interconnect:
     pairs = [(a, b, slow.get(f"p{a}{b}", 10.0)) for a in range(4) for b in range(a + 1, 4)]
-    return Links(9.0, 5.0, pairs, [])
+    return Interconnect(9.0, 5.0, pairs, [])
 
 
 def test_a_link_much_slower_than_the_others_is_told() -> None:
-    assert judge_links(links(p13=3.4), HOSTS, 0.0) == []
-    [line] = lines(judge_links(links(p13=3.3), HOSTS, 0.0))
+    assert check_interconnect(links(p13=3.4), HOSTS, 0.0) == []
+    [line] = lines(check_interconnect(links(p13=3.3), HOSTS, 0.0))
     assert line.startswith("n1 - n3: 3.30 GB/s, between others 10.00; look at the cables")
 
 
 def test_a_link_slower_than_wanted_is_told() -> None:
-    [line] = lines(judge_links(links(p02=8.0), HOSTS, 9.0))
+    [line] = lines(check_interconnect(links(p02=8.0), HOSTS, 9.0))
     assert line.startswith("n0 - n2: 8.00 GB/s, wanted are 9.00; look at")
 
 
 def test_slow_links_are_blamed_on_the_host_that_has_most_of_them() -> None:
-    failures = judge_links(links(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
+    failures = check_interconnect(links(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
     assert [failure.host for failure in failures] == [HOSTS[1]] * 3
-    [alone] = judge_links(links(p01=1.0), HOSTS, 0.0)
+    [alone] = check_interconnect(links(p01=1.0), HOSTS, 0.0)
     assert alone.host == HOSTS[1], "the later one of two"
 
 
 def test_a_host_that_fails_a_check_is_named_with_it_and_all_are_where_no_one_is_to_blame() -> None:
-    [failure] = judge(told(memory_gib=0.9), ASKED, 40.0)
+    [failure] = check_hosts(answer(memory_gib=0.9), ASKED, 40.0)
     assert failure.host == Host("n1", 8)
-    unreadable = [Told(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
-    assert [failure.host for failure in judge(unreadable, ASKED, 1.0)] == [None]
+    unreadable = [HostAnswer(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
+    assert [failure.host for failure in check_hosts(unreadable, ASKED, 1.0)] == [None]
 
 
 def test_hosts_are_taken_as_the_batch_allows_and_the_experts_spread_over_them() -> None:
@@ -167,13 +167,15 @@ def test_hosts_are_taken_as_the_batch_allows_and_the_experts_spread_over_them() 
 
 
 def test_a_wrong_result_is_told_once() -> None:
-    assert [failure.host for failure in judge_links(replace(links(), wrong=["all-to-all"]), HOSTS, 0.0)] == [None]
-    [line] = lines(judge_links(replace(links(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
+    assert [failure.host for failure in check_interconnect(replace(links(), wrong=["all-to-all"]), HOSTS, 0.0)] == [
+        None
+    ]
+    [line] = lines(check_interconnect(replace(links(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
     assert line.startswith("all-reduce: gave a wrong result; ")
 
 
 def test_the_slowest_pair_is_named() -> None:
-    line = links_line(links(p12=7.25), HOSTS, 64)
+    line = interconnect_line(links(p12=7.25), HOSTS, 64)
     assert line == "64 MiB a rank: all-reduce 9.00 GB/s, all-to-all 5.00 GB/s, slowest pair n1 - n2 7.25 GB/s"
 
 
@@ -181,15 +183,17 @@ def test_the_slowest_pair_is_named() -> None:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Asked:
+def query(tmp_path: Path) -> HostQuery:
     (tmp_path / "r.yaml").write_text("train:\n  steps: 3\n")
     (tmp_path / "z.json").write_text('{"zero_optimization": {"stage": 1}}')
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / ".token").touch()
-    return Asked(str(tmp_path / "runs"), ".token", str(tmp_path / "r.yaml"), str(tmp_path / "z.json"), ["a.b=1"], [])
+    return HostQuery(
+        str(tmp_path / "runs"), ".token", str(tmp_path / "r.yaml"), str(tmp_path / "z.json"), ["a.b=1"], []
+    )
 
 
-def test_settings_differ_by_what_they_say_not_by_how_they_are_written(asked: Asked, tmp_path: Path) -> None:
+def test_settings_differ_by_what_they_say_not_by_how_they_are_written(query: HostQuery, tmp_path: Path) -> None:
     def digest(recipe: str, own: str, *overrides: str) -> str:
         (tmp_path / "x.yaml").write_text(recipe)
         (tmp_path / "x.json").write_text(own)
@@ -201,7 +205,7 @@ def test_settings_differ_by_what_they_say_not_by_how_they_are_written(asked: Ask
     others = {digest("a: {b: 3}\nc: {d: 2}\n", '{"x": 1, "y": 2}'), digest("a: {b: 1}\nc: {d: 2}\n", '{"x": 1}')}
     assert len(others | {usual}) == 3
     assert digest("a: [", "{}").startswith("unreadable: ")
-    assert settings_digest(asked.config, str(tmp_path / "none.json"), ()).startswith("unreadable: ")
+    assert settings_digest(query.config, str(tmp_path / "none.json"), ()).startswith("unreadable: ")
 
 
 def test_the_data_differs_where_a_file_is_missing_or_has_another_size(tmp_path: Path) -> None:
@@ -228,17 +232,17 @@ def test_an_edit_of_a_source_changes_the_project(tmp_path: Path) -> None:
     assert source_digest(tmp_path) != before
 
 
-def test_this_machine_tells_what_it_has(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_tells_what_it_has(query: HostQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    facts = facts_here(asked)
-    assert facts.python == ".".join(map(str, sys.version_info[:3]))
-    assert (facts.devices, facts.sees_run_folder) == (None, True)
-    assert facts.disk_gib > 0
+    report = report_host(query)
+    assert report.python == ".".join(map(str, sys.version_info[:3]))
+    assert (report.devices, report.sees_run_folder) == (None, True)
+    assert report.disk_gib > 0
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    assert facts_here(asked).address == "ib0"
-    assert not facts_here(replace(asked, token=".other")).sees_run_folder
-    assert facts_here(replace(asked, run_dir=f"{asked.run_dir}/not/yet")).disk_gib == pytest.approx(
-        facts.disk_gib, rel=0.1
+    assert report_host(query).address == "ib0"
+    assert not report_host(replace(query, token=".other")).sees_run_folder
+    assert report_host(replace(query, run_dir=f"{query.run_dir}/not/yet")).disk_gib == pytest.approx(
+        report.disk_gib, rel=0.1
     )
 
 
@@ -246,20 +250,20 @@ def starter(folder: Path, **environment: str) -> Starter:
     return Starter({"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", **environment}, folder)
 
 
-def test_a_host_answers_with_its_facts_and_the_time_between_clocks(asked: Asked, tmp_path: Path) -> None:
-    [answer] = ask_hosts(this_host("2", 0), asked, starter(tmp_path))
-    assert answer.facts is not None, answer.trouble
-    assert answer.facts.sees_run_folder
+def test_a_host_answers_with_its_facts_and_the_time_between_clocks(query: HostQuery, tmp_path: Path) -> None:
+    [answer] = ask_hosts(this_host("2", 0), query, starter(tmp_path))
+    assert answer.report is not None, answer.trouble
+    assert answer.report.sees_run_folder
     assert abs(answer.clock_ahead) < 5
-    assert judge([answer], asked, 0.0) == []
+    assert check_hosts([answer], query, 0.0) == []
 
 
-def test_a_host_without_the_package_tells_why_it_cannot_answer(asked: Asked, tmp_path: Path) -> None:
+def test_a_host_without_the_package_tells_why_it_cannot_answer(query: HostQuery, tmp_path: Path) -> None:
     broken = tmp_path / "hypermoe_ds"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise ImportError('not for this host')")
-    [answer] = ask_hosts(this_host("1", 0), asked, starter(tmp_path, PYTHONPATH=str(tmp_path)))
-    assert answer.facts is None
+    [answer] = ask_hosts(this_host("1", 0), query, starter(tmp_path, PYTHONPATH=str(tmp_path)))
+    assert answer.report is None
     assert "not for this host" in answer.trouble
 
 
@@ -295,10 +299,10 @@ def test_ranks_that_cannot_meet_are_told_in_one_line_without_waiting_for_the_oth
     monkeypatch.setattr(preflight.Starter, "start", fails)
     monkeypatch.setattr(preflight, "_SECONDS_AFTER_FAILURE", 0)
     with pytest.raises(UserError, match=line) as error:
-        measure_links(HOSTS[:2], starter(tmp_path), "n0", 29500, 1)
+        measure_interconnect(HOSTS[:2], starter(tmp_path), "n0", 29500, 1)
     assert remedy in str(error.value)
 
 
 def test_facts_survive_the_way_as_json() -> None:
-    again = HostFacts(**json.loads(json.dumps(GOOD.__dict__)))
+    again = HostReport(**json.loads(json.dumps(GOOD.__dict__)))
     assert again == GOOD

@@ -191,7 +191,7 @@ MISSING = "supervise.py: `-- COMMAND` is missing; write -- and the training comm
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "answer"),
     [
         ("", MISSING),
         ("--max-restarts 3 --", MISSING),
@@ -203,11 +203,11 @@ MISSING = "supervise.py: `-- COMMAND` is missing; write -- and the training comm
         ("--window nan -- deepspeed", "--window nan: is not above 0; give a time in seconds"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_told_in_one_line(words: str, told: str, tmp_path: Path) -> None:
+def test_a_command_line_that_makes_no_sense_is_told_in_one_line(words: str, answer: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])}
     command = [sys.executable, str(SUPERVISE), *words.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {answer}\n")
 
 
 def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypermoe_ds.data.consumption import Consumption
 from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.shares import dataset_shares
-from hypermoe_ds.data.skipped_samples import LeftOut
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
 
 S, SAMPLES = 16, 200
@@ -39,7 +39,7 @@ def test_counts_are_those_of_the_samples_one_by_one(
 ) -> None:
     monkeypatch.setattr(consumption, "_CHUNK", 7)
     samples, config = build(corpus, tmp_path, sources)
-    counting = Consumption(samples, dataset_shares(config.train, 1), S, LeftOut(skipped))
+    counting = Consumption(samples, dataset_shares(config.train, 1), S, SkippedSamples(skipped))
     of_sample = [int(samples[index]["tokens"][1]) // 100 for index in range(SAMPLES)]
     out = {index for first, last in skipped for index in range(first, last + 1)}
     for consumed in (0, 5, 5, 64, 131, SAMPLES):
@@ -54,7 +54,9 @@ def test_counts_are_those_of_the_samples_one_by_one(
 
 def test_a_resumed_run_counts_from_the_beginning(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     samples, config = build(corpus, tmp_path, 3)
-    whole, resumed = (Consumption(samples, dataset_shares(config.train, 1), S, LeftOut(SKIPPED)) for _ in range(2))
+    whole, resumed = (
+        Consumption(samples, dataset_shares(config.train, 1), S, SkippedSamples(SKIPPED)) for _ in range(2)
+    )
     for consumed in range(0, 151, 50):
         expected = whole.at(consumed)
     assert resumed.at(150) == expected

@@ -112,7 +112,7 @@ def test_the_origin_of_a_sample_names_the_documents_that_hold_its_tokens(
     for index in range(40):
         tokens = [*dataset[index]["tokens"].tolist(), int(dataset[index]["labels"][-1])]
         found = sorted({token % 100 for token in tokens})
-        assert dataset.origin(index) == f"document {', '.join(map(str, found))} of {names[tokens[0] // 100]}"
+        assert dataset.describe_sample(index) == f"document {', '.join(map(str, found))} of {names[tokens[0] // 100]}"
 
 
 def test_the_training_order_is_fixed_by_the_seed(corpus: TokenisedCorpus, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_training_order_is_fixed_by_the_seed(corpus: TokenisedCorpus, tmp_pa
         for name, seed in (("a", 1), ("b", 1), ("b", 2))
     )
     assert rows(first) == rows(again) != rows(other)
-    assert first.order_key == again.order_key != other.order_key
+    assert first.data_order_hash == again.data_order_hash != other.data_order_hash
 
 
 def test_validation_depends_on_neither_the_seed_nor_the_length_of_the_run(corpus: TokenisedCorpus) -> None:
@@ -164,9 +164,9 @@ def test_the_order_key_tells_whether_a_longer_run_keeps_the_order(corpus: Tokeni
     assert [len(run) for run in (quarter, one, half_more, two)] == list(lengths)
     begin = rows(quarter)
     for run in (one, half_more, two):
-        assert (run.order_key == quarter.order_key) == (rows(run, len(begin)) == begin)
-    assert one.order_key == quarter.order_key, "within an epoch"
-    assert half_more.order_key != quarter.order_key, "into the second epoch"
+        assert (run.data_order_hash == quarter.data_order_hash) == (rows(run, len(begin)) == begin)
+    assert one.data_order_hash == quarter.data_order_hash, "within an epoch"
+    assert half_more.data_order_hash != quarter.data_order_hash, "into the second epoch"
 
 
 def test_sources_are_drawn_by_weight_and_evenly(corpus: TokenisedCorpus, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_be_written_is_told(corpus: TokenisedCorpus, tmp_pat
 def _build_on_rank(rank: int, store: Path, config: DataConfig, told: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     train, valid = build_datasets(config, 1, 60, None)
-    told.put((rank, rows(train), {name: rows(part) for name, part in valid.items()}, train.order_key))
+    told.put((rank, rows(train), {name: rows(part) for name, part in valid.items()}, train.data_order_hash))
     dist.destroy_process_group()
 
 
@@ -256,7 +256,7 @@ def test_ranks_build_the_datasets_of_one_process(corpus: TokenisedCorpus, tmp_pa
         process.join(timeout=60)
     train, valid = build_datasets(config.model_copy(update={"cache": str(tmp_path / "alone")}), 1, 60, None)
     parts = {name: rows(part) for name, part in valid.items()}
-    assert found == [(rank, rows(train), parts, train.order_key) for rank in range(2)]
+    assert found == [(rank, rows(train), parts, train.data_order_hash) for rank in range(2)]
 
 
 def test_a_rank_that_does_not_see_the_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.data.settings import DataSource
+from hypermoe_ds.data.settings import DatasetConfig
 from hypermoe_ds.data.shares import dataset_shares, shares
 from tests.helpers.corpus import write_token_files
 
@@ -18,7 +18,7 @@ def test_epochs_are_the_trained_tokens_of_a_dataset_over_its_size() -> None:
 def test_names_and_sizes_are_those_of_the_token_files(tmp_path: Path) -> None:
     write_token_files(str(tmp_path / "books"), [[1, 2, 3] * 10, [4] * 10])
     write_token_files(str(tmp_path / "web"), [[1] * 60])
-    sources = [DataSource(prefix=str(tmp_path / "books")), DataSource(prefix=str(tmp_path / "web"), name="net")]
+    sources = [DatasetConfig(prefix=str(tmp_path / "books")), DatasetConfig(prefix=str(tmp_path / "web"), name="net")]
     found = dataset_shares(sources, 200)
     assert [(share.name, share.tokens, share.weight) for share in found] == [("books", 40, 0.5), ("net", 60, 0.5)]
     assert [share.epochs for share in found] == [pytest.approx(100 / 40), pytest.approx(100 / 60)]

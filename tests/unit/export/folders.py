@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hypermoe_ds.export.streaming import streamed_logits
-from hypermoe_ds.export.weight_loader import WeightSource
+from hypermoe_ds.export.weight_loader import WeightLoader
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
@@ -79,7 +79,7 @@ def their_logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-def largest_difference(weights: WeightSource, theirs: PreTrainedModel) -> float:
+def largest_difference(weights: WeightLoader, theirs: PreTrainedModel) -> float:
     """Of our logits from theirs, whose largest is about 10."""
     return float((streamed_logits(weights, ids()) - their_logits(theirs)).abs().max())
 

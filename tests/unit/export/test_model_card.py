@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hypermoe_ds.export.model_card import TrainingFacts, model_card, training_facts, write_model_card
+from hypermoe_ds.export.model_card import TrainingRecord, model_card, training_record, write_model_card
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 
 SETTINGS = {
@@ -44,7 +44,7 @@ def test_the_front_matter_and_the_numbers_are_those_of_the_model(preset: str) ->
 
 def test_training_is_told_as_far_as_it_is_known() -> None:
     config = HyperMoEConfig(**PRESETS["tiny-10m"])
-    known = training_facts(SETTINGS, step=50, valid_loss=2.0, written_by={"torch": "2.13.0", "git_commit": "unknown"})
+    known = training_record(SETTINGS, step=50, valid_loss=2.0, written_by={"torch": "2.13.0", "git_commit": "unknown"})
     told = rows(model_card("first", config, known, "python tools/convert_to_hf.py --output first"))
     assert told["data"] == "books (75.0%), code (25.0%)"
     assert told["tokens seen"] == f"{50 * 16 * 128:,}"
@@ -52,12 +52,12 @@ def test_training_is_told_as_far_as_it_is_known() -> None:
     assert told["precision"] == "bf16"
     assert told["validation loss"] == "2.0000 nats per token (perplexity 7.39)"
     assert told["torch"] == "2.13.0"
-    assert training_facts(SETTINGS, step=50, consumed_samples=3).tokens == 3 * 128
-    diverged = training_facts({}, step=50, valid_loss=1e4)
+    assert training_record(SETTINGS, step=50, consumed_samples=3).tokens == 3 * 128
+    diverged = training_record({}, step=50, valid_loss=1e4)
     assert "validation loss | 10000.0000 nats per token |" in model_card("first", config, diverged)
     assert not {"data", "tokens seen"} & rows(model_card("first", config, diverged)).keys()
 
-    little = model_card("first", config, TrainingFacts(data={"books": 1.0}))
+    little = model_card("first", config, TrainingRecord(data={"books": 1.0}))
     assert rows(little)["data"] == "books"
     assert not {"validation loss", "tokens seen", "optimizer steps", "precision", "git commit"} & rows(little).keys()
     for card in (little, model_card("first", config, known), model_card("first", config)):

@@ -6,15 +6,15 @@ from pathlib import Path
 import yaml
 
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.export.model_card import TrainingFacts
-from hypermoe_ds.export.training_record import facts_of
+from hypermoe_ds.export.model_card import TrainingRecord
+from hypermoe_ds.export.training_record import read_training_record
 from tests.helpers.checkpoints import small_model, training_weights, write_run
 
 
 def test_each_step_has_its_own_tokens_and_validation_and_no_other(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     run = RunFolder(write_run(tmp_path / "run", small_model(), {3: weights, 5: weights}))
-    without = facts_of(run)
+    without = read_training_record(run)
     assert (without.step, dict(without.data), without.tokens, without.valid_loss) == (5, {}, None, None)
 
     settings = {"data": {"train": [{"prefix": "data/books"}], "sequence_length": 16}, "train": {"precision": "bf16"}}
@@ -23,5 +23,5 @@ def test_each_step_has_its_own_tokens_and_validation_and_no_other(tmp_path: Path
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     written_by = without.written_by
     common = {"data": {"books": 1.0}, "sequence_length": 16, "precision": "bf16", "written_by": written_by}
-    assert facts_of(run) == TrainingFacts(step=5, tokens=5 * 8 * 16, valid_loss=2.5, **common)
-    assert facts_of(run, 3) == TrainingFacts(step=3, tokens=3 * 8 * 16, valid_loss=None, **common)
+    assert read_training_record(run) == TrainingRecord(step=5, tokens=5 * 8 * 16, valid_loss=2.5, **common)
+    assert read_training_record(run, 3) == TrainingRecord(step=3, tokens=3 * 8 * 16, valid_loss=None, **common)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hypermoe_ds.inspection.differences import Differences, Distance, compare, elements_to_compare
 from hypermoe_ds.inspection.report import difference_lines
-from hypermoe_ds.inspection.tensor_readers import open_source
+from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
 from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint
 
 ROUTER, EXPERTS = "model.layers.1.mlp.router.gate.weight", "model.layers.2.mlp.experts.w2"
@@ -18,7 +18,7 @@ ROUTER, EXPERTS = "model.layers.1.mlp.router.gate.weight", "model.layers.2.mlp.e
 def compared(folder: Path, first: dict[str, Tensor], second: dict[str, Tensor]) -> Differences:
     for name, weights in (("first", first), ("second", second)):
         write_cut_checkpoint(folder / name, weights, moments=name == "first")
-    with open_source(folder / "first") as a, open_source(folder / "second") as b:
+    with open_tensor_reader(folder / "first") as a, open_tensor_reader(folder / "second") as b:
         read: list[int] = []
         differences = compare(a, b, read.append)
         assert sum(read) == elements_to_compare(a, b)
@@ -67,7 +67,7 @@ def test_a_hugging_face_folder_differs_from_its_run_by_the_rounding_alone(tmp_pa
     model = small_model()
     write_cut_checkpoint(tmp_path / "run", training_weights(model), moments=True)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
-    with open_source(tmp_path / "run") as run, open_source(tmp_path / "hf") as folder:
+    with open_tensor_reader(tmp_path / "run") as run, open_tensor_reader(tmp_path / "hf") as folder:
         differences = compare(run, folder)
     assert [*differences.only_first, *differences.only_second, *differences.reshaped] == []
     relative = [distance.relative for distance in differences.tensors["weight"].values()]

@@ -14,7 +14,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.inspection import statistics, tensor_readers
 from hypermoe_ds.inspection.report import inspection_lines, write_json
 from hypermoe_ds.inspection.statistics import Inspection, by_group, elements_to_inspect, inspect
-from hypermoe_ds.inspection.tensor_readers import open_source
+from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
 from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint
 
 FIRST, SECOND = "model.layers.1.mlp", "model.layers.2.mlp"
@@ -29,7 +29,7 @@ def read_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def seen_in(folder: Path, weights: dict[str, Tensor], moments: bool = False) -> Inspection:
     write_cut_checkpoint(folder, weights, moments)
-    with open_source(folder) as source:
+    with open_tensor_reader(folder) as source:
         return inspect(source)
 
 
@@ -135,11 +135,11 @@ def test_a_single_expert_is_compared_with_none(tmp_path: Path) -> None:
 
 def test_the_experts_of_another_model_are_as_alike_as_their_stacks_say(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path)
-    with open_source(tmp_path) as source:
+    with open_tensor_reader(tmp_path) as source:
         ours = inspect(source).similarity
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
-    with open_source(tmp_path) as source:
+    with open_tensor_reader(tmp_path) as source:
         assert f"{FIRST}.experts.gate_up_proj" in source.shapes
         theirs = inspect(source).similarity
     assert [(layer.block, layer.pair) for layer in theirs] == [(layer.block, layer.pair) for layer in ours]
@@ -149,7 +149,7 @@ def test_the_experts_of_another_model_are_as_alike_as_their_stacks_say(tmp_path:
 def test_progress_reaches_the_number_of_elements_announced(tmp_path: Path) -> None:
     write_cut_checkpoint(tmp_path / "cut", training_weights(small_model()), moments=True)
     read: list[int] = []
-    with open_source(tmp_path / "cut") as source:
+    with open_tensor_reader(tmp_path / "cut") as source:
         inspect(source, read.append)
         assert sum(read) == elements_to_inspect(source)
 

@@ -9,11 +9,11 @@ import torch
 from hypermoe_ds.checkpoint.run_folder import check_step
 from hypermoe_ds.checkpoint.shards import write_weights
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.inspection.tensor_readers import Source, open_source, ranges
+from hypermoe_ds.inspection.tensor_readers import TensorReader, open_tensor_reader, ranges
 from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint, write_run
 
 
-def assert_gives(source: Source, expected: dict[str, torch.Tensor], kind: str = "weight") -> None:
+def assert_gives(source: TensorReader, expected: dict[str, torch.Tensor], kind: str = "weight") -> None:
     """Whole parameters, and ranges that begin and end anywhere."""
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     generator = torch.Generator().manual_seed(1)
@@ -28,22 +28,26 @@ def assert_gives(source: Source, expected: dict[str, torch.Tensor], kind: str = 
 def test_a_checkpoint_gives_its_weights_and_moments_wherever_they_were_cut(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     written = write_cut_checkpoint(tmp_path / "cut", weights, moments=True)
-    with open_source(tmp_path / "cut") as source:
+    with open_tensor_reader(tmp_path / "cut") as source:
         assert source.kinds == ("weight", "exp_avg", "exp_avg_sq")
         for kind in source.kinds:
             assert_gives(source, {name: written[f"{kind}/{name}"] for name in weights}, kind)
-        assert (source.origin.kind, source.origin.step, len(source.origin.files)) == ("checkpoint folder", 7, 2)
-        assert source.origin.cut_tensors == sum(weight.numel() > 1 for weight in weights.values())
-        assert source.origin.written_by["torch"] == torch.__version__
+        assert (source.provenance.kind, source.provenance.step, len(source.provenance.files)) == (
+            "checkpoint folder",
+            7,
+            2,
+        )
+        assert source.provenance.cut_tensors == sum(weight.numel() > 1 for weight in weights.values())
+        assert source.provenance.written_by["torch"] == torch.__version__
 
 
 def test_a_checkpoint_written_by_one_process_is_read_alike(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     write_weights(tmp_path, weights.items(), {}, {}, shard_bytes=20_000)
-    with open_source(tmp_path) as source:
+    with open_tensor_reader(tmp_path) as source:
         assert_gives(source, weights)
-        assert (source.kinds, source.origin.step, source.origin.cut_tensors) == (("weight",), 0, 0)
-        assert len(source.origin.files) > 2
+        assert (source.kinds, source.provenance.step, source.provenance.cut_tensors) == (("weight",), 0, 0)
+        assert len(source.provenance.files) > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -53,18 +57,18 @@ def test_a_hugging_face_folder_gives_the_training_models_parameters(
 ) -> None:
     model = small_model(tie_word_embeddings=False).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=size)
-    with open_source(tmp_path) as source:
+    with open_tensor_reader(tmp_path) as source:
         assert_gives(source, training_weights(model))
-        assert (len(source.origin.files) > 2) == (size == "30KB")
-        assert source.origin.dtypes == ({torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],)
-        assert (source.origin.step, source.kinds) == (None, ("weight",))
+        assert (len(source.provenance.files) > 2) == (size == "30KB")
+        assert source.provenance.dtypes == ({torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],)
+        assert (source.provenance.step, source.kinds) == (None, ("weight",))
 
 
 def test_the_experts_of_other_models_keep_their_names(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
-    with open_source(tmp_path) as source:
+    with open_tensor_reader(tmp_path) as source:
         assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= set(source.shapes)
 
 
@@ -73,36 +77,36 @@ def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path:
     first, second = (training_weights(small_model(seed)) for seed in (1, 2))
     run = write_run(tmp_path / "run", model, {3: first, 5: second})
     for step, expected in ((None, second), (3, first), (5, second)):
-        with open_source(run, step) as source:
+        with open_tensor_reader(run, step) as source:
             assert_gives(source, expected)
-            assert source.origin.step == (step or 5)
-            assert source.origin.kind == "run folder"
+            assert source.provenance.step == (step or 5)
+            assert source.provenance.kind == "run folder"
     check_step(3, [tmp_path, run])
     with pytest.raises(UserError, match="--step=3: only a run folder has steps and none is given; leave it out"):
         check_step(3, [tmp_path])
     with pytest.raises(UserError, match="does not exist"):
-        open_source(run, 4)
+        open_tensor_reader(run, 4)
 
 
 def test_a_folder_that_is_not_whole_is_refused_in_a_line_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder, checkpoint folder or Hugging Face folder; give one of them"):
-        open_source(tmp_path)
+        open_tensor_reader(tmp_path)
     small_model().save_pretrained(tmp_path, max_shard_size="30KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:100])
     with pytest.raises(UserError, match=rf"{shard.name}: cannot be read"):
-        open_source(tmp_path)
+        open_tensor_reader(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match=rf"{shard.name}: is missing or not a file"):
-        open_source(tmp_path)
+        open_tensor_reader(tmp_path)
     for path in tmp_path.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(UserError, match=r"holds no weights \(neither model.safetensors nor"):
-        open_source(tmp_path)
+        open_tensor_reader(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: cannot be read"):
-        open_source(tmp_path)
+        open_tensor_reader(tmp_path)
 
 
 @pytest.mark.parametrize("elements", [0, 1, 9, 10, 11, 25])

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 from hypermoe_ds.modeling import hyper_experts as module_under_test
-from hypermoe_ds.modeling.generated import Taken
+from hypermoe_ds.modeling.generated import Assignment
 from hypermoe_ds.modeling.hyper_costs import Form
 from hypermoe_ds.modeling.hyper_experts import HyperNetwork
 
@@ -70,16 +70,16 @@ def test_every_form_applies_an_adapter_of_the_generated_weights(form: Form) -> N
     lora = LoraConfig(target_modules=["down_weight", "up_weight"], init_lora_weights=False)
     peft = get_peft_model(copy.deepcopy(hypernetwork), lora)
     x, z, layers = torch.randn(40, 24), torch.randn(40, 14), torch.full((40,), 1)
-    taken = Taken(torch.arange(40).unsqueeze(1))
+    assignment = Assignment(torch.arange(40).unsqueeze(1))
 
     def value_and_gradient(network: nn.Module) -> tuple[Tensor, Tensor]:
         x.requires_grad_().grad = None
-        y: Tensor = network(z, layers, x, taken, form)
+        y: Tensor = network(z, layers, x, assignment, form)
         y.square().sum().backward()
         return y, x.grad
 
     seen = value_and_gradient(peft)
-    assert distance(seen[0], hypernetwork(z, layers, x, taken, form)) > 0.1
+    assert distance(seen[0], hypernetwork(z, layers, x, assignment, form)) > 0.1
     for value, expected in zip(seen, value_and_gradient(peft.merge_and_unload()), strict=True):
         assert distance(value, expected) < 1e-5
 
@@ -210,12 +210,12 @@ def test_modules_generated_again_in_the_backward_pass_drop_what_they_dropped_in_
     lora = LoraConfig(target_modules=["down_weight", "up_weight"], init_lora_weights=False, lora_dropout=0.5)
     peft = get_peft_model(hypernetwork, lora)
     x, z, layers = torch.randn(40, 24), torch.randn(8, 14), torch.full((8,), 1)
-    taken = Taken((torch.arange(40) % 8).unsqueeze(1))
+    assignment = Assignment((torch.arange(40) % 8).unsqueeze(1))
 
     def gradient(recompute: bool) -> Tensor:
         x.requires_grad_().grad = None
         torch.manual_seed(3)
-        y = peft(z, layers, x, taken, "per_set", recompute)
+        y = peft(z, layers, x, assignment, "per_set", recompute)
         y.square().sum().backward()
         assert x.grad is not None
         return x.grad

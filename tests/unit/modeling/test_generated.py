@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypermoe_ds.modeling import generated, hyper_experts
-from hypermoe_ds.modeling.generated import HyperExpertWeights, Taken
+from hypermoe_ds.modeling.generated import Assignment, HyperExpertWeights
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from tests.helpers.synchronisations import Synchronisations
 
@@ -19,10 +19,10 @@ D, A = 24, 10
 def test_the_few_rows_of_a_step_of_generation_get_what_many_get(tokens: int, J: int, gated: bool) -> None:
     weights = HyperExpertWeights(*(torch.randn(6, *shape) for shape in ((16, 8), (8,), (8, 16), (16,))))
     x, sets, gates = torch.randn(9, 16), torch.randint(0, 6, (9, J)), torch.rand(9, J)
-    everything = generated.apply_generated(x.requires_grad_(), Taken(sets, gates if gated else None), weights)
+    everything = generated.apply_generated(x.requires_grad_(), Assignment(sets, gates if gated else None), weights)
     with torch.no_grad():
-        taken = Taken(sets[:tokens], gates[:tokens] if gated else None)
-        assert distance(generated.apply_generated(x[:tokens], taken, weights), everything[:tokens]) < 1e-6
+        assignment = Assignment(sets[:tokens], gates[:tokens] if gated else None)
+        assert distance(generated.apply_generated(x[:tokens], assignment, weights), everything[:tokens]) < 1e-6
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 6])
@@ -35,14 +35,14 @@ def test_grouped_products_of_any_number_of_groups_and_a_loop_over_sets_give_the_
     weights = HyperExpertWeights(
         *(torch.randn(sets, *shape) for shape in ((width, adapter), (adapter,), (adapter, width), (width,)))
     )
-    x, taken = torch.randn(40, width), torch.randint(0, sets - 1, (40, J))  # one set without rows
+    x, assignment = torch.randn(40, width), torch.randint(0, sets - 1, (40, J))  # one set without rows
     gates = torch.rand(40, J) if gated else None
     arguments = [x, *weights, *([gates] if gated else [])]
     for tensor in arguments:
         tensor.requires_grad_()
 
     def run() -> list[Tensor]:
-        y = generated.apply_generated(x, Taken(taken, gates), weights)
+        y = generated.apply_generated(x, Assignment(assignment, gates), weights)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), arguments)]
 
     looped = run()
@@ -63,8 +63,8 @@ def test_sets_that_reach_over_the_rows_of_others_in_bfloat16_leave_them_alone(
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         *weights, x, gates = (tensor.to(dtype).requires_grad_() for tensor in numbers)
-        taken = Taken(of_set.unsqueeze(1), gates if gated else None)
-        y = generated.apply_generated(x, taken, HyperExpertWeights(*weights))
+        assignment = Assignment(of_set.unsqueeze(1), gates if gated else None)
+        y = generated.apply_generated(x, assignment, HyperExpertWeights(*weights))
         return [y.detach(), *torch.autograd.grad(y.sum(), [*weights, x, *([gates] if gated else [])])]
 
     for ours, exact in zip(run(torch.bfloat16), run(torch.float32), strict=True):
@@ -90,7 +90,7 @@ def test_few_shapes_of_products_occur_in_bfloat16_however_the_tokens_are_spread(
     x = torch.randn(2048, D, dtype=torch.bfloat16)
     with ProductShapes() as products:
         for spread in torch.rand(50, N):
-            y = generated.apply_generated(x, Taken(torch.multinomial(spread, len(x), True).unsqueeze(1)), weights)
+            y = generated.apply_generated(x, Assignment(torch.multinomial(spread, len(x), True).unsqueeze(1)), weights)
             y.sum().backward()
     last = 5 * 50  # the last set, whose rows end with the others', takes as many as it has
     assert last < len(products.seen) < last + 5 * 30, "and not 5 products of 8 sets 50 times"

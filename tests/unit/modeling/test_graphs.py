@@ -11,7 +11,7 @@ from transformers import CompileConfig, StaticCache
 
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import HyperMoEForCausalLM
-from hypermoe_ds.modeling.generated import HyperExpertWeights, Taken, apply_generated
+from hypermoe_ds.modeling.generated import Assignment, HyperExpertWeights, apply_generated
 
 KINDS: dict[str, dict[str, Any]] = {
     "top-1": {"num_experts_per_tok": 1},
@@ -110,13 +110,13 @@ def test_through_all_hyper_experts_is_exact(gated: bool) -> None:
     shapes = {"down_weight": (U, D, A), "down_bias": (U, A), "up_weight": (U, A, D), "up_bias": (U, D)}
     weights = HyperExpertWeights(**{name: torch.randn(shape).double() for name, shape in shapes.items()})
     x, gates = torch.randn(20, D).double(), torch.rand(20, J).double() if gated else None
-    taken = Taken(random_selection(20, U, J), gates)
+    assignment = Assignment(random_selection(20, U, J), gates)
     arguments = [x, *weights, *([] if gates is None else [gates])]
     for argument in arguments:
         argument.requires_grad_()
 
     def value_and_gradients(run: Callable[..., Tensor]) -> list[Tensor]:
-        y = run(x, taken, weights)
+        y = run(x, assignment, weights)
         return [y, *torch.autograd.grad(y.square().sum(), arguments)]
 
     for value, expected in zip(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hypermoe_ds.modeling import hyper_experts as module_under_test
 from hypermoe_ds.modeling.hyper_cache import KeptHyperExperts
-from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, modules_fit
+from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, generated_weights_fit
 from hypermoe_ds.modeling.hyper_experts import (
     HyperExperts,
     HyperNetwork,
@@ -292,8 +292,8 @@ def test_modules_generated_for_all_layers_at_once_are_those_of_each_layer(
 
 def test_modules_that_do_not_fit_are_made_by_each_layer_and_again_in_the_backward_pass() -> None:
     branch, hypernetwork = make(64, torch.float64)
-    assert modules_fit(2000, 64, hypernetwork.sizes)
-    assert not modules_fit(20, 64, hypernetwork.sizes)
+    assert generated_weights_fit(2000, 64, hypernetwork.sizes)
+    assert not generated_weights_fit(20, 64, hypernetwork.sizes)
     x, weight = torch.randn(20, D, dtype=torch.float64), torch.randn(20, D, dtype=torch.float64)
     assert generate_ahead([branch], hypernetwork, x, 1) is None
     selected = random_selection(20, 64, 1)

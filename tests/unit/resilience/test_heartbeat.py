@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.resilience.heartbeat import SignOfLife, read_signs, sign_path
+from hypermoe_ds.resilience.heartbeat import Heartbeat, heartbeat_path, read_heartbeats
 
-SIGN = SignOfLife(0, "here", 7, 3, "waiting", passed=2, beats=5, began=1.5)
+SIGN = Heartbeat(0, "here", 7, 3, "waiting", passed=2, beats=5, began=1.5)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     SIGN.write(tmp_path)
-    assert read_signs(tmp_path) == {0: SIGN}
+    assert read_heartbeats(tmp_path) == {0: SIGN}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,6 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 )
 def test_what_is_no_sign_is_passed_over(tmp_path: Path, content: bytes) -> None:
     SIGN.write(tmp_path)
-    sign_path(tmp_path, 1).write_bytes(content)
-    sign_path(tmp_path, 2).mkdir()
-    assert read_signs(tmp_path) == {0: SIGN}
+    heartbeat_path(tmp_path, 1).write_bytes(content)
+    heartbeat_path(tmp_path, 2).mkdir()
+    assert read_heartbeats(tmp_path) == {0: SIGN}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.resilience.heartbeat import SignOfLife
-from hypermoe_ds.resilience.watchdog import _END_WITH_VERDICT, Watchdog, start_time
+from hypermoe_ds.resilience.heartbeat import Heartbeat
+from hypermoe_ds.resilience.watchdog import _END_WITH_REPORT, Watchdog, start_time
 
 
 def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
@@ -21,7 +21,7 @@ def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
             os.kill(process.pid, signal.SIGKILL)
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-        SignOfLife(1, socket.gethostname(), process.pid, 3, "here", passed=7, beats=1).write(tmp_path)
+        Heartbeat(1, socket.gethostname(), process.pid, 3, "here", passed=7, beats=1).write(tmp_path)
         watchdog = Watchdog(tmp_path, rank=0, ranks=2, timeout=2)
         watchdog._beat()
         monkeypatch.setattr("hypermoe_ds.resilience.watchdog.time.sleep", die)
@@ -38,14 +38,14 @@ set -- $process $(sed 's/.*) //' /proc/$process/stat | cut -d ' ' -f 20) .
 
 
 def test_a_process_that_ended_before_it_was_killed_leaves_its_number_to_others() -> None:
-    script = ENDS_IN_TIME + _END_WITH_VERDICT
+    script = ENDS_IN_TIME + _END_WITH_REPORT
     assert subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=False, timeout=60).stdout == b""
 
 
 def test_a_process_that_began_at_another_time_is_not_ended(tmp_path: Path) -> None:
     (tmp_path / "verdict").touch()
     with subprocess.Popen(["sleep", "1000"]) as other:
-        words = ["sh", "-c", _END_WITH_VERDICT, "sh", str(other.pid), start_time() + "0", str(tmp_path / "verdict")]
+        words = ["sh", "-c", _END_WITH_REPORT, "sh", str(other.pid), start_time() + "0", str(tmp_path / "verdict")]
         subprocess.run(words, check=False, timeout=5)
         assert other.poll() is None
         other.kill()

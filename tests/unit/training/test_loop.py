@@ -15,7 +15,7 @@ from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.settings import MonitorConfig
-from hypermoe_ds.resilience.step_status import Agreed
+from hypermoe_ds.resilience.step_status import StepStatus
 from hypermoe_ds.training.loop import optimizer_step, train
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
@@ -146,7 +146,7 @@ class Checkpoints:
         self._notes.events.append("on disk")
 
 
-class Guard:
+class StepMonitor:
     """Asks for the end after a step, and knows of a checkpoint that was not written."""
 
     def __init__(
@@ -159,10 +159,10 @@ class Guard:
     def watch(self, loss: str) -> str:
         return f"watched {loss}"
 
-    def after_step(self, state: TrainState) -> Agreed:
+    def after_step(self, state: TrainState) -> StepStatus:
         skipped = state.step + 1 in self._skipped
         state.advance(state.consumed_samples + B * ACCUMULATION * RANKS, skipped)
-        return Agreed(state.step == self._signal_in, state.step == self._unsaved_in, skipped, loss=1.0)
+        return StepStatus(state.step == self._signal_in, state.step == self._unsaved_in, skipped, loss=1.0)
 
 
 class Watchdog:
@@ -192,7 +192,7 @@ def run(
     stopped = train(
         engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
         checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
-        validation_interval=2, guard=Guard(signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
+        validation_interval=2, step_monitor=StepMonitor(signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
     assert stopped == watchdog.saved == (state.step < last)
     forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
@@ -262,7 +262,7 @@ def test_a_signal_in_the_last_step_changes_nothing() -> None:
 def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
     engine, notes = Engine(), Notes({1}, set())
     notes.begin(1 if observed else 2)
-    tokens = optimizer_step(engine, batches(), notes, Guard().watch)  # type: ignore[arg-type]
+    tokens = optimizer_step(engine, batches(), notes, StepMonitor().watch)  # type: ignore[arg-type]
     forward = "forward, observed" if observed else "forward"
     assert engine.calls == [forward, "backward of watched loss", "step"] * ACCUMULATION
     assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]
