@@ -190,7 +190,7 @@ def forms_of(sizes: Sizes, N: int, K: int, T: int, repeats: int, where: Mapping[
     near = [form for form in seconds if seconds[form] < 2 * fastest]
     seconds |= timed(near, min(5 * repeats, max(3, round(_NEAR_SECONDS / fastest))))
     sets = len({frozenset(row) for row in selections(1, 1, T, N, K, "cpu")[0, 0].tolist()})
-    sets = math.comb(N, K) if branches[0].knows_sets(T, K, hypernetwork.sizes) else sets
+    sets = math.comb(N, K) if branches[0].knows_selections(T, K, hypernetwork.sizes) else sets
     taken = cheaper_form(T, sets, sizes, x_TD.device.type, x_TD.dtype)
     return {"sizes": astuple(sizes), "N": N, "K": K, "T": T, "sets": sets, "taken": taken, "seconds": seconds}
 

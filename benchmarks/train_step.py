@@ -20,7 +20,7 @@ import torch
 
 from hypermoe_ds.config import apply_overrides, closest
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
+from hypermoe_ds.modeling import PRESETS, ConfigurationError, HyperMoEConfig
 from hypermoe_ds.parallel.topology import check_expert_parallel
 from hypermoe_ds.process import one_line_errors
 from op_shares import markdown
@@ -177,9 +177,8 @@ def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{key}={value!r}", "has the wrong type", f"give one like {default!r}")
     try:
         return {"vocab_size": HyperMoEConfig(**fields).vocab_size, **fields}
-    except ValueError as error:
-        where, _, rest = str(error).partition(": ")
-        raise UserError(where, *rest.split("; ", 1)) from None
+    except ConfigurationError as error:
+        raise UserError(error.where, error.problem, error.remedy) from None
 
 
 def rounds_that_fit(config: HyperMoEConfig, settings: Mapping[str, Any], sides: int, ranks: int) -> int:

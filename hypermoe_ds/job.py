@@ -77,16 +77,24 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         launch = report_launch(config, model_config, ds_config, state, folder, console)
         if rank == 0:  # finding the commit starts a process
             logger.log_launch(settings, versions_now())
-        seed, samples, micro_batch = config.train.seed, config.samples(state), config.train.micro_batch_size
         with console.phase("building datasets"):
-            train_set, valid_sets = build_datasets(config.data, seed, samples, config.evaluation.max_samples)
-        if state.follow(train_set.data_order_hash):
+            train_set, valid_sets = build_datasets(
+                config.data, config.train.seed, config.samples(state), config.evaluation.max_samples
+            )
+        if state.use_data_order(train_set.data_order_hash):
             console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
 
         validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
         recorder = build_recorder(config, model_config, engine, train_set, launch.datasets, logger, console)
-        place = (micro_batch, rank, world_size, state.consumed_samples)
-        loader = build_loader(train_set, *place, config.data.workers, config.skipped_samples)
+        loader = build_loader(
+            train_set,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=rank,
+            size=world_size,
+            consumed_samples=state.consumed_samples,
+            workers=config.data.workers,
+            skipped_samples=config.skipped_samples,
+        )
         stopped = loop.train(
             engine=engine,
             batches=watchdog.each(loader, "forward and backward"),
@@ -96,6 +104,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
             checkpoints=checkpoints,
             validate=validator,
             validation_interval=config.evaluation.interval,
+            skipped_samples=config.skipped_samples,
             step_monitor=StepMonitor(
                 engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.describe_sample
             ),

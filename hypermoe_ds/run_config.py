@@ -2,10 +2,10 @@
 
 import ast
 import json
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -81,13 +81,11 @@ def _read_model_source() -> tuple[dict[str, _Declared], dict[str, dict[str, Any]
         elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS":
             presets = ast.literal_eval(node.value.args[0])  # type: ignore[union-attr]
         elif isinstance(node, ast.ClassDef) and node.name == "HyperMoEConfig":
-            docs = (ast.get_docstring(node, clean=False) or "").partition("Args:\n")[2]
-            described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+:|^    \w|\Z)", docs, re.S | re.M))
-            declared = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-            for name, item in ((ast.unparse(item.target), item) for item in declared):
-                if name not in _NOT_SETTINGS and item.value is not None:
-                    kind, default = kinds[ast.unparse(item.annotation)], ast.literal_eval(item.value)
-                    fields[name] = _Declared(kind, default, " ".join(described[name].split()).rstrip("."))
+            for item, below in pairwise(node.body):
+                if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) not in _NOT_SETTINGS:
+                    kind, default = kinds[ast.unparse(item.annotation)], ast.literal_eval(item.value)  # type: ignore[arg-type]
+                    description = " ".join(ast.literal_eval(below.value).split())  # type: ignore[attr-defined]
+                    fields[ast.unparse(item.target)] = _Declared(kind, default, description.rstrip("."))
     return fields, presets
 
 
@@ -195,17 +193,15 @@ class RunConfig(Settings):
         self._check_preset()
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         preset = given.pop("preset", None)
-        from hypermoe_ds.modeling import HyperMoEConfig  # noqa: PLC0415 (takes seconds)
+        from hypermoe_ds.modeling import ConfigurationError, HyperMoEConfig  # noqa: PLC0415 (takes seconds)
 
         fields = {**_PRESETS.get(preset, {}), **given}
         if "vocab_size" not in fields:
             fields["vocab_size"] = _vocabulary_for(self.data.tokenizer)
         try:
             return HyperMoEConfig(**fields)
-        except ValueError as error:
-            where, _, rest = str(error).partition(": ")
-            problem, _, remedy = rest.partition("; ")
-            raise UserError(f"model.{where}", problem, remedy) from None
+        except ConfigurationError as error:
+            raise UserError(f"model.{error.where}", error.problem, error.remedy) from None
 
     def _check_preset(self) -> None:
         preset = self.model.preset  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import file_of
-from hypermoe_ds.modeling import HyperMoEConfig, state_dict_shapes
+from hypermoe_ds.modeling import ConfigurationError, HyperMoEConfig, state_dict_shapes
 
 CONFIG = "config.json"
 _LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors has 10 MB
@@ -92,10 +92,10 @@ def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
         error = failure.errors()[0]
         where = f"{path}: {error['loc'][0]}={short(error['input'])}"
         raise UserError(where, "is not valid", short(error["msg"])) from None
-    except ValueError as error:
-        where, _, rest = str(error).partition(": ")
-        problem, _, remedy = rest.partition("; ")
-        raise UserError(f"{path}: {where}", problem or "is not valid", remedy or "mend that key") from None
+    except ConfigurationError as error:
+        raise UserError(f"{path}: {error.where}", error.problem, error.remedy) from None
+    except ValueError as error:  # Transformers' own checks
+        raise UserError(str(path), f"is not valid ({last_line(error)})", "mend that key") from None
     return config
 
 

@@ -1,20 +1,20 @@
-"""The model: configuration, decoder, Mixture of Experts and HyperExperts. Knows nothing of ranks."""
+"""The HyperMoE model for Transformers: configuration, decoder, Mixture of Experts and HyperExperts, on one device."""
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_hypermoe import PRESETS, HyperMoEConfig
+from .configuration_hypermoe import PRESETS, ConfigurationError, HyperMoEConfig
 from .modeling_hypermoe import HyperMoEForCausalLM, HyperMoEModel
 
 AutoConfig.register(HyperMoEConfig.model_type, HyperMoEConfig)
 AutoModel.register(HyperMoEConfig, HyperMoEModel)
 AutoModelForCausalLM.register(HyperMoEConfig, HyperMoEForCausalLM)
 
-__all__ = ["PRESETS", "HyperMoEConfig", "HyperMoEForCausalLM", "skeleton", "stored_shapes"]
+__all__ = ["PRESETS", "ConfigurationError", "HyperMoEConfig", "HyperMoEForCausalLM", "meta_model", "state_dict_shapes"]
 
 
 def meta_model(config: HyperMoEConfig) -> HyperMoEForCausalLM:
-    """The model without weights, on the meta device and in evaluation mode."""
+    """Build the model without weights, on the meta device and in evaluation mode."""
     with torch.device("meta"):
         model: HyperMoEForCausalLM = HyperMoEForCausalLM(config)
     model.eval()
@@ -22,7 +22,7 @@ def meta_model(config: HyperMoEConfig) -> HyperMoEForCausalLM:
 
 
 def state_dict_shapes(config: HyperMoEConfig) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors that a file of the model holds, in order: a tied output projection is none."""
+    """Return names and shapes of the tensors that a file of the model holds; it holds no tied output projection."""
     shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

@@ -16,9 +16,9 @@ from .moe import ResidualLinear
 
 
 def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, S, width] of the rotary embedding (RoFormer, arXiv 2104.09864).
+    """Return cosines and sines [B, S, width] of the rotary embedding (RoFormer, arXiv 2104.09864).
 
-    Made anew in fp32 on each pass: a buffer would be rounded when the model is cast to bf16.
+    Each pass computes them in fp32: a buffer would be rounded when the model is cast to bf16.
     """
     exponent_d = torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / width
     angle_BSd = positions_BS.unsqueeze(-1).float() * base**-exponent_d
@@ -27,14 +27,14 @@ def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dt
 
 
 def rotate(x_BhSd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (x_i, x_{i + d/2}) by its position's angle."""
+    """Rotate each pair (x_i, x_{i + d/2}) by the angle of its position."""
     cos_BSd, sin_BSd = rotary
     first, second = x_BhSd.chunk(2, dim=-1)
     return x_BhSd * cos_BSd.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_BSd.unsqueeze(1)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention through the function that `config._attn_implementation` names."""
+    """Causal grouped-query attention, computed by the function that `config._attn_implementation` names."""
 
     is_causal = True
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         past_key_values: Cache | None,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return y_BSD and, where the attention function makes them, its weights [B, h, S, S]."""
+        """Return y_BSD and, if the attention function returns them, its weights [B, h, S, S]."""
         B, S, _ = x_BSD.shape
         heads = (B, S, -1, self.head_dim)
         over_queries, over_keys = ((B, S, -1, width) for width in self.norm_widths)

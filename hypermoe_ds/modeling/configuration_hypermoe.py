@@ -13,6 +13,14 @@ RouterAuxLossScope = Literal["micro_batch", "data_parallel"]
 HyperConditioning = Literal["selection", "route"]
 QKNormScope = Literal["head", "all_heads"]
 RouterDtype = Literal["model", "fp32"]
+_CHOICES: Mapping[str, Any] = MappingProxyType(
+    {
+        "router_aux_loss_scope": RouterAuxLossScope,
+        "hyper_conditioning": HyperConditioning,
+        "qk_norm_scope": QKNormScope,
+        "router_dtype": RouterDtype,
+    }
+)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -75,6 +83,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+class ConfigurationError(ValueError):
+    """A value of the configuration is invalid or does not fit the others.
+
+    Attributes:
+        where: the key with its value.
+        problem: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        super().__init__(where, problem, remedy)
+        self.where, self.problem, self.remedy = where, problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}; {self.remedy}"
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Numbers of parameters.
@@ -88,56 +113,16 @@ class ParameterCounts:
     total: int
     active: int
     hypernetwork: int
+    """add HyperExperts; false gives the plain Mixture of Experts."""
 
 
 class HyperMoEConfig(PreTrainedConfig):
-    """Settings of `HyperMoEForCausalLM`.
+    """Configuration of `HyperMoEForCausalLM`. Each field is described below its declaration.
 
-    The hypernetwork's sizes carry the published defaults (HyperMoE, ACL 2024, arXiv 2402.12656).
-
-    Args:
-        vocab_size: tokens in the vocabulary.
-        hidden_size: width D of the residual stream.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads (grouped-query attention).
-        head_dim: width of a head; 0 means hidden_size / num_attention_heads.
-        max_position_embeddings: longest sequence the model is meant for, in tokens.
-        rope_theta: base of the rotary position embedding.
-        qk_norm: RMS-normalise queries and keys before the rotation.
-        qk_norm_scope: each head by itself, with one weight for all of them, or all heads of a layer together.
-        rms_norm_eps: added to the mean square in every RMSNorm.
-        intermediate_size: width of the SwiGLU of dense layers; 0 means 4 * hidden_size.
-        first_dense_layers: this many first layers have a dense SwiGLU.
-        moe_every: of the layers after them, each n-th is a Mixture of Experts.
-        num_experts: experts N in such a layer.
-        num_experts_per_tok: experts K chosen for a token.
-        moe_intermediate_size: width F of an expert's SwiGLU.
-        shared_expert_size: width of a SwiGLU that every token passes; 0 means none.
-        norm_topk_prob: the K gates of a token sum to one. Without effect for K = 1, where the gate
-            is always the router's probability (p / p = 1 would cut the router off the loss).
-        router_dtype: precision in which the router's logits are computed from its weights: that of the model, or fp32.
-        router_aux_loss_coef: weight of the load-balancing loss, summed over the MoE layers.
-        router_aux_loss_scope: where the expert loads in that loss are counted: in each rank's
-            micro-batch, or in the micro-batches of all data-parallel ranks together.
-        z_loss_coef: weight of the router z-loss, summed over the MoE layers.
-        hypernetwork: add HyperExperts; false gives the plain Mixture of Experts.
-        hyper_conditioning: what HyperExperts are generated from. "selection" is the paper's: one for a token,
-            from all experts but its K. "route" is another model: one for each of its experts j, from all experts
-            but j, weighted by j's gate; N a layer whatever K is.
-        baked_hyper_experts: each layer holds its generated HyperExperts as parameters and there is no
-            hypernetwork; made at export, where all of them are no more than N.
-        expert_embedding_size: width E of an expert's embedding.
-        selection_hidden_size: width P inside the selection encoder.
-        hypernetwork_input_size: width H of an encoded selection.
-        layer_embedding_size: width l of the layer embedding.
-        bottleneck_size: width B of the hypernetwork's trunk.
-        adapter_size: width A of a HyperExpert.
-        tie_word_embeddings: the output projection is the token embedding.
-        initializer_range: standard deviation of the normal initialisation.
+    The sizes of the hypernetwork have the published defaults (HyperMoE, ACL 2024, arXiv 2402.12656).
 
     Raises:
-        ValueError: a value that does not fit the others, as "key=value: problem; remedy".
+        ConfigurationError: a value is invalid or does not fit the others.
     """
 
     model_type = "hypermoe"
@@ -153,39 +138,77 @@ class HyperMoEConfig(PreTrainedConfig):
     ]
 
     vocab_size: int = 32000
+    """tokens in the vocabulary."""
     hidden_size: int = 768
+    """width D of the residual stream."""
     num_hidden_layers: int = 12
+    """decoder layers."""
     num_attention_heads: int = 12
+    """query heads."""
     num_key_value_heads: int = 12
+    """key and value heads (grouped-query attention)."""
     head_dim: int = 0
+    """width of a head; 0 means hidden_size / num_attention_heads."""
     max_position_embeddings: int = 2048
+    """longest sequence the model is meant for, in tokens."""
     rope_theta: float = 10000.0
+    """base of the rotary position embedding."""
     qk_norm: bool = False
+    """RMS-normalise queries and keys before the rotation."""
     qk_norm_scope: QKNormScope = "head"
+    """each head by itself, with one weight for all of them, or all heads of a layer together."""
     rms_norm_eps: float = 1e-5
+    """added to the mean square in every RMSNorm."""
     intermediate_size: int = 0
+    """width of the SwiGLU of dense layers; 0 means 4 * hidden_size."""
     first_dense_layers: int = 0
+    """this many first layers have a dense SwiGLU."""
     moe_every: int = 1
+    """of the layers after them, each n-th is a Mixture of Experts."""
     num_experts: int = 8
+    """experts N in such a layer."""
     num_experts_per_tok: int = 1
+    """experts K chosen for a token."""
     moe_intermediate_size: int = 2048
+    """width F of an expert's SwiGLU."""
     shared_expert_size: int = 0
+    """width of a SwiGLU that every token passes; 0 means none."""
     norm_topk_prob: bool = False
+    """the K gates of a token sum to one. Without effect for K = 1, where the gate is always the router's probability
+    (p / p = 1 would cut the router off the loss)."""
     router_dtype: RouterDtype = "fp32"
+    """precision in which the router's logits are computed from its weights: that of the model, or fp32."""
     router_aux_loss_coef: float = 0.01
+    """weight of the load-balancing loss, summed over the MoE layers."""
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
+    """where the expert loads in that loss are counted: in each rank's micro-batch, or in the micro-batches of all
+    data-parallel ranks together."""
     z_loss_coef: float = 0.001
+    """weight of the router z-loss, summed over the MoE layers."""
     hypernetwork: bool = True
     hyper_conditioning: HyperConditioning = "selection"
+    """what HyperExperts are generated from. "selection" is the paper's: one for a token, from all experts but its K.
+    "route" is another model: one for each of its experts j, from all experts but j, weighted by j's gate; N a layer
+    whatever K is."""
     baked_hyper_experts: bool = False
+    """each layer holds its generated HyperExperts as parameters and there is no hypernetwork; made at export, where
+    all of them are no more than N."""
     expert_embedding_size: int = 128
+    """width E of an expert's embedding."""
     selection_hidden_size: int = 128
+    """width P inside the selection encoder."""
     hypernetwork_input_size: int = 128
+    """width H of an encoded selection."""
     layer_embedding_size: int = 10
+    """width l of the layer embedding."""
     bottleneck_size: int = 128
+    """width B of the hypernetwork's trunk."""
     adapter_size: int = 64
+    """width A of a HyperExpert."""
     tie_word_embeddings: bool = True
+    """the output projection is the token embedding."""
     initializer_range: float = 0.02
+    """standard deviation of the normal initialisation."""
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -197,10 +220,8 @@ class HyperMoEConfig(PreTrainedConfig):
         _check_number("hidden_size", self.hidden_size, *_LIMITS["hidden_size"])
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"num_attention_heads={self.num_attention_heads}: does not divide hidden_size="
-                    f"{self.hidden_size}; choose a divisor or give head_dim"
-                )
+                problem = f"does not divide hidden_size={self.hidden_size}"
+                raise self._error("num_attention_heads", problem, "choose a divisor or give head_dim")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size == 0:
             self.intermediate_size = 4 * self.hidden_size
@@ -221,47 +242,29 @@ class HyperMoEConfig(PreTrainedConfig):
             _check_number(key, getattr(self, key), least, largest)
         for key in (key for key, kind in HyperMoEConfig.__annotations__.items() if kind is bool):
             if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key}={getattr(self, key)!r}: neither true nor false; give one of them")
-        if self.router_aux_loss_scope not in get_args(RouterAuxLossScope):
-            raise ValueError(
-                f"router_aux_loss_scope={self.router_aux_loss_scope}: unknown; choose one of "
-                f"{', '.join(get_args(RouterAuxLossScope))}"
-            )
-        if self.hyper_conditioning not in get_args(HyperConditioning):
-            raise ValueError(
-                f"hyper_conditioning={self.hyper_conditioning}: unknown; choose one of "
-                f"{', '.join(get_args(HyperConditioning))}"
-            )
-        if self.qk_norm_scope not in get_args(QKNormScope):
-            raise ValueError(
-                f"qk_norm_scope={self.qk_norm_scope}: unknown; choose one of {', '.join(get_args(QKNormScope))}"
-            )
-        if self.router_dtype not in get_args(RouterDtype):
-            raise ValueError(
-                f"router_dtype={self.router_dtype}: unknown; choose one of {', '.join(get_args(RouterDtype))}"
-            )
+                raise self._error(key, "neither true nor false", "give one of them")
+        for key, kind in _CHOICES.items():
+            if getattr(self, key) not in get_args(kind):
+                where = f"{key}={getattr(self, key)}"
+                raise ConfigurationError(where, "unknown", f"choose one of {', '.join(get_args(kind))}")
         if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok}: more than num_experts={self.num_experts}; "
-                f"choose 1 to {self.num_experts}"
-            )
+            problem = f"more than num_experts={self.num_experts}"
+            raise self._error("num_experts_per_tok", problem, f"choose 1 to {self.num_experts}")
         if self.baked_hyper_experts and self.hyper_sets > self.num_experts:
-            raise ValueError(
-                f"baked_hyper_experts=True: {self.hyper_sets:,} HyperExperts a layer are more than its "
-                f"{self.num_experts} experts; bake a model with num_experts_per_tok=1 or hyper_conditioning=route"
-            )
+            problem = f"{self.hyper_sets:,} HyperExperts a layer are more than its {self.num_experts} experts"
+            remedy = "bake a model with num_experts_per_tok=1 or hyper_conditioning=route"
+            raise self._error("baked_hyper_experts", problem, remedy)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads}: does not divide "
-                f"num_attention_heads={self.num_attention_heads}; choose a divisor"
-            )
+            problem = f"does not divide num_attention_heads={self.num_attention_heads}"
+            raise self._error("num_key_value_heads", problem, "choose a divisor")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: odd, so it cannot be rotated; choose an even one")
+            raise self._error("head_dim", "odd, so it cannot be rotated", "choose an even one")
         if self.first_dense_layers > self.num_hidden_layers:
-            raise ValueError(
-                f"first_dense_layers={self.first_dense_layers}: more than num_hidden_layers="
-                f"{self.num_hidden_layers}; choose 0 to {self.num_hidden_layers}"
-            )
+            problem = f"more than num_hidden_layers={self.num_hidden_layers}"
+            raise self._error("first_dense_layers", problem, f"choose 0 to {self.num_hidden_layers}")
+
+    def _error(self, key: str, problem: str, remedy: str) -> ConfigurationError:
+        return ConfigurationError(f"{key}={getattr(self, key)!r}", problem, remedy)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -423,8 +426,8 @@ def _check_number(key: str, value: object, least: float, largest: float) -> None
     whole = isinstance(least, int)
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
         kind = "whole number" if whole else "number"
-        raise ValueError(f"{key}={value!r}: not a {kind}; give a {kind} from {least} to {largest}")
+        raise ConfigurationError(f"{key}={value!r}", f"not a {kind}", f"give a {kind} from {least} to {largest}")
     if not least <= value <= largest:  # NaN too
         problem = "too small" if value < least else "too large" if value > largest else "not a number"
         limit = f"at most {largest}" if value > largest else f"at least {least}"
-        raise ValueError(f"{key}={value}: {problem}; give {limit}")
+        raise ConfigurationError(f"{key}={value}", problem, f"give {limit}")

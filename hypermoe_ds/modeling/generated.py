@@ -1,8 +1,8 @@
-"""Applies generated HyperExperts to their tokens: rows sorted by set, one grouped matrix product down and one up.
+"""Apply generated HyperExperts to tokens: sort rows by HyperExpert, then one grouped matrix product down and one up.
 
 Equation: step 6 of docs/METHOD.md.
 
-Shape legend: T tokens, D hidden size, A adapter size, U sets, J HyperExperts that a token takes, R = T * J rows.
+Shape legend: T tokens, D hidden size, A adapter size, U HyperExperts, J HyperExperts of a token, R = T * J routed rows.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Sorting takes as long as applying so many rows one after another (60 and 18 us on a CPU, D = 768, A = 64).
+# For this many rows sorting takes longer than applying them one by one (60 and 18 us on a CPU, D = 768, A = 64).
 _FEW_ROWS = 4
-# PyTorch's grouped GEMM on CUDA takes fewer than 1,024 groups, and is a loop that waits for the host before Hopper.
+# On CUDA, PyTorch's grouped GEMM takes fewer than 1,024 groups. Before Hopper it is a loop that waits for the host.
 _MOST_GROUPS = 1023
 _HOPPER = (9, 0)
 
@@ -39,19 +39,19 @@ class HyperExpertWeights(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Which HyperExperts each token takes.
+    """Assignment of HyperExperts to tokens.
 
     Attributes:
-        sets_TJ: rows of the HyperExperts.
-        gates_TJ: what each is weighted with; None weights all with one.
+        ids_TJ: indices of the HyperExperts of each token.
+        gates_TJ: their weights; None weights all with one.
     """
 
-    sets_TJ: Tensor
+    ids_TJ: Tensor
     gates_TJ: Tensor | None = None
 
     def sum_over_rows(self, y_RD: Tensor) -> Tensor:
-        """Weight the rows of each token and add them up; y_RD -> y_TD."""
-        y_TJD = y_RD.view(*self.sets_TJ.shape, -1)
+        """Sum the weighted rows of each token; y_RD -> y_TD."""
+        y_TJD = y_RD.view(*self.ids_TJ.shape, -1)
         if self.gates_TJ is not None:
             y_TJD = y_TJD * self.gates_TJ.unsqueeze(-1).to(y_RD.dtype)
         return y_TJD.sum(1)
@@ -60,43 +60,43 @@ class Assignment(NamedTuple):
 def apply_generated(
     x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights, rows: "RoutedRows | None" = None
 ) -> Tensor:
-    """Sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
+    """Return the sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
 
-    Exact, with gradients for x, the gates and the weights, once differentiable. Beside its arguments
-    it keeps [R, A] numbers for the backward pass: sorted tokens are gathered again there, which costs less
-    than keeping them. In a graph of torch.compile or torch.export every token passes all U of them.
+    It is exact and once differentiable, with gradients for x, the gates and the weights. In addition to its arguments
+    it saves [R, A] numbers for the backward pass, which gathers the sorted tokens again: that costs less than saving
+    them. In a graph of torch.compile or torch.export every token passes all U HyperExperts.
 
     Args:
         x_TD: input of the MoE block.
-        taken: which HyperExperts each token takes.
+        assignment: HyperExperts of each token.
         weights: the generated weights.
-        rows: what `sort_rows` made of `taken`, if it did before.
+        rows: result of `sort_rows` for this assignment; None sorts here.
 
     Returns:
         y_TD, in the dtype of the weights.
     """
     if torch.compiler.is_compiling():
         return _through_all(x_TD, assignment, weights)
-    if not torch.is_grad_enabled() and not x_TD.is_cuda and assignment.sets_TJ.numel() <= _FEW_ROWS:
+    if not torch.is_grad_enabled() and not x_TD.is_cuda and assignment.ids_TJ.numel() <= _FEW_ROWS:
         return _row_by_row(x_TD, assignment, weights)
     rows = rows or sort_rows(assignment, weights.down_weight.shape, weights.down_weight)
-    x_TD = x_TD.to(weights.up_bias.dtype)  # under autocast another one
-    y_TD: Tensor = _Apply.apply(x_TD, assignment.gates_TJ, rows, assignment.sets_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
+    x_TD = x_TD.to(weights.up_bias.dtype)  # differs under autocast
+    y_TD: Tensor = _Apply.apply(x_TD, assignment.gates_TJ, rows, assignment.ids_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
     return y_TD
 
 
 def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
-    """Every token through all U HyperExperts, those that it does not take weighted with zero.
+    """Apply all U HyperExperts to every token, with weight zero for those that it is not assigned to.
 
-    No shape depends on data, and the operators are plain in every dtype. The U of K = 1 are N of width A: at
-    D = 768, N = 8, A = 64 a sixth of an expert's FLOPs.
+    No shape depends on data, and the operators support every dtype. With K = 1, U is N: at D = 768, N = 8, A = 64 this
+    takes a sixth of an expert's FLOPs.
     """
     U, D, A = weights.down_weight.shape
     x_TD = x_TD.to(weights.up_bias.dtype)
     gates_TJ = (
-        torch.ones_like(assignment.sets_TJ, dtype=x_TD.dtype) if assignment.gates_TJ is None else assignment.gates_TJ
+        torch.ones_like(assignment.ids_TJ, dtype=x_TD.dtype) if assignment.gates_TJ is None else assignment.gates_TJ
     )
-    gate_TU = x_TD.new_zeros(x_TD.shape[0], U).scatter(1, assignment.sets_TJ, gates_TJ.to(x_TD.dtype))
+    gate_TU = x_TD.new_zeros(x_TD.shape[0], U).scatter(1, assignment.ids_TJ, gates_TJ.to(x_TD.dtype))
     down_DUA = weights.down_weight.transpose(0, 1).reshape(D, U * A)
     inner_TUA = torch.relu(x_TD @ down_DUA + weights.down_bias.flatten()).view(-1, U, A)
     gated_TUA = (inner_TUA * gate_TU.unsqueeze(-1)).flatten(1)
@@ -104,30 +104,30 @@ def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeigh
 
 
 def _row_by_row(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
-    """For the few rows of a step of generation, without gradients."""
+    """Apply HyperExperts row by row, without gradients, for the few rows of a generation step."""
     rows = []
-    for row, index in enumerate(assignment.sets_TJ.flatten().tolist()):
+    for row, index in enumerate(assignment.ids_TJ.flatten().tolist()):
         down_DA, down_bias_A, up_AD, up_bias_D = (weight[index] for weight in weights)
-        token = row // assignment.sets_TJ.shape[1]
+        token = row // assignment.ids_TJ.shape[1]
         x_1D = x_TD[token : token + 1].to(up_AD.dtype)
         rows.append(torch.addmm(up_bias_D, torch.addmm(down_bias_A, x_1D, down_DA).relu_(), up_AD))
     return assignment.sum_over_rows(torch.cat(rows))
 
 
 def sort_rows(assignment: Assignment, shape_UDA: Sequence[int], like: Tensor) -> "RoutedRows":
-    """The rows of all tokens sorted by the HyperExpert they take.
+    """Sort the routed rows of all tokens by HyperExpert.
 
     Args:
-        taken: which HyperExperts each token takes.
+        assignment: HyperExperts of each token.
         shape_UDA: U, D and A.
-        like: a tensor of the dtype and on the device of the products.
+        like: a tensor with the dtype and device of the products.
     """
     kind = GroupedRows if _has_grouped_mm(shape_UDA[1:], like) else LoopedRows
-    return kind(assignment.sets_TJ.flatten(), shape_UDA[0])
+    return kind(assignment.ids_TJ.flatten(), shape_UDA[0])
 
 
 def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
-    """Whether the device has a grouped GEMM for this dtype and its rows are aligned to 16 bytes."""
+    """Return whether the device has a grouped GEMM for this dtype; it needs rows aligned to 16 bytes."""
     if not like.is_cuda or like.dtype is not torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
     aligned = all(width * like.element_size() % 16 == 0 for width in widths)
@@ -135,50 +135,50 @@ def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
 
 
 class RoutedRows:
-    """Rows sorted by the set they take, and matrix products of each set's rows with its own weights.
+    """Routed rows sorted by HyperExpert, and matrix products of the rows with the weights of their HyperExpert.
 
     Args:
-        sets_R: the set of each row.
-        sets: number of sets U.
+        ids_R: HyperExpert of each row.
+        count: number of HyperExperts U.
     """
 
-    def __init__(self, sets_R: Tensor, sets: int) -> None:
-        self.order_R = torch.argsort(sets_R, stable=True)
-        self.sets_R = sets_R[self.order_R]
-        every_U = torch.arange(sets, device=sets_R.device)
-        self.ends_U = torch.searchsorted(self.sets_R, every_U, right=True, out_int32=True)
+    def __init__(self, ids_R: Tensor, count: int) -> None:
+        self.order_R = torch.argsort(ids_R, stable=True)
+        self.ids_R = ids_R[self.order_R]
+        all_U = torch.arange(count, device=ids_R.device)
+        self.ends_U = torch.searchsorted(self.ids_R, all_U, right=True, out_int32=True)
 
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
     ) -> Tensor:
-        """x W + gate * b of each row's set; y_RO."""
+        """Return x W + gate * b, with W and b of each row's HyperExpert; y_RO."""
         raise NotImplementedError
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
-        """Sum over each set's rows of x^T y; [U, I, O]."""
+        """Return the sum of x^T y over the rows of each HyperExpert; [U, I, O]."""
         raise NotImplementedError
 
     def sum(self, y_RO: Tensor) -> Tensor:
-        """Sum over each set's rows; [U, O]."""
+        """Return the sum over the rows of each HyperExpert; [U, O]."""
         raise NotImplementedError
 
 
 class _Chunk(NamedTuple):
-    """As many sets as one grouped GEMM takes."""
+    """HyperExperts of one grouped GEMM."""
 
-    sets: slice
+    ids: slice
     rows: slice
     ends_U: Tensor
 
 
 class GroupedRows(RoutedRows):
-    """By grouped GEMMs: nothing waits for the host, unless the sets are more than one of them takes."""
+    """Use grouped GEMMs. The host does not wait for the device unless more than one of them is needed."""
 
-    def __init__(self, sets_R: Tensor, sets: int) -> None:
-        super().__init__(sets_R, sets)
-        cuts = list(range(_MOST_GROUPS, sets, _MOST_GROUPS))
+    def __init__(self, ids_R: Tensor, count: int) -> None:
+        super().__init__(ids_R, count)
+        cuts = list(range(_MOST_GROUPS, count, _MOST_GROUPS))
         row_cuts = self.ends_U[[cut - 1 for cut in cuts]].tolist() if cuts else []
-        chunks = zip(pairwise([0, *cuts, sets]), pairwise([0, *row_cuts, len(sets_R)]), strict=True)
+        chunks = zip(pairwise([0, *cuts, count]), pairwise([0, *row_cuts, len(ids_R)]), strict=True)
         self._chunks = [
             _Chunk(slice(*between), slice(*rows), self.ends_U[slice(*between)] - rows[0]) for between, rows in chunks
         ]
@@ -188,14 +188,14 @@ class GroupedRows(RoutedRows):
     ) -> Tensor:
         y_RO = _joined(
             [
-                torch._grouped_mm(x_RI[chunk.rows], weight_UIO[chunk.sets], offs=chunk.ends_U)
+                torch._grouped_mm(x_RI[chunk.rows], weight_UIO[chunk.ids], offs=chunk.ends_U)
                 for chunk in self._chunks
                 if chunk.rows.start < chunk.rows.stop
             ]
         )
         if bias_UO is None:
             return y_RO
-        bias_RO = bias_UO[self.sets_R]
+        bias_RO = bias_UO[self.ids_R]
         return y_RO.add_(bias_RO if gate_R1 is None else bias_RO.mul_(gate_R1))
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class GroupedRows(RoutedRows):
         )
 
     def sum(self, y_RO: Tensor) -> Tensor:
-        # A product with ones, as many as 16 bytes hold: without atomics, so the same bits every time.
+        # A product with ones, 16 bytes wide, has no atomics and is therefore deterministic.
         return self.outer(y_RO.new_ones(len(y_RO), 16 // y_RO.element_size()), y_RO)[:, 0]
 
 
@@ -218,29 +218,29 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class LoopedRows(RoutedRows):
-    """By one matrix product a set, each written in place; the host learns how many rows a set has.
+    """Use one matrix product per HyperExpert, written in place. The host waits for the number of rows of each.
 
-    In bf16 on CPU oneDNN makes code for each number of rows that it meets, which takes longer than the product. There a
-    set reaches over some rows of the sets behind it, whose own products are written over theirs.
+    For bf16 on CPU, oneDNN compiles code for each new number of rows, which takes longer than the product. There a
+    product extends over some rows of the next HyperExperts, whose own products then overwrite these rows.
     """
 
-    def __init__(self, sets_R: Tensor, sets: int) -> None:
-        super().__init__(sets_R, sets)
+    def __init__(self, ids_R: Tensor, count: int) -> None:
+        super().__init__(ids_R, count)
         ends = self.ends_U.tolist()
-        self._rows_of_set = [slice(*between) for between in zip([0, *ends], ends, strict=False)]
+        self._rows_of = [slice(*between) for between in zip([0, *ends], ends, strict=False)]
 
     def _reach(self, rows: slice, like: Tensor) -> slice:
         if like.is_cuda or like.dtype is torch.float32:
             return rows
         count = rows.stop - rows.start
-        multiple = max(32, 1 << count.bit_length() >> 3)  # at most a quarter more, but for sets of few rows
+        multiple = max(32, 1 << count.bit_length() >> 3)  # at most a quarter more, except for few rows
         return slice(rows.start, min(rows.start + math.ceil(count / multiple) * multiple, like.shape[0]))
 
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
     ) -> Tensor:
         y_RO = x_RI.new_empty(x_RI.shape[0], weight_UIO.shape[2])
-        for index, rows in enumerate(self._rows_of_set):
+        for index, rows in enumerate(self._rows_of):
             if rows.start == rows.stop:
                 continue
             reach = self._reach(rows, x_RI)
@@ -252,8 +252,8 @@ class LoopedRows(RoutedRows):
         return y_RO
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
-        product_UIO = x_RI.new_empty(len(self._rows_of_set), x_RI.shape[1], y_RO.shape[1])
-        for index, rows in enumerate(self._rows_of_set):
+        product_UIO = x_RI.new_empty(len(self._rows_of), x_RI.shape[1], y_RO.shape[1])
+        for index, rows in enumerate(self._rows_of):
             reach = self._reach(rows, x_RI)
             x_tI, y_tO = x_RI[reach], y_RO[reach]
             beyond = (0, 0, 0, reach.stop - rows.stop)
@@ -265,14 +265,14 @@ class LoopedRows(RoutedRows):
         return product_UIO
 
     def sum(self, y_RO: Tensor) -> Tensor:
-        sum_UO = y_RO.new_empty(len(self._rows_of_set), y_RO.shape[1])
-        for index, rows in enumerate(self._rows_of_set):
+        sum_UO = y_RO.new_empty(len(self._rows_of), y_RO.shape[1])
+        for index, rows in enumerate(self._rows_of):
             torch.sum(y_RO[rows], 0, out=sum_UO[index])
         return sum_UO
 
 
 class _Apply(torch.autograd.Function):
-    """`apply_generated` for rows that are sorted already."""
+    """`apply_generated` for sorted rows."""
 
     @staticmethod
     def forward(
@@ -303,8 +303,8 @@ class _Apply(torch.autograd.Function):
         grad_inner_RA = rows.affine(grad_RD, up_UAD.transpose(1, 2))
         grad_gates_TJ, gated_RA = None, inner_RA
         if gate_R1 is not None:
-            # d y / d gate is the row's own output: inner W_up + b_up.
-            grad_gate_R = (grad_inner_RA * inner_RA).sum(1) + (grad_RD * up_bias_UD[rows.sets_R]).sum(1)
+            # d y / d gate is the output of the row: inner W_up + b_up.
+            grad_gate_R = (grad_inner_RA * inner_RA).sum(1) + (grad_RD * up_bias_UD[rows.ids_R]).sum(1)
             grad_gates_TJ = torch.empty_like(gates_TJ).view(-1).index_copy_(
                 0, rows.order_R, grad_gate_R.to(gates_TJ.dtype)
             ).view_as(gates_TJ)  # fmt: skip
@@ -325,6 +325,6 @@ def _sorted_gates(gates_TJ: Tensor | None, rows: RoutedRows, like: Tensor) -> Te
 
 
 def _by_token(y_RD: Tensor, rows: RoutedRows, per_token: int) -> Tensor:
-    """Sorted rows back in the order of the tokens, those of one token added up; y_TD."""
+    """Restore the order of the tokens and sum the rows of each token; y_TD."""
     back_RD = torch.empty_like(y_RD).index_copy_(0, rows.order_R, y_RD)
     return back_RD if per_token == 1 else back_RD.view(-1, per_token, y_RD.shape[1]).sum(1)

@@ -1,7 +1,7 @@
-"""Keeps generated HyperExperts between the forward passes of one `generate` call.
+"""Cache generated HyperExperts between the forward passes of one `generate` call.
 
-What the hypernetwork computes depends on more than its parameters: on adapters switched on or off, hooks, swapped or
-quantised modules. Nothing cheap detects all of these, so that nothing is kept where one of them can change.
+The hypernetwork's output depends on more than its parameters: adapters, hooks, swapped or quantised modules. No cheap
+check detects a change of all of these, so the cache does not outlive the call.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from .generated import HyperExpertWeights
 
 
 class HyperExpertCache:
-    """Generated HyperExperts of one layer by their set of experts.
+    """Generated HyperExperts of one layer, by selection.
 
     Args:
-        capacity: most sets to keep; a set that finds no room clears the others out.
+        capacity: largest number of selections. If new ones do not fit, the cache is cleared first.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -25,7 +25,7 @@ class HyperExpertCache:
         self._weights: HyperExpertWeights | None = None
 
     def fetch(self, sets_UK: Tensor, generate: Callable[[Tensor], HyperExpertWeights]) -> HyperExpertWeights:
-        """The HyperExperts of U distinct sets, at most `capacity` of them; generates those that are missing.
+        """Return the HyperExperts of U distinct selections, at most `capacity`, and generate the missing ones.
 
         Args:
             sets_UK: expert indices.
@@ -53,11 +53,11 @@ class HyperExpertCache:
 
 
 class KeptHyperExperts:
-    """The HyperExperts of all layers. Only the forward passes that are given it use it.
+    """Cached HyperExperts of all layers, used only by forward passes that receive this object.
 
     Attributes:
-        all_sets: of each layer those of all sets there can be, where these are few enough to be kept; otherwise each
-            layer has a cache of those that occur.
+        all_sets: weights of all possible selections of each layer, if these are few enough. Otherwise each layer caches
+            the selections that occur.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class KeptHyperExperts:
         self._layers: dict[int, HyperExpertCache] = {}
 
     def layer(self, index: int, capacity: int) -> HyperExpertCache:
-        """The cache of MoE layer `index`, made at its first use."""
+        """Return the cache of MoE layer `index`, created at its first use."""
         if index not in self._layers:
             self._layers[index] = HyperExpertCache(capacity)
         return self._layers[index]

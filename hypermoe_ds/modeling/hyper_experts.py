@@ -1,16 +1,16 @@
-"""HyperExperts: small modules generated from the identity of the experts a token did not choose.
+"""HyperExperts: small modules generated from the identity of the experts that a token is not routed to.
 
 Equations: HyperMoE (Zhao et al., ACL 2024, arXiv 2402.12656); docs/METHOD.md numbers them.
 
 Shape legend:
-    T tokens, D hidden size, N experts, K experts chosen for a token, U sets of experts,
+    T tokens, D hidden size, N experts, K experts of a token, U selections (sets of experts),
     E expert-embedding size, P selection hidden size, H hypernetwork input size,
-    B bottleneck, A adapter size, J HyperExperts that a token takes, R = T * J rows.
+    B bottleneck, A adapter size, J HyperExperts of a token, R = T * J routed rows.
 """
 
 import logging
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_hypermoe import HyperConditioning
 from .generated import Assignment, HyperExpertWeights, RoutedRows, apply_generated, sort_rows
-from .hyper_cache import KeptHyperExperts
+from .hyper_cache import HyperExpertCache, KeptHyperExperts
 from .hyper_costs import Form, Sizes, cheaper_form, generated_weights_fit
 from .selections import all_sets, distinct_sets, rank_sets
 
@@ -26,17 +26,17 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def keep_initialisation(part: nn.Module) -> None:
-    """Have the model initialise the modules in `part` as their own `reset_parameters` says.
+    """Mark the modules in `part`, so that the model initialises them by their own `reset_parameters`.
 
-    Transformers initialises every Linear and Embedding of a model alike, which would make the
-    generated weights ten to thirty times too large and the expert embeddings fifty times too small.
+    Otherwise Transformers initialises every Linear and Embedding in the same way: generated weights would be ten to
+    thirty times too large and expert embeddings fifty times too small.
     """
     for module in part.modules():
         module.keeps_initialisation = True  # type: ignore[assignment]
 
 
 class SelectionEncoder(nn.Module):
-    """Encodes which experts were not selected (steps 2 and 3), one encoder a layer.
+    """Encode which experts were not selected (steps 2 and 3). Each layer has its own encoder.
 
     Args:
         num_experts: N.
@@ -56,16 +56,16 @@ class SelectionEncoder(nn.Module):
         """Encode selections.
 
         Args:
-            selected_UK: expert indices; their order inside a row does not matter.
+            selected_UK: expert indices, in any order within a row.
 
         Returns:
             z_UH. For K = N the sum over unselected experts is exactly zero.
         """
-        # Through the embedding's own forward, where a sharded table is gathered.
+        # Calling the module gathers a sharded table; reading its weight would not.
         table_NE = self.expert_embedding(torch.arange(self.num_experts, device=selected_UK.device))
         unselected_UN = table_NE.new_ones(selected_UK.shape[0], table_NE.shape[0]).scatter(1, selected_UK, 0.0)
-        # One GEMM with a 0/1 matrix: exactly zero for K = N, the same bits whatever the order of
-        # the K, and a gradient without atomics. Its 2*U*N*E FLOPs are nothing beside step 5.
+        # A GEMM with a 0/1 matrix is exactly zero for K = N, bitwise the same for any order of the K experts, and has a
+        # gradient without atomics. Its 2*U*N*E FLOPs are negligible next to step 5.
         encoded: Tensor = self.mlp(unselected_UN @ table_NE)
         return encoded
 
@@ -92,16 +92,16 @@ class GeneratorHead(nn.Linear):
 
 
 class HyperNetwork(nn.Module):
-    """The one hypernetwork shared by all layers and experts (steps 4 to 6).
+    """The hypernetwork that all layers and experts share (steps 4 to 6).
 
-    Its parameters are read inside its own forward only, so that a sharded copy can be gathered for it, and those of
-    each map by calling the map, which may be adapted, quantised or offloaded. `_factored` alone reads weights itself,
-    of maps that are none of these.
+    Parameters are read only inside `forward`, so that a sharded copy can be gathered for it. Each linear map is called
+    as a module, because it may be adapted, quantised or offloaded. Only `_factored` reads weights directly, and only of
+    plain maps.
 
     Args:
         hidden_size: D.
         input_size: H.
-        num_layers: L, the layers that use it.
+        num_layers: L, the number of layers that use it.
         layer_embedding_size: width of the layer embedding.
         bottleneck_size: B.
         adapter_size: A.
@@ -142,18 +142,18 @@ class HyperNetwork(nn.Module):
         form: Form = "per_set",
         recompute: bool = False,
     ) -> HyperExpertWeights | Tensor:
-        """Generate a HyperExpert for each of U encoded sets and, given tokens, apply them.
+        """Generate a HyperExpert for each of U encoded selections and, given tokens, apply them.
 
         Args:
-            z_UH: encoded sets.
-            layer_U: the layer of each.
-            x_TD: input of the MoE block; None generates only.
-            taken: which of the U HyperExperts each token takes.
+            z_UH: encoded selections.
+            layer_U: layer of each selection.
+            x_TD: input of the MoE block; None only generates.
+            assignment: which of the U HyperExperts each token uses.
             form: "per_set", "factored" or "per_token"; all three are exact.
-            recompute: generate "per_set" modules again in the backward pass instead of keeping them.
+            recompute: with "per_set", generate the weights again in the backward pass instead of saving them.
 
         Returns:
-            y_TD or, without tokens, the generated weights.
+            y_TD, or the generated weights if x_TD is None.
         """
         u_UB = torch.relu(self.trunk(torch.cat([z_UH, self.layer_embedding(layer_U)], dim=-1)))
         if x_TD is None or assignment is None:
@@ -161,19 +161,19 @@ class HyperNetwork(nn.Module):
         if form == "per_set":
             if recompute and torch.is_grad_enabled():
                 rows = sort_rows(assignment, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
-                # Of this module's insides alone: its own forward, where parameters are gathered, runs once.
+                # Recompute only what is inside: parameters are gathered in this forward, which runs once.
                 y_TD: Tensor = checkpoint(self._per_set, x_TD, assignment, u_UB, rows, use_reentrant=False)
                 return y_TD
             return self._per_set(x_TD, assignment, u_UB)
-        x_RD = x_TD.repeat_interleave(assignment.sets_TJ.shape[1], dim=0)
-        u_RB = u_UB[assignment.sets_TJ.flatten()]
+        x_RD = x_TD.repeat_interleave(assignment.ids_TJ.shape[1], dim=0)
+        u_RB = u_UB[assignment.ids_TJ.flatten()]
         if form == "per_token":
             return assignment.sum_over_rows(self._per_token(x_RD, u_RB))
         plain = _computes_its_weight(self.down_weight) and _computes_its_weight(self.up_weight)
         return assignment.sum_over_rows(self._factored(x_RD, u_RB) if plain else self._per_token_in_chunks(x_RD, u_RB))
 
     def _generate(self, u_UB: Tensor) -> HyperExpertWeights:
-        """Step 5: one matrix product for all sets."""
+        """Generate the weights of all selections by one matrix product each (step 5)."""
         return HyperExpertWeights(
             self.down_weight(u_UB).view(-1, self.hidden_size, self.adapter_size),
             self.down_bias(u_UB),
@@ -182,19 +182,19 @@ class HyperNetwork(nn.Module):
         )
 
     def _per_set(self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None) -> Tensor:
-        """Weights once per set, grouped matrix products over the tokens sorted by set."""
+        """Generate weights once per selection and apply them by grouped matrix products."""
         return apply_generated(x_TD, assignment, self._generate(u_UB), rows)
 
     def _per_token(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """The equations as they stand: each row gets weights of its own. The reference for tests."""
+        """Generate weights for each row, as published. The tests use it as their reference."""
         down_RDA, down_bias_RA, up_RAD, up_bias_RD = self._generate(u_RB)
         inner_RA = torch.relu(torch.einsum("rd,rda->ra", x_RD, down_RDA) + down_bias_RA)
         return torch.einsum("ra,rad->rd", inner_RA, up_RAD) + up_bias_RD
 
     def _per_token_in_chunks(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """`_per_token` in the place of `_factored`: as many FLOPs, but reads no weight itself.
+        """Compute `_per_token` in chunks, if `_factored` cannot read the weights of the maps. The FLOPs are the same.
 
-        As many rows at a time as the maps have columns: their generated weights then take the memory of the maps.
+        A chunk has as many rows as the maps have input columns, so its generated weights need the memory of the maps.
         """
         if torch.compiler.is_compiling():
             return self._per_token(x_RD, u_RB)
@@ -202,7 +202,7 @@ class HyperNetwork(nn.Module):
         return torch.cat([checkpoint(self._per_token, x_rD, u_rB, use_reentrant=False) for x_rD, u_rB in chunks])
 
     def _factored(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """Contract x with the B basis matrices first, mix with u after: no generated weight exists."""
+        """Contract x with the B basis matrices, then mix by u. No weights are generated."""
         D, A, B = self.hidden_size, self.adapter_size, u_RB.shape[1]
         basis_RAB = (x_RD @ self.down_weight.weight.view(D, A * B)).view(-1, A, B)
         down_RA = torch.bmm(basis_RAB, u_RB.unsqueeze(-1)).squeeze(-1)
@@ -216,10 +216,10 @@ class HyperNetwork(nn.Module):
 
 
 class SharedHyperNetwork:
-    """The hypernetwork as an argument of the layers that call it.
+    """Wrap the hypernetwork so that it can be an argument of the layers.
 
-    Not the module itself: accelerate moves every argument that it can to the layer's device, a module too, and fails
-    where the module's weights are on disk.
+    accelerate moves all arguments of a layer to its device, modules too, and fails if the weights of a module are on
+    disk.
     """
 
     def __init__(self, module: HyperNetwork) -> None:
@@ -231,15 +231,15 @@ class SharedHyperNetwork:
         return self._module.sizes
 
     def __call__(self, *args: Any) -> Any:
-        """Call the module."""
+        """Call the hypernetwork."""
         return self._module(*args)
 
 
 def _computes_its_weight(head: nn.Module) -> bool:
-    """Whether calling `head` computes nothing but its stored weight and bias.
+    """Return whether calling `head` computes only a product with its stored weight and bias.
 
-    Not so with an adapter, a parametrization or a quantised weight (other types), where accelerate offloads it (a
-    forward of its own) or where hooks may do anything.
+    It does not with an adapter, a parametrization or a quantised weight (another type), with offloading by accelerate
+    (a replaced forward) or with hooks.
     """
     return (
         type(head) is GeneratorHead
@@ -250,15 +250,33 @@ def _computes_its_weight(head: nn.Module) -> bool:
     )
 
 
+class _Plan(NamedTuple):
+    """How to compute the HyperExperts of a layer for a batch of tokens.
+
+    Attributes:
+        selections_UK: selections to generate HyperExperts for.
+        assignment: which of these each token uses.
+        form: how to compute them.
+        recompute: generate the weights again in the backward pass instead of saving them.
+        cache: where to fetch the weights from; None generates them in this pass.
+    """
+
+    selections_UK: Tensor
+    assignment: Assignment
+    form: Form
+    recompute: bool = False
+    cache: HyperExpertCache | None = None
+
+
 class HyperExperts(nn.Module):
-    """The HyperExperts of one layer: its selection encoder and its place in the hypernetwork.
+    """The HyperExperts of one layer.
 
     Args:
-        encoder: this layer's `SelectionEncoder`.
-        layer_index: this layer's row of the hypernetwork's layer embedding.
-        conditioning: "selection", the paper's: a token takes one HyperExpert, generated from all experts
-            but its own K. "route": it takes one for each of its experts j, generated from all experts
-            but j, weighted by j's gate.
+        encoder: the selection encoder of this layer.
+        layer_index: row of this layer in the hypernetwork's layer embedding.
+        conditioning: "selection", as published: a token uses one HyperExpert, generated from all experts except its K.
+            "route": it uses one HyperExpert for each of its experts j, generated from all experts except j and weighted
+            by the gate of j.
     """
 
     def __init__(
@@ -268,7 +286,7 @@ class HyperExperts(nn.Module):
         self.encoder = encoder
         self.layer_index = layer_index
         self.conditioning = conditioning
-        self._announced = False
+        self._logged = False
 
     def forward(
         self,
@@ -280,45 +298,61 @@ class HyperExperts(nn.Module):
         generated: HyperExpertWeights | None = None,
         kept: KeptHyperExperts | None = None,
     ) -> Tensor:
-        """HyperExpert(x) for every token (steps 2 to 6).
+        """Return HyperExpert(x) of every token (steps 2 to 6).
 
         Args:
             x_TD: input of the MoE block.
-            selected_TK: the router's choice, distinct expert indices in any order.
-            hypernetwork: the one shared by all layers.
-            form: how to compute it. The forms agree to rounding; "auto" takes the cheaper of
-                "per_set" and "factored".
-            gates_TK: what the experts' outputs are weighted with; "route" needs them.
-            generated: modules of all sets, if they were generated before.
-            kept: where this call of `generate` keeps modules, if it does; without gradients only.
+            selected_TK: experts that the router selected: distinct indices in any order.
+            hypernetwork: the hypernetwork that all layers share.
+            form: how to compute it. The forms agree to rounding; "auto" takes the cheaper of "per_set" and "factored".
+            gates_TK: weights of the experts' outputs; needed for conditioning "route".
+            generated: weights of all possible selections, if they were generated before.
+            kept: cache of the current `generate` call; used only without gradients.
 
         Returns:
             y_TD, to be added to the experts' output.
         """
-        tokens, set_size, sizes = selected_TK.shape[0], self.set_size(selected_TK.shape[1]), hypernetwork.sizes
-        keeps = kept is not None and form == "auto" and not torch.is_grad_enabled()
-        cache = kept.layer(self.layer_index, self.most_kept(sizes)) if kept is not None and keeps else None
         if generated is not None:
-            self._announce("per_set", len(generated.up_bias), tokens, "generated with those of all layers")
-            return apply_generated(x_TD, self._assign(selected_TK, gates_TK), generated)
-        if self.knows_sets(tokens, set_size, sizes):
-            z_UH, assignment = self.encode_all(set_size, x_TD.device), self._assign(selected_TK, gates_TK)
-        elif torch.compiler.is_compiling():  # how many sets occur depends on data: one for each token
-            z_UH, assignment = (
-                self.encoder(selected_TK),
-                Assignment(torch.arange(tokens, device=x_TD.device).unsqueeze(1)),
-            )
+            self._log_once("per_set", len(generated.up_bias), x_TD.shape[0], "generated with those of all layers")
+            assignment = assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
+            return apply_generated(x_TD, assignment, generated)
+        plan = self._plan(x_TD, selected_TK, hypernetwork.sizes, form, gates_TK, kept)
+        if plan.cache is not None:
+            weights = plan.cache.fetch(plan.selections_UK, lambda new_UK: self._generate(new_UK, hypernetwork))
+            return apply_generated(x_TD, plan.assignment, weights)
+        z_UH = self.encoder(plan.selections_UK)
+        layer_U = self._layer_of(z_UH)
+        output: Tensor = hypernetwork(z_UH, layer_U, x_TD, plan.assignment, plan.form, plan.recompute)
+        return output.to(x_TD.device)  # the hypernetwork may be on another device
+
+    def _plan(
+        self,
+        x_TD: Tensor,
+        selected_TK: Tensor,
+        sizes: Sizes,
+        form: Form | Literal["auto"],
+        gates_TK: Tensor | None,
+        kept: KeptHyperExperts | None,
+    ) -> _Plan:
+        """Decide what to generate and how to apply it, without computing with weights."""
+        tokens, set_size = selected_TK.shape[0], self.set_size(selected_TK.shape[1])
+        if self.knows_selections(tokens, set_size, sizes):
+            selections_UK = all_sets(self.num_experts, set_size, x_TD.device)
+            assignment = assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
+        elif (
+            torch.compiler.is_compiling()
+        ):  # the number of distinct selections depends on data: generate for each token
+            selections_UK, assignment = selected_TK, Assignment(torch.arange(tokens, device=x_TD.device).unsqueeze(1))
             form = "factored" if form == "auto" else form
         else:
-            sets_UK, set_of_token_T = distinct_sets(selected_TK, self.num_experts)
-            assignment = Assignment(set_of_token_T.unsqueeze(1))
-            if cache is not None and len(sets_UK) <= cache.capacity:
-                weights = cache.fetch(sets_UK, lambda new_UK: self._generate(self.encoder(new_UK), hypernetwork))
-                return apply_generated(x_TD, assignment, weights)
-            z_UH = self.encoder(sets_UK)
-        form, recompute = self._choose(form, assignment, z_UH.shape[0], set_size, sizes, x_TD)
-        output: Tensor = hypernetwork(z_UH, self._layer_of(z_UH), x_TD, assignment, form, recompute)
-        return output.to(x_TD.device)  # the hypernetwork may be on another
+            selections_UK, index_T = distinct_sets(selected_TK, self.num_experts)
+            assignment = Assignment(index_T.unsqueeze(1))
+            if kept is not None and form == "auto" and not torch.is_grad_enabled():
+                cache = kept.layer(self.layer_index, self.most_kept(sizes))
+                if len(selections_UK) <= cache.capacity:
+                    return _Plan(selections_UK, assignment, "per_set", cache=cache)
+        form, recompute = self._choose(form, assignment, selections_UK.shape[0], set_size, sizes, x_TD)
+        return _Plan(selections_UK, assignment, form, recompute)
 
     @property
     def num_experts(self) -> int:
@@ -326,66 +360,65 @@ class HyperExperts(nn.Module):
         return self.encoder.num_experts
 
     def set_size(self, top_k: int) -> int:
-        """Experts that a HyperExpert is generated without: a token's K, or the one whose gate it takes."""
+        """Return how many experts a selection has: K, or 1 with conditioning "route"."""
         return 1 if self.conditioning == "route" else top_k
 
-    def knows_sets(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
-        """Whether modules of all sets there can be are made, so that nobody waits to learn which occur."""
+    def knows_selections(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
+        """Return whether to generate for all possible selections; the host then need not wait for the actual ones."""
         sets = math.comb(self.num_experts, set_size)
-        if sets <= self.num_experts or torch.compiler.is_compiling():  # the tokens may be a symbol in a graph
+        if sets <= self.num_experts or torch.compiler.is_compiling():  # in a graph `tokens` may be symbolic
             return sets <= self.num_experts
         return generated_weights_fit(tokens, sets, sizes)
 
     def encode_all(self, set_size: int, device: torch.device) -> Tensor:
-        """All sets there can be, encoded; [C(N, set_size), H]."""
+        """Encode all possible selections; [C(N, set_size), H]."""
         z_UH: Tensor = self.encoder(all_sets(self.num_experts, set_size, device))
         return z_UH
 
     def _choose(
         self, form: Form | Literal["auto"], assignment: Assignment, sets: int, set_size: int, sizes: Sizes, x_TD: Tensor
     ) -> tuple[Form, bool]:
-        """The form, and whether the backward pass generates modules again."""
+        """Return the form, and whether the backward pass generates the weights again."""
         if torch.compiler.is_compiling():
             return ("per_set" if form == "auto" else form), False
-        tokens, rows = x_TD.shape[0], assignment.sets_TJ.numel()
-        # By the most sets there can be, not those that occur: all ranks then decide alike.
+        tokens, rows = x_TD.shape[0], assignment.ids_TJ.numel()
+        # Counting possible instead of actual selections, all ranks decide alike.
         recompute = not generated_weights_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), sizes)
         if form == "auto":
             form = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
-            kept = "generated again in the backward pass" if recompute else "kept for the backward pass"
-            self._announce(form, sets, tokens, kept if form == "per_set" else "none are made")
+            saved = "generated again in the backward pass" if recompute else "saved for the backward pass"
+            self._log_once(form, sets, tokens, saved if form == "per_set" else "none are generated")
         return form, recompute
-
-    def _assign(self, selected_TK: Tensor, gates_TK: Tensor | None) -> Assignment:
-        return assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
 
     def _layer_of(self, z_UH: Tensor) -> Tensor:
         return torch.full((z_UH.shape[0],), self.layer_index, device=z_UH.device)
 
     def most_kept(self, sizes: Sizes) -> int:
-        """Modules to keep at most: they then take no more memory than the hypernetwork, or are the N of K = 1."""
+        """Return how many HyperExperts to cache: they take the memory of the hypernetwork, or are the N of K = 1."""
         return max(self.num_experts, sizes.bottleneck)
 
-    def _generate(self, z_UH: Tensor, hypernetwork: HyperNetwork | SharedHyperNetwork) -> HyperExpertWeights:
+    def _generate(self, selections_UK: Tensor, hypernetwork: HyperNetwork | SharedHyperNetwork) -> HyperExpertWeights:
+        z_UH = self.encoder(selections_UK)
         weights: HyperExpertWeights = hypernetwork(z_UH, self._layer_of(z_UH))
         return weights
 
-    def _announce(self, form: str, sets: int, tokens: int, how: str) -> None:
-        if not self._announced and not torch.compiler.is_compiling():
+    def _log_once(self, form: str, selections: int, tokens: int, weights: str) -> None:
+        if not self._logged and not torch.compiler.is_compiling():
             _LOGGER.info(
-                f"HyperExperts of MoE layer {self.layer_index}: {form}, {sets} sets for {tokens} tokens; modules: {how}"
+                f"HyperExperts of MoE layer {self.layer_index}: {form}, {selections} selections for {tokens} tokens; "
+                f"generated weights: {weights}"
             )
-            self._announced = True
+            self._logged = True
 
 
 class BakedHyperExperts(nn.Module):
-    """The modules of all sets of one layer as parameters, in the place of what generates them.
+    """The generated HyperExperts of all selections of one layer, stored as parameters.
 
     Args:
         num_experts: N.
-        set_size: experts that a HyperExpert is generated without.
+        set_size: number of experts in a selection.
         sizes: D and A.
-        conditioning: as of `HyperExperts`.
+        conditioning: as in `HyperExperts`.
     """
 
     def __init__(self, num_experts: int, set_size: int, sizes: Sizes, conditioning: HyperConditioning) -> None:
@@ -400,14 +433,14 @@ class BakedHyperExperts(nn.Module):
         keep_initialisation(self)
 
     def reset_parameters(self) -> None:
-        """Zero: no HyperExpert until the baked ones are loaded."""
+        """Set all weights to zero, until the baked ones are loaded."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(
         self, x_TD: Tensor, selected_TK: Tensor, hypernetwork: None, *, gates_TK: Tensor, generated: None, kept: Any
     ) -> Tensor:
-        """As `HyperExperts`; there is no hypernetwork, and nothing is generated or kept."""
+        """Return HyperExpert(x) as `HyperExperts` does, without a hypernetwork, generation or cache."""
         weights = HyperExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return apply_generated(x_TD, assign(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
 
@@ -415,7 +448,7 @@ class BakedHyperExperts(nn.Module):
 def assign(
     selected_TK: Tensor, gates_TK: Tensor | None, num_experts: int, conditioning: HyperConditioning
 ) -> Assignment:
-    """Which of all sets' HyperExperts each token takes.
+    """Assign to each token the HyperExperts of its selections, among those of all possible selections.
 
     Raises:
         ValueError: conditioning is "route" and there are no gates.
@@ -434,20 +467,20 @@ def generate_ahead(
     top_k: int,
     kept: KeptHyperExperts | None = None,
 ) -> list[HyperExpertWeights] | None:
-    """The modules of all layers by one matrix product, where the sets are known before routing and the modules fit.
+    """Generate the HyperExperts of all layers by one matrix product, if all selections are known and the weights fit.
 
-    The hypernetwork's weights are then read once a pass, not once a layer.
+    The hypernetwork's weights are then read once per pass instead of once per layer.
 
     Args:
         branches: the HyperExperts of all MoE layers.
-        hypernetwork: the one they share.
-        x_TD: the tokens of the pass; only their number, dtype and device matter.
+        hypernetwork: the hypernetwork that they share.
+        x_TD: tokens of the pass; only their number, dtype and device matter.
         top_k: K.
-        kept: where this call of `generate` keeps them, if it does: for its later passes, so in any case that they are
-            not too many.
+        kept: cache of the current `generate` call. Later passes use the weights too, so they are generated unless there
+            are too many, whatever this pass alone would cost.
 
     Returns:
-        One entry a layer; None where each layer shall generate its own.
+        The weights of each layer, or None if each layer is to generate its own.
     """
     if kept is not None and kept.all_sets is not None:
         return kept.all_sets
@@ -456,15 +489,15 @@ def generate_ahead(
     rows = tokens * (top_k if branches[0].conditioning == "route" else 1)
     if kept is not None:
         ahead = sets <= branches[0].most_kept(sizes)
-    elif torch.compiler.is_compiling():  # in a graph whatever their cost, for the tokens may be a symbol
-        ahead = branches[0].knows_sets(tokens, set_size, sizes)
+    elif torch.compiler.is_compiling():  # in a graph at any cost, because `tokens` may be symbolic
+        ahead = branches[0].knows_selections(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
         ahead = generated_weights_fit(tokens, sets, sizes) and cheaper == "per_set"
     if not ahead:
         return None
     sets_UK = all_sets(branches[0].num_experts, set_size, x_TD.device)
-    # Layers may be on other devices than the tokens of the first one.
+    # Layers may be on other devices than the tokens.
     z_UH = torch.cat([branch.encoder(sets_UK).to(x_TD.device) for branch in branches])
     layer_U = torch.arange(len(branches), device=z_UH.device).repeat_interleave(sets)
     parts = (weight.split(sets) for weight in hypernetwork(z_UH, layer_U))

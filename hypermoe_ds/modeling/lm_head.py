@@ -12,24 +12,24 @@ from torch.autograd.function import once_differentiable
 
 _IGNORED = -100
 
-# Of a chunk's fp32 logits. Forward and backward at V = 50304, D = 768, T = 2048 on 2 cores, and the most memory beside
-# weights and input: fp32 all logits 2.80 s, 1.2 GiB; 32 MiB 2.77, 0.6; 64 MiB 2.80, 0.4; 128 MiB 2.71, 0.6.
-# bf16 all logits 1.30 s, 1.0 GiB; 32 MiB 1.57, 0.4; 64 MiB 1.50, 0.4; 128 MiB 1.38, 0.5: the more chunks, the more
-# often the fp32 sum of the weight's gradient is read and written.
+# Size of a chunk's fp32 logits. Time and peak memory of forward and backward at V = 50304, D = 768, T = 2048 on 2
+# cores, without weights and input. fp32: all logits 2.80 s, 1.2 GiB; 32 MiB 2.77, 0.6; 64 MiB 2.80, 0.4; 128 MiB 2.71,
+# 0.6. bf16: all logits 1.30 s, 1.0 GiB; 32 MiB 1.57, 0.4; 64 MiB 1.50, 0.4; 128 MiB 1.38, 0.5. Each chunk reads and
+# writes the fp32 sum of the weight's gradient.
 _CHUNK_BYTES = 128 * 2**20
 
 
 class LMHead(nn.Linear):
-    """Linear map from the hidden state to logits; given labels, the loss in their place.
+    """Linear map from the hidden state to logits; given labels, it returns the loss instead.
 
     Args:
         hidden_size: D.
         vocab_size: V.
 
     Attributes:
-        fused_cross_entropy: a kernel in the place of the chunks, set from outside: called with x_TD,
-            weight_VD and labels_T it returns the sum of the cross-entropies over the labels that are not
-            -100, in nats, with gradients to x and weight.
+        fused_cross_entropy: a kernel to use instead of chunks; the trainer sets it. Called with x_TD, weight_VD and
+            labels_T, it returns the sum of the cross-entropies in nats over the labels that are not -100, with
+            gradients for x and weight.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
@@ -37,18 +37,18 @@ class LMHead(nn.Linear):
         self.fused_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits, or the loss.
+        """Return the logits or, given labels, the loss.
 
         Args:
             x: [..., D].
-            labels: [...], the next tokens; -100 is left out. None asks for the logits.
+            labels: [...], the next tokens; -100 is ignored. None returns the logits.
 
         Returns:
-            Logits [..., V], or the mean cross-entropy in nats in fp32: NaN, with gradients of zero, where no
-            label is left, as `F.cross_entropy` has it.
+            Logits [..., V], or the mean cross-entropy in nats in fp32. If all labels are -100, it is NaN and the
+            gradients are zero, as in `F.cross_entropy`.
 
         Raises:
-            RuntimeError: x and labels are not of the same number of tokens.
+            RuntimeError: x and labels have different numbers of tokens.
         """
         if labels is None:
             return super().forward(x)
@@ -56,7 +56,7 @@ class LMHead(nn.Linear):
         if self.fused_cross_entropy is not None:
             total = self.fused_cross_entropy(x_TD, self.weight, labels_T)
         else:
-            # Under no_grad a Function is still told that its inputs require a gradient.
+            # Under no_grad, ctx.needs_input_grad is still true.
             total = _ChunkedCrossEntropy.apply(x_TD, self.weight, labels_T, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         count = (labels_T != _IGNORED).sum()
         mean: Tensor = (total / count.clamp_min(1)).masked_fill(count == 0, torch.nan)
@@ -64,19 +64,20 @@ class LMHead(nn.Linear):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies over chunks of tokens, with both gradients made in the forward pass.
+    """Sum the cross-entropies over chunks of tokens and compute both gradients in the forward pass.
 
-    Each chunk's logits become its gradient where they lie and are gone before the next chunk: no GEMM
-    is done twice. The sum and not the mean, because gradients divided by the number of tokens before the
-    loss scale comes in would underflow in fp16. The weight's gradient is added up in fp32: in bf16 each chunk
-    would round the sum of all before it once more. That is 4 bytes a weight until the last chunk is done.
+    The gradient of a chunk overwrites its logits, and both are freed before the next chunk. No GEMM runs twice. The
+    result is the sum instead of the mean, because gradients that are divided by the number of tokens before loss
+    scaling would underflow in fp16. The weight's gradient is accumulated in fp32, which takes 4 bytes per weight until
+    the last
+    chunk: in bf16 each chunk would round the sum again.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, learning: bool) -> Tensor:
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        # A row of zeros has finite logits and adds nothing to the weight's gradient.
+        # A row of zeros has finite logits and does not change the weight's gradient.
         ignored_T = labels_T == _IGNORED
         clean_TD = x_TD.masked_fill(ignored_T.unsqueeze(1), 0).to(dtype)
         labels_T1 = labels_T.masked_fill(ignored_T, 0).unsqueeze(1)
@@ -113,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        # In place: a second gradient of the vocabulary's size would stand at the step's peak of memory.
+        # In place: a second gradient of the vocabulary's size would raise the peak memory of the step.
         scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
         ctx.gradients = None
         return *scaled, None, None

@@ -1,4 +1,4 @@
-"""HyperMoE decoder language model as a Transformers model, on one device and ignorant of ranks.
+"""HyperMoE decoder language model for Transformers, on one device.
 
 Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, d head width, V vocabulary.
 """
@@ -36,10 +36,11 @@ from .outputs import HyperMoECausalLMOutput, HyperMoEModelOutput
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a dense SwiGLU or a Mixture of Experts with its HyperExperts.
+    """Pre-norm attention, followed by a dense SwiGLU or a Mixture of Experts with its HyperExperts.
 
     Attributes:
-        skips_hyper_experts: compute as a layer that has none.
+        skips_hyper_experts: leave out the HyperExperts' output.
+        hyper_stream: CUDA stream that the HyperExperts run on; None runs them on the current stream.
     """
 
     skips_hyper_experts = False
@@ -66,10 +67,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         output_branch_norms: bool = False,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the residual stream, attention weights, a MoE layer's logits and selection and, if asked, its norms.
+        """Return the residual stream, the attention weights, and a MoE layer's logits, selection and branch norms.
 
-        Takes, generated, and returns bare tensors: reentrant activation checkpointing cuts off the graph what is
-        wrapped in an object.
+        `generated` and the outputs are bare tensors, because reentrant activation checkpointing detaches tensors inside
+        other objects from the graph.
         """
         y_BSD, weights_BhSS = self.self_attn(
             self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values, **attention_kwargs
@@ -80,26 +81,24 @@ class DecoderLayer(GradientCheckpointingLayer):
             return x_BSD + self.mlp(hidden_BSD), weights_BhSS, None, None, None
 
         weights = HyperExpertWeights(*generated) if generated else None
-        seen: list[Routing] = []
-        branch: list[Tensor] = []
 
-        def decided(routing: Routing) -> None:
-            seen.append(routing)
-            if self.hyper_experts is not None and not self.skips_hyper_experts:
-                branch.append(self._start_branch(hidden_BSD.flatten(0, 1), routing, hypernetwork, weights, kept))
+        def start_hyper_experts(routing: Routing) -> Tensor | None:
+            if self.hyper_experts is None or self.skips_hyper_experts:
+                return None
+            return self._start_hyper_experts(hidden_BSD.flatten(0, 1), routing, hypernetwork, weights, kept)
 
-        y_BSD = run_observed(self.mlp, hidden_BSD, decided)
+        y_BSD, routing, hyper_TD = run_observed(self.mlp, hidden_BSD, start_hyper_experts)
         norms = None
-        for hyper_TD in branch:
+        if hyper_TD is not None:
             if self.hyper_stream is not None:
                 torch.cuda.current_stream().wait_stream(self.hyper_stream)
                 hyper_TD.record_stream(torch.cuda.current_stream())
             if output_branch_norms:
                 norms = torch.stack([y_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
             y_BSD = y_BSD + hyper_TD.view_as(y_BSD)
-        return x_BSD + y_BSD, weights_BhSS, seen[0].logits_TN, seen[0].selected_TK, norms
+        return x_BSD + y_BSD, weights_BhSS, routing.logits_TN, routing.selected_TK, norms
 
-    def _start_branch(
+    def _start_hyper_experts(
         self,
         hidden_TD: Tensor,
         routing: Routing,
@@ -107,9 +106,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         weights: HyperExpertWeights | None,
         kept: KeptHyperExperts | None,
     ) -> Tensor:
-        """The HyperExperts' output; on a stream of its own, beside the tokens' way to their experts.
+        """Compute the HyperExperts' output, on `hyper_stream` next to the dispatch of tokens if that is possible.
 
-        Only what reads no parameter runs there: their gradients are gathered and reduced on the main stream.
+        Only weights that were generated before run on that stream: gradients of parameters are gathered and reduced on
+        the main stream.
         """
         assert self.hyper_experts is not None
         run: Callable[[], Tensor] = partial(
@@ -126,7 +126,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             return run()
         stream.wait_stream(torch.cuda.current_stream())
         for tensor in (hidden_TD, routing.selected_TK, routing.gates_TK, *weights):
-            tensor.record_stream(stream)  # the backward pass reads them there again
+            tensor.record_stream(stream)  # the backward pass reads them on that stream too
         with torch.cuda.stream(stream):
             return run()
 
@@ -159,9 +159,9 @@ class HyperMoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        """Normal weights, smaller where a block writes to the residual stream (GPT-2's 1/sqrt(2L)).
+        """Draw normal weights, smaller ones if they write to the residual stream (1/sqrt(2L), as in GPT-2).
 
-        Only modules with parameters of their own arrive here: Transformers passes over the others.
+        Transformers calls it only for modules that have parameters of their own.
         """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
@@ -225,11 +225,11 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D].
 
         Args:
-            kept_hyper_experts: where `generate` keeps generated HyperExperts between its passes.
-            attention_kwargs: passed on to the attention function.
+            kept_hyper_experts: cache of generated HyperExperts between the forward passes of `generate`.
+            attention_kwargs: passed to the attention function.
 
         Raises:
-            ValueError: neither or both of ids and embeddings are given.
+            ValueError: both or neither of input_ids and inputs_embeds are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -276,12 +276,12 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         kept: KeptHyperExperts | None,
         **arguments: Any,
     ) -> HyperMoEModelOutput:
-        """Run the layers and the final norm, and keep the layers' outputs that are asked for."""
+        """Run the layers and the final norm, and collect the requested outputs of the layers."""
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BSD.dtype)
         ahead = iter(self._generate_ahead(x_BSD, kept))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         hidden, attentions, logits, selected, norms = [], [], [], [], []
-        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` runs the first ones alone
+        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers the number
             if output_hidden_states:
                 hidden.append(x_BSD)
             x_BSD, weights_BhSS, logits_TN, selected_TK, layer_norms = layer(
@@ -312,7 +312,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         )
 
     def _generate_ahead(self, x_BSD: Tensor, kept: KeptHyperExperts | None) -> list[HyperExpertWeights]:
-        """Each MoE layer's generated modules, or nothing where the layers see to it themselves."""
+        """Return the generated weights of each MoE layer, or an empty list if each layer generates its own."""
         if self.hypernetwork is None or self.skips_hyper_experts:
             return []
         branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
@@ -324,8 +324,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     """HyperMoE language model with its output projection and losses.
 
     Attributes:
-        sum_over_ranks: sums a tensor over the data-parallel ranks; set from outside when
-            `router_aux_loss_scope` is "data_parallel".
+        sum_over_ranks: sums a tensor over the data-parallel ranks; the trainer sets it if `router_aux_loss_scope` is
+            "data_parallel".
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read by Transformers)
@@ -340,9 +340,9 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' `generate`; in evaluation mode its own forward passes keep the HyperExperts that they generate.
+        """Call Transformers' `generate`; in evaluation mode its passes share the HyperExperts that they generate.
 
-        No other pass uses these, so that adapters, weights and modules may change between two calls.
+        No other pass uses these, so adapters, weights and modules may change between two calls.
         """
         self._kept = None if self.training else KeptHyperExperts()
         try:
@@ -351,7 +351,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             self._kept = None
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of the next forward pass of `generate`."""
+        """Return the arguments of the next forward pass of `generate`."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         return inputs if self._kept is None else {**inputs, "kept_hyper_experts": self._kept}
 
@@ -374,19 +374,19 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S].
-            attention_mask: [B, S], 0 at padding, which takes no part in any loss.
-            position_ids: [B, S]; counted from the cache's length when left out.
+            attention_mask: [B, S], 0 at padding, which no loss counts.
+            position_ids: [B, S]; None continues from the length of the cache.
             past_key_values: keys and values of earlier tokens.
-            inputs_embeds: [B, S, D] in the place of input_ids.
-            labels: [B, S], the input ids themselves; -100 is left out of the loss.
+            inputs_embeds: [B, S, D], instead of input_ids.
+            labels: [B, S], the input ids; the loss ignores -100.
             use_cache: return a cache; None follows the configuration.
             output_router_logits: return router logits, selections and branch norms.
-            output_logits: return logits; False computes the loss without ever holding all of them, given labels.
-            logits_to_keep: compute logits for the last so many positions only; 0 means all.
-            kwargs: `shift_labels` [B, S], labels that are already the next tokens, in the place of `labels`;
-                `num_items_in_batch`, the tokens that the loss is divided by; what `HyperMoEModel` takes.
+            output_logits: return logits; False with labels computes the loss in chunks and returns no logits.
+            logits_to_keep: compute logits for this many last positions only; 0 means all.
+            kwargs: `shift_labels` [B, S], labels that are already shifted, instead of `labels`; `num_items_in_batch`,
+                the number of tokens that the loss is divided by; arguments of `HyperMoEModel`.
         """
-        # No parameters: the Trainer takes each one with "label" in its name for a column that a dataset must have.
+        # Not in the signature: the Trainer expects a dataset column for each parameter with "label" in its name.
         shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -426,10 +426,10 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         num_items: Tensor | int | None,
     ) -> dict[str, Tensor]:
-        """Losses by their names in the output; none without labels.
+        """Return the losses by their names in the output, or nothing without labels.
 
-        With `num_items`, the tokens of an accumulated batch, the losses of its parts add up to the mean over all its
-        tokens; the routing losses of the parts are weighted by their tokens too.
+        Given `num_items`, the number of tokens in an accumulated batch, the losses of the micro-batches add up to the
+        mean over all its tokens. Routing losses are weighted by tokens too.
         """
         if labels_BS is None:
             return {}
@@ -444,16 +444,16 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             loss = lm_loss + len(routing) * weighted
         if num_items is not None:
             count = (labels_BS != -100).sum()
-            # The mean over no label is NaN, and 0 / 0 too, also in the gradients.
+            # The mean over no labels is NaN, and so are 0 / 0 and its gradients.
             share = count / torch.as_tensor(num_items, device=count.device).clamp_min(1)
             loss, lm_loss = ((mean * share).masked_fill(count == 0, 0) for mean in (loss, lm_loss))
         return losses | {"loss": loss, "lm_loss": lm_loss}
 
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
-        """Mean cross-entropy, of the logits where there are any.
+        """Return the mean cross-entropy, from the logits if they exist.
 
-        Without them only the model's own projection computes the loss: one in an adapter would pass the labels on to
-        the projection inside and add its own part to the loss.
+        Otherwise the model's own projection computes it in chunks. A projection wrapped in an adapter cannot: it would
+        pass the labels to the projection inside and add its own output to the loss.
         """
         if logits_BSV is None and isinstance(self.lm_head, LMHead):
             chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
@@ -463,7 +463,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=-100)
 
     def _routing_losses(self, routing: tuple[Routing, ...]) -> tuple[Tensor, Tensor]:
-        """Load-balancing loss and router z-loss, each the mean over the MoE layers."""
+        """Return the load-balancing loss and the router z-loss, each averaged over the MoE layers."""
         balance = [load_balancing_loss(r.logits_TN, r.selected_TK, self.sum_over_ranks) for r in routing]
         return torch.stack(balance).mean(), torch.stack([router_z_loss(r.logits_TN) for r in routing]).mean()
 
@@ -471,12 +471,14 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
 def _without_padding(
     routing: tuple[Routing, ...], labels_BS: Tensor, attention_mask: Tensor | None
 ) -> tuple[tuple[Routing, ...], Tensor]:
-    """The routing of the tokens alone, and labels that ask nothing of padding. Training has no mask and waits for none.
+    """Remove padding from the routing and mask it in the labels.
+
+    Training passes no mask, so it does not wait for the device here.
 
     Args:
-        routing: of all B * S positions.
+        routing: routing of all B * S positions.
         labels_BS: the next tokens.
-        attention_mask: [B, S] or, with a cache, more; of any other shape it names no padding.
+        attention_mask: [B, S], or longer with a cache; a mask of another rank is ignored.
     """
     if attention_mask is None or attention_mask.dim() != 2:
         return routing, labels_BS
@@ -489,8 +491,7 @@ def _without_padding(
 HyperMoEConfig.register_for_auto_class()
 HyperMoEModel.register_for_auto_class("AutoModel")
 HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# Here, and so in exports too: the Trainer's label smoothing (are labels to be shifted?), `transformers serve` and
-# lm-evaluation-harness ask these tables what kind of model a name is. The Auto classes'
-# `register` does not write them.
+# The Trainer's label smoothing, `transformers serve` and lm-evaluation-harness look up the kind of a model in these
+# tables, which `register` of the Auto classes does not write. Exports carry this file, so they work there too.
 MODEL_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEForCausalLM.__name__

@@ -1,7 +1,7 @@
 """Mixture of Experts: router, experts, block and routing losses, on one device.
 
-In training the block is replaced by DeepSpeed's expert-parallel layer, whose router has the same
-parts as `TopKRouter`; `run_observed` runs either.
+In training, DeepSpeed's expert-parallel layer replaces the block. Its router has the same parts as `TopKRouter`;
+`run_observed` runs either of them.
 
 Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, N experts, K experts of a token, F expert width.
 """
@@ -9,7 +9,7 @@ Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, N experts, K
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,15 @@ from transformers.integrations.moe import ExpertsInterface, use_experts_implemen
 
 from .configuration_hypermoe import HyperMoEConfig
 
+Result = TypeVar("Result")
+
 
 class ResidualLinear(nn.Linear):
-    """A Linear whose output goes to the residual stream: the model starts it smaller."""
+    """A Linear whose output is added to the residual stream; the model initialises it with a smaller deviation."""
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): a dense layer's MLP, or the expert that all tokens share."""
+    """down(silu(gate(x)) * up(x)): the MLP of a dense layer, or the shared expert."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class SwiGLU(nn.Module):
 
 
 class _Fp32Product(torch.autograd.Function):
-    """x W^T in fp32; what the backward pass needs is kept in the inputs' precision, not in fp32."""
+    """x W^T in fp32. Tensors for the backward pass are saved in the precision of the inputs, not in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
@@ -48,13 +50,13 @@ class _Fp32Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ND = ctx.saved_tensors
-        of_x_TD = gradient_TN @ weight_ND.float()
-        of_weight_ND = gradient_TN.flatten(0, -2).T @ x_TD.flatten(0, -2).float()
-        return of_x_TD.to(x_TD.dtype), of_weight_ND.to(weight_ND.dtype)
+        x_gradient_TD = gradient_TN @ weight_ND.float()
+        weight_gradient_ND = gradient_TN.flatten(0, -2).T @ x_TD.flatten(0, -2).float()
+        return x_gradient_TD.to(x_TD.dtype), weight_gradient_ND.to(weight_ND.dtype)
 
 
 class Fp32Gate(nn.Linear):
-    """A router's gate that computes its logits in fp32, in whatever precision its input and weights are."""
+    """A router's gate that computes its logits in fp32, whatever the precision of its input and weight."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         device = x_TD.device.type
@@ -62,14 +64,14 @@ class Fp32Gate(nn.Linear):
             with torch.autocast(device, enabled=False):
                 return self.forward(x_TD)
         if not self.weight.requires_grad or x_TD.dtype == self.weight.dtype == torch.float32:
-            # Also of a quantised weight, whose class has this product alone.
+            # A quantised weight also takes this path: its class implements no other product.
             return F.linear(x_TD.float(), self.weight.float())
         logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TN
 
 
 class TopKRouter(nn.Module):
-    """Sends each token to the K experts of highest probability (step 1 of docs/METHOD.md)."""
+    """Route each token to the K experts of highest probability (step 1 of docs/METHOD.md)."""
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class TopKRouter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The gate's weight [N, D], where expert parallelism looks for it."""
+        """Weight of the gate [N, D]; DeepSpeed's AutoEP reads it from here."""
         return self.gate.weight
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +100,7 @@ class TopKRouter(nn.Module):
 
 
 class _ExpertsForms(ExpertsInterface):
-    """Transformers' grouped products in graphs of torch.compile and torch.export, `Experts.forward` elsewhere."""
+    """Use Transformers' grouped products in graphs of torch.compile and torch.export, otherwise `Experts.forward`."""
 
     def get_interface(self, experts_implementation: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
         grouped: Callable[..., Tensor] = self["grouped_mm"]
@@ -107,7 +109,7 @@ class _ExpertsForms(ExpertsInterface):
 
 @use_experts_implementation(experts_interface=_ExpertsForms())
 class Experts(nn.Module):
-    """N SwiGLU experts in two 3-D parameters."""
+    """N SwiGLU experts stored in two 3-D parameters."""
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__()
@@ -117,23 +119,23 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(N, D, width))
 
     def forward(self, x_TD: Tensor, selected_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Sum of each token's experts, weighted by its gates; y_TD.
+        """Return the sum of each token's experts, weighted by its gates; y_TD.
 
-        Where Transformers splits the experts over ranks, index N marks one of another rank, which adds zero.
+        If Transformers splits the experts over ranks, index N marks an expert of another rank, which contributes zero.
         """
         top_k, chosen_R = selected_TK.shape[1], selected_TK.flatten()
         order_R = torch.argsort(chosen_R, stable=True)  # R = T * K rows, sorted by expert
         counts = torch.bincount(chosen_R, minlength=self.num_experts + 1).tolist()
-        *groups, elsewhere_tD = torch.split(x_TD[order_R // top_k], counts)
+        *groups, remote_tD = torch.split(x_TD[order_R // top_k], counts)
         outputs = []
         for x_tD, gate_up_FD, down_DF in zip(groups, self.gate_up_proj, self.down_proj, strict=True):
             outputs.append(F.linear(self._apply_gate(F.linear(x_tD, gate_up_FD)), down_DF))
-        y_RD = torch.cat([*outputs, torch.zeros_like(elsewhere_tD)])
+        y_RD = torch.cat([*outputs, torch.zeros_like(remote_tD)])
         y_TKD = torch.empty_like(y_RD).index_copy(0, order_R, y_RD).view(-1, top_k, x_TD.shape[1])
         return (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
     def _apply_gate(self, gate_up_tF: Tensor) -> Tensor:
-        """silu(gate) * up; Transformers' forms call it too."""
+        """Return silu(gate) * up; Transformers' grouped products call it too."""
         gate_tF, up_tF = gate_up_tF.chunk(2, dim=-1)
         return F.silu(gate_tF) * up_tF
 
@@ -148,17 +150,17 @@ class MoEBlock(nn.Module):
         shared = config.shared_expert_size
         self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_BSD: Tensor, decided: "Callable[[Routing], None] | None" = None) -> Tensor:
-        """Sum of each token's experts, weighted by its gates; x_BSD -> y_BSD.
+    def forward(self, x_BSD: Tensor, on_routing: "Callable[[Routing], None] | None" = None) -> Tensor:
+        """Return the sum of each token's experts, weighted by its gates; y_BSD.
 
         Args:
             x_BSD: the tokens.
-            decided: called as soon as the router has decided.
+            on_routing: called as soon as the router has selected the experts.
         """
         x_TD = x_BSD.flatten(0, 1)
         gates_TK, selected_TK, logits_TN = self.router(x_TD)
-        if decided is not None:
-            decided(Routing(logits_TN, selected_TK, gates_TK))
+        if on_routing is not None:
+            on_routing(Routing(logits_TN, selected_TK, gates_TK))
         y_TD = self.experts(x_TD, selected_TK, gates_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
@@ -168,38 +170,54 @@ class MoEBlock(nn.Module):
 
 @dataclass
 class Routing:
-    """What the router of one layer decided in one forward pass."""
+    """Output of the router of one layer in one forward pass."""
 
     logits_TN: Tensor
     selected_TK: Tensor
     gates_TK: Tensor | None = None
 
 
-def run_observed(block: nn.Module, x_BSD: Tensor, decided: Callable[[Routing], None]) -> Tensor:
-    """`block`'s output; calls `decided` as soon as its router has decided, before any token goes to its experts.
+def run_observed(
+    block: nn.Module, x_BSD: Tensor, on_routing: Callable[[Routing], Result]
+) -> tuple[Tensor, Routing, Result]:
+    """Run a MoE block and call `on_routing` once its router has selected the experts, before tokens are dispatched.
 
     Args:
-        block: a `MoEBlock`, or DeepSpeed's in its place.
+        block: a `MoEBlock`, or DeepSpeed's layer that replaces it.
         x_BSD: the tokens.
-        decided: called once.
+        on_routing: called once, with the routing of all tokens.
+
+    Returns:
+        The output y_BSD of the block, its routing, and the result of `on_routing`.
     """
+    observed: list[tuple[Routing, Result]] = []
+
+    def observe(routing: Routing) -> None:
+        observed.append((routing, on_routing(routing)))
+
     if isinstance(block, MoEBlock):
-        return block(x_BSD, decided)  # type: ignore[no-any-return]
-    with observe_router(block.get_submodule("router"), decided):
-        return block(x_BSD)  # type: ignore[no-any-return]
+        y_BSD = block(x_BSD, observe)
+    else:
+        with observe_router(block.get_submodule("router"), observe):
+            y_BSD = block(x_BSD)
+    [(routing, result)] = observed
+    return y_BSD, routing, result
 
 
 @contextmanager
-def observe_router(router: nn.Module, decided: Callable[[Routing], None]) -> Iterator[None]:
-    """Call `decided` as soon as `router` has decided.
+def observe_router(router: nn.Module, on_routing: Callable[[Routing], None]) -> Iterator[None]:
+    """Call `on_routing` once `router` has selected the experts.
 
-    Hooks of this one pass, so nothing is stored on the module, and activation checkpointing sees the same thing twice.
+    The hooks exist for one pass only: nothing is stored on the module, and activation checkpointing observes the same
+    routing when it recomputes.
     """
     logits: list[Tensor] = []
     handles = [
         router.gate.register_forward_hook(lambda _module, _inputs, output: logits.append(output)),  # type: ignore[union-attr]
         router.register_forward_hook(
-            lambda _module, _inputs, output: decided(Routing(logits.pop(), selected_TK=output[1], gates_TK=output[0]))
+            lambda _module, _inputs, output: on_routing(
+                Routing(logits.pop(), selected_TK=output[1], gates_TK=output[0])
+            )
         ),
     ]
     try:
@@ -212,21 +230,20 @@ def observe_router(router: nn.Module, decided: Callable[[Routing], None]) -> Ite
 def load_balancing_loss(
     logits_TN: Tensor, selected_TK: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Switch load-balancing loss of one layer (arXiv 2101.03961, equations 4 to 6).
+    """Return the Switch load-balancing loss of one layer (arXiv 2101.03961, equations 4 to 6).
 
-    N * sum_i f_i * P_i, with f_i the share of the T * K routed rows that expert i received and P_i
-    its mean probability; 1 when the load is even, whatever K is.
+    It is N * sum_i f_i * P_i, where f_i is the share of the T * K routed rows that expert i received and P_i its mean
+    probability. It is 1 if the load is even, for any K.
 
     Args:
-        logits_TN: the router's logits.
-        selected_TK: its choice.
-        sum_over_ranks: sums a tensor over the data-parallel ranks; f_i then counts all their
-            tokens. As the loss is linear in P_i, the mean of the ranks' losses is then the loss of
-            the whole batch, in value and gradient.
+        logits_TN: logits of the router.
+        selected_TK: experts that it selected.
+        sum_over_ranks: sums a tensor over the data-parallel ranks; f_i then counts the tokens of all ranks. The loss is
+            linear in P_i, so the mean of the ranks' losses is the loss of the whole batch, in value and gradient.
     """
     N = logits_TN.shape[-1]
     probability_N = F.softmax(logits_TN.float(), dim=-1).mean(0)
-    # Not bincount, which makes the host wait for a GPU. In fp32 counts are exact to 2^24, whatever their order.
+    # bincount would make the host wait for the GPU. Counts in fp32 are exact up to 2^24.
     chosen_R = selected_TK.flatten()
     count_N = torch.zeros_like(probability_N).index_add_(0, chosen_R, torch.ones_like(chosen_R, dtype=torch.float32))
     if sum_over_ranks is not None:
@@ -235,5 +252,5 @@ def load_balancing_loss(
 
 
 def router_z_loss(logits_TN: Tensor) -> Tensor:
-    """Router z-loss of one layer (ST-MoE, arXiv 2202.08906, equation 5): mean of logsumexp squared."""
+    """Return the router z-loss of one layer: the mean of logsumexp squared (ST-MoE, arXiv 2202.08906, equation 5)."""
     return torch.logsumexp(logits_TN.float(), dim=-1).square().mean()

@@ -1,4 +1,4 @@
-"""What the decoder and the language model return.
+"""Outputs of the decoder and the language model.
 
 Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, V vocabulary, N experts, K experts a token.
 """
@@ -15,12 +15,12 @@ class HyperMoEModelOutput(BaseModelOutputWithPast):
 
     Attributes:
         last_hidden_state: [B, S, D] after the final norm.
-        past_key_values: the cache, when one is used.
-        hidden_states: the embeddings and each layer's output [B, S, D], the last after the final norm; when asked for.
-        attentions: per layer the attention weights [B, h, S, S]; when asked for. Only "eager" attention makes any.
-        router_logits: per MoE layer [T, N]; when asked for.
-        selected_experts: per MoE layer [T, K]; when asked for, with the logits.
-        branch_norms: per MoE layer ||MoE block's output|| and ||HyperExperts' output||, [2]; when asked for.
+        past_key_values: the key-value cache, if one is used.
+        hidden_states: embeddings and outputs of all layers [B, S, D], the last one after the final norm; if requested.
+        attentions: attention weights of each layer [B, h, S, S]; if requested. Only "eager" attention returns them.
+        router_logits: router logits of each MoE layer [T, N]; if requested.
+        selected_experts: selected experts of each MoE layer [T, K]; requested together with the logits.
+        branch_norms: norms of the experts' and the HyperExperts' output of each MoE layer, [2]; if requested.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
@@ -33,14 +33,14 @@ class HyperMoECausalLMOutput(CausalLMOutputWithPast):
     """Output of the language model.
 
     Attributes:
-        loss: lm_loss plus the weighted routing losses; given labels.
-        logits: [B, S, V]; None if the loss was asked for without them.
-        past_key_values, hidden_states, attentions: as of `HyperMoEModelOutput`.
-        lm_loss: mean cross-entropy in nats per token. Given `num_items_in_batch`, it and `loss` are
-            this batch's part of the mean over so many tokens.
-        aux_loss: load-balancing loss, mean over the MoE layers (1 when the load is even).
-        z_loss: router z-loss, mean over the MoE layers.
-        router_logits, selected_experts, branch_norms: as of `HyperMoEModelOutput`.
+        loss: lm_loss plus the weighted routing losses, if labels are given.
+        logits: [B, S, V]; None with `output_logits=False`.
+        past_key_values, hidden_states, attentions: as in `HyperMoEModelOutput`.
+        lm_loss: mean cross-entropy in nats per token. With `num_items_in_batch`, it and `loss` are the part that this
+            batch contributes to the mean over that many tokens.
+        aux_loss: load-balancing loss, averaged over the MoE layers (1 if the load is even).
+        z_loss: router z-loss, averaged over the MoE layers.
+        router_logits, selected_experts, branch_norms: as in `HyperMoEModelOutput`.
     """
 
     lm_loss: Tensor | None = None

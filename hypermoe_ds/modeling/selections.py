@@ -1,6 +1,6 @@
-"""Sets of selected experts: all there can be, and which of them each token has.
+"""Sets of selected experts: enumerate all possible sets, and find the set of each token.
 
-Shape legend: T tokens, N experts, K experts of a set, U distinct sets, C = C(N, K) sets in all, W words of a key.
+Shape legend: T tokens, N experts, K experts of a set, U distinct sets, C = C(N, K) possible sets, W words of a key.
 """
 
 import math
@@ -8,21 +8,21 @@ import math
 import torch
 from torch import Tensor
 
-_BITS_PER_WORD = 64  # the sign of an int64 is a bit like the others
+_BITS_PER_WORD = 64  # of an int64, including the sign bit
 
 
 def all_sets(num_experts: int, set_size: int, device: torch.device) -> Tensor:
-    """Every set of `set_size` experts, row i the one of rank i in colexicographic order.
+    """Return every set of `set_size` experts; row i has rank i in colexicographic order.
 
-    Made on the device, without a synchronisation. Meant for as many sets as fit in memory.
+    It is computed on the device, without a synchronisation. All sets must fit into memory.
 
     Returns:
-        sets_CK, the experts of a row in ascending order.
+        sets_CK, with the experts of each row in ascending order.
     """
     binomials = _binomials(num_experts, set_size, device)
     rest_C = torch.arange(math.comb(num_experts, set_size), device=device)
     experts = []
-    for column_N in reversed(binomials):  # the largest expert of a set first
+    for column_N in reversed(binomials):  # begin with the largest expert of each set
         expert_C = torch.searchsorted(column_N, rest_C, right=True) - 1
         rest_C = rest_C - column_N[expert_C]
         experts.append(expert_C)
@@ -30,9 +30,9 @@ def all_sets(num_experts: int, set_size: int, device: torch.device) -> Tensor:
 
 
 def rank_sets(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """The row of `all_sets` that each token has, whatever the order of its experts; no synchronisation.
+    """Return the row of `all_sets` for each token, for any order of its experts, without a synchronisation.
 
-    A set {c_1 < ... < c_K} has rank sum_i C(c_i, i) (the combinatorial number system).
+    A set {c_1 < ... < c_K} has rank sum_i C(c_i, i) (combinatorial number system).
     """
     if selected_TK.shape[1] == 1:
         return selected_TK.squeeze(1)
@@ -43,10 +43,10 @@ def rank_sets(selected_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def distinct_sets(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The sets that occur among the tokens; the host waits for their number.
+    """Return the distinct sets of the tokens; the host waits for their number.
 
     Returns:
-        sets_UK, one row of expert indices a set, and set_of_token_T, each token's row.
+        sets_UK, a row of expert indices for each set, and set_of_token_T, the row of each token.
     """
     keys_TW = set_keys(selected_TK, num_experts)
     if keys_TW.shape[1] == 1:
@@ -59,7 +59,7 @@ def distinct_sets(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 def set_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """Bit sets [T, W] of the selections, in as many int64 words as the experts need."""
+    """Return the selections as bit sets [T, W] of int64 words."""
     words = -(-num_experts // _BITS_PER_WORD)
     bits_TK = torch.ones_like(selected_TK) << (selected_TK % _BITS_PER_WORD)
     word_TK = selected_TK // _BITS_PER_WORD
@@ -67,9 +67,9 @@ def set_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def _binomials(num_experts: int, set_size: int, device: torch.device) -> list[Tensor]:
-    """C(n, k) for n < N as one tensor [N] for each k from 1 to K, by Pascal's rule on the device.
+    """Return C(n, k) for n < N as a tensor [N] for each k from 1 to K, computed by Pascal's rule on the device.
 
-    Values above C(N, K) are of no rank's and cut off there, so that none overflows.
+    No rank needs values above C(N, K), so they are clamped to it and do not overflow.
     """
     most = math.comb(num_experts, set_size)
     column_N = torch.ones(num_experts, dtype=torch.long, device=device)

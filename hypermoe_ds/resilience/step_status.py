@@ -1,4 +1,4 @@
-"""What all ranks know before the first step and after each, however one of them learnt it."""
+"""Synchronise the status of each step across ranks."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from hypermoe_ds.parallel.control_group import ControlGroup
 
 @dataclass(frozen=True)
 class StepStatus:
-    """The same on every rank.
+    """Status of a step, the same on every rank.
 
     Attributes:
-        stop: whether any rank was asked to end.
-        unsaved: whether the last checkpoint could not be written beside the training.
+        stop: whether any rank received a stop signal.
+        unsaved: whether the last checkpoint could not be written in the background.
         skipped: whether the step was skipped.
         loss: mean loss of the step over ranks and micro-batches.
     """
@@ -28,45 +28,49 @@ class StepStatus:
 
 
 class StepLosses:
-    """A rank's losses of one step on their way to the host; the device is never waited for.
+    """Copy a rank's losses to the host without waiting for the device.
 
-    Each copy is queued before the step whose micro-batch it is of, and DeepSpeed's step waits for the norm of the
-    gradient, which comes later in the queue.
+    Each copy is queued before the optimizer step of its micro-batch. DeepSpeed's step waits for the gradient norm,
+    which is later in the queue, so the copies are complete after it.
+
+    Attributes:
+        last_step: losses of the micro-batches of the last step that ended.
     """
 
     def __init__(self) -> None:
+        self.last_step: list[float] = []
         self._parts: list[Tensor] = []
 
     def add(self, loss: Tensor) -> Tensor:
-        """Note the loss of a micro-batch; gives it back to train on, with NaN for every gradient if it is not finite.
+        """Record the loss of a micro-batch and return it; if it is not finite, its gradients are all NaN.
 
-        An infinite loss may have finite gradients: DeepSpeed, which skips steps by the norm of the gradient, would
-        take such a step. To the bit the same where the loss is finite.
+        An infinite loss may have finite gradients. DeepSpeed skips steps by the gradient norm and would take such a
+        step. A finite loss is returned bitwise identical.
         """
         self._parts.append(loss.detach().float().to("cpu", non_blocking=True))
         return loss * (1 + 0 * loss.detach())
 
-    def take(self) -> list[float]:
-        """The losses of the micro-batches, after the step; starts anew."""
-        losses = [float(part) for part in self._parts]
+    def end_step(self) -> list[float]:
+        """Return the losses of the step's micro-batches and begin the next step."""
+        self.last_step = [float(part) for part in self._parts]
         self._parts.clear()
-        return losses
+        return self.last_step
 
 
 def all_reduce_status(
-    ranks: ControlGroup, asked_to_stop: bool, unsaved: bool, skipped: bool, losses: list[float]
+    ranks: ControlGroup, stop_requested: bool, unsaved: bool, skipped: bool, losses: list[float]
 ) -> StepStatus:
-    """Bring the ranks together after a step (collective): one all-reduce of four numbers, on the host.
+    """Combine the status of a step over all ranks (collective): one all-reduce of four numbers on the host.
 
-    Takes 0.1 ms on one machine. On GPUs the queue of the device still holds the optimizer's step then.
+    It takes 0.1 ms on one machine. On GPUs the device still runs the optimizer step in that time.
 
     Raises:
-        MachineError: some ranks skipped the step and some did not.
+        MachineError: some ranks skipped the step and others did not.
     """
     mean = sum(losses) / len(losses)
-    sums_4 = torch.tensor([asked_to_stop, unsaved, skipped, mean], dtype=torch.float64)
+    sums_4 = torch.tensor([stop_requested, unsaved, skipped, mean], dtype=torch.float64)
     torch.distributed.all_reduce(sums_4, group=ranks.group)
     stopping, failing, skipping, loss = sums_4.tolist()
     if skipping not in (0, ranks.size):
-        raise MachineError(f"{skipping:.0f} of {ranks.size} ranks skipped a step for a NaN or Inf, the others not")
+        raise MachineError(f"{skipping:.0f} of {ranks.size} ranks skipped a step for a NaN or Inf, the others did not")
     return StepStatus(stopping > 0, failing > 0, skipping > 0, loss / ranks.size)

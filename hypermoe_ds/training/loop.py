@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.resilience.watchdog import Watchdog
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.step_monitor import StepMonitor
@@ -46,29 +47,32 @@ def train(
     checkpoints: CheckpointManager,
     validate: "Callable[[], Validation] | None",
     validation_interval: int,
+    skipped_samples: SkippedSamples,
     step_monitor: StepMonitor,
     watchdog: Watchdog,
 ) -> bool:
     """Train until `last_step` or a signal; log, validate and save when each is due, and at the end.
 
-    A checkpoint that could not be written beside the training is written again after the step in which that shows. One
-    that is due in a row of bad steps is written after the first good one: a streak may begin with a NaN in the weights.
-    At the end it is written all the same, and no older one is removed.
+    If a checkpoint could not be written in the background, it is written again after the step that notices it. A
+    checkpoint that is due during a row of bad steps is written after the first good step, because the row may begin
+    with a NaN in the weights. At the end it is written in any case, and no older one is removed.
 
     Args:
         engine: the DeepSpeed engine.
-        batches: this rank's micro-batches, from where `state` stands.
-        state: position of the run, moved on.
-        last_step: step after which this start ends.
+        batches: this rank's micro-batches, beginning at the position of `state`.
+        state: position of the run; updated after each step.
+        last_step: step after which this launch ends.
         recorder: logs the steps.
         checkpoints: saves the run.
-        validate: runs the validation (collective); None has none.
+        validate: runs the validation (collective); None runs none.
         validation_interval: steps between two validations.
-        guard: moves `state` on, skips what went wrong, knows of signals.
-        watchdog: told what this rank begins.
+        skipped_samples: samples that the run skips.
+        step_monitor: synchronises and checks the status of each step.
+        watchdog: observes the progress of this rank.
 
     Returns:
-        Whether a signal ended it before `last_step`. It then saves and does not validate: there may be little time.
+        Whether a signal ended the run before `last_step`. The run then saves and does not validate, because there may
+        be little time.
     """
     stopping = unsaved = False
     while state.step < last_step and not stopping:
@@ -76,7 +80,10 @@ def train(
         recorder.begin(state.step + 1)
         watchdog.begin(state.step + 1, "beginning")
         tokens = optimizer_step(engine, batches, recorder, step_monitor.watch)
-        status = step_monitor.after_step(state)
+        status = step_monitor.synchronize()
+        first_sample = state.consumed_samples
+        state.advance(skipped_samples.after(first_sample, engine.train_batch_size()), status.skipped)
+        step_monitor.check(state, first_sample, status)
         stopping = status.stop and state.step < last_step
         recorder.end(state.step, tokens)
         if recorder.logs:
@@ -97,7 +104,7 @@ def train(
     return stopping
 
 
-def _as_it_is(loss: Tensor) -> Tensor:
+def _unchanged(loss: Tensor) -> Tensor:
     return loss
 
 
@@ -105,7 +112,7 @@ def optimizer_step(
     engine: Any,
     batches: Iterator[dict[str, Tensor]],
     observer: StepObserver,
-    watch: Callable[[Tensor], Tensor] = _as_it_is,
+    watch: Callable[[Tensor], Tensor] = _unchanged,
 ) -> int:
     """Run one optimizer step over its micro-batches.
 

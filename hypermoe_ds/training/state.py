@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The position of a run."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -15,8 +15,8 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken.
-        consumed_samples: place in the order of the training samples, those left out counted; fixes which come next.
-        data_order: key of the order they are drawn in, "" before the first start.
+        consumed_samples: index of the next sample in the order of the training samples; skipped samples count.
+        data_order: hash of that order, "" before the first launch.
         bad_steps: steps skipped in a row for a NaN or Inf, up to now.
         good_samples: `consumed_samples` before the first of them.
     """
@@ -31,10 +31,10 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Read it out of a checkpoint; the state of no checkpoint is empty.
+        """Read the state from a checkpoint; an empty dict gives the state of a new run.
 
         Raises:
-            UserError: it is not what `to_dict` gave.
+            UserError: a key or value is not one that `to_dict` writes.
         """
         try:
             return _STATE.validate_python({"good_samples": saved.get("consumed_samples", 0)} | saved)
@@ -44,24 +44,24 @@ class TrainState:
             raise UserError(where, first["msg"], "choose another checkpoint") from None
 
     def advance(self, next_sample: int, skipped: bool = False) -> None:
-        """Count one optimizer step over the samples up to `next_sample`, taken or skipped."""
+        """Count one optimizer step, taken or skipped, over the samples before `next_sample`."""
         self.step += 1
         self.consumed_samples = next_sample
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if not skipped:
             self.good_samples = next_sample
 
-    def follow(self, data_order: str) -> bool:
-        """Take up an order of the data; tells whether it is another one than before.
+    def use_data_order(self, data_order: str) -> bool:
+        """Set the hash of the data order and return whether it has changed.
 
-        Under another order samples already seen come again, and others never.
+        With another order some samples are seen twice and others never.
         """
         changed = self.data_order not in ("", data_order)
         self.data_order = data_order
         return changed
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the state as a checkpoint stores it."""
         return asdict(self)
 
 

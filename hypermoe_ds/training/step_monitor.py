@@ -1,6 +1,6 @@
-"""What is looked at after each step: signals, numbers that went wrong, copies that differ."""
+"""Look at each step after it was taken: stop signals, numbers that are not finite, loss spikes, diverged replicas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,16 +19,18 @@ from hypermoe_ds.training.state import TrainState
 
 
 class StepMonitor:
-    """Moves the run on by a step and says what all ranks know of it. Building it is collective, and from then on
-    SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after a step and not at once.
+    """Synchronise the status of each step across ranks and react to what went wrong.
+
+    The constructor is collective. From then on SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after a step instead of
+    at once.
 
     Args:
         engine: the DeepSpeed engine.
-        config: how many bad steps to bear, what to leave out, when to compare the copies.
+        config: how many bad steps to tolerate, which samples to skip, when to compare replicas.
         expert_parallel: ranks that share one copy of the experts.
         log: prints a line.
-        checkpoints: name the newest one, and know whether the one being written has failed.
-        origin: names the documents of a sample.
+        checkpoints: gives the newest checkpoint and whether the last write has failed.
+        describe_sample: names the documents of a sample.
     """
 
     def __init__(
@@ -46,70 +48,85 @@ class StepMonitor:
         self._log = log
         self._checkpoints = checkpoints
         self._describe_sample = describe_sample
-        self._left_out = SkippedSamples(config.skip_samples)
+        self._skipped_samples = SkippedSamples(config.skip_samples)
         self._ranks = ControlGroup()
         self._replicas = ReplicaCheck(engine, self._ranks, expert_parallel)
         self._spikes = SpikeDetector()
         self._losses = StepLosses()
 
     def watch(self, loss: Tensor) -> Tensor:
-        """Take the loss of a micro-batch; gives back what to run the backward pass from."""
+        """Record the loss of a micro-batch and return the loss to run the backward pass from."""
         return self._losses.add(loss)
 
-    def after_step(self, state: TrainState) -> StepStatus:
-        """Move `state` on by the step just taken; tells what all ranks know of it (collective).
+    def synchronize(self) -> StepStatus:
+        """Combine the status of the step just taken over all ranks (collective).
 
         Raises:
-            UserError: too many steps in a row were skipped; names the last good checkpoint, all of which is read.
-            MachineError: a copy of a parameter differs from the others.
+            MachineError: some ranks skipped the step and others did not.
         """
-        losses = self._losses.take()
-        # DeepSpeed skips by the norm of the gradient, which all ranks have.
+        # DeepSpeed skips a step by the gradient norm, which all ranks have.
         skipped = bool(self._engine.optimizer.overflow)
-        status = all_reduce_status(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
-        first = state.consumed_samples
-        state.advance(self._left_out.after(first, self._engine.train_batch_size()), status.skipped)
+        losses = self._losses.end_step()
+        return all_reduce_status(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
+
+    def check(self, state: TrainState, first_sample: int, status: StepStatus) -> None:
+        """Report a skipped step, a loss spike or a signal, and compare replicas when that is due (collective).
+
+        Args:
+            state: position of the run after the step.
+            first_sample: `consumed_samples` before the step.
+            status: as `synchronize` returned it.
+
+        Raises:
+            UserError: too many steps in a row were skipped. It names the last good checkpoint, which is read in full
+                to find it.
+            MachineError: a replica of a parameter differs from the others.
+        """
         if status.skipped:
-            self._tolerate(state, first, status.loss)
+            self._tolerate(state, first_sample, status.loss)
         deviations = self._spikes.deviations(status.loss)
         if deviations is not None:
-            self._report_spike(state, first, status.loss, deviations, losses)
+            self._report_spike(state, first_sample, status.loss, deviations)
         interval = self._config.consistency_interval
         if interval is not None and state.step % interval == 0:
             self._replicas.run(state.step)
         if status.stop:
-            self._log(f"a signal asks for the end: saving step {state.step}; the same command goes on from it")
-        return status
+            self._log(f"received a signal: saving step {state.step}; run the same command to continue from it")
 
-    def _tolerate(self, state: TrainState, first: int, loss: float) -> None:
-        samples = f"samples {first} to {state.consumed_samples - 1}"
+    def _tolerate(self, state: TrainState, first_sample: int, loss: float) -> None:
+        """Log a skipped step, or stop the run after too many in a row."""
+        samples = f"samples {first_sample} to {state.consumed_samples - 1}"
         self._log(
             f"warning: step {state.step} skipped: NaN or Inf in its loss ({loss:.4f}) or gradient; {samples}; "
             f"{state.bad_steps} in a row, {self._engine.skipped_steps} in all"
         )
-        if state.bad_steps > self._config.max_bad_steps:
-            good = self._checkpoints.last_good()
-            again = f"go on from the last good checkpoint, {good}," if good else "start again (no good checkpoint)"
-            if good and good != self._checkpoints.newest():
-                again = f"write {good.name} into {good.parent / 'latest'} and {again}"
-            raise UserError(
-                f"train.max_bad_steps={self._config.max_bad_steps}",
-                f"{state.bad_steps} steps in a row up to step {state.step} had a NaN or Inf in loss or gradient",
-                f"{again} with a smaller optimizer.lr, or leave out their data with "
-                f"train.skip_samples=[[{state.good_samples}, {state.consumed_samples - 1}]]",
-            )
-
-    def _report_spike(self, state: TrainState, first: int, loss: float, deviations: float, losses: list[float]) -> None:
-        """All ranks see the spike, so they can tell each other which micro-batch it was."""
-        of_ranks = self._ranks.gather(losses)
-        worst, number, rank = max((loss, n, r) for r, losses in enumerate(of_ranks) for n, loss in enumerate(losses))
-        order = ResumableSampler(
-            state.consumed_samples, self._config.micro_batch_size, 0, len(of_ranks), first, self._left_out
+        if state.bad_steps <= self._config.max_bad_steps:
+            return
+        good = self._checkpoints.last_good()
+        again = f"resume from the last good checkpoint, {good}," if good else "start again (no good checkpoint)"
+        if good and good != self._checkpoints.newest():
+            again = f"write {good.name} into {good.parent / 'latest'} and {again}"
+        raise UserError(
+            f"train.max_bad_steps={self._config.max_bad_steps}",
+            f"{state.bad_steps} steps in a row up to step {state.step} had a NaN or Inf in loss or gradient",
+            f"{again} with a smaller optimizer.lr, or skip their data with "
+            f"train.skip_samples=[[{state.good_samples}, {state.consumed_samples - 1}]]",
         )
-        samples = order.micro_batch(number, rank)
+
+    def _report_spike(self, state: TrainState, first_sample: int, loss: float, deviations: float) -> None:
+        """Log the micro-batch with the largest loss (collective: all ranks see the spike)."""
+        losses_of_ranks: Sequence[Sequence[float]] = self._ranks.gather(self._losses.last_step)
+        worst, number, rank = max(
+            (micro_loss, number, rank)
+            for rank, micro_losses in enumerate(losses_of_ranks)
+            for number, micro_loss in enumerate(micro_losses)
+        )
+        size, ranks = self._config.micro_batch_size, len(losses_of_ranks)
+        sampler = ResumableSampler(state.consumed_samples, size, 0, ranks, first_sample, self._skipped_samples)
+        samples = sampler.micro_batch(number, rank)
         self._log(
             f"warning: loss {loss:.4f} of step {state.step} is {deviations:.0f} robust deviations above the median; "
-            f"samples {first} to {state.consumed_samples - 1}, most ({worst:.4f}) in "
+            f"samples {first_sample} to {state.consumed_samples - 1}, largest loss ({worst:.4f}) in "
             + ", ".join(f"{sample} ({self._describe_sample(sample)})" for sample in samples)
-            + f"; train.skip_samples=[[{samples[0]}, {samples[-1]}]] leaves these out"
+            + f"; train.skip_samples=[[{samples[0]}, {samples[-1]}]] skips these"
         )

@@ -15,6 +15,7 @@ from hypermoe_ds.checkpoint.engine_state import EngineState
 from hypermoe_ds.errors import MachineError
 from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.resilience.replicas import ReplicaCheck
+from hypermoe_ds.resilience.step_status import StepStatus
 from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.step_monitor import StepMonitor
@@ -83,12 +84,20 @@ def batches(layout: Layout, without: int | None) -> Iterator[dict[str, Tensor]]:
             yield batch
 
 
+def end_step(engine: Any, step_monitor: StepMonitor, state: TrainState) -> StepStatus:
+    """Advance and check the state after a step, as the training loop does."""
+    status, first_sample = step_monitor.synchronize(), state.consumed_samples
+    state.advance(first_sample + engine.train_batch_size(), status.skipped)
+    step_monitor.check(state, first_sample, status)
+    return status
+
+
 def take(engine: Any, step_monitor: StepMonitor, state: TrainState, source: Iterator[Any]) -> tuple[float, float]:
     """A guarded step: the loss and the rate it was taken with."""
     watcher = Watcher(engine.module.config.num_experts)
     rate = engine.get_lr()[0]
     optimizer_step(engine, source, watcher, step_monitor.watch)
-    assert not step_monitor.after_step(state).stop
+    assert not end_step(engine, step_monitor, state).stop
     return watcher.read().scalars["total_loss"], rate
 
 
@@ -196,7 +205,7 @@ def spike(layout: Layout) -> list[str]:
         for number in range(layout.accumulation):
             bad = step == 20 and torch.distributed.get_rank() == 1 and number == 1
             step_monitor.watch(torch.tensor(9.0 if bad else 2.0 + 0.01 * (step % 3)))
-        step_monitor.after_step(state)
+        end_step(engine, step_monitor, state)
     return said
 
 
@@ -209,5 +218,5 @@ def asked_to_stop(layout: Layout, rank: int) -> list[bool]:
         if step == 2 and torch.distributed.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         step_monitor.watch(torch.tensor(2.0))
-        stops.append(step_monitor.after_step(state).stop)
+        stops.append(end_step(engine, step_monitor, state).stop)
     return stops

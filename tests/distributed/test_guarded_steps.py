@@ -33,10 +33,10 @@ def test_a_bad_step_of_one_rank_is_as_if_its_samples_had_not_been_there(what: st
 @pytest.mark.parametrize(
     ("good", "again"),
     [
-        (Path("checkpoints/step_7"), "go on from the last good checkpoint, checkpoints/step_7,"),
+        (Path("checkpoints/step_7"), "resume from the last good checkpoint, checkpoints/step_7,"),
         pytest.param(
             Path("checkpoints/step_5"),
-            "write step_5 into checkpoints/latest and go on from the last good checkpoint, checkpoints/step_5,",
+            "write step_5 into checkpoints/latest and resume from the last good checkpoint, checkpoints/step_5,",
             marks=pytest.mark.slow,
         ),
         pytest.param(None, "start again (no good checkpoint)", marks=pytest.mark.slow),
@@ -49,7 +49,7 @@ def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_name_checkpoint_an
         assert step == 4, "one that is alone is borne"
         assert told == (
             "train.max_bad_steps=1: 2 steps in a row up to step 4 had a NaN or Inf in loss or gradient; "
-            f"{again} with a smaller optimizer.lr, or leave out their data with train.skip_samples=[[16, 31]]"
+            f"{again} with a smaller optimizer.lr, or skip their data with train.skip_samples=[[16, 31]]"
         )
 
 
@@ -73,8 +73,8 @@ def test_a_spike_of_one_micro_batch_is_told_with_its_samples() -> None:
         [line] = said
         assert line.startswith("warning: loss 3.7650 of step 21 is ")
         assert line.endswith(
-            "samples 160 to 167, most (9.0000) in 166 (of 166), 167 (of 167); "
-            "train.skip_samples=[[166, 167]] leaves these out"
+            "samples 160 to 167, largest loss (9.0000) in 166 (of 166), 167 (of 167); "
+            "train.skip_samples=[[166, 167]] skips these"
         )
 
 

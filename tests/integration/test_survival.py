@@ -88,7 +88,7 @@ def test_a_signal_to_one_rank_saves_the_step_on_all_and_the_same_command_goes_on
     words = arguments(recipe, tmp_path)
     fault = f"term:1:3:{tmp_path / 'fault'}"
     done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, code=EXIT_SAVED, HYPERMOE_FAULT=fault)
-    assert "a signal asks for the end: saving step 3" in done.stdout
+    assert "received a signal: saving step 3" in done.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
     run_script(TRAIN, *words, folder=tmp_path, ranks=RANKS)
     assert_ends_as(tmp_path, whole_run)
@@ -98,7 +98,7 @@ def test_a_signal_to_one_rank_saves_the_step_on_all_and_the_same_command_goes_on
 def test_the_launcher_passes_the_code_of_a_saved_run_on(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
     done = faulty("term:1:3", recipe, tmp_path).finish()
     assert done.returncode == EXIT_SAVED, done.told()
-    assert "a signal asks for the end: saving step 3" in done.stdout
+    assert "received a signal: saving step 3" in done.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
     assert_nothing_is_left(tmp_path)
     goes_on(recipe, tmp_path)
@@ -174,7 +174,7 @@ def test_more_bad_steps_than_allowed_stop_the_run_and_name_the_last_good_checkpo
 ) -> None:
     done = faulty("nan:0:5", recipe, tmp_path, "train.max_bad_steps=0").finish()
     assert done.returncode == EXIT_BAD_INPUT, done.told()
-    assert f"go on from the last good checkpoint, {tmp_path}/run/checkpoints/step_00000004" in one_error_line(done)
+    assert f"resume from the last good checkpoint, {tmp_path}/run/checkpoints/step_00000004" in one_error_line(done)
 
 
 @pytest.mark.slow

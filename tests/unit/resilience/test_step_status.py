@@ -37,6 +37,6 @@ def test_the_host_does_not_wait_for_a_loss_before_the_step() -> None:
         for part in parts:
             losses.add(part)
     assert waits.seen == []
-    assert losses.take() == [1, 2]
+    assert losses.end_step() == [1, 2]
     losses.add(parts[0])
-    assert losses.take() == [1]
+    assert losses.end_step() == [1]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
@@ -150,8 +151,9 @@ class StepMonitor:
     """Asks for the end after a step, and knows of a checkpoint that was not written."""
 
     def __init__(
-        self, signal_in: int | None = None, unsaved_in: int | None = None, skipped: Container[int] = ()
+        self, step: int, signal_in: int | None = None, unsaved_in: int | None = None, skipped: Container[int] = ()
     ) -> None:
+        self._step = step
         self._signal_in = signal_in
         self._unsaved_in = unsaved_in
         self._skipped = skipped
@@ -159,10 +161,15 @@ class StepMonitor:
     def watch(self, loss: str) -> str:
         return f"watched {loss}"
 
-    def after_step(self, state: TrainState) -> StepStatus:
-        skipped = state.step + 1 in self._skipped
-        state.advance(state.consumed_samples + B * ACCUMULATION * RANKS, skipped)
-        return StepStatus(state.step == self._signal_in, state.step == self._unsaved_in, skipped, loss=1.0)
+    def synchronize(self) -> StepStatus:
+        self._step += 1
+        skipped = self._step in self._skipped
+        return StepStatus(self._step == self._signal_in, self._step == self._unsaved_in, skipped, loss=1.0)
+
+    def check(self, state: TrainState, first_sample: int, status: StepStatus) -> None:
+        assert state.step == self._step
+        assert state.consumed_samples - first_sample == B * ACCUMULATION * RANKS
+        assert (state.bad_steps > 0) == status.skipped
 
 
 class Watchdog:
@@ -192,7 +199,8 @@ def run(
     stopped = train(
         engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
         checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
-        validation_interval=2, step_monitor=StepMonitor(signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
+        validation_interval=2, skipped_samples=SkippedSamples(),
+        step_monitor=StepMonitor(first, signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
     assert stopped == watchdog.saved == (state.step < last)
     forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
@@ -262,7 +270,7 @@ def test_a_signal_in_the_last_step_changes_nothing() -> None:
 def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
     engine, notes = Engine(), Notes({1}, set())
     notes.begin(1 if observed else 2)
-    tokens = optimizer_step(engine, batches(), notes, StepMonitor().watch)  # type: ignore[arg-type]
+    tokens = optimizer_step(engine, batches(), notes, StepMonitor(0).watch)  # type: ignore[arg-type]
     forward = "forward, observed" if observed else "forward"
     assert engine.calls == [forward, "backward of watched loss", "step"] * ACCUMULATION
     assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]
@@ -404,7 +412,7 @@ def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
     state = TrainState()
     for step in range(3):
         state.advance(8 * (step + 1), skipped=step > 0)
-    state.follow("key")
+    state.use_data_order("key")
     saved = state.to_dict()
     assert saved == {"step": 3, "consumed_samples": 24, "data_order": "key", "bad_steps": 2, "good_samples": 8}
     assert TrainState.from_dict(saved) == state
@@ -415,4 +423,4 @@ def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
 
 def test_another_order_of_the_data_is_noticed_and_taken_up() -> None:
     state = TrainState()
-    assert [state.follow(key) for key in ("a", "a", "b", "b", "a")] == [False, False, True, False, True]
+    assert [state.use_data_order(key) for key in ("a", "a", "b", "b", "a")] == [False, False, True, False, True]
