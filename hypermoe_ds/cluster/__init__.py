@@ -1,1 +1,1 @@
-"""Starts a job again after a fault."""
+"""Everything that reaches other machines: hosts, preflight, supervisor."""

@@ -1,1 +1,1 @@
-"""What a run tells: throughput, routing statistics, and where they are written."""
+"""Metrics of a run and where they are written."""

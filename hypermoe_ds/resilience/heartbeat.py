@@ -1,4 +1,4 @@
-"""Signs of life that the ranks write into RUN_DIR/watch, for each other and for who supervises them."""
+"""Heartbeats that the ranks write to RUN_DIR/watch, for each other and for the supervisor."""
 
 import json
 import socket
@@ -11,25 +11,25 @@ from pydantic import TypeAdapter
 
 from hypermoe_ds.files import write_whole
 
-FAILURE_REPORT = "verdict"  # beside the signs: which rank was lost, in one line
+FAILURE_REPORT = "verdict"  # file next to the heartbeats: one line that names the lost rank
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank writes.
+    """State of a rank, as it writes it every few seconds.
 
     Attributes:
-        rank: whose it is.
-        host: where it runs.
-        process: its process id there.
-        step: step that it works on.
-        doing: at what.
-        passed: how many things it has begun, 0 before its first step; alike on ranks that stand at the same
-            place.
-        beats: counts up as long as the process runs.
-        end: how it ended: done, saved (a signal asked for it), lost (another rank was), error; empty while it runs.
-        error: of the end `error`, what it was.
-        began: when its process did, seconds since the epoch.
+        rank: the rank.
+        host: its host.
+        process: its process id on that host.
+        step: the step that it works on.
+        doing: the part of the step.
+        passed: number of parts that it has begun, 0 before its first step. Ranks at the same position have the same
+            number.
+        beats: number of heartbeats written.
+        end: how the rank ended: done, saved (on a signal), lost (another rank was lost), error; empty while it runs.
+        error: the error, if `end` is "error".
+        began: start time of its process, seconds since the epoch.
     """
 
     rank: int
@@ -44,15 +44,15 @@ class Heartbeat:
     began: float = 0.0
 
     def describe(self) -> str:
-        """Rank, process and host."""
+        """Return rank, process and host."""
         return f"rank {self.rank} (process {self.process} on {self.host})"
 
     def position(self) -> str:
-        """Step and what is done in it."""
+        """Return the step and the part of it."""
         return f"step {self.step}, {self.doing}"
 
     def has_failed(self) -> bool:
-        """Whether it failed, or its process has ended without a word; of another host that cannot be seen."""
+        """Return whether the rank ended with an error or its process died; a process of another host is not checked."""
         if self.end or self.host != socket.gethostname():
             return self.end == "error"
         try:
@@ -61,7 +61,7 @@ class Heartbeat:
             return True
 
     def write(self, folder: Path) -> None:
-        """Replace this rank's last sign. A full disk is for the checkpoints to tell."""
+        """Replace this rank's last heartbeat. Ignore a full disk here: checkpointing reports it."""
         with suppress(OSError):
             write_whole(heartbeat_path(folder, self.rank), json.dumps(asdict(self)))
 
@@ -70,18 +70,18 @@ _HEARTBEAT = TypeAdapter(Heartbeat)
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:
-    """Where a rank's sign of life lies."""
+    """Return the heartbeat file of a rank."""
     return folder / f"rank_{rank:05d}.json"
 
 
 def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
-    """The signs of life in RUN_DIR/watch, by rank."""
+    """Read the heartbeats in RUN_DIR/watch, by rank."""
     heartbeats = map(read_heartbeat, sorted(folder.glob("rank_*.json")))
     return {heartbeat.rank: heartbeat for heartbeat in heartbeats if heartbeat is not None}
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:
-    """One of them; None where it cannot be read."""
+    """Read one heartbeat; None if the file is missing or damaged."""
     with suppress(OSError, ValueError):
         return _HEARTBEAT.validate_json(path.read_bytes(), strict=True)
     return None

@@ -1,15 +1,15 @@
-"""Ends a job of which a rank has died or hangs, and says which one it was.
+"""End a job if one of its ranks has died or hangs, and report which one.
 
-Each rank writes a sign of life into RUN_DIR/watch every few seconds, from a thread that needs no other rank. Only a
-rank that waits in vain reads those of the others. A process beside each rank ends it where it cannot do that itself.
+Each rank writes a heartbeat to RUN_DIR/watch every few seconds, from a thread that depends on no other rank. A rank
+reads the heartbeats of the others only if it makes no progress. A background process ends the rank if it cannot do so
+itself.
 """
 
+import faulthandler
 import os
 import socket
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,19 +27,14 @@ from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError, print_error
 from hypermoe_ds.files import delete, write_whole
 from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, Heartbeat, heartbeat_path, read_heartbeat, read_heartbeats
 
-_WRITTEN = (
-    "rank_*",
-    "stack_*",
-    "told_*",
-    "speaker",
-    f"{FAILURE_REPORT}*",
-)  # names of what ranks write into RUN_DIR/watch
+# Files that ranks write to RUN_DIR/watch.
+_WRITTEN = ("rank_*", "stack_*", "told_*", "speaker", f"{FAILURE_REPORT}*")
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
-# Arguments: a process, when it began, the verdict. A stopped process, or one that waits for a disk, does not end
-# itself. DeepSpeed's launcher sends SIGTERM to a rank's children too, and then waits for half a minute. The process may
-# end in these seconds and its number go to another one: only one that began at the same time is killed.
+# Arguments: process id, its start time, the failure report. A process that is stopped or waits for a disk cannot end
+# itself. The script ignores SIGTERM, which DeepSpeed's launcher sends to the children of a rank half a minute before it
+# kills them. It compares start times, because the process may end and its id be reused in the meantime.
 _END_WITH_REPORT = f"""
 trap '' TERM
 runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
@@ -55,17 +50,17 @@ Item = TypeVar("Item")
 
 
 class Watchdog:
-    """Watches this rank's progress, and looks at the other ranks when there is none.
+    """Watch this rank's progress, and check the other ranks if it makes none.
 
-    Before the first `begin` a rank may take as long as it needs: only one that is dead or silent is lost then.
+    Before the first `begin` a rank may take as long as it needs. Until then only a dead or silent rank counts as lost.
 
     Args:
-        folder: RUN_DIR/watch, seen by all ranks.
+        folder: RUN_DIR/watch, which all ranks share.
         rank: this rank.
         ranks: number of ranks.
         timeout: seconds without progress after which the job is ended.
         err: where the failure report is printed; None takes stderr.
-        show: shows what this rank does: a step, what is done in it, and how many parts of how many of that.
+        show: shows what this rank does: the step, the part of it, and how many items of how many are done.
     """
 
     def __init__(
@@ -84,31 +79,31 @@ class Watchdog:
         self._timeout = timeout
         self._period = min(_LONGEST_PERIOD, timeout / 10)
         self._heartbeat = Heartbeat(rank, socket.gethostname(), os.getpid(), 0, "starting", 0, 0, began=time.time())
-        self._since = time.monotonic()
+        self._progressed = time.monotonic()
         self._lock = Lock()
         self._ending = Lock()
-        self._over = Event()
+        self._finished = Event()
 
     def begin(self, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
-        """This rank begins something that ends within the timeout, or a rank is lost.
+        """Note that this rank begins a part of a step; if the part exceeds the timeout, a rank is lost.
 
         Args:
             step: optimizer step.
-            doing: what it begins.
-            done: how many parts of that are done.
-            total: how many parts it has, if that is known.
+            doing: the part.
+            done: items of it that are done.
+            total: number of items, if known.
         """
         self._show(step, doing, done, total)
         if not self._heartbeat.passed:
             limit_collectives(2 * self._timeout)
         with self._lock:
             self._heartbeat = replace(self._heartbeat, step=step, doing=doing, passed=self._heartbeat.passed + 1)
-            self._since = time.monotonic()
+            self._progressed = time.monotonic()
 
     def each(self, batches: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
-        """Hand the batches on, `total` of them; waiting for each, and what is done with it, is begun anew.
+        """Yield the batches; waiting for each one, and using it, are parts of the step.
 
-        A rank that waits for data is therefore behind the others, which wait for it in a collective.
+        A rank that waits for data has therefore begun fewer parts than the ranks that wait for it in a collective.
         """
         iterator = iter(batches)
         for done in count():
@@ -122,12 +117,12 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch what is done inside; ends the process if a rank is lost. The begin is collective."""
+        """Watch the code inside and end the process if a rank is lost. Entering is collective."""
         thread = Thread(target=self._run, daemon=True)
         try:
             self._prepare()
             thread.start()
-            with self._beside():
+            with self._killer():
                 yield
         except BaseException as error:
             if _is_lost_connection(error):
@@ -135,16 +130,16 @@ class Watchdog:
             self._note_end("error", f"{type(error).__name__}: {error}"[:500])
             raise
         finally:
-            self._over.set()
+            self._finished.set()
             if thread.is_alive():
                 thread.join()
 
     def note_end(self, saved: bool) -> None:
-        """Write down that this rank has come to its end."""
+        """Note in the heartbeat that this rank has finished."""
         self._note_end("saved" if saved else "done")
 
     def _prepare(self) -> None:
-        """Take away what an earlier start left, before anyone watches; the stacks of a lost one are kept."""
+        """Remove the files of an earlier launch; keep its failure report and stacks in `previous`."""
         if self._heartbeat.rank == 0:
             previous = self._folder / "previous"
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -162,10 +157,11 @@ class Watchdog:
         torch.distributed.barrier()
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        words = ["sh", "-c", _END_WITH_REPORT, "sh", str(os.getpid()), start_time(), str(self._report)]
-        nowhere = subprocess.DEVNULL  # it keeps no pipe of the launcher's open
-        process = subprocess.Popen(words, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+    def _killer(self) -> Iterator[None]:
+        """Run the background process that kills this rank if there is a failure report and it does not end."""
+        command = ["sh", "-c", _END_WITH_REPORT, "sh", str(os.getpid()), start_time(), str(self._report)]
+        closed = subprocess.DEVNULL  # an inherited pipe would keep the launcher waiting
+        process = subprocess.Popen(command, start_new_session=True, stdin=closed, stdout=closed, stderr=closed)
         try:
             yield
         finally:
@@ -173,20 +169,20 @@ class Watchdog:
             process.wait()
 
     def _run(self) -> None:
-        while not self._over.wait(self._period):
+        while not self._finished.wait(self._period):
             if self._is_replaced():
-                os._exit(EXIT_FAULT)  # the job was started again while this host was cut off
+                os._exit(EXIT_FAULT)  # this host was cut off, and the job was started again without it
             self._beat()
             if self._is_overdue() or self._report.exists():
                 self._end_job()
 
     def _is_replaced(self) -> bool:
-        """Whether a later process writes the signs of this rank."""
+        """Return whether a newer process writes the heartbeats of this rank."""
         written = read_heartbeat(heartbeat_path(self._folder, self._heartbeat.rank))
         return written is not None and written.began > self._heartbeat.began
 
     def _is_overdue(self) -> bool:
-        return time.monotonic() - self._since > self._timeout
+        return time.monotonic() - self._progressed > self._timeout
 
     def _beat(self) -> None:
         with self._lock:
@@ -203,29 +199,33 @@ class Watchdog:
         return self._folder / FAILURE_REPORT
 
     def _end_job(self) -> None:
-        """Write this rank's stack down, find out who is lost, and end.
+        """Write the stacks of this process, find the lost rank, report it and exit.
 
-        Returns only where this rank came on after all, or has not begun to train and nobody is lost.
+        It returns only if this rank made progress after all, or if it has not begun to train and no rank is lost.
         """
         with self._ending:
             self._beat()
-            stack = "".join(traceback.format_stack(sys._current_frames()[main_thread().ident or 0]))
-            path = self._folder / f"stack_{self._heartbeat.rank:05d}.txt"
-            with suppress(OSError):
-                path.write_text(f"{self._heartbeat.describe()} in {self._heartbeat.position()}\n{stack}")
-            findings = None if self._report.exists() else self._findings()
-            came_on = self._over.is_set() or not self._is_overdue()
-            if findings is not None and current_thread() is not main_thread() and (came_on or not findings):
-                self._since = time.monotonic()
-                path.unlink(missing_ok=True)
+            stack = self._folder / f"stack_{self._heartbeat.rank:05d}.txt"
+            with suppress(OSError), stack.open("w") as file:
+                file.write(f"{self._heartbeat.describe()} in {self._heartbeat.position()}\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+            findings = None if self._report.exists() else self._find_lost_ranks()
+            progressed = self._finished.is_set() or not self._is_overdue()
+            if findings is not None and current_thread() is not main_thread() and (progressed or not findings):
+                self._progressed = time.monotonic()
+                stack.unlink(missing_ok=True)
                 return
             self._note_end("lost")
             with suppress(OSError):
                 self._print_report(findings)
-            os._exit(EXIT_FAULT)  # the main thread may be where no exception reaches it
+            os._exit(EXIT_FAULT)  # the main thread may be in a call that no exception interrupts
 
     def _print_report(self, findings: str | None) -> None:
-        """The first rank to come here writes the verdict and tells it; of each other host the first one repeats it."""
+        """Print the failure report once per host.
+
+        The first rank writes and prints it. One rank on every other host repeats it.
+        """
         printed = self._folder / f"told_{self._heartbeat.host}"
         try:
             (self._folder / "speaker").touch(exist_ok=False)
@@ -235,80 +235,84 @@ class Watchdog:
                 print_error(self._report.read_text(), self._err)
         else:
             print_error(str(findings), self._err)
-            printed.touch()  # before others can read the verdict
+            printed.touch()  # before other ranks can read the report
             write_whole(self._report, f"{findings}\n")
 
     def _wait_for_report(self) -> None:
-        """Another rank is about to write it, but may be ended before it has."""
+        """Wait until another rank has written the report, which may be ended before it has."""
         for _ in range(_SECONDS_TO_END * 10):
             if self._report.exists():
                 return
             time.sleep(0.1)
 
-    def _findings(self) -> str:
-        """Which rank is lost: one that has failed, else one that is silent or done, else the one that is behind.
+    def _find_lost_ranks(self) -> str:
+        """Report the ranks that failed, else those that are silent or finished, else those that are behind.
 
-        Empty where all ranks live and this one has not begun to train and still may.
+        Returns:
+            The failure report; empty if all ranks are alive and this one may still begin to train.
         """
-        where = f"rank {self._heartbeat.rank} waited in {self._heartbeat.position()}"
-        waited = f"{where}; stacks of live ranks are in {self._folder}"
         before = read_heartbeats(self._folder)
-        missing = _missing(before) + [
-            f"rank {rank} has not begun to train" for rank in range(self._ranks) if rank not in before
-        ]
-        if missing:
-            return f"{'; '.join(missing)}; {waited}"
+        absent = [rank for rank in range(self._ranks) if rank not in before]
+        failed = _failed(before) + [f"rank {rank} has not begun to train" for rank in absent]
+        if failed:
+            return self._failure_report(failed)
         for _ in range(_SILENT_PERIODS):
             time.sleep(self._period)
             self._beat()
         after = read_heartbeats(self._folder)
-        if missing := _missing(after):  # a killed process closes its connections some time before it is gone
-            return f"{'; '.join(missing)}; {waited}"
-        silent = [
-            _described(heartbeat, f"has ended ({heartbeat.end})" if heartbeat.end else "gives no sign of life")
-            for rank, heartbeat in after.items()
-            if before.get(rank) == heartbeat
-        ]
+        if failed := _failed(after):  # a killed process closes its connections some time before it disappears
+            return self._failure_report(failed)
+        silent = [heartbeat for rank, heartbeat in after.items() if before.get(rank) == heartbeat]
         if silent:
-            return f"{'; '.join(silent)}; {waited}"
+            return self._failure_report(
+                _last_seen(rank, f"has ended ({rank.end})" if rank.end else "sends no heartbeat") for rank in silent
+            )
         if not self._heartbeat.passed:
-            failed = current_thread() is main_thread()
-            return f"a collective failed before the first step and no rank is lost; {waited}" if failed else ""
-        least = min(heartbeat.passed for heartbeat in after.values())
-        behind = [heartbeat for heartbeat in after.values() if heartbeat.passed == least]
-        if len(behind) == self._ranks:
-            hosts = sorted({heartbeat.host for heartbeat in after.values()})
-            remedy = f"look at the network between {', '.join(hosts)}; " if len(hosts) > 1 else ""
-            return f"no rank has come on for {self._timeout:.0f} s and none is behind; {remedy}{waited}"
-        if self._heartbeat.passed == least:
-            waited = waited.partition("; ")[2]
-        return f"{'; '.join(_described(heartbeat, 'hangs') for heartbeat in behind)}; {waited}"
+            in_collective = current_thread() is main_thread()
+            problem = "a collective failed before the first step and no rank is lost"
+            return self._failure_report([problem]) if in_collective else ""
+        return self._report_slowest(after)
+
+    def _report_slowest(self, heartbeats: dict[int, Heartbeat]) -> str:
+        """Report the ranks that have begun the fewest parts; every rank is alive."""
+        least = min(heartbeat.passed for heartbeat in heartbeats.values())
+        slowest = [heartbeat for heartbeat in heartbeats.values() if heartbeat.passed == least]
+        if len(slowest) < self._ranks:
+            own = self._heartbeat.passed == least
+            return self._failure_report((_last_seen(rank, "hangs") for rank in slowest), names_own_wait=not own)
+        hosts = sorted({heartbeat.host for heartbeat in heartbeats.values()})
+        remedy = [f"check the network between {', '.join(hosts)}"] if len(hosts) > 1 else []
+        problem = f"no rank has made progress for {self._timeout:.0f} s and none is behind"
+        return self._failure_report([problem, *remedy])
+
+    def _failure_report(self, findings: Iterable[str], names_own_wait: bool = True) -> str:
+        own = f"rank {self._heartbeat.rank} waited in {self._heartbeat.position()}"
+        return "; ".join([*findings, *([own] if names_own_wait else []), f"stacks of live ranks are in {self._folder}"])
 
 
-def _missing(heartbeats: dict[int, Heartbeat]) -> list[str]:
-    return [
-        _described(heartbeat, heartbeat.error or "died") for heartbeat in heartbeats.values() if heartbeat.has_failed()
-    ]
+def _failed(heartbeats: dict[int, Heartbeat]) -> list[str]:
+    failed = (heartbeat for heartbeat in heartbeats.values() if heartbeat.has_failed())
+    return [_last_seen(heartbeat, heartbeat.error or "died") for heartbeat in failed]
 
 
-def _described(heartbeat: Heartbeat, fate: str) -> str:
-    """A sign is some seconds old."""
-    return f"{heartbeat.describe()} {fate}, last heard of in {heartbeat.position()}"
+def _last_seen(heartbeat: Heartbeat, state: str) -> str:
+    """Describe a rank; its heartbeat is some seconds old."""
+    return f"{heartbeat.describe()} {state}, last seen in {heartbeat.position()}"
 
 
 def start_time() -> str:
-    """When this process began, in clock ticks since the machine did: with its number that names it alone."""
+    """Return the start time of this process in clock ticks since boot; with the process id it is unique."""
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def limit_collectives(seconds: float) -> None:
-    """Give every process group this timeout, DeepSpeed's groups of experts too, whose own is 30 minutes."""
+    """Set the timeout of every process group, also of DeepSpeed's expert groups, whose default is 30 minutes."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed; gloo raises a bare RuntimeError."""
+    """Return whether a collective failed; gloo raises a bare RuntimeError."""
     if isinstance(error, UserError | MachineError):
         return False
     return isinstance(error, torch.distributed.DistError) or (

@@ -15,11 +15,11 @@ from tests.helpers.ranks import process_group, ranks_of, run_on_ranks
 
 RANKS = 3
 FOUND = {
-    "killed": r"died, last heard of in step \d, \w",
-    "stopped": r"gives no sign of life, last heard of in step \d, \w",
-    "hangs": f"hangs, last heard of in step {LAST_GOOD}, waiting for data; ",
-    "fails": f"ValueError: no such thing, last heard of in step {LAST_GOOD + 1}, forward and backward; ",
-    "ends": rf"has ended \(done\), last heard of in step {LAST_GOOD + 1}, forward and backward; ",
+    "killed": r"died, last seen in step \d, \w",
+    "stopped": r"sends no heartbeat, last seen in step \d, \w",
+    "hangs": f"hangs, last seen in step {LAST_GOOD}, waiting for data; ",
+    "fails": f"ValueError: no such thing, last seen in step {LAST_GOOD + 1}, forward and backward; ",
+    "ends": rf"has ended \(done\), last seen in step {LAST_GOOD + 1}, forward and backward; ",
 }
 CASES = [*((kind, 1) for kind in FOUND), ("killed", 0), pytest.param("stopped", 0, marks=pytest.mark.slow)]
 
@@ -86,13 +86,13 @@ def test_a_rank_that_takes_long_to_start_is_waited_for(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("stack_*"))
 
 
-@pytest.mark.parametrize(("kind", "fate"), [("killed", "died"), ("stopped", "gives no sign of life")])
+@pytest.mark.parametrize(("kind", "fate"), [("killed", "died"), ("stopped", "sends no heartbeat")])
 def test_a_rank_that_is_lost_before_it_trains_ends_all(kind: str, fate: str, tmp_path: Path) -> None:
     with process_group(2) as environments, ranks_of(environments, lose_at_the_start, tmp_path, kind) as ranks:
         ranks[0].join(60)
         assert ranks[0].exitcode == EXIT_FAULT
     assert re.match(
-        rf"rank 1 \(process \d+ on [\w.-]+\) {fate}, last heard of in ", (tmp_path / FAILURE_REPORT).read_text()
+        rf"rank 1 \(process \d+ on [\w.-]+\) {fate}, last seen in ", (tmp_path / FAILURE_REPORT).read_text()
     )
 
 
@@ -107,7 +107,7 @@ def test_where_no_rank_is_behind_each_host_tells_once_and_two_are_sent_to_look_a
             rank.join(60)
         assert [rank.exitcode for rank in ranks] == [EXIT_FAULT] * RANKS
     told = (folder / FAILURE_REPORT).read_text()
-    remedy = "look at the network between a, b; " if "b" in hosts else ""
-    assert re.match(f"no rank has come on for 2 s and none is behind; {remedy}(rank|stacks)", told), told
+    remedy = "check the network between a, b; " if "b" in hosts else ""
+    assert re.match(f"no rank has made progress for 2 s and none is behind; {remedy}(rank|stacks)", told), told
     lines = {host: "".join((consoles / str(n)).read_text() for n in range(RANKS) if hosts[n] == host) for host in hosts}
     assert lines == dict.fromkeys(hosts, f"error: {told}")

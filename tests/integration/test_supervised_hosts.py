@@ -295,7 +295,7 @@ def test_a_stopped_rank_is_ended_with_the_job(
         assert job.leaves_nothing_on("left", "right")
         assert tries[0]["began"] + tries[0]["seconds"] - time.time() + time.monotonic() - stopped < 3 * TIMEOUT
     assert outcomes(tries) == ["lost", "done"]
-    assert "on right) gives no sign of life" in tries[0]["what"]
+    assert "on right) sends no heartbeat" in tries[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_steps(job, undisturbed(STEPS))
 

@@ -112,7 +112,7 @@ def test_a_killed_rank_is_named_and_the_supervisor_starts_the_job_again(
     assert done.returncode == 0, done.told()
     line = one_error_line(done)
     assert line.startswith("error: rank 1 (process ")
-    assert " died, last heard of in step " in line
+    assert " died, last seen in step " in line
     assert "; rank 0 waited in step 4, forward and backward; stacks" in line
     first, second = history(tmp_path)
     assert (first["outcome"], first["step"], second["outcome"]) == ("lost", 4, "done")
@@ -139,7 +139,7 @@ def test_a_stopped_rank_is_named_and_ended_with_the_job(recipe: Path, whole_run:
     assert done.returncode == EXIT_FAULT, done.told()
     line = one_error_line(done)
     assert line.startswith("error: rank 1 (process ")
-    assert " gives no sign of life, last heard of in step " in line
+    assert " sends no heartbeat, last seen in step " in line
     assert "; rank 0 waited in step 4, forward and backward; stacks" in line
     assert "all_to_all_single" in (tmp_path / "run/watch/stack_00000.txt").read_text()
     assert_nothing_is_left(tmp_path)

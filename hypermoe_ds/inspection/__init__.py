@@ -1,0 +1,1 @@
+"""Report what a model folder holds and how two folders differ."""

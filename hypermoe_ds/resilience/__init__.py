@@ -1,0 +1,1 @@
+"""Detect and survive faults: heartbeats, watchdog, step status, replicas, loss spikes, stop signals."""
