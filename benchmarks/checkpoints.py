@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, written beside the training or while it waits, in turn; what a step
+"""How long training stands still for a checkpoint, written in the background or while it waits, in turn; what a step
 costs meanwhile; how long a resume takes with each `checkpoint.verify`, in turn too.
 
     deepspeed --num_gpus 2 benchmarks/checkpoints.py [--preset P] [--folder DIR] [key=value ...]
@@ -88,7 +88,7 @@ def measure(engine: Any, folder: Path, repeats: int) -> dict[str, Any]:
     """Seconds of saves in turn, of steps with and without one, of resumes in turn; bytes of a checkpoint."""
     managers = {
         name: CheckpointManager(engine, folder / "checkpoints", CheckpointConfig(asynchronous=beside, keep_last=1), {})
-        for name, beside in (("beside the training", True), ("while it waits", False))
+        for name, beside in (("in the background", True), ("while it waits", False))
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in managers}
     alone = []

@@ -25,7 +25,7 @@ def main() -> None:
     print("| step | loss, nats per token | loss, nats per token | relative difference |\n| ---: | ---: | ---: | ---: |")
     for step, (a, b, difference) in enumerate(zip(first, second, differences, strict=True), 1):
         print(f"| {step} | {a:.4f} | {b:.4f} | {difference:.5f} |")
-    if not all(difference <= arguments.tolerance for difference in differences):  # what is no number fails too
+    if not all(difference <= arguments.tolerance for difference in differences):  # what is not a number fails too
         raise UserError(
             f"largest relative difference {max(differences):.5f}", f"above {arguments.tolerance}", "look for the cause"
         )

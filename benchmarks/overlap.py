@@ -56,7 +56,7 @@ def main() -> None:
     found["hidden_share"] = (found["without_overlap_ms"] - found["with_overlap_ms"]) / found["hyper_experts_ms"]
     print("| " + " | ".join(found) + " |\n|" + " ---: |" * len(found))
     print("| " + " | ".join(f"{value:.3f}" for value in found.values()) + " |")
-    print("\nResults with and without the overlap are the same to the bit, gradients too.")
+    print("\nResults with and without the overlap are the same bit for bit, gradients too.")
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, enabled in _OVERLAP.items() if given.trace is not None else ():

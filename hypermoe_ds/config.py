@@ -85,7 +85,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing, is not YAML, repeats a key, is nested too deeply, expands to more than 100,000
-            values or is no mapping.
+            values or is not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -104,30 +104,30 @@ def _parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise UserError(where, f"is not valid YAML{line} ({problem})", "mend that line") from None
+        raise UserError(where, f"is not valid YAML{line} ({problem})", "fix that line") from None
     except RecursionError:
         raise UserError(where, "is nested too deeply", "start from a file in pretrain/recipes") from None
     except Exception as error:  # each constructor of PyYAML fails in a way of its own: !!int x, 2001-99-99
-        raise UserError(where, f"is not valid YAML ({error})", "mend that value") from None
+        raise UserError(where, f"is not valid YAML ({error})", "fix that value") from None
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a copy of `settings` with `section.key=value` overrides applied; values are YAML.
 
     Raises:
-        UserError: an override has no `=`, no key, or goes through a value that is no section.
+        UserError: an override has no `=`, no key, or goes through a value that is not a section.
     """
     result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
     for override in overrides:
         dotted, separator, text = override.partition("=")
         *parents, leaf = dotted.split(".")
         if not separator or not leaf or not all(parents):
-            raise UserError(override, "is no override", "write section.key=value")
+            raise UserError(override, "is not an override", "write section.key=value")
         section = result
         for parent in parents:
             child = section.get(parent, {})
             if not isinstance(child, dict):
-                raise UserError(override, f"'{parent}' is no section", "write section.key=value")
+                raise UserError(override, f"'{parent}' is not a section", "write section.key=value")
             section[parent] = dict(child)
             section = section[parent]
         section[leaf] = _parse(text, override)

@@ -1,4 +1,4 @@
-"""The one kind of error a user is meant to see: a line that says where, what and how to mend it."""
+"""The one kind of error a user is meant to see: a line that says where, what and how to correct it."""
 
 import sys
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TextIO
 
 EXIT_BAD_INPUT = 2  # what argparse uses for bad usage
-EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command goes on
-EXIT_FAULT = 76  # a rank died or hung, or memory went wrong: the same command goes on from the last checkpoint
+EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command continues
+EXIT_FAULT = 76  # a rank died or hung, or memory went wrong: the same command continues from the last checkpoint
 _LONGEST_PART = 1500  # characters; the longest part of our own is a list of 60 settings
 
 

@@ -122,7 +122,7 @@ def check_input(folder: Path) -> None:
         UserError: it is missing or no folder.
     """
     if not folder.is_dir():
-        raise UserError(str(folder), "is no folder", "check the path; give the run folder or Hugging Face folder")
+        raise UserError(str(folder), "is not a folder", "check the path; give the run folder or Hugging Face folder")
 
 
 def check_room(output: Path, beside: Path, needed: int) -> None:
@@ -158,7 +158,7 @@ def writing_to(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(str(target), f"cannot be written ({reason})", "mend that or choose another place") from None
+        raise UserError(str(target), f"cannot be written ({reason})", "fix that or choose another place") from None
 
 
 @contextmanager

@@ -47,11 +47,11 @@ from hypermoe_ds.training.validation import Batches, Validator
 
 
 def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: Console) -> int:
-    """Check what needs torch and the other ranks, build the parts, and train; returns the exit code.
+    """Run the checks that need torch or other ranks, build the parts, train, and return the exit code.
 
     Raises:
-        UserError: the recipe, the DeepSpeed JSON, the data, the run folder and the ranks do not fit each other.
-        MachineError: the ranks do not meet, or a disk fails.
+        UserError: the recipe, the DeepSpeed JSON, the data, the run folder or the ranks do not fit together.
+        MachineError: the ranks cannot connect, or a disk fails.
     """
     began = time.monotonic()
     model_config, folder = config.build_model_config(), RunFolder(Path(config.run.dir))
@@ -77,27 +77,14 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
         launch = report_launch(config, model_config, ds_config, state, folder, console)
         if rank == 0:  # finding the commit starts a process
             logger.log_launch(settings, versions_now())
-        with console.phase("building datasets"):
-            train_set, valid_sets = build_datasets(
-                config.data, config.train.seed, config.samples(state), config.evaluation.max_samples
-            )
-        if state.use_data_order(train_set.data_order_hash):
-            console.log("warning: data or train.steps changed the order of the samples: some come again, some never")
+        train_set, valid_sets = load_datasets(config, state, console)
 
         validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
         recorder = build_recorder(config, model_config, engine, train_set, launch.datasets, logger, console)
-        loader = build_loader(
-            train_set,
-            micro_batch_size=config.train.micro_batch_size,
-            rank=rank,
-            size=world_size,
-            consumed_samples=state.consumed_samples,
-            workers=config.data.workers,
-            skipped_samples=config.skipped_samples,
-        )
+        batches = training_batches(config, train_set, state.consumed_samples)
         stopped = loop.train(
             engine=engine,
-            batches=watchdog.each(loader, "forward and backward"),
+            batches=watchdog.each(batches, "forward and backward"),
             state=state,
             last_step=config.last_step,
             recorder=recorder,
@@ -117,6 +104,36 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
     return EXIT_SAVED if stopped else 0
 
 
+def load_datasets(
+    config: RunConfig, state: TrainState, console: Console
+) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
+    """Build the training and validation samples (collective); warn if the order of the training samples has changed.
+
+    Raises:
+        UserError: the data is missing, damaged or too short.
+    """
+    with console.phase("building datasets"):
+        train_set, valid_sets = build_datasets(
+            config.data, config.train.seed, config.samples(state), config.evaluation.max_samples
+        )
+    if state.use_data_order(train_set.data_order_hash):
+        console.log("warning: data or train.steps changed the order of the samples: some are seen twice, some never")
+    return train_set, valid_sets
+
+
+def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int) -> Batches:
+    """Load this rank's micro-batches from `consumed_samples` on."""
+    return build_loader(
+        train_set,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=torch.distributed.get_rank(),
+        size=torch.distributed.get_world_size(),
+        consumed_samples=consumed_samples,
+        workers=config.data.workers,
+        skipped_samples=config.skipped_samples,
+    )
+
+
 def build_recorder(
     config: RunConfig,
     model_config: HyperMoEConfig,
@@ -126,10 +143,10 @@ def build_recorder(
     logger: MetricLogger,
     console: Console,
 ) -> Recorder:
-    """Build what measures and logs the steps.
+    """Build the recorder of the steps.
 
     Raises:
-        UserError: a rank that is to be profiled does not exist.
+        UserError: a rank in `monitor.profile_ranks` does not exist.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     known = peak_tflops(device, config.train.precision) if device is not None else None
@@ -154,7 +171,7 @@ def build_recorder(
 def build_validator(
     config: RunConfig, engine: Any, datasets: dict[str, SequenceDataset], watchdog: Watchdog
 ) -> Validator:
-    """Build what validates the run.
+    """Build the validator.
 
     Raises:
         UserError: a prompt is empty or too long.
@@ -177,7 +194,7 @@ def report_launch(
     folder: RunFolder,
     console: Console,
 ) -> Launch:
-    """Print what is about to run and what changed since the last launch, and write both to the run folder (collective).
+    """Print the launch and the settings that changed since the last one, and write both to the run folder (collective).
 
     Raises:
         UserError: a token file is missing, or a setting does not fit the samples of the run.
@@ -203,7 +220,7 @@ def report_launch(
 def report_end(
     config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
 ) -> None:
-    """Print what the launch reached and the commands that come next, and write how it ended to the run folder.
+    """Print the result of the launch and the next commands, and write the end of the launch to the run folder.
 
     Raises:
         MachineError: the file cannot be written.

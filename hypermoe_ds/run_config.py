@@ -175,7 +175,7 @@ class RunConfig(Settings):
         for first, last in self.train.skip_samples:
             if first >= end:
                 problem = f"begins after the run's last sample, {end - 1}"
-                raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "leave it away or mend it")
+                raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "remove or correct it")
         if end > _MOST_SAMPLES:
             problem = f"with train.global_batch_size and train.skip_samples needs {end:,} samples"
             raise UserError(f"train.steps={self.train.steps}", problem, f"stay below {_MOST_SAMPLES:,}")

@@ -32,8 +32,8 @@ readonly host_name='[A-Za-z0-9_:][A-Za-z0-9_.:@-]*'
 
 # check_meeting_place ADDRESS PORT: where the ranks meet, as far as it is known here.
 check_meeting_place() {
-    [[ -z $1 || $1 =~ ^$host_name$ ]] || fail "MASTER_ADDR=$1: is no host; set it to a name or an address"
-    [[ $2 =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$2: is no number; set it to a free port"
+    [[ -z $1 || $1 =~ ^$host_name$ ]] || fail "MASTER_ADDR=$1: is not a host; set it to a name or an address"
+    [[ $2 =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$2: is not a number; set it to a free port"
 }
 
 # usage TEXT: what --help prints; a script whose TEXT has no --hostfile or --num_gpus takes none.
@@ -71,7 +71,7 @@ read_command_line() {
             -h | --help) usage "$text" && exit 0 ;;
             --dry-run) dry_run=true ;;
             --no-preflight)
-                [[ $text != *--num_gpus* ]] || fail "$1: is no option; see --help"
+                [[ $text != *--num_gpus* ]] || fail "$1: is not an option; see --help"
                 with_preflight=false
                 ;;
             --verbose) export HYPERMOE_LOG_LEVEL=${HYPERMOE_LOG_LEVEL:-info} ;;
@@ -81,18 +81,18 @@ read_command_line() {
                 ;;
             --config=* | --deepspeed_config=*) train+=("$1") ;;
             --num_gpus | --num_gpus=*)
-                [[ $text == *--num_gpus* ]] || fail "$1: is no option; hosts and ranks are set by $decides"
+                [[ $text == *--num_gpus* ]] || fail "$1: is not an option; hosts and ranks are set by $decides"
                 [ "$1" != --num_gpus ] || shift
                 num_gpus=${1#--num_gpus=}
                 [[ $num_gpus =~ ^[1-9][0-9]*$ ]] || fail "--num_gpus $num_gpus: is not a number of ranks; give 1 or more"
                 ;;
-            --num_nodes*) fail "$1: is no option; hosts and ranks are set by $decides" ;;
+            --num_nodes*) fail "$1: is not an option; hosts and ranks are set by $decides" ;;
             --hostfile | --hostfile=*)
-                [[ $text == *--hostfile* ]] || fail "$1: is no option; hosts and ranks are set by $decides"
+                [[ $text == *--hostfile* ]] || fail "$1: is not an option; hosts and ranks are set by $decides"
                 [ "$1" != --hostfile ] || shift
                 hostfile=${1#--hostfile=}
                 ;;
-            -*) fail "$1: is no option; see --help" ;;
+            -*) fail "$1: is not an option; see --help" ;;
             *) train+=("$1") ;;
         esac
         shift
@@ -110,7 +110,7 @@ read_hostfile() {
     [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and name your hosts"
     local odd
     odd=$(grep -vnE "^[[:space:]]*(#.*)?\$|^[[:space:]]*${host_name}[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?\$" "$hostfile") &&
-        odd=${odd%%$'\n'*} && fail "$hostfile:${odd%%:*}: '${odd#*:}' is no host; write NAME slots=N"
+        odd=${odd%%$'\n'*} && fail "$hostfile:${odd%%:*}: '${odd#*:}' is not a host; write NAME slots=N"
     ranks=$(sed -nE 's/^[^#]*slots=([0-9]+).*/\1/p' "$hostfile" | awk '{ sum += $1 } END { print sum + 0 }')
     [ "$ranks" -gt 0 ] || fail "$hostfile: names no host; write 'host slots=RANKS'"
 }
@@ -138,7 +138,7 @@ write_environment() {
     for file in "${HOME:-.}/.deepspeed_env" "${DS_ENV_FILE:-.deepspeed_env}"; do
         if [ ! -f "$file" ]; then continue; fi
         while IFS='=' read -r name value || [ -n "$name" ]; do
-            [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "$file: '$name' is no variable; write NAME=VALUE, one a line"
+            [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "$file: '$name' is not a variable; write NAME=VALUE, one a line"
             values[$name]=$value
         done <"$file"
     done
@@ -177,7 +177,7 @@ run() {
 # a failed check ends the script.
 preflight() {
     if $dry_run; then
-        command -v python >/dev/null || fail "python: not found; make the environment: bash launch/setup.sh"
+        command -v python >/dev/null || fail "python: not found; build the environment: bash launch/setup.sh"
         python "$repo/tools/preflight.py" --dry-run "$@" "${train[@]}" || exit
     fi
     if $with_preflight; then run python "$repo/tools/preflight.py" "$@" "${train[@]}"; fi

@@ -12,7 +12,7 @@ set -euo pipefail
 for argument in "$@"; do
     case $argument in
         -h | --help) sed -n '/^set /q; 2,$s/^# \{0,1\}//p' "$0" && exit ;;
-        -*) echo "quickstart.sh: $argument: is no option; see --help" >&2 && exit 2 ;;
+        -*) echo "quickstart.sh: $argument: is not an option; see --help" >&2 && exit 2 ;;
     esac
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -98,7 +98,7 @@ stage() {
 make_venv() {
     # Never cleared: the name may be mistaken, and the folder somebody's home.
     if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
-        die "$venv is no virtual environment; remove it or set HYPERMOE_VENV to another folder"
+        die "$venv is not a virtual environment; remove it or set HYPERMOE_VENV to another folder"
     fi
     if [ ! -x "$venv/bin/pip" ]; then
         echo "setup: a virtual environment in $venv"

@@ -42,7 +42,7 @@ def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not command:
         raise UserError("supervise.py", "`-- COMMAND` is missing", "write -- and the training command last")
     if unknown:
-        raise UserError(f"supervise.py: {unknown[0]}", "is no option", "see --help")
+        raise UserError(f"supervise.py: {unknown[0]}", "is not an option", "see --help")
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts {options.max_restarts}", "is below 0", "give 0 or more")
     if not options.window > 0:

@@ -1,4 +1,4 @@
-"""Print the tables of README.md and docs/METRICS.md that are made from the code: presets, settings, metrics."""
+"""Print the tables of docs/ that are made from the code: model presets, settings, metrics."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ _SEQUENCE_LENGTH = 2048
 
 
 def presets_table() -> str:
-    """Every preset with its parameters and FLOPs, as a Markdown table."""
+    """Return a Markdown table of all presets with their parameters and FLOPs."""
     from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 
     rows = [
@@ -21,32 +21,34 @@ def presets_table() -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, fields in PRESETS.items():
-        config = HyperMoEConfig(**fields)
-        counts = config.parameter_counts()
+        model_config = HyperMoEConfig(**fields)
+        counts = model_config.parameter_counts()
         millions = " | ".join(f"{n / 1e6:,.1f} M" for n in (counts.total, counts.active, counts.hypernetwork))
-        shape = f"{len(config.moe_layers)}, {config.num_experts}, {config.num_experts_per_tok}"
-        forward = f"{config.forward_flops_per_token(_SEQUENCE_LENGTH) / 1e6:,.1f}"
-        rows.append(f"| `{name}` | {millions} | {shape} | {forward} | {config.generation_flops(1) / 1e6:,.1f} |")
+        shape = f"{len(model_config.moe_layers)}, {model_config.num_experts}, {model_config.num_experts_per_tok}"
+        forward = f"{model_config.forward_flops_per_token(_SEQUENCE_LENGTH) / 1e6:,.1f}"
+        rows.append(f"| `{name}` | {millions} | {shape} | {forward} | {model_config.generation_flops(1) / 1e6:,.1f} |")
     return "\n".join(rows) + "\n"
 
 
 def tables() -> dict[str, str]:
-    """The tables by the names of their markers."""
+    """Return the tables by the names of their markers."""
     return {"presets": presets_table(), "settings": settings_table(), "metrics": metrics_tables()}
 
 
 def with_tables(page: str) -> str:
-    """The page with its tables made anew between their markers."""
+    """Replace the text between the markers of each table, `<!-- NAME -->` and `<!-- /NAME -->`."""
     for name, table in tables().items():
-        before, *around = re.split(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", page, maxsplit=1, flags=re.DOTALL)
-        page = before + table.join(["".join(around[:1]), "".join(around[1:])]) if around else page
+        before, *parts = re.split(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", page, maxsplit=1, flags=re.DOTALL)
+        if parts:
+            begin, end, after = parts
+            page = before + begin + table + end + after
     return page
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Print all tables, or update those of one page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="renew the tables between the markers of this file")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="update the tables between the markers of this page")
     path = parser.parse_args().write
     if path is None:
         print(*tables().values(), sep="\n", end="")

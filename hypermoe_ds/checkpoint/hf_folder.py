@@ -46,7 +46,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read ({error})", FETCH_AGAIN) from None
     if not isinstance(content, dict):
-        raise UserError(str(path), "holds no JSON object", FETCH_AGAIN)
+        raise UserError(str(path), "is not a JSON object", FETCH_AGAIN)
     return content
 
 
@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, value in content.items():
         limit = _LIMITS.get(key, _LARGEST_NUMBER)
         if isinstance(value, int | float) and value > limit:
-            raise UserError(f"{folder / CONFIG}: {key}={short(value)}", f"is more than {limit:,}", "mend that key")
+            raise UserError(f"{folder / CONFIG}: {key}={short(value)}", f"is more than {limit:,}", "correct that key")
     return content
 
 
@@ -95,7 +95,7 @@ def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
     except ConfigurationError as error:
         raise UserError(f"{path}: {error.where}", error.problem, error.remedy) from None
     except ValueError as error:  # Transformers' own checks
-        raise UserError(str(path), f"is not valid ({last_line(error)})", "mend that key") from None
+        raise UserError(str(path), f"is not valid ({last_line(error)})", "correct that key") from None
     return config
 
 
@@ -119,12 +119,12 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
     layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
     if layers < config.num_hidden_layers:
         problem = f"holds weights of {layers} layers, and config.json says num_hidden_layers={config.num_hidden_layers}"
-        raise UserError(str(folder), problem, "mend config.json")
+        raise UserError(str(folder), problem, "correct config.json")
     try:
         return state_dict_shapes(config)
     except RuntimeError as error:  # sizes that overflow
         problem = f"its config.json describes tensors that cannot be ({last_line(error)})"
-        raise UserError(str(folder), problem, "mend config.json") from None
+        raise UserError(str(folder), problem, "correct config.json") from None
 
 
 def short(value: object) -> str:

@@ -26,7 +26,7 @@ def init_from_weights(
     settings: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> RunFolder:
-    """Write a run folder that training goes on from at step 0; it appears whole or not at all.
+    """Write a run folder that training continues from at step 0; it appears whole or not at all.
 
     Args:
         output: the run folder, which does not exist or is empty.

@@ -1,4 +1,4 @@
-"""Saves and resumes a run: all ranks together, whole or not at all, beside the training."""
+"""Saves and resumes a run: all ranks together, whole or not at all, in the background."""
 
 import logging
 import os
@@ -71,7 +71,7 @@ class CheckpointManager:
         self._size = _BYTES_OF_PARAMETER * sum(entry.numel for entry in self._tensors.values())
         self._identity = _identity(checkpoints.parent)
         self._writer: Thread | None = None
-        self._failure: Exception | None = None  # of the save beside the training
+        self._failure: Exception | None = None  # of the save in the background
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`."""
@@ -109,7 +109,7 @@ class CheckpointManager:
         return run
 
     def save(self, step: int, state: dict[str, Any], prune: bool = True) -> None:
-        """Write a checkpoint after `step`, then remove old ones. Training may go on before it is on disk.
+        """Write a checkpoint after `step`, then remove old ones. Training may continue before it is on disk.
 
         Args:
             step: optimizer steps taken.
@@ -118,7 +118,7 @@ class CheckpointManager:
 
         Raises:
             MachineError: the disk has no room for it, fails or is missing, or a weight or moment is not finite. Of a
-                checkpoint written beside the training that is logged at once, and the next one is written while
+                checkpoint written in the background that is logged at once, and the next one is written while
                 training waits.
         """
         began = time.perf_counter()
@@ -161,7 +161,7 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank has seen the save beside the training fail; others may see it a moment later."""
+        """Whether this rank has seen the save in the background fail; others may see it a moment later."""
         return self._failure is not None
 
     def last_good(self) -> Path | None:
@@ -189,7 +189,7 @@ class CheckpointManager:
             UserError: less is free than a checkpoint takes, the folder cannot be written to, or on some host there is
                 another one in its place.
         """
-        # The least over the ranks, taken before any of them writes: all go on, or none does.
+        # The least over the ranks, taken before any of them writes: all continue, or none does.
         free = min(self._ranks.gather_or_raise(self._free_bytes))
         if free < self._size:
             raise UserError(
@@ -241,7 +241,7 @@ class CheckpointManager:
         name = first_not_finite(tensors.items())
         if name is not None:
             problem = f"step {step} is not saved: {name} holds NaN or Inf on rank {self._ranks.rank}"
-            raise UserError(str(self._folder), problem, "go on from the checkpoint before it")
+            raise UserError(str(self._folder), problem, "continue from the checkpoint before it")
 
     def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry], prune: bool) -> None:
         partial = store.partial_folder(self._folder, step)
@@ -357,7 +357,7 @@ class CheckpointManager:
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             problem = f"cannot be {done} on {socket.gethostname()} ({reason})"
-            raise UserError(str(self._folder), problem, "mend that and start again") from None
+            raise UserError(str(self._folder), problem, "fix that and start again") from None
 
 
 @contextmanager

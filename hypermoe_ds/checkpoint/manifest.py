@@ -168,7 +168,7 @@ class Manifest:
         if len(set(self.kinds)) < len(self.kinds) or "weight" not in self.kinds:
             raise ValueError(f"kinds {self.kinds}")
         if not all(isinstance(self.state.get(part, {}), dict) for part in ("run", "engine", "model")):
-            raise ValueError("a part of its state is no object")
+            raise ValueError("a part of its state is not an object")
         needed: Counter[str] = Counter()
         for name, entry in self.tensors.items():
             ends = [0, *(piece.start + piece.numel for piece in entry.pieces)]

@@ -92,7 +92,7 @@ class RunFolder:
             UserError: this is not a run folder, or its config.json is damaged.
         """
         if not self.exists():
-            raise UserError(str(self.path), "is no run folder (no resolved/model/config.json)", "give a run.dir")
+            raise UserError(str(self.path), "is not a run folder (no resolved/model/config.json)", "give a run.dir")
         try:
             return read_hypermoe_config(self.model)
         except UserError as error:
@@ -109,7 +109,7 @@ class RunFolder:
         self.check_same_tokenizer(tokenizer)
 
     def check_same_model(self, config: HyperMoEConfig) -> None:
-        """Refuse to go on with another model than the folder's.
+        """Refuse to continue with another model than the folder's.
 
         Raises:
             UserError: the folder holds a run, and a field of its model differs.

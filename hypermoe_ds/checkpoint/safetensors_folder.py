@@ -158,7 +158,7 @@ class TakenTensors:
             raise UserError(
                 f"{self.files.folder}: {name}",
                 f"is {list(found)}, by config.json it is {list(shape)}",
-                "mend config.json",
+                "correct config.json",
             )
         self._names.add(name)
         return partial(self.files.read, name)

@@ -23,5 +23,5 @@ class CheckpointConfig(Settings):
         "full", description="compared with the manifest at a resume: sizes and headers, or full (hashes too, no NaN)"
     )
     asynchronous: bool = Field(
-        True, description="write while training goes on, from a copy in host memory (12 bytes a parameter of a rank)"
+        True, description="write while training continues, from a copy in host memory (12 bytes a parameter of a rank)"
     )

@@ -108,7 +108,7 @@ def publish(checkpoints: Path, step: int) -> None:
 
 
 def name_latest(checkpoints: Path, step: int) -> None:
-    """Name the checkpoint to go on from."""
+    """Name the checkpoint to continue from."""
     write_durably(checkpoints / _LATEST, step_name(step) + "\n")
 
 

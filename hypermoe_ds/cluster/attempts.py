@@ -1,4 +1,4 @@
-"""What ended each try of a job, and whether another one makes sense."""
+"""Classify how each attempt to run a job ended, and decide whether to start it again."""
 
 import json
 import re
@@ -15,17 +15,17 @@ _UNMET_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the job.
+    """One start of the job and its outcome.
 
     Attributes:
-        began: seconds since the epoch.
-        seconds: how long it ran.
-        exit_code: of the launcher.
-        hosts: where its ranks ran.
-        outcome: done; saved (a signal ended it after a checkpoint); refused (bad input); error (a rank told one);
-            lost (a rank was); unmet (it ended before its ranks had met).
+        began: start time, seconds since the epoch.
+        seconds: duration.
+        exit_code: exit code of the launcher.
+        hosts: hosts that its ranks ran on.
+        outcome: done; saved (a signal ended it after a checkpoint); refused (bad input); error (a rank raised one);
+            lost (a rank was lost); unmet (it ended before all ranks had joined).
         step: last step that a rank worked on, None before the first.
-        what: what is known of the end, in one line.
+        what: details of the outcome in one line.
     """
 
     began: float
@@ -37,7 +37,7 @@ class Attempt:
     what: str
 
     def same_failure(self, other: "Attempt") -> bool:
-        """Whether both ended by the same error at the same step, but for numbers such as addresses."""
+        """Return whether both ended with the same error in the same step; numbers such as addresses may differ."""
         same = self.outcome == other.outcome == "error" and self.step == other.step
         return same and _without_numbers(self.what) == _without_numbers(other.what)
 
@@ -63,36 +63,36 @@ class Limits(NamedTuple):
 def classify(
     began: float, now: float, exit_code: int, heartbeats: Mapping[int, Heartbeat], failure_report: str
 ) -> Attempt:
-    """What a try came to.
+    """Classify an attempt that has ended.
 
     Args:
-        began: when it did.
-        now: when it ended.
-        exit_code: of the launcher.
-        signs: the ranks' last signs of life in it.
-        verdict: what a rank told of one that was lost; empty for none.
+        began: its start time.
+        now: its end.
+        exit_code: exit code of the launcher.
+        heartbeats: last heartbeat of each rank.
+        failure_report: the ranks' report of a lost rank; empty if there is none.
     """
     step = max((heartbeat.step for heartbeat in heartbeats.values() if heartbeat.passed), default=None)
     failed = [heartbeat for _, heartbeat in sorted(heartbeats.items()) if heartbeat.end == "error"]
-    saved = any(heartbeat.end == "saved" for heartbeat in heartbeats.values())
-    if exit_code == 0 and not any(heartbeat.end in ("saved", "error", "lost") for heartbeat in heartbeats.values()):
+    ends = {heartbeat.end for heartbeat in heartbeats.values()}
+    if exit_code == 0 and not ends & {"saved", "error", "lost"}:
         outcome, what = "done", ""
-    elif exit_code == EXIT_SAVED or saved:  # the launcher has a code of its own where it got the signal
+    elif exit_code == EXIT_SAVED or "saved" in ends:  # a launcher that received the signal has an exit code of its own
         outcome, what = "saved", "a signal ended it after a checkpoint"
     elif exit_code == EXIT_BAD_INPUT or any(heartbeat.error.startswith("UserError: ") for heartbeat in failed):
         outcome, what = "refused", failed[0].error if failed else "see its last line"
     elif failed:
         outcome, what, step = "error", failed[0].error, failed[0].step if failed[0].passed else None
     elif not heartbeats:
-        outcome, what = "unmet", "it ended before its ranks had met"
+        outcome, what = "unmet", "it ended before all ranks had joined"
     else:
-        outcome, what = "lost", failure_report or "ranks ended without a word"
+        outcome, what = "lost", failure_report or "ranks ended without an error"
     hosts = sorted({heartbeat.host for heartbeat in heartbeats.values()})
     return Attempt(began, now - began, exit_code, hosts, outcome, step, " ".join(what.split()))
 
 
 def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
-    """Whether to start again after the last of the tries."""
+    """Decide whether to start again after the last of the attempts."""
     last = attempts[-1]
     if last.outcome == "done":
         return Decision(False, "done")
@@ -103,27 +103,32 @@ def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
 
 
 def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
-    """Why another start makes no sense; empty where it may."""
+    """Return why not to start again; empty if there is no reason."""
     last = attempts[-1]
-    if last.outcome == "refused" and attempts[-2:][0].outcome == "refused":  # a lost rank may hold the folder a while
-        return f"a mistake in the settings, which a new start does not mend: {last.what}"
-    if len(attempts) > 1 and last.same_failure(attempts[-2]):
-        return f"the same error at step {last.step} as in the try before: {last.what}"
-    if [entry.outcome for entry in attempts[-_UNMET_ATTEMPTS:]] == ["unmet"] * _UNMET_ATTEMPTS:
-        return f"{_UNMET_ATTEMPTS} tries in a row ended before their ranks had met"
-    end = last.began + last.seconds
-    faults = sum(entry.outcome != "saved" and end - entry.began - entry.seconds < limits.seconds for entry in attempts)
-    return f"{faults} faults within {limits.seconds:.0f} s, the last one: {last.what}" * (faults > limits.restarts)
+    previous = attempts[-2] if len(attempts) > 1 else None
+    # After another outcome a refusal may only mean that a lost rank still holds the run folder.
+    if last.outcome == "refused" and (previous is None or previous.outcome == "refused"):
+        return f"bad input, which another start does not change: {last.what}"
+    if previous is not None and last.same_failure(previous):
+        return f"the same error at step {last.step} as in the attempt before: {last.what}"
+    if [attempt.outcome for attempt in attempts[-_UNMET_ATTEMPTS:]] == ["unmet"] * _UNMET_ATTEMPTS:
+        return f"{_UNMET_ATTEMPTS} attempts in a row ended before all ranks had joined"
+    now = last.began + last.seconds
+    recent = [attempt for attempt in attempts if now - attempt.began - attempt.seconds < limits.seconds]
+    faults = sum(attempt.outcome != "saved" for attempt in recent)
+    if faults > limits.restarts:
+        return f"{faults} faults within {limits.seconds:.0f} s, the last one: {last.what}"
+    return ""
 
 
 class HistoryFile:
-    """RUN_DIR/supervisor.jsonl: one JSON object a try, of this and all former supervisors."""
+    """RUN_DIR/supervisor.jsonl: one JSON object per attempt, of this and all earlier supervisors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, entry: Attempt) -> None:
-        """Add a try."""
+    def append(self, attempt: Attempt) -> None:
+        """Append an attempt."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
-            file.write(json.dumps(asdict(entry)) + "\n")
+            file.write(json.dumps(asdict(attempt)) + "\n")

@@ -1,6 +1,7 @@
-"""What one host of a job tells of itself: `python -m hypermoe_ds.cluster.host_report ASKED` prints it as JSON.
+"""Report the state of one host of a job: `python -m hypermoe_ds.cluster.host_report QUERY` prints it as JSON.
 
-`ASKED` is a JSON object of the fields of `Asked`. The line is printed last, so that its time is the one it arrives at.
+`QUERY` is a JSON object with the fields of `HostQuery`. The line is printed last, so that its clock is the time of
+arrival.
 """
 
 import hashlib
@@ -19,19 +20,19 @@ from hypermoe_ds.config import apply_overrides, load_yaml
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.provenance import git_commit, package_version, source_digest
 
-HOST_REPORT = "facts: "  # before the JSON: other lines may come from the host's shell
+HOST_REPORT = "host report: "  # prefix of the JSON, because the host's shell may print lines too
 
 
 @dataclass(frozen=True)
 class HostQuery:
-    """What a host is asked about.
+    """What a host reports about.
 
     Attributes:
         run_dir: the run folder.
-        token: name of a file that the asker wrote into it.
+        token: name of a file that the querying machine wrote into it.
         config: the recipe.
-        deepspeed_config: DeepSpeed's JSON.
-        overrides: `section.key=value`.
+        deepspeed_config: the DeepSpeed JSON.
+        overrides: `section.key=value` arguments.
         data: token files and the tokenizer.
     """
 
@@ -45,21 +46,21 @@ class HostQuery:
 
 @dataclass(frozen=True)
 class HostReport:
-    """What a host told.
+    """State of a host.
 
     Attributes:
         python: version.
         torch: version.
         deepspeed: version.
-        project: git commit, and a digest of the sources as they lie there.
-        settings: digest of the recipe with its overrides and of DeepSpeed's JSON, or why they cannot be read.
-        data: digest of the sizes of the data's files, or the first that is not there.
-        devices: name of each GPU; None where DeepSpeed is told to use the CPU.
-        memory_gib: free in /dev/shm.
-        disk_gib: free where the run folder is.
-        sees_run_folder: the asker's file is there.
-        address: the interface that gloo is told to use (GLOO_SOCKET_IFNAME), or what the host's own name resolves to.
-        clock: seconds since the epoch, at the end.
+        project: git commit, and a digest of the source files.
+        settings: digest of the recipe with its overrides and of the DeepSpeed JSON, or why they cannot be read.
+        data: digest of the sizes of the data files, or the first one that is missing.
+        devices: name of each GPU; None if DS_ACCELERATOR selects the CPU.
+        memory_gib: free space in /dev/shm.
+        disk_gib: free space on the disk of the run folder.
+        sees_run_folder: whether the token file exists.
+        address: the network interface that gloo uses (GLOO_SOCKET_IFNAME), or the address of the host's own name.
+        clock: time of the report, seconds since the epoch.
     """
 
     python: str
@@ -77,7 +78,7 @@ class HostReport:
 
 
 def report_host(query: HostQuery) -> HostReport:
-    """The facts of this host."""
+    """Report the state of this host."""
     return HostReport(
         python=platform.python_version(),
         torch=package_version("torch"),
@@ -86,7 +87,7 @@ def report_host(query: HostQuery) -> HostReport:
         settings=settings_digest(query.config, query.deepspeed_config, query.overrides),
         data=data_digest(query.data),
         devices=_devices(),
-        memory_gib=_free_gib(Path("/dev/shm")),  # noqa: S108 (where ranks of a host exchange)
+        memory_gib=_free_gib(Path("/dev/shm")),  # noqa: S108 (shared memory of the ranks)
         disk_gib=_free_gib(Path(query.run_dir)),
         sees_run_folder=(Path(query.run_dir) / query.token).exists(),
         address=_own_address(),
@@ -95,7 +96,7 @@ def report_host(query: HostQuery) -> HostReport:
 
 
 def settings_digest(config: str, deepspeed_config: str, overrides: Sequence[str]) -> str:
-    """A short digest of what the files of this host say, whatever their layout and comments."""
+    """Return a short digest of the settings in the files of this host, independent of layout and comments."""
     try:
         recipe = apply_overrides(load_yaml(config), overrides)
         own = json.loads(Path(deepspeed_config).read_text(encoding="utf-8"))
@@ -105,7 +106,7 @@ def settings_digest(config: str, deepspeed_config: str, overrides: Sequence[str]
 
 
 def data_digest(files: Sequence[str]) -> str:
-    """A short digest of the sizes of files; folders count as there or not."""
+    """Return a short digest of the sizes of files; of a folder only its existence counts."""
     sizes = []
     for file in map(Path, files):
         try:
@@ -124,7 +125,7 @@ def _devices() -> list[str] | None:
 
 
 def _free_gib(path: Path) -> float:
-    """Free space at `path`, or where it would be made."""
+    """Return the free space at `path`, or at its nearest existing parent."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

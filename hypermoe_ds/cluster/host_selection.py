@@ -1,4 +1,4 @@
-"""Which hosts a try can use: those of a hostfile that pass the preflight."""
+"""Select the hosts of an attempt: those of a hostfile that pass the preflight."""
 
 import json
 import subprocess
@@ -14,23 +14,23 @@ from hypermoe_ds.errors import UserError
 
 
 class Chosen(NamedTuple):
-    """A hostfile for one try, and the overrides that training on these hosts takes."""
+    """A hostfile for one attempt, and the overrides that training on these hosts needs."""
 
     hostfile: Path
     overrides: Sequence[str]
 
 
 class HostChoice:
-    """Chooses hosts for a training command.
+    """Select hosts for a training command.
 
     Args:
         hostfile: all hosts that may be used.
-        command: what is to be started on them.
-        preflight: the words that start the preflight.
-        deepspeed_config: DeepSpeed's JSON where the command names none.
+        command: the training command.
+        preflight: command that runs the preflight.
+        deepspeed_config: DeepSpeed JSON to use if the command names none.
 
     Raises:
-        UserError: the hostfile cannot be read, or the command has no place for the hosts.
+        UserError: the hostfile cannot be read, or the command has no `{hosts}` in it.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class HostChoice:
     ) -> None:
         if not any(HOSTS in word for word in command.words):
             remedy = f"write --hostfile {HOSTS} into the command after --"
-            raise UserError(f"--hostfile {hostfile}", "the command does not say where the hosts go", remedy)
+            raise UserError(f"--hostfile {hostfile}", "the command does not use it", remedy)
         self.hosts = read_hostfile(hostfile)
         self._chosen = command.run_dir / "hostfile"
         named = ["--config", command.recipe, "--deepspeed_config", command.deepspeed_config or deepspeed_config]
         self._preflight = [*preflight, "--hostfile", str(hostfile), *named, *command.overrides]
 
     def choose(self) -> Chosen | None:
-        """Those that can train now; None if there are none. The preflight prints why."""
+        """Return the hosts that can train now; None if there are none. The preflight prints the reasons."""
         with TemporaryDirectory() as folder:
             found = Path(folder) / "fit.json"
             if subprocess.run([*self._preflight, "--fit", str(found)], check=False).returncode:

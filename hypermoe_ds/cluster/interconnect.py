@@ -1,4 +1,4 @@
-"""How fast the hosts of a job exchange data: torchrun starts this on all of them, one process for each rank.
+"""Measure how fast the hosts of a job exchange data. torchrun starts this module on all hosts, one process per rank.
 
 `... -m hypermoe_ds.cluster.interconnect MEBIBYTES`; rank 0 prints one line of JSON.
 """
@@ -21,8 +21,8 @@ _TIMEOUT = timedelta(seconds=30)
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of `count` numbers, in rounds of pairs that have no number in common."""
-    seats = list(range(count + count % 2))  # of an odd count, one rests in each round
+    """Yield all pairs of `count` numbers, in rounds of disjoint pairs."""
+    seats = list(range(count + count % 2))  # with an odd count, one has no partner in each round
     half = len(seats) // 2
     for _ in range(len(seats) - 1):
         opposite = zip(seats[:half], reversed(seats[half:]), strict=True)
@@ -31,14 +31,14 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def measure(mebibytes: int, device: torch.device) -> Interconnect:
-    """Measure together with all ranks of the default process group.
+    """Measure the default process group (collective).
 
     Args:
-        mebibytes: size of what each rank sends.
-        device: where it lies.
+        mebibytes: data that each rank sends.
+        device: device that holds the data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    numbers = mebibytes * 2**18 // world * world  # of fp32; a multiple, so that all-to-all has equal parts
+    numbers = mebibytes * 2**18 // world * world  # of fp32; a multiple of the ranks, for equal parts
     size = 4 * numbers / 1e9
     wrong = []
 
@@ -60,7 +60,7 @@ def measure(mebibytes: int, device: torch.device) -> Interconnect:
 def _pairs(
     sent: torch.Tensor, received: torch.Tensor, size: float, device: torch.device
 ) -> list[tuple[int, int, float]]:
-    """Each pair of hosts: the first rank of one and that of the other send to each other."""
+    """Measure each pair of hosts: their first ranks send to each other."""
     host = int(os.environ["GROUP_RANK"])
     first = os.environ["LOCAL_RANK"] == "0"
     leaders = {number: rank for rank, number in enumerate(_of_all_ranks([host if first else None]))}
@@ -83,15 +83,15 @@ def _pairs(
 
 
 def _fastest(exchange: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some trials, after one that makes the connections."""
-    taken = []
+    """Return the seconds of the fastest trial, after one that opens the connections."""
+    seconds = []
     for _ in range(1 + _TRIALS):
         start = time.perf_counter()
         exchange()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def _of_all_ranks(own: list) -> list:  # type: ignore[type-arg]
@@ -101,7 +101,7 @@ def _of_all_ranks(own: list) -> list:  # type: ignore[type-arg]
 
 
 def main() -> None:
-    """Measure as one of the ranks that torchrun started."""
+    """Measure, as one of the ranks that torchrun started."""
     on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

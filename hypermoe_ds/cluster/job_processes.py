@@ -1,4 +1,4 @@
-"""The processes of a job, wherever they run and whoever started them."""
+"""Find, signal and end all processes of a job, on this machine and other hosts."""
 
 import secrets
 import signal
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from hypermoe_ds.cluster.hosts import Host
 
-_VARIABLE = "HYPERMOE_JOB"  # the launch scripts hand it on to other hosts
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # one of them makes a process of the job a rank
+_VARIABLE = "HYPERMOE_JOB"  # the launch scripts forward it to other hosts
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # a process of the job that has one of them is a rank
 _SECONDS_TO_DIE = 10
 _SECONDS_TO_ANSWER = 60
-# /proc/PID/environ is what a process was started with. A rank and its loaders have the launcher's number of it.
-# A list of processes is old when its end is reached: each is looked at again in the moment before it is signalled.
+# /proc/PID/environ is the environment that a process was started with; a rank and its data loaders have the same rank.
+# A list of processes may be outdated, so each is checked again just before it is signalled.
 _FUNCTIONS = """
 job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
 ranks() {
@@ -28,7 +28,7 @@ signal() {
         if grep -qzsx "$name" /proc/$process/environ; then kill -s $number $process 2>/dev/null; fi
     done
 }
-gone_within() {
+ended_within() {
     left=$1
     while [ -n "$(job)" ]; do
         if [ $left -le 0 ]; then return 1; fi
@@ -40,10 +40,10 @@ gone_within() {
 
 
 class JobProcesses:
-    """All processes that carry this job's name in their environment, on this machine and other hosts.
+    """All processes that have this job's name in their environment, on this machine and other hosts.
 
     Args:
-        hosts: other hosts that may have some.
+        hosts: other hosts that may run some.
     """
 
     def __init__(self, hosts: Sequence[Host]) -> None:
@@ -52,30 +52,30 @@ class JobProcesses:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a process and its children some of the job."""
+        """Variables that mark a process and its children as part of the job."""
         return {_VARIABLE: self._name}
 
     def signal_ranks(self, number: signal.Signals) -> bool:
-        """Send a signal to all ranks; tells whether there are any."""
+        """Send a signal to all ranks and return whether there are any."""
         name = number.name.removeprefix("SIG")
         answer = self._everywhere(f'found=$(ranks); signal {name} $found; echo "ranks:" $found', _SECONDS_TO_ANSWER)
         return any(text.rpartition("ranks:")[2].strip() for text in answer)
 
     def end(self, seconds: int) -> None:
-        """End all of them: ranks may save and end by themselves for so many seconds, then nothing runs on.
+        """End all processes: ranks have `seconds` to save and end by themselves, then the rest is killed.
 
-        Hosts that do not answer are left alone.
+        Hosts that do not answer are skipped.
         """
-        kill = f"gone_within {seconds} || signal KILL $(job); gone_within {_SECONDS_TO_DIE}"
+        kill = f"ended_within {seconds} || signal KILL $(job); ended_within {_SECONDS_TO_DIE}"
         self._everywhere(f"signal TERM $(ranks); {kill}", seconds + _SECONDS_TO_DIE + _SECONDS_TO_ANSWER)
 
     def _everywhere(self, script: str, seconds: int) -> list[str]:
-        """What a line of shell prints on each host, run on all at once."""
+        """Run a line of shell on all hosts at once and return what each prints."""
         line = f"name={_VARIABLE}={self._name}; rank='^({'|'.join(RANK_VARIABLES)})='{_FUNCTIONS}{script}"
         end = time.monotonic() + seconds
-        nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
+        closed, pipe = subprocess.DEVNULL, subprocess.PIPE
         started = [
-            subprocess.Popen(host.command(line), text=True, stdin=nowhere, stdout=pipe, stderr=nowhere)
+            subprocess.Popen(host.command(line), text=True, stdin=closed, stdout=pipe, stderr=closed)
             for host in self._hosts
         ]
         printed = []

@@ -1,5 +1,5 @@
-"""Looks at the hosts of a job before it starts: are they there, are they alike, do they see one run folder, how fast
-are the links between them. Each failed check is one line with its remedy.
+"""Check the hosts of a job before it starts: whether they answer, are alike, share the run folder, and how fast their
+interconnect is. Each failed check is one line with its remedy.
 """
 
 import json
@@ -21,34 +21,34 @@ from hypermoe_ds.cluster.hosts import Host, shell_line
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
 
-INTERCONNECT = "links: "  # before the JSON that parallel/links.py prints: libraries print too
+INTERCONNECT = "interconnect: "  # prefix of the JSON that interconnect.py prints, because libraries print lines too
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
 _RENDEZVOUS_SECONDS = 60
 _SECONDS_AFTER_FAILURE = 5
-_MEMORY_GIB = 0.125  # of /dev/shm for each rank: DeepSpeed's operator takes 66 MB, NCCL some more
+_MEMORY_GIB = 0.125  # in /dev/shm per rank: DeepSpeed's operator takes 66 MB, NCCL some more
 _CLOCK_SECONDS = 5.0
 _SLOW_SHARE = 1 / 3  # of the median of all pairs
 _ALIKE = {
-    "python": "make the environment anew there: bash launch/setup.sh",
+    "python": "rebuild the environment there: bash launch/setup.sh",
     "torch": "run there: bash launch/setup.sh",
     "deepspeed": "run there: bash launch/setup.sh",
     "project": "check out the same commit there, without edits",
-    "settings": "put the same recipe and DeepSpeed JSON there",
-    "data": "put the token files and the tokenizer there, or on storage that all mount",
-    "devices": "take hosts with the same GPUs into the hostfile",
+    "settings": "copy the same recipe and DeepSpeed JSON there",
+    "data": "copy the token files and the tokenizer there, or to storage that all hosts mount",
+    "devices": "list only hosts with the same GPUs in the hostfile",
 }
 
 
 @dataclass(frozen=True)
 class HostAnswer:
-    """A host's answer.
+    """Answer of a host to the query.
 
     Attributes:
-        host: who was asked.
-        facts: what it told; None if it did not.
-        trouble: the last line that it gave instead.
-        exit_code: with which it ended then; 126 and 127 are a shell's that cannot start the command.
+        host: the host.
+        report: its report; None if there is none.
+        trouble: the last line that it printed instead.
+        exit_code: exit code in that case; 126 and 127 mean that the shell cannot start the command.
         clock_ahead: seconds by which its clock is ahead of this machine's.
     """
 
@@ -61,13 +61,13 @@ class HostAnswer:
 
 @dataclass(frozen=True)
 class Interconnect:
-    """What was measured, in GB/s of what one rank sends.
+    """Measured bandwidth, in GB/s that one rank sends.
 
     Attributes:
         all_reduce: over all ranks; None with one rank.
         all_to_all: over all ranks; None with one rank.
-        pairs: number of one host, number of the other, between their first ranks, both ways at once.
-        wrong: exchanges whose result was not what it must be.
+        pairs: indices of two hosts and the bandwidth between their first ranks, in both directions at once.
+        wrong: collectives that returned a wrong result.
     """
 
     all_reduce: float | None
@@ -80,8 +80,8 @@ class Failure(NamedTuple):
     """A check that failed.
 
     Attributes:
-        host: the host without which it would not; None where it is no single one.
-        error: the line that tells it.
+        host: the host at fault; None if it is not a single one.
+        error: the line that reports it.
     """
 
     host: Host | None
@@ -90,18 +90,18 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Starter:
-    """How a Python module is run on a host: the same interpreter and folder everywhere.
+    """Start a Python module on a host, with the same interpreter and folder everywhere.
 
     Attributes:
-        environment: variables that are set for it.
-        folder: working directory.
+        environment: its environment variables.
+        folder: its working directory.
     """
 
     environment: Mapping[str, str]
     folder: Path
 
     def start(self, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m module arguments`; it ends on the host too after `seconds`, or when its stdin is closed."""
+        """Start `python -m module arguments`. It ends on the host after `seconds`, or when its stdin is closed."""
         command = ["timeout", "--kill-after=5", str(seconds), sys.executable, "-m", module, *arguments]
         return subprocess.Popen(
             host.command(shell_line(command, self.environment, self.folder)),
@@ -113,7 +113,7 @@ class Starter:
 
 
 def ask_hosts(hosts: Sequence[Host], query: HostQuery, starter: Starter) -> list[HostAnswer]:
-    """Ask all hosts at once; a host that does not answer is told as such."""
+    """Query all hosts at once; a host that does not answer has no report."""
     with ThreadPoolExecutor(len(hosts)) as pool:
         return list(pool.map(lambda host: _ask(host, query, starter), hosts))
 
@@ -136,7 +136,7 @@ def _ask(host: Host, query: HostQuery, starter: Starter) -> HostAnswer:
 
 @contextmanager
 def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
-    """Kill the process if this takes longer than so many seconds."""
+    """Kill the process if the code inside takes longer than `seconds`."""
     timer = Timer(seconds, process.kill)
     timer.start()
     try:
@@ -146,11 +146,11 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[Non
 
 
 def check_hosts(answers: Sequence[HostAnswer], query: HostQuery, disk_gib: float) -> list[Failure]:
-    """Everything that is wrong with the hosts.
+    """Return all failed checks of the hosts.
 
     Args:
-        answers: of all hosts.
-        asked: what they were asked about.
+        answers: answers of all hosts.
+        query: the query that they answer.
         disk_gib: free space that the run needs.
     """
     failures = [
@@ -171,12 +171,12 @@ def check_hosts(answers: Sequence[HostAnswer], query: HostQuery, disk_gib: float
 
 def _remedy(answer: HostAnswer) -> str:
     if answer.exit_code in (126, 127):
-        return "make the environment there, at the same path as here: bash launch/setup.sh"
+        return "build the environment there, at the same path as here: bash launch/setup.sh"
     return answer.host.reach_remedy()
 
 
 def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
-    """Hosts whose value is not the one that most have."""
+    """Return the hosts whose value differs from that of the majority."""
     [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
     failures = [
         Failure(host, UserError(f"{host.name}: {name}", f"is {value}, elsewhere {usual}", remedy))
@@ -189,7 +189,7 @@ def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failu
 
 
 def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib: float) -> list[UserError]:
-    """What one host has too little of."""
+    """Return what one host lacks."""
     host, found = answer.host, []
     if report.devices is not None and len(report.devices) < host.slots:
         remedy = "lower its slots, or set DS_ACCELERATOR=cpu to train without GPUs"
@@ -205,7 +205,7 @@ def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib:
     if not report.sees_run_folder:
         problem = "is not the folder that this machine sees there"
         found.append(
-            UserError(f"{host.name}: run.dir={query.run_dir}", problem, "choose one on storage that all mount")
+            UserError(f"{host.name}: run.dir={query.run_dir}", problem, "choose one on storage that all hosts mount")
         )
     if abs(answer.clock_ahead) > _CLOCK_SECONDS:
         problem = f"is {answer.clock_ahead:+.0f} s off this machine's"
@@ -214,28 +214,31 @@ def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib:
 
 
 def _unreachable_name(host: str, address: str) -> UserError:
-    """Gloo tells other hosts the address that a host's own name has."""
-    remedy = "set GLOO_SOCKET_IFNAME to the network interface, or mend /etc/hosts there"
-    return UserError(f"{host}: its own name", f"means {address} there, which no other host can reach", remedy)
+    """Gloo announces the address of a host's own name to the other hosts."""
+    remedy = "set GLOO_SOCKET_IFNAME to the network interface, or correct /etc/hosts there"
+    return UserError(f"{host}: its own name", f"resolves to {address} there, which no other host can reach", remedy)
 
 
 def measure_interconnect(
     hosts: Sequence[Host], starter: Starter, address: str, port: int, mebibytes: int
 ) -> Interconnect:
-    """An all-reduce and an all-to-all over all ranks, and an exchange of each pair of hosts.
+    """Measure an all-reduce and an all-to-all over all ranks, and an exchange between each pair of hosts.
 
     Args:
-        hosts: all of them.
-        starter: how processes are started.
-        address: of the first host.
-        port: where the ranks meet; the one the job will use.
-        mebibytes: what each rank sends.
+        hosts: all hosts.
+        starter: starts the processes.
+        address: address of the first host.
+        port: port of the rendezvous, the one that the job will use.
+        mebibytes: data that each rank sends.
 
     Raises:
-        UserError: the ranks do not meet, or one fails.
+        UserError: the ranks cannot connect, or one fails.
     """
     shared = [f"--nnodes={len(hosts)}", f"--master_addr={address}", f"--master_port={port}"]
-    shared += [f"--rdzv_conf=timeout={_RENDEZVOUS_SECONDS}", "--log_dir=/dev/null"]  # else a folder stays in TMPDIR
+    shared += [
+        f"--rdzv_conf=timeout={_RENDEZVOUS_SECONDS}",
+        "--log_dir=/dev/null",
+    ]  # otherwise torchrun leaves a folder in TMPDIR
     processes = []
     for number, host in enumerate(hosts):
         own = [f"--node_rank={number}", f"--nproc_per_node={host.slots}", "-m", "hypermoe_ds.cluster.interconnect"]
@@ -251,15 +254,15 @@ def measure_interconnect(
     ]
     name, text = failed[0] if failed else (hosts[0].name, outputs[0])
     if "EADDRINUSE" in text:
-        remedy = "set another MASTER_PORT, or end the job that has it"
+        remedy = "set another MASTER_PORT, or end the job that uses it"
         raise UserError(f"MASTER_PORT={port}", f"is in use on {name}", remedy)
     errors = [line.strip() for line in text.splitlines() if "Error" in line] or text.splitlines()[-1:] or ["no output"]
-    remedy = "open the ports between the hosts; name the network in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-    raise UserError(f"port {port} of {address}", f"the ranks do not exchange ({name}: {errors[-1][:160]})", remedy)
+    remedy = "open the ports between the hosts; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network"
+    raise UserError(f"port {port} of {address}", f"the ranks cannot exchange data ({name}: {errors[-1][:160]})", remedy)
 
 
 def _outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """What they print until they end; when one has failed the others wait for it, and are ended soon."""
+    """Return the output of each process. If one fails, end the others soon, because they would wait for it."""
     with ThreadPoolExecutor(len(processes)) as pool:
         outputs = [pool.submit(_output, process) for process in processes]
         for output in as_completed(outputs):
@@ -278,15 +281,15 @@ def _output(process: subprocess.Popen[str]) -> str:
 
 
 def check_interconnect(links: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
-    """Links that are slow, each blamed on the host that has more of them, and exchanges that went wrong.
+    """Return wrong results and slow pairs of hosts; of each pair, the host with more slow pairs is at fault.
 
     Args:
-        links: what was measured.
-        hosts: all of them, by number.
+        links: the measured interconnect.
+        hosts: all hosts, by index.
         least: GB/s that each pair of hosts must reach.
     """
     failures = [
-        Failure(None, UserError(exchange, "gave a wrong result", "look for faulty memory or network hardware"))
+        Failure(None, UserError(exchange, "gave a wrong result", "check memory and network hardware"))
         for exchange in sorted(set(links.wrong))
     ]
     usual = median([speed for *_, speed in links.pairs]) if links.pairs else 0.0
@@ -294,10 +297,10 @@ def check_interconnect(links: Interconnect, hosts: Sequence[Host], least: float)
     count = Counter(host for pair in slow for host in pair[:2])
     for one, other, speed in slow:
         where = f"{hosts[one].name} - {hosts[other].name}"
-        problem, remedy = f"{speed:.2f} GB/s, wanted are {least:.2f}", "look at their cables and ports"
+        problem, remedy = f"{speed:.2f} GB/s, required are {least:.2f}", "check their cables and ports"
         if speed >= least:
-            problem = f"{speed:.2f} GB/s, between others {usual:.2f}"
-            remedy = "look at the cables and ports of the host that is slow to all"
+            problem = f"{speed:.2f} GB/s, the median of all pairs is {usual:.2f}"
+            remedy = "check the cables and ports of the host whose pairs are all slow"
         culprit = max(one, other, key=lambda host: (count[host], host))
         failures.append(Failure(hosts[culprit], UserError(where, problem, remedy)))
     return failures
@@ -311,30 +314,30 @@ class Fit(NamedTuple):
 
 
 def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, expert: int, num_experts: int) -> Fit:
-    """The most of these hosts, from the first one on, that the settings can be spread over.
+    """Return the largest number of these hosts, beginning with the first, that can share the batch.
 
     Args:
-        hosts: those that passed.
+        hosts: hosts that passed the checks.
         global_batch_size: sequences of one optimizer step, over all ranks.
         micro_batch_size: sequences of one forward pass on one rank.
-        expert: ranks that share one copy of the experts, at most.
-        num_experts: of the model.
+        expert: largest number of ranks that share one copy of the experts.
+        num_experts: experts of a layer.
 
     Raises:
-        UserError: the batch cannot be shared by the ranks of any number of them.
+        UserError: the batch cannot be shared by the ranks of any number of these hosts.
     """
     slots = [host.slots for host in hosts]
-    taken = hosts[: hosts_that_fit(slots, global_batch_size, micro_batch_size)]
-    if not taken:
+    chosen = hosts[: hosts_that_fit(slots, global_batch_size, micro_batch_size)]
+    if not chosen:
         problem = f"cannot be shared by the ranks of {', '.join(host.name for host in hosts)} or fewer hosts"
         remedy = f"a multiple of {micro_batch_size} times {slots[0] if slots else 1} can"
         raise UserError(f"train.global_batch_size={global_batch_size}", problem, remedy)
-    ranks = sum(host.slots for host in taken)
-    return Fit(taken, largest_expert_parallel(expert, num_experts, ranks))
+    ranks = sum(host.slots for host in chosen)
+    return Fit(chosen, largest_expert_parallel(expert, num_experts, ranks))
 
 
 def table(answers: Sequence[HostAnswer]) -> str:
-    """What the hosts told, one line each."""
+    """Return a table of the hosts' reports, one line per host."""
     rows = [["host", "slots", *_ALIKE, "shared memory", "disk", "clock"]]
     for answer in answers:
         row = [answer.host.name, str(answer.host.slots)]
@@ -353,16 +356,16 @@ def table(answers: Sequence[HostAnswer]) -> str:
 
 
 def interconnect_line(links: Interconnect, hosts: Sequence[Host], mebibytes: int) -> str:
-    """What was measured, with the slowest pair."""
+    """Return the measured bandwidths and the slowest pair in one line."""
     parts = [f"all-reduce {_speed(links.all_reduce)}", f"all-to-all {_speed(links.all_to_all)}"]
     if links.pairs:
         one, other, speed = min(links.pairs, key=lambda pair: pair[2])
         parts.append(f"slowest pair {hosts[one].name} - {hosts[other].name} {_speed(speed)}")
-    return f"{mebibytes} MiB a rank: {', '.join(parts)}"
+    return f"{mebibytes} MiB per rank: {', '.join(parts)}"
 
 
 def _speed(value: float | None) -> str:
-    return "of one rank alone" if value is None else f"{value:.2f} GB/s"
+    return "not measured (one rank)" if value is None else f"{value:.2f} GB/s"
 
 
 def _shown(value: str | Sequence[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""The training command that is supervised, and what it says of the run."""
+"""The supervised training command and what it reveals about the run."""
 
 import re
 import shlex
@@ -15,13 +15,13 @@ _OVERRIDE = re.compile(r"\w+(\.\w+)+=")
 
 @dataclass(frozen=True)
 class TrainingCommand:
-    """A command line that ends up in train.py.
+    """A command line that runs train.py.
 
     Attributes:
-        words: as given.
+        words: the command line.
         recipe: its `--config`.
-        deepspeed_config: its `--deepspeed_config`; None leaves it to the launch script.
-        overrides: its `section.key=value`.
+        deepspeed_config: its `--deepspeed_config`; None takes the default of the launch script.
+        overrides: its `section.key=value` arguments.
         run_dir: the run folder.
     """
 
@@ -33,15 +33,15 @@ class TrainingCommand:
 
     @classmethod
     def read(cls, words: Sequence[str]) -> "TrainingCommand":
-        """Understand a command line.
+        """Parse a command line.
 
         Raises:
-            UserError: it has no `--config`, or a recipe that cannot be read or names no run folder.
+            UserError: it has no `--config`, or the recipe cannot be read or names no run folder.
         """
         recipe = _option(words, "--config")
         if recipe is None:
             remedy = "give `deepspeed ... train.py --config ...` or a script of launch/"
-            raise UserError(shlex.join(words), "is no training command", remedy)
+            raise UserError(shlex.join(words), "is not a training command", remedy)
         overrides = [word for word in words if _OVERRIDE.match(word)]
         section = apply_overrides(load_yaml(recipe), overrides).get("run")
         folder = section.get("dir") if isinstance(section, dict) else None
@@ -50,16 +50,16 @@ class TrainingCommand:
         return cls(words, recipe, _option(words, "--deepspeed_config"), overrides, Path(folder))
 
     def started_with(self, hostfile: Path | None, overrides: Sequence[str]) -> list[str]:
-        """The words of one start: on these hosts, with these overrides, from the newest checkpoint."""
+        """Return the command line for these hosts and overrides; it resumes from the newest checkpoint."""
         words = [word.replace(HOSTS, str(hostfile)) for word in self.words]
         return [*words, *overrides, "checkpoint.resume=auto"]
 
 
 def _option(words: Sequence[str], name: str) -> str | None:
-    """The value of an option, in one word or two."""
-    for place, word in enumerate(words):
-        if word == name and place + 1 < len(words):
-            return words[place + 1]
+    """Return the value of an option, given as `NAME VALUE` or `NAME=VALUE`."""
+    for index, word in enumerate(words):
+        if word == name and index + 1 < len(words):
+            return words[index + 1]
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None

@@ -14,7 +14,7 @@ _CHUNK = 1 << 24  # samples counted at once: counting takes 8 bytes each
 class Consumption:
     """Count consumed tokens and epochs, by dataset.
 
-    Counts go on from those of the last call, so a call takes time for the samples since then alone.
+    Counts continue from those of the last call, so a call takes time for the samples since then alone.
 
     Args:
         samples: the training samples.

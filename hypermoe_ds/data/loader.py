@@ -37,7 +37,7 @@ class ResumableSampler(Sampler[list[int]]):
     Micro-batch m of all ranks together is the m-th block of `size * micro_batch_size` samples from
     `consumed_samples` on, those left out not counted; rank r takes the r-th run of `micro_batch_size` in
     it. The samples that all ranks take therefore depend on `consumed_samples` alone, and a run
-    goes on with the same ones on another number of ranks. An incomplete last block is dropped.
+    continues with the same ones on another number of ranks. An incomplete last block is dropped.
 
     Raises:
         ValueError: a number is out of range.

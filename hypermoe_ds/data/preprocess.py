@@ -123,7 +123,7 @@ def check_job(job: Job) -> list[Path]:
         UserError: a bad input or number of workers, or files at the output that may not be replaced.
     """
     if job.workers < 1:
-        raise UserError(f"workers={job.workers}", "is no number of processes", "give 1 or more")
+        raise UserError(f"workers={job.workers}", "is not a number of processes", "give 1 or more")
     if job.output.endswith("/") or Path(job.output).is_dir():
         raise UserError(job.output, "is a folder", "give a prefix such as data/corpus, to which .bin is appended")
     for suffix in _SUFFIXES:

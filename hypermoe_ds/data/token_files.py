@@ -122,7 +122,7 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
     header = np.fromfile(index_path, dtype=_HEADER, count=1)[0]
     # NumPy strips trailing zeros from byte strings.
     if header["magic"] != _MAGIC.rstrip(b"\0") or header["version"] != 1 or int(header["dtype"]) not in _TOKEN_DTYPES:
-        raise UserError(str(index_path), "is no index of tokens", "give the prefix of files of preprocess_data.py")
+        raise UserError(str(index_path), "is not an index of tokens", "give the prefix of files of preprocess_data.py")
     sequences, documents = int(header["sequences"]), int(header["documents"])
     expected = _HEADER.itemsize + 12 * sequences + 8 * documents
     if size != expected:
@@ -152,4 +152,4 @@ def read_metadata(prefix: str) -> Metadata | None:
     try:
         return Metadata(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(str(path), f"is no description of tokens ({error})", f"remove it, or {_AGAIN}") from None
+        raise UserError(str(path), f"is not a description of tokens ({error})", f"remove it, or {_AGAIN}") from None

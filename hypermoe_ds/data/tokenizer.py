@@ -71,7 +71,7 @@ def train_tokenizer(
     output = Path(output)
     check_output(output)
     if vocab_size <= 0:
-        raise UserError(f"vocab_size={vocab_size}", "is no number of tokens", "give a positive number such as 32000")
+        raise UserError(f"vocab_size={vocab_size}", "is not a number of tokens", "give a positive number such as 32000")
     files = expand_inputs(inputs)
     report = ReadReport()
     with scratch_beside(output) as scratch:

@@ -85,7 +85,7 @@ def shard_bytes_of(size: str) -> int:
     """
     match = re.fullmatch(r"(\d{1,12})\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
-        raise UserError(f"--max-shard-size={size}", "is no size", "give a number and a unit, such as 200MB or 5GB")
+        raise UserError(f"--max-shard-size={size}", "is not a size", "give a number and a unit, such as 200MB or 5GB")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
@@ -138,7 +138,7 @@ def _take_control_tokens(model: HyperMoEForCausalLM, folder: Path) -> None:
         ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
         if not ids or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
             where = f"{folder / _GENERATION}: {key}={str(value)[:80]}"
-            raise UserError(where, f"is not an id below vocab_size={model.config.vocab_size}", "mend that key")
+            raise UserError(where, f"is not an id below vocab_size={model.config.vocab_size}", "correct that key")
         setattr(model.generation_config, key, value)
 
 
@@ -196,7 +196,7 @@ def _compare_tensors(source: WeightLoader, folder: Path) -> None:
 
 
 def _compare_logits(source: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
-    """On a few tokens, both models by the same code; to the bit, or to rounding where they are computed otherwise."""
+    """On a few tokens, both models by the same code; bit for bit, or to rounding where they are computed otherwise."""
     ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
     if not found.isfinite().all():

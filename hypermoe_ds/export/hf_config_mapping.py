@@ -88,7 +88,7 @@ def model_type(folder: Path) -> str:
     """
     kind = read_config(folder).get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is no model", "give a Hugging Face folder")
+        raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is not a model", "give a Hugging Face folder")
     return kind
 
 
@@ -114,7 +114,7 @@ def shape_of(folder: Path) -> dict[str, Any]:
         _check(folder, config)
         return _fields(kind, config)
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise UserError(str(folder / CONFIG), f"is not valid ({last_line(error)})", "mend that key") from None
+        raise UserError(str(folder / CONFIG), f"is not valid ({last_line(error)})", "correct that key") from None
 
 
 def _fields(kind: str, config: PreTrainedConfig) -> dict[str, Any]:

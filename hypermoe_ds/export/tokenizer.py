@@ -52,6 +52,6 @@ def _check_template(path: Path | None, folder: Path) -> None:
         rendered = load_tokenizer(folder).apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         problem = f"cannot be rendered for a user's message ({error})"
-        raise UserError(f"--chat-template={path}", problem, "mend the template") from None
+        raise UserError(f"--chat-template={path}", problem, "correct the template") from None
     if _PROBE[0]["content"] not in rendered:
-        raise UserError(f"--chat-template={path}", "leaves a user's message out", "mend the template")
+        raise UserError(f"--chat-template={path}", "leaves a user's message out", "correct the template")

@@ -63,17 +63,17 @@ class Upcycling:
             if value % self.granularity:
                 raise UserError(
                     f"{key}={value}",
-                    f"is no multiple of --granularity={self.granularity}, so that a token cannot take whole MLPs",
+                    f"is not a multiple of --granularity={self.granularity}, so that a token cannot take whole MLPs",
                     "give a multiple",
                 )
         if self.router_std is not None and not 0 < self.router_std < math.inf:
             raise UserError(
                 f"--router-std={self.router_std}",
-                "is no spread of a router's logits",
+                "is not a spread of a router's logits",
                 "give more than 0",
             )
         if not 0 <= self.noise < math.inf:
-            raise UserError(f"--noise={self.noise}", "is no number of standard deviations", "give 0 or more")
+            raise UserError(f"--noise={self.noise}", "is not a number of standard deviations", "give 0 or more")
 
     def fields(self, width: int) -> dict[str, Any]:
         """Fields of `HyperMoEConfig` for experts made of an MLP of this width.

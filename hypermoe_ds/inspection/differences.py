@@ -57,7 +57,7 @@ class Differences:
         }
 
     def largest(self, kind: str, count: int = 10) -> list[str]:
-        """The parameters that differ most, relatively; a distance that is no number comes first."""
+        """The parameters that differ most, relatively; a distance that is not a number comes first."""
         changed = {name: d.relative for name, d in self.tensors[kind].items() if d.relative != 0}
         return sorted(changed, key=lambda name: (not math.isnan(changed[name]), -changed[name]))[:count]
 

@@ -102,7 +102,7 @@ def open_tensor_reader(path: Path, step: int | None = None) -> TensorReader:
         return CheckpointTensorReader(path, "checkpoint folder")
     if (path / "config.json").is_file():
         return HuggingFaceTensorReader(path)
-    raise UserError(str(path), "is no run folder, checkpoint folder or Hugging Face folder", "give one of them")
+    raise UserError(str(path), "is not a run folder, checkpoint folder or Hugging Face folder", "give one of them")
 
 
 def ranges(elements: int, at_once: int = _ELEMENTS_AT_ONCE) -> Iterator[tuple[int, int]]:

@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .configuration_hypermoe import HyperConditioning
+from .selections import rank_sets
+
 # For this many rows sorting takes longer than applying them one by one (60 and 18 us on a CPU, D = 768, A = 64).
 _FEW_ROWS = 4
 # On CUDA, PyTorch's grouped GEMM takes fewer than 1,024 groups. Before Hopper it is a loop that waits for the host.
@@ -55,6 +58,21 @@ class Assignment(NamedTuple):
         if self.gates_TJ is not None:
             y_TJD = y_TJD * self.gates_TJ.unsqueeze(-1).to(y_RD.dtype)
         return y_TJD.sum(1)
+
+
+def assign(
+    selected_TK: Tensor, gates_TK: Tensor | None, num_experts: int, conditioning: HyperConditioning
+) -> Assignment:
+    """Assign to each token the HyperExperts of its selections, among those of all possible selections.
+
+    Raises:
+        ValueError: conditioning is "route" and there are no gates.
+    """
+    if conditioning == "selection":
+        return Assignment(rank_sets(selected_TK, num_experts).unsqueeze(1))
+    if gates_TK is None:
+        raise ValueError("conditioning 'route' weighs with gates: give gates_TK")
+    return Assignment(selected_TK, gates_TK)
 
 
 def apply_generated(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_hypermoe import HyperConditioning
-from .generated import Assignment, HyperExpertWeights, RoutedRows, apply_generated, sort_rows
+from .generated import Assignment, HyperExpertWeights, RoutedRows, apply_generated, assign, sort_rows
 from .hyper_cache import HyperExpertCache, KeptHyperExperts
 from .hyper_costs import Form, Sizes, cheaper_form, generated_weights_fit
-from .selections import all_sets, distinct_sets, rank_sets
+from .selections import all_sets, distinct_sets
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -443,21 +443,6 @@ class BakedHyperExperts(nn.Module):
         """Return HyperExpert(x) as `HyperExperts` does, without a hypernetwork, generation or cache."""
         weights = HyperExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return apply_generated(x_TD, assign(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
-
-
-def assign(
-    selected_TK: Tensor, gates_TK: Tensor | None, num_experts: int, conditioning: HyperConditioning
-) -> Assignment:
-    """Assign to each token the HyperExperts of its selections, among those of all possible selections.
-
-    Raises:
-        ValueError: conditioning is "route" and there are no gates.
-    """
-    if conditioning == "selection":
-        return Assignment(rank_sets(selected_TK, num_experts).unsqueeze(1))
-    if gates_TK is None:
-        raise ValueError("conditioning 'route' weighs with gates: give gates_TK")
-    return Assignment(selected_TK, gates_TK)
 
 
 def generate_ahead(

@@ -1,1 +1,1 @@
-"""How the ranks share the work: arithmetic of the layout and the expert-parallel transformation."""
+"""How ranks share the work: batch and expert arithmetic, expert parallelism, the parallelised model."""

@@ -1,4 +1,4 @@
-"""What ranks tell each other in host memory, beside the training."""
+"""Exchange Python objects between ranks over gloo, separate from the training."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,13 +11,12 @@ Value = TypeVar("Value")
 
 
 class ControlGroup:
-    """Exchanges objects between all ranks, on a gloo group of its own.
+    """A gloo process group to exchange Python objects between all ranks.
 
-    Building it and all its methods are collective. Each user has one of its own: messages of one thread never meet
-    those of another.
+    The constructor and all methods are collective. Each thread uses its own group, so that their messages do not mix.
 
     Attributes:
-        group: the process group, for collectives on tensors of the host.
+        group: the process group, for collectives on CPU tensors.
         rank: this rank.
         size: number of ranks.
     """
@@ -28,24 +27,24 @@ class ControlGroup:
         self.size = torch.distributed.get_world_size()
 
     def gather(self, value: Value) -> list[Value]:
-        """Everybody's value, on every rank."""
+        """Return the values of all ranks, on every rank."""
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value, self.group)
         return values
 
     def run_on_rank0(self, action: Callable[[], Value]) -> Value:
-        """What rank 0 finds or does, told to all.
+        """Run `action` on rank 0 and return its result on every rank.
 
         Raises:
-            UserError: of rank 0, on every rank.
+            UserError: `action` raised it; it is raised on every rank.
         """
         return self._shared(action if self.rank == 0 else None)[0]
 
     def gather_or_raise(self, action: Callable[[], Value]) -> list[Value]:
-        """What each rank finds or does, told to all.
+        """Run `action` on every rank and return the results of all.
 
         Raises:
-            UserError: of the first rank that has one, on every rank.
+            UserError: `action` raised it on some rank; the one of the first such rank is raised on every rank.
         """
         return self._shared(action)
 
@@ -55,7 +54,7 @@ class ControlGroup:
         except UserError as error:
             outcome = error
         outcomes = self.gather(outcome)
-        for told in outcomes:
-            if isinstance(told, UserError):
-                raise told
+        for result in outcomes:
+            if isinstance(result, UserError):
+                raise result
         return outcomes

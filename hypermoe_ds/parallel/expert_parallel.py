@@ -1,4 +1,4 @@
-"""The expert-parallel transformation: what DeepSpeed's AutoEP is told of the model, and its sum over ranks."""
+"""Expert parallelism: the AutoEP section of the DeepSpeed configuration, and the sum over ranks."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool) -> dict[str, Any]:
-    """The `expert_parallel` section of the DeepSpeed configuration.
+    """Return the `expert_parallel` section of the DeepSpeed configuration.
 
-    `deepspeed.initialize` then replaces each MoE block by an expert-parallel one, whatever the
-    size: with one rank a group the experts stay whole and no token travels.
+    `deepspeed.initialize` then replaces each MoE block by an expert-parallel one, for any size. With groups of one rank
+    the experts are not split and no token is sent.
 
     Args:
         size: ranks that share one copy of the experts.
-        renormalises_gates: whether a token's gates sum to one.
-        has_shared_experts: whether the blocks have an expert that every token passes.
+        renormalises_gates: whether the gates of a token sum to one.
+        has_shared_experts: whether the blocks have a shared expert.
     """
     return {
         "enabled": True,
@@ -34,13 +34,13 @@ def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool
         "has_shared_experts": has_shared_experts,
         "shared_experts_pattern": "shared_experts",
         "expert_activation": "swiglu",
-        # Sequential GEMMs: on CPU the grouped path needs a Triton kernel's fallback and is no faster.
+        # On CPU the grouped path needs a fallback of a Triton kernel and is not faster than sequential GEMMs.
         "use_grouped_mm": torch.cuda.is_available(),
     }
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum counts over all ranks (collective); every rank is data-parallel."""
+    """Sum counts over all ranks, which are all data-parallel (collective)."""
     total = value.clone()
     torch.distributed.all_reduce(total)
     return total

@@ -1,14 +1,14 @@
-"""HyperExperts on a CUDA stream of their own, beside the tokens' way to their experts and back."""
+"""Run HyperExperts on a CUDA stream of their own, overlapped with the all-to-all of the experts."""
 
 import torch
 from torch import nn
 
 
 def overlap_hyper_experts(model: nn.Module, enabled: bool) -> None:
-    """Have every layer of `model` run its HyperExperts beside the all-to-all, or in line with it.
+    """Switch the overlap of HyperExperts with the all-to-all on or off in every layer of `model`.
 
-    The results are the same. One stream serves all layers, for each waits for its own branch. A model that is
-    not on a GPU has nothing to overlap, and nothing changes.
+    The results are the same. One stream serves all layers, because each layer waits for its own HyperExperts. On CPU
+    nothing changes.
     """
     on_gpu = next(model.parameters()).is_cuda
     stream = torch.cuda.Stream() if enabled and on_gpu else None  # type: ignore[no-untyped-call]

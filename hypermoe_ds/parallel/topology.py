@@ -1,4 +1,4 @@
-"""Arithmetic of how ranks share a batch and the experts. Needs no GPU, no ranks, no DeepSpeed."""
+"""Arithmetic of how ranks share a batch and the experts. It needs neither GPU nor ranks nor DeepSpeed."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -17,18 +17,18 @@ class ParallelConfig(Settings):
     )
     overlap_hyper_experts: bool = Field(
         True,
-        description="on GPUs, run HyperExperts generated before routing on a stream of their own, beside the "
-        "exchange of tokens",
+        description="on GPUs, run HyperExperts that were generated before routing on a CUDA stream of their own, "
+        "overlapped with the all-to-all",
     )
 
 
 def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches that each rank runs for one optimizer step.
+    """Return the number of micro-batches that each rank runs for one optimizer step.
 
     Args:
         global_batch_size: sequences of one optimizer step, over all ranks.
         micro_batch_size: sequences of one forward pass on one rank.
-        world_size: ranks; each is data-parallel, whatever the expert parallelism.
+        world_size: number of ranks; all are data-parallel, for any expert parallelism.
 
     Raises:
         UserError: the sizes do not divide.
@@ -69,10 +69,10 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> Non
 
 
 def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_size: int) -> int:
-    """How many of the first hosts can share the batch; 0 if none can.
+    """Return how many of the first hosts can share the batch; 0 if none can.
 
     Args:
-        slots: ranks of each host, in the order in which they are taken.
+        slots: ranks of each host, in the order in which they are used.
         global_batch_size: sequences of one optimizer step, over all ranks.
         micro_batch_size: sequences of one forward pass on one rank.
     """
@@ -81,5 +81,5 @@ def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_siz
 
 
 def largest_expert_parallel(expert: int, num_experts: int, world_size: int) -> int:
-    """The most ranks, up to `expert`, that can share one copy of the experts."""
+    """Return the largest number of ranks, up to `expert`, that can share one copy of the experts."""
     return max(n for n in range(1, expert + 1) if num_experts % n == 0 and world_size % n == 0)

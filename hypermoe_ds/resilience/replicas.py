@@ -1,4 +1,4 @@
-"""Whether the ranks' copies of the parameters are still the same, to the bit."""
+"""Check that the ranks' replicas of the parameters are still bitwise identical."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +15,13 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaCheck:
-    """Compares what the ranks hold alike: parameters, experts among the ranks that hold the same ones.
+    """Compare the replicas of each parameter; experts are compared among the ranks that have the same ones.
 
-    Under ZeRO-3 parameters are cut over the ranks and have no copies; only the small ones that every rank keeps
-    whole are compared.
+    Under ZeRO 3 parameters are partitioned and have no replicas, except small ones, which every rank keeps.
 
     Args:
         engine: the DeepSpeed engine.
-        ranks: exchange the sums.
+        ranks: group that exchanges the checksums.
         expert_parallel: ranks that share one copy of the experts.
     """
 
@@ -33,35 +32,35 @@ class ReplicaCheck:
 
     @torch.no_grad()
     def run(self, step: int) -> None:
-        """Compare (collective).
+        """Compare all replicas (collective).
 
         Raises:
-            MachineError: a copy differs; names the parameter and the ranks that disagree with most.
+            MachineError: replicas differ; it names the parameter and the ranks that differ from the majority.
         """
-        sums = [checksum(parameter) for _, parameter in self._copies()]
+        sums = [checksum(parameter) for _, parameter in self._replicated()]
         of_ranks = self._ranks.gather(torch.stack(sums).tolist() if sums else [])
-        for number, (name, parameter) in enumerate(self._copies()):
-            shared = getattr(parameter, "allreduce", True)  # DeepSpeed's mark of what expert parallelism cuts
-            places = 1 if shared else self._expert_parallel
-            for place in range(places):
-                found = {rank: tuple(of_ranks[rank][number]) for rank in range(place, len(of_ranks), places)}
+        for number, (name, parameter) in enumerate(self._replicated()):
+            shared = getattr(parameter, "allreduce", True)  # DeepSpeed sets it to false on experts
+            owners = 1 if shared else self._expert_parallel
+            for first in range(owners):
+                found = {rank: tuple(of_ranks[rank][number]) for rank in range(first, len(of_ranks), owners)}
                 if len(set(found.values())) > 1:
                     raise MachineError(_difference(name, found, step))
 
-    def _copies(self) -> Iterator[tuple[str, Tensor]]:
+    def _replicated(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._module.named_parameters():
             if getattr(parameter, "ds_persist", True):
                 yield name, parameter
 
 
 def checksum(parameter: Tensor) -> Tensor:
-    """Two sums over the words of a tensor, [2] in int64: any change of one word shows, and any two exchanged."""
+    """Return two sums over the words of a tensor, int64 [2]; they detect a changed word and two exchanged words."""
     words = parameter.detach().contiguous().view(-1).view(_WORDS[parameter.element_size()])
     total_2 = torch.zeros(2, dtype=torch.int64, device=words.device)
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK].long()
-        places = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
-        total_2 += torch.stack([part.sum(), (part * places).sum()])
+        positions = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
+        total_2 += torch.stack([part.sum(), (part * positions).sum()])
     return total_2
 
 
@@ -69,10 +68,11 @@ def _difference(name: str, found: dict[int, tuple[int, ...]], step: int) -> str:
     [(usual, holders), *_] = Counter(found.values()).most_common()
     others = [rank for rank, value in found.items() if value != usual]
     if 2 * holders > len(found):
-        describe = f"on rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} it is not what the others have"
+        ranks = f"rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}"
+        problem = f"{ranks} differs from the majority" if len(others) == 1 else f"{ranks} differ from the majority"
     else:
-        describe = f"ranks {', '.join(map(str, found))} disagree, and no value has a majority"
+        problem = f"ranks {', '.join(map(str, found))} disagree, and no value has a majority"
     return (
-        f"the copies of {name} differ after step {step}: {describe}; "
-        "look at the memory of that host and start again from the last checkpoint"
+        f"the copies of {name} differ after step {step}: {problem}; "
+        "check the memory of that host and resume from the last checkpoint"
     )

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and end."""
+"""Handle the signals that ask a run to save and stop."""
 
 import signal
 from types import FrameType
@@ -7,12 +7,12 @@ from hypermoe_ds.process import STOP_SIGNALS
 
 
 class StopSignals:
-    """From now on notes the signals that ask for an end, for the loop to read between two steps.
+    """Record stop signals, so that the training loop can stop between two steps.
 
-    One that is ignored already stays ignored: `nohup` and a script's `&` have it so, for what the terminal sends.
+    Signals that are already ignored stay ignored, as with `nohup` or a script's `&`.
 
     Attributes:
-        seen: whether one has come to this rank.
+        seen: whether this rank has received one.
     """
 
     def __init__(self) -> None:

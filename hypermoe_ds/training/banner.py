@@ -1,4 +1,4 @@
-"""What a launch is about to run, as a table for the console."""
+"""Describe a launch in a table for the console."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,15 +23,15 @@ def banner(
     zero_stage: int,
     run_dir: str,
 ) -> list[tuple[str, str]]:
-    """Return rows of a name and a text.
+    """Return the rows of the table: a name and a text each.
 
     Args:
-        launch: what is known of the launch.
+        launch: the launch.
         model: the model.
-        train: length and batch.
-        data: the length of a sequence.
-        parallel: the layout of the experts.
-        zero_stage: of DeepSpeed's ZeRO.
+        train: length and batch sizes.
+        data: sequence length.
+        parallel: expert parallelism.
+        zero_stage: ZeRO stage.
         run_dir: the run folder.
     """
     counts = launch.parameters

@@ -1,4 +1,4 @@
-"""What changed in a run's settings since its last launch, and the effect of each change."""
+"""Report the settings that changed since the last launch, with the effect of each change."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -18,28 +18,28 @@ from hypermoe_ds.training.settings import ScheduleConfig
 _NOT_IN_RESULTS = "results stay the same"
 _ROUNDING = "other memory and speed; results stay the same up to rounding"
 
-# Of a key, the longest prefix counts.
+# The longest prefix of a key applies.
 _EFFECTS: Mapping[str, str] = MappingProxyType(
     {
         "run.dir": _NOT_IN_RESULTS,
         "model": "the model is that of the run",
         "data.train": "the order of the training samples may change",
-        "data.sequence_length": "samples are cut anew: some text comes again, some never",
-        "data.valid": "validation losses are of other data",
-        "data.tokenizer": "the run keeps its copy of the first launch",
+        "data.sequence_length": "samples are cut differently: some text is seen twice, some never",
+        "data.valid": "validation losses are measured on other data",
+        "data.tokenizer": "the run keeps its copy from the first launch",
         "data": _NOT_IN_RESULTS,
         "train": _NOT_IN_RESULTS,
         "train.steps": "the schedule spans the new number of steps",
         "train.stop_at_step": "this launch ends at another step",
         "train.micro_batch_size": _ROUNDING + ", and the router's losses count other micro-batches",
-        "train.global_batch_size": "each step takes so many sequences from here on; the learning rate stays",
-        "train.seed": "the training samples come in another order; weights are kept",
+        "train.global_batch_size": "each step takes this many sequences from now on; the learning rate stays",
+        "train.seed": "the order of the training samples changes; weights are kept",
         "train.precision": "continues from the fp32 weights; losses change by rounding",
         "train.clip_grad_norm": "gradients are clipped at the new norm",
         "train.activation_checkpointing": _ROUNDING,
-        "train.skip_samples": "these samples are skipped from here on",
+        "train.skip_samples": "these samples are skipped from now on",
         "optimizer.lr": "the schedule continues with the new largest rate",
-        "optimizer": "holds from the next step on; the moments are kept",
+        "optimizer": "takes effect in the next step; the moments are kept",
         "schedule": "the learning rate follows the new schedule from the next step on",
         "parallel": _ROUNDING,
         "checkpoint": _NOT_IN_RESULTS,
@@ -58,14 +58,14 @@ def record_launch(
     step: int,
     log: Callable[[str], None],
 ) -> None:
-    """Write `resolved/`; on a resume, print what changed since the last launch first.
+    """Write `resolved/`; on a resume, first print what changed since the last launch.
 
-    Of a last launch that cannot be read, as after a power cut, one line is printed in the place of the changes.
+    If the settings of the last launch cannot be read, for example after a power cut, one line says so instead.
 
     Args:
         run: the run folder.
         settings: the recipe as run.
-        ds_config: the configuration that DeepSpeed gets.
+        ds_config: the configuration for DeepSpeed.
         model: the model.
         step: optimizer steps taken.
         log: prints a line.
@@ -94,8 +94,8 @@ def setting_changes(
     Args:
         old: the recipe as run by the last launch.
         new: the recipe of this launch.
-        old_deepspeed: the configuration that DeepSpeed got in the last launch.
-        new_deepspeed: the one that it gets now.
+        old_deepspeed: the configuration for DeepSpeed in the last launch.
+        new_deepspeed: the one of this launch.
         step: optimizer steps taken.
 
     Returns:
@@ -121,7 +121,7 @@ def _settings(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> dict[s
 
 
 def _without_nulls(value: Any) -> Any:
-    """Leave out what is null in items of lists: a setting that an older version of an item lacks."""
+    """Remove nulls from items of lists: an older version of an item may lack the setting."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -135,17 +135,17 @@ def _without_nulls(value: Any) -> Any:
 def _effect(key: str) -> str:
     parts = key.split(".")
     prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    return next((_EFFECTS[prefix] for prefix in prefixes if prefix in _EFFECTS), "takes effect from here on")
+    return next((_EFFECTS[prefix] for prefix in prefixes if prefix in _EFFECTS), "takes effect from now on")
 
 
 def _short(value: str | None) -> str:
-    """The value as JSON, of at most 80 characters."""
+    """Return the value as JSON, cut to 80 characters."""
     value = value or "unset"
     return value if len(value) <= 80 else f"{value[:77]}..."
 
 
 class _Rates:
-    """Learning rates that a recipe gives."""
+    """Learning rates of a recipe."""
 
     def __init__(self, recipe: Mapping[str, Any]) -> None:
         self._largest = float(recipe["optimizer"]["lr"])
@@ -153,11 +153,11 @@ class _Rates:
         self._steps = int(recipe["train"]["steps"])
 
     def of(self, step: int) -> float:
-        """The rate of an optimizer step, counted from 1."""
+        """Return the learning rate of an optimizer step, counted from 1."""
         return self._largest * self._schedule.factor(step, self._steps)
 
     def falls_until(self, step: int) -> bool:
-        """Whether the rate of this step is below that of an earlier one after the warm-up."""
+        """Return whether the rate of this step is below that of an earlier step after the warm-up."""
         return step > self._schedule.warmup_steps and self.of(step) < self._largest
 
 

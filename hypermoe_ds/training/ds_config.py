@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: a JSON of what is DeepSpeed's alone, merged with what the recipe owns."""
+"""Merge the DeepSpeed JSON, which has DeepSpeed's own settings, with the settings that the recipe owns."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from hypermoe_ds.training.settings import TrainConfig
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
 
-# Who owns a key that must not stand in the JSON.
+# Keys that must not be in the JSON, and the setting of the recipe that owns each.
 _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
     {
         "train_batch_size": "train.global_batch_size",
@@ -38,8 +38,8 @@ _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
 
 _OFFLOAD = MappingProxyType({"device": str, "pin_memory": bool})
 
-# Keys of DeepSpeed 0.19.8 that may stand in the JSON, with their types. DeepSpeed itself ignores an
-# unknown one in silence: {"zero_optimizaton": ...} would run stage 0.
+# Keys of DeepSpeed 0.19.8 that may be in the JSON, with their types. DeepSpeed silently ignores unknown keys:
+# {"zero_optimizaton": ...} would run stage 0.
 _KNOWN: Mapping[str, Any] = MappingProxyType(
     {
         "zero_optimization": {
@@ -82,7 +82,7 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
-# Smallest value of a number where that is not 0; DeepSpeed itself fails late, or computes something else, below it.
+# Smallest value if it is not 0. Below it DeepSpeed fails late or computes something else.
 _LEAST: Mapping[str, float] = MappingProxyType(
     {
         "reduce_bucket_size": 1,
@@ -115,9 +115,9 @@ def _load(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error.strerror})", "give a file of ds_configs/") from None
     except ValueError as error:
-        raise UserError(str(path), f"is not JSON ({error})", "mend it or start from ds_configs/zero1.json") from None
+        raise UserError(str(path), f"is not JSON ({error})", "correct it or start from ds_configs/zero1.json") from None
     if not isinstance(content, dict):
-        raise UserError(str(path), "holds no object", "start from ds_configs/zero1.json")
+        raise UserError(str(path), "is not a JSON object", "start from ds_configs/zero1.json")
     for key in content.keys() & _OWNED_BY_RECIPE.keys():
         raise UserError(f"{path}: {key}", "belongs to the recipe", f"remove it and set {_OWNED_BY_RECIPE[key]}")
     _check_keys(content, _KNOWN, str(path), "")
@@ -125,7 +125,7 @@ def _load(path: str | Path) -> dict[str, Any]:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys stand once; Python's reader takes the last of several in silence."""
+    """Refuse repeated keys in a JSON object, of which Python's reader silently takes the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = Counter(name for name, _ in pairs)
@@ -141,10 +141,12 @@ def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str,
         kind = known[key]
         if isinstance(kind, Mapping):
             if not isinstance(value, dict):
-                raise UserError(f"{where}={value!r}", "is no object", f"give one of {', '.join(sorted(kind))}")
+                raise UserError(f"{where}={value!r}", "is not an object", f"give one of {', '.join(sorted(kind))}")
             _check_keys(value, kind, path, f"{prefix}{key}.")
         elif not _fits(value, kind):
-            raise UserError(f"{where}={value!r}", f"is no {kind.__name__}", f"give a {kind.__name__}")
+            raise UserError(
+                f"{where}={value!r}", f"is not of type {kind.__name__}", f"give a value of type {kind.__name__}"
+            )
         elif kind in (int, float) and not _LEAST.get(key, 0) <= value <= _MOST.get(key, _LARGEST):  # NaN too
             remedy = f"give {_LEAST.get(key, 0)} to {_MOST.get(key, _LARGEST):g}"
             raise UserError(f"{where}={value!r}", "is out of range", remedy)
@@ -159,14 +161,14 @@ def _fits(value: object, kind: type) -> bool:
 
 
 def without_owned_by_recipe(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """What `merge` did not take from the recipe or the model."""
+    """Return the part of a merged configuration that is not from the recipe or the model."""
     own = {key: value for key, value in merged.items() if key not in _OWNED_BY_RECIPE}
     zero = own.get("zero_optimization", {})
     return {**own, "zero_optimization": {key: value for key, value in zero.items() if key != "leaf_module"}}
 
 
 def zero_stage(ds_json: Mapping[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed JSON; 0 when it has none."""
+    """Return the ZeRO stage of a DeepSpeed JSON; 0 if it has none."""
     return int(ds_json.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -181,7 +183,7 @@ def _check_data_types(ds_json: Mapping[str, Any], precision: str) -> None:
 
 
 def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
-    """Refuse what DeepSpeed 0.19.8 ends in a traceback for, or ignores."""
+    """Refuse settings on which DeepSpeed 0.19.8 raises a traceback, or which it ignores."""
     zero = ds_json["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         device = zero.get(part, {}).get("device", "none")
@@ -191,14 +193,14 @@ def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
         if device not in ("none", "cpu"):
             raise UserError(where, "is unknown", "set it to cpu or none")
         if part == "offload_param" and device == "cpu" and stage != 3:
-            raise UserError(where, f"has no effect under stage {stage}", "take stage 3, or leave it out")
+            raise UserError(where, f"has no effect under stage {stage}", "use stage 3, or remove it")
     scatter = zero.get("reduce_scatter", True)
     if stage == 2 and not scatter and moe:
         where = "zero_optimization.reduce_scatter=false"
-        raise UserError(where, "does not go with a Mixture of Experts under stage 2", "leave it out")
+        raise UserError(where, "is not supported with a Mixture of Experts under stage 2", "remove it")
     if scatter and (ds_json.get("prescale_gradients") or ds_json.get("gradient_predivide_factor", 1) != 1):
         where = "prescale_gradients or gradient_predivide_factor"
-        raise UserError(where, "does not go with zero_optimization.reduce_scatter", "leave them out")
+        raise UserError(where, "is not supported with zero_optimization.reduce_scatter", "remove them")
     if scatter and stage != 3 and zero.get("allgather_bucket_size", 2) % 2:
         where = f"zero_optimization.allgather_bucket_size={zero['allgather_bucket_size']}"
         raise UserError(where, "is odd", "give an even number")
@@ -211,7 +213,7 @@ def merge(
     expert_parallel_size: int,
     world_size: int,
 ) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets: the JSON, and every number of the recipe said once.
+    """Return the configuration for DeepSpeed: the JSON and the settings that the recipe owns.
 
     Raises:
         UserError: batch sizes or expert parallelism that do not fit the ranks, an unknown stage or data type.
@@ -229,7 +231,7 @@ def merge(
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.clip_grad_norm,  # left out it would mean 1.0
+        "gradient_clipping": train.clip_grad_norm,  # the default would be 1.0
         "steps_per_print": 2**31 - 1,  # the loop prints
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16"},
@@ -245,7 +247,7 @@ def merge(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
         )
     if stage == 3:
-        # It reads its parts' parameters directly, so ZeRO-3 must gather it as a whole.
+        # Its forward reads parameters of its submodules, so ZeRO 3 must gather the whole module.
         leaves = {"classes": ["HyperNetwork"]}
         merged["zero_optimization"] = {**merged["zero_optimization"], "leaf_module": leaves}
     return merged

@@ -1,4 +1,4 @@
-"""Validation loss and perplexity."""
+"""Mean loss and perplexity over batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class Evaluation:
 
     Attributes:
         loss: mean cross-entropy in nats per token.
-        tokens: tokens it is the mean of.
+        tokens: number of tokens.
     """
 
     loss: float
@@ -24,41 +24,40 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where a diverged loss is above 709."""
+        """exp(loss); infinite if the loss is above 709."""
         return torch.tensor(self.loss, dtype=torch.float64).exp().item()
 
 
 @contextmanager
 def without_hyper_experts(model: nn.Module) -> Iterator[None]:
-    """Have a model compute inside as if `hypernetwork` were false, with the same other weights."""
-    parts = [module for module in model.modules() if hasattr(module, "skips_hyper_experts")]
-    for part in parts:
-        part.skips_hyper_experts = True  # type: ignore[assignment]
+    """Switch off the HyperExperts of a model for the code inside."""
+    modules = [module for module in model.modules() if hasattr(module, "skips_hyper_experts")]
+    for module in modules:
+        module.skips_hyper_experts = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for part in parts:
-            part.skips_hyper_experts = False  # type: ignore[assignment]
+        for module in modules:
+            module.skips_hyper_experts = False  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], device: torch.device) -> Evaluation:
-    """Mean loss over all tokens of `batches`, over all ranks (collective).
+    """Return the mean loss over all tokens of `batches` on all ranks (collective).
 
     Args:
         model: the model or engine, in evaluation mode.
-        batches: `input_ids` and `labels` [B, S], labels being the next tokens or -100.
-        device: where the model is.
+        batches: `input_ids` and `labels` [B, S]; labels are the next tokens or -100.
+        device: device of the model.
     """
-    # In fp64, so that the sum of millions of tokens keeps its digits, and on the device until the end: no batch
-    # waits for the one before it.
+    # The sum is in fp64, because of millions of tokens, and stays on the device, so that no batch waits for the last.
     total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         labels = batch["labels"].to(device, non_blocking=True)
         ids = batch["input_ids"].to(device, non_blocking=True)
         mean = model(input_ids=ids, shift_labels=labels, use_cache=False, output_logits=False).lm_loss
         count = (labels != -100).sum().double()
-        # The mean over no label is NaN.
+        # The mean over no labels is NaN.
         total_2 += torch.stack([(mean * count).masked_fill(count == 0, 0), count])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total_2)

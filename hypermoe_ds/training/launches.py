@@ -1,4 +1,4 @@
-"""RUN_DIR/launches.jsonl: what each launch of a run was, and how it ended."""
+"""Write RUN_DIR/launches.jsonl, with an entry for each launch and for each end of one."""
 
 import json
 import platform

@@ -51,11 +51,10 @@ def train(
     step_monitor: StepMonitor,
     watchdog: Watchdog,
 ) -> bool:
-    """Train until `last_step` or a signal; log, validate and save when each is due, and at the end.
+    """Train until `last_step` or a signal, and return whether a signal ended it. Log, validate and save when each is due.
 
-    If a checkpoint could not be written in the background, it is written again after the step that notices it. A
-    checkpoint that is due during a row of bad steps is written after the first good step, because the row may begin
-    with a NaN in the weights. At the end it is written in any case, and no older one is removed.
+    The last step is saved, and validated unless a signal ended the run. A checkpoint that failed is written again; one
+    that is due during bad steps waits for a good step, because the weights may hold a NaN.
 
     Args:
         engine: the DeepSpeed engine.
@@ -67,12 +66,8 @@ def train(
         validate: runs the validation (collective); None runs none.
         validation_interval: steps between two validations.
         skipped_samples: samples that the run skips.
-        step_monitor: synchronises and checks the status of each step.
+        step_monitor: synchronises and checks each step.
         watchdog: observes the progress of this rank.
-
-    Returns:
-        Whether a signal ended the run before `last_step`. The run then saves and does not validate, because there may
-        be little time.
     """
     stopping = unsaved = False
     while state.step < last_step and not stopping:
@@ -96,7 +91,7 @@ def train(
         unsaved = unsaved or status.unsaved or checkpoints.is_due(state.step)
         if ending or stopping or (unsaved and not state.bad_steps):
             watchdog.begin(state.step, "saving")
-            with recorder.measure("checkpoint"):
+            with recorder.measure("checkpoint"):  # after bad steps no older checkpoint is removed
                 checkpoints.save(state.step, state.to_dict(), prune=not state.bad_steps)
             unsaved = False
     checkpoints.finish()

@@ -1,7 +1,7 @@
 """Norms of gradients, weights and updates, by group of parameters.
 
-Each rank reads the ranges whose optimizer state it owns, which cover every element once; one sum over ranks completes
-them. So no gradient and no weight is gathered.
+Each rank reads the ranges whose optimizer state it owns, which cover every element once, and one sum over ranks gives
+the norms. No gradient and no weight is gathered.
 """
 
 from collections.abc import Iterable, Iterator
@@ -89,7 +89,7 @@ class ParameterNorms:
             yield name, adam
 
     def _squares(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        """This rank's sum of squares of each group, on the device and without a synchronisation."""
+        """Return this rank's sum of squares for each group, on the device and without a synchronisation."""
         squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64, device=self._engine.device)
         for name, part in parts:
             norm = torch.linalg.vector_norm(part, dtype=torch.float32).to(squares.device, torch.float64)
@@ -97,7 +97,7 @@ class ParameterNorms:
         return squares
 
     def _by_group(self, metric: str, norms: Tensor) -> dict[str, float]:
-        """Values of the groups that have parameters."""
+        """Return the values of the groups that have parameters."""
         present = set(self._groups.values())
         values = zip(PARAMETER_GROUPS, norms.tolist(), strict=True)
         return {f"{metric}/{group}": value for group, value in values if group in present}

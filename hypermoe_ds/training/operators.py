@@ -1,4 +1,4 @@
-"""Loading of the operators that DeepSpeed compiles, after a process was killed in the middle of it."""
+"""Load operators that DeepSpeed compiles, even if an earlier process was killed while it loaded them."""
 
 import fcntl
 import os
@@ -10,17 +10,17 @@ from torch.utils.cpp_extension import get_default_build_root
 
 
 def operators_folder() -> Path:
-    """Return the folder of the compiled operators, one subfolder each."""
+    """Return the folder of the compiled operators; each has a subfolder."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 @contextmanager
 def without_stale_locks() -> Iterator[None]:
-    """Remove the locks that killed processes left, then keep others from removing one while an operator is loaded.
+    """Remove stale locks of killed processes, and protect the locks of this one while an operator is loaded inside.
 
-    torch creates a file `lock` in the operator's folder each time that a process loads it. If that process is killed,
-    the file stays, and every later process waits for it without end. Here each process that loads holds a shared lock
-    which ends with the process: once there is no other holder, a file `lock` belongs to nobody.
+    torch creates a file `lock` in the operator's folder whenever a process loads it. If that process is killed, the
+    file stays and every later process waits for it forever. Each loading process therefore holds a shared file lock,
+    which the system releases when the process ends. If nobody else holds it, any file `lock` is stale.
     """
     folder = operators_folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a launch reached, as lines for the console, with the commands that come next."""
+"""Summarise a finished launch for the console, with the commands for the next step."""
 
 import os
 import shlex
@@ -25,9 +25,9 @@ def outcome_rows(
     Args:
         run_dir: the run folder.
         ended: why the launch ended.
-        step: step that it reached.
-        tokens: tokens that the run has trained on.
-        seconds: how long the launch took.
+        step: last step of the launch.
+        tokens: tokens consumed by the run.
+        seconds: duration of the launch.
         data: prefix of token files to evaluate on; None if there are none.
         resume: the command that continues the run.
     """

@@ -1,4 +1,4 @@
-"""Traces of a few steps, with the parts of the model named."""
+"""Trace a few steps, with named regions for the parts of the model."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +24,7 @@ class Profiler:
         config: steps and ranks.
         folder: RUN_DIR/profile; made when a trace is written.
         rank: this rank.
-        model: its parts are named while a step is traced, and are as they were before and after.
+        model: its parts get named regions while a step is traced.
         log: prints a line.
     """
 
@@ -43,7 +43,7 @@ class Profiler:
         self._trace: profile | None = None
 
     def region(self, name: str) -> AbstractContextManager[Any]:
-        """Name what runs inside, while a step is traced."""
+        """Name the code inside in the trace, if a step is traced."""
         return nullcontext() if self._trace is None else record_function(name)
 
     def before_step(self, step: int) -> None:
@@ -85,11 +85,11 @@ class Profiler:
 class ModelRegions:
     """Name the parts of a model's forward passes in traces, until `remove` is called.
 
-    Dispatch is from the router to the experts, and combine from the experts to the end of the MoE block: with expert
-    parallelism the exchanges of tokens. HyperExperts that start when the router has decided lie within dispatch.
+    The region "dispatch" is between the router and the experts, "combine" between the experts and the end of the MoE
+    block; with expert parallelism they contain the all-to-all. HyperExperts start within "dispatch".
 
     Args:
-        model: the training model, experts exchanged by AutoEP or not.
+        model: the training model, with or without AutoEP.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,7 +106,7 @@ class ModelRegions:
                 self._name_moe_block(module)
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 

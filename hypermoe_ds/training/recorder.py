@@ -1,4 +1,4 @@
-"""Turn what the steps of a run show into its records."""
+"""Turn the outputs of the training steps into log records."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # they load megatron-core, which a benchmark of the steps doe
 
 
 class Recorder(StepObserver):
-    """Log a step now and then; nothing in between waits for the device.
+    """Log some of the steps; the others do not wait for the device.
 
     Args:
         engine: the DeepSpeed engine.
         config: when to log.
         steps: length of the run; the first and last step are logged too.
-        logger: where metrics go.
-        console: where lines are printed.
+        logger: writes the metrics.
+        console: prints the lines.
         flops: FLOPs of the model and peak of the GPU.
         norms: measures gradients, weights and updates.
         consumption: counts tokens by dataset; None on ranks that log nothing.
@@ -65,7 +65,7 @@ class Recorder(StepObserver):
         self._routing = StepMeter(engine.module.config.num_experts)
 
     def begin(self, step: int) -> None:
-        """Decide what is observed of a step."""
+        """Decide what to observe in a step."""
         self._measures_norms = self._config.norms_interval is not None and step % self._config.norms_interval == 0
         self._profiler.before_step(step)
         self.logs = self._measures_norms or step % self._config.interval == 0 or step in (1, self._steps)
@@ -82,13 +82,13 @@ class Recorder(StepObserver):
         self._profiler.after_step(step)
 
     def observe(self, output: Any) -> None:
-        """Take the losses of a micro-batch, and its routing if the step is logged."""
+        """Add the losses of a micro-batch, and its routing if the step is logged."""
         self._losses.add(output)
         if self.logs:
             self._routing.add(output)
 
     def observe_gradients(self) -> None:
-        """Take the gradients of a step that is logged."""
+        """Add the gradients of a logged step."""
         if self.logs:
             self._norms.add_gradients()
 

@@ -28,10 +28,10 @@ class TrainConfig(Settings):
         None,
         ge=1,
         le=LARGEST_COUNT**3,
-        description="length of the run in tokens, such as 300e9, in place of `train.steps`; rounded up to whole steps",
+        description="length of the run in tokens, such as 300e9, instead of `train.steps`; rounded up to whole steps",
     )
     stop_at_step: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="save and end this start after that step"
+        None, ge=1, le=LARGEST_COUNT, description="save and end this launch after that step"
     )
     micro_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences of one forward pass on one rank")
     global_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences of one optimizer step over all ranks")
@@ -49,16 +49,16 @@ class TrainConfig(Settings):
         20,
         ge=0,
         le=LARGEST_COUNT,
-        description="steps in a row that are skipped for a NaN or Inf in loss or gradient; one more stops",
+        description="tolerated number of steps in a row that are skipped for a NaN or Inf in loss or gradient",
     )
     skip_samples: list[Stretch] = Field(
-        [], description="`[[first, last], ...]`, places in the order of the training samples that are left out"
+        [], description="`[[first, last], ...]`, ranges of sample indices to skip, in the order of the training samples"
     )
     consistency_interval: int | None = Field(
         1000,
         ge=1,
         le=LARGEST_COUNT,
-        description="steps between two comparisons of the ranks' copies of parameters; null never compares",
+        description="steps between two comparisons of the ranks' replicas of parameters; null never compares",
     )
 
 
@@ -120,10 +120,10 @@ class ScheduleConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """When the model is validated, and on how much."""
+    """When to validate, and on how much data."""
 
     interval: int = Field(
-        1000, ge=1, le=LARGEST_COUNT, description="steps between two validations; one more comes at the end"
+        1000, ge=1, le=LARGEST_COUNT, description="steps between two validations; the last step is validated too"
     )
     max_samples: int | None = Field(
         None,
@@ -135,5 +135,5 @@ class EvaluationConfig(Settings):
     hyper_expert_contribution: bool = Field(
         True, description="validate a second time with the HyperExperts switched off, to log what they contribute"
     )
-    prompts: list[str] = Field([], description="texts that each validation continues greedily and logs")
-    prompt_tokens: int = Field(32, ge=1, le=LARGEST_COUNT, description="tokens that continue each prompt")
+    prompts: list[str] = Field([], description="prompts that each validation continues greedily and logs")
+    prompt_tokens: int = Field(32, ge=1, le=LARGEST_COUNT, description="tokens to generate for each prompt")

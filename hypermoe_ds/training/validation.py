@@ -1,4 +1,4 @@
-"""Validation of a run: losses by dataset, what the HyperExperts contribute, samples of text."""
+"""Validate a run: losses by dataset, contribution of the HyperExperts, samples of text."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -37,11 +37,11 @@ class Validator:
     Args:
         engine: the DeepSpeed engine.
         datasets: the validation datasets by name.
-        bytes_per_token: bytes of text a token, of the datasets that know it.
-        config: what is measured.
+        bytes_per_token: bytes of text per token, for the datasets that know it.
+        config: what to measure.
         tokenizer: the run's tokenizer.
         micro_batch_size: sequences of one forward pass on one rank.
-        each: wraps the batches, as for a heartbeat: takes them, and how many there are.
+        each: wraps the batches, given their number, for example to send heartbeats.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Validator:
         return evaluate(self._engine, self._each(batches, total), self._engine.device)
 
     def _continue(self, ids: list[int]) -> str:
-        """Continue a prompt greedily; all ranks run as many forward passes, since experts lie on several of them."""
+        """Continue a prompt greedily, with the same number of forward passes on all ranks, which share the experts."""
         tokens = continue_greedily(self._engine, ids, self._prompt_tokens, self._engine.device)
         end = self._tokenizer.eos_token_id
         kept = tokens[: tokens.index(end)] if end in tokens else tokens
@@ -101,7 +101,7 @@ def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     """
     ids = encode_as_text(tokenizer, prompt)
     if not ids:
-        raise UserError(f"evaluation.prompts: {prompt!r}", "has no token", "give a text, or leave it out")
+        raise UserError(f"evaluation.prompts: {prompt!r}", "has no token", "give a text or remove it")
     if len(ids) > longest:
         problem = f"has {len(ids)} tokens, and with evaluation.prompt_tokens the model takes {max(longest, 0)}"
         raise UserError(f"evaluation.prompts: {prompt[:80]!r}", problem, "shorten it or lower evaluation.prompt_tokens")
@@ -110,13 +110,13 @@ def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
 
 @torch.no_grad()
 def continue_greedily(model: Callable[..., Any], ids: list[int], new_tokens: int, device: torch.device) -> list[int]:
-    """Return the likeliest next tokens, one after the other (collective).
+    """Continue a prompt with the most likely tokens (collective).
 
     Args:
         model: the model or engine, in evaluation mode.
         ids: the prompt.
-        new_tokens: how many to add.
-        device: where the model is.
+        new_tokens: number of tokens to add.
+        device: device of the model.
     """
     fed, cache, added = torch.tensor([ids], device=device), None, []
     for _ in range(new_tokens):
@@ -132,8 +132,8 @@ def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mappin
     Bits per byte are loss / ln 2 * tokens / bytes (The Pile, arXiv 2101.00027, section 3.1).
 
     Args:
-        results: by name of the dataset.
-        bytes_per_token: by name, of the datasets that know it; the mean needs those of all.
+        results: results by dataset.
+        bytes_per_token: by dataset; the value over all datasets needs those of all.
     """
     mean = _mean(results)
     values = {"valid_loss": mean.loss, "valid_perplexity": mean.perplexity}
@@ -151,8 +151,8 @@ def contribution_values(values: Mapping[str, float], without: Mapping[str, Evalu
     """Return the losses without HyperExperts, and how far they are above those with them.
 
     Args:
-        values: of `validation_values`, with HyperExperts.
-        without: by name of the dataset, without them.
+        values: values of `validation_values`, with HyperExperts.
+        without: results without them, by dataset.
     """
     losses = {"": _mean(without).loss, **{f"/{name}": result.loss for name, result in without.items()}}
     off = {f"valid_loss_without_hyper_experts{item}": loss for item, loss in losses.items()}

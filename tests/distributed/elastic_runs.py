@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of elastic resume: a run saved under one layout goes on under others."""
+"""What the ranks do in the tests of elastic resume: a run saved under one layout continues under others."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +36,7 @@ Ended = tuple[list[Step], Tensor]  # the steps after the checkpoint, the last lo
 
 
 def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
-    """Under each layout, of the same ranks: train, save beside the training, go on."""
+    """Under each layout, of the same ranks: train, save in the background, continue."""
     return [_save(layout, folder) for layout, folder in zip(layouts, folders, strict=True)]
 
 
@@ -54,7 +54,7 @@ def _save(layout: Layout, folder: Path) -> Ended:
 
 
 def resume_each(layouts: list[Layout], folders: list[Path], again: list[Path]) -> list[Ended]:
-    """Resume each run under its new layout, of the same ranks, save it at once elsewhere, go on as above."""
+    """Resume each run under its new layout, of the same ranks, save it at once elsewhere, continue as above."""
     return [_resume(*run) for run in zip(layouts, folders, again, strict=True)]
 
 

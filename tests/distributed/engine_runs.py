@@ -198,7 +198,7 @@ def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> l
 
 
 def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ...]:
-    """Train to `SAVED_STEP`, save, go on to the end; the logits when saved, the steps after, the logits then."""
+    """Train to `SAVED_STEP`, save, continue to the end; the logits when saved, the steps after, the logits then."""
     rank = torch.distributed.get_rank()
     engine, run = engine_of(layout), RunFolder(folder)
     batches = batches_of_rank(layout, rank)

@@ -180,7 +180,7 @@ def save_after_the_folder_went(folder: Path, aside: Path) -> list[str]:
 
 
 def see_a_failed_save(folder: Path) -> tuple[bool, bool]:
-    """Whether a failed save beside the training is known, before it is waited for and after the next one."""
+    """Whether a failed save in the background is known, before it is waited for and after the next one."""
     checkpoints, _ = manager_of(folder)
     write, manager.write_shard = manager.write_shard, _full
     checkpoints.save(1, {"step": 1})

@@ -102,7 +102,7 @@ def take(engine: Any, step_monitor: StepMonitor, state: TrainState, source: Iter
 
 
 def skip_each(layouts: list[Layout], what: str) -> None:
-    """Under each layout: a bad step changes nothing, and the run goes on as if its samples had not been there."""
+    """Under each layout: a bad step changes nothing, and the run continues as if its samples had not been there."""
     for layout in layouts:
         said: list[str] = []
         engine = engine_of(layout)

@@ -1,4 +1,4 @@
-"""Whatever happens while a checkpoint is written, those before it stay, and a run goes on from the newest good one."""
+"""Whatever happens while a checkpoint is written, older ones stay, and a run resumes from the newest good one."""
 
 import os
 import random
@@ -132,9 +132,9 @@ def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_good_checkpoin
 ) -> None:
     for raised, good in run_on_ranks(RANKS, save_not_finite, tmp_path, asynchronous):
         assert good == step_name(2)
-        assert len(raised) == (1 if asynchronous else 3), "written beside the training it is logged, then raised"
+        assert len(raised) == (1 if asynchronous else 3), "written in the background it is logged, then raised"
         for error in raised:
-            assert "is not saved: weight/weight holds NaN or Inf on rank 1; go on from" in error
+            assert "is not saved: weight/weight holds NaN or Inf on rank 1; continue from" in error
     assert saved_steps(tmp_path / "checkpoints") == [2]
 
 
@@ -207,7 +207,7 @@ def test_a_failed_save_beside_the_training_is_followed_by_one_that_waits(
     assert error is None
     assert [line for line in told if line.startswith("error: ")] == [
         f"error: {tmp_path}/checkpoints: cannot be written on {socket.gethostname()} (No space left on device); "
-        "mend that and start again"
+        "fix that and start again"
     ]
     assert newest(tmp_path) == 3
     assert saved_steps(tmp_path / "checkpoints") == [1, 3]

@@ -1,4 +1,4 @@
-"""A checkpoint holds the run: going on from it, and reading the model out of it on one process, change no bit."""
+"""A checkpoint holds the run: continuing from it, and reading the model out of it on one process, change no bit."""
 
 import re
 from dataclasses import dataclass

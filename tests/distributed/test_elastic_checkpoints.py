@@ -1,4 +1,4 @@
-"""A run goes on under any number of ranks, expert parallelism and ZeRO stage as if it had never stopped."""
+"""A run continues under any number of ranks, expert parallelism and ZeRO stage as if it had never stopped."""
 
 import json
 from dataclasses import dataclass

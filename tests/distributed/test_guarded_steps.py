@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_found_and_parameter_and_rank_are_named() -> None:
     for told in run_on_ranks(4, flip_each, layouts, 3):
         for equal, hypernetwork, experts in told:
             assert equal is None
-            start = f"the copies of {HYPERNETWORK} differ after step 5: on rank 3 it is not what the others have; "
+            start = f"the copies of {HYPERNETWORK} differ after step 5: on rank 3 differs from the majority; "
             assert hypernetwork.startswith(start)
             # Two ranks hold each expert.
             assert experts.startswith(f"the copies of {EXPERTS} differ after step 5: ranks 1, 3 disagree, and no ")

@@ -18,7 +18,7 @@ def tell(fails: int | None) -> tuple[list[int], object, object]:
 
     def action() -> int:
         if group.rank == fails:
-            raise UserError(f"rank {fails}", "fails", "mend it")
+            raise UserError(f"rank {fails}", "fails", "correct it")
         return os.getpid()
 
     outcomes: list[object] = []
@@ -37,6 +37,6 @@ def test_all_ranks_know_the_same(fails: int | None) -> None:
     assert others == [first] * (RANKS - 1)
     ranks, of_first, of_all = first
     assert ranks == list(range(RANKS))
-    failure = f"rank {fails}: fails; mend it"
+    failure = f"rank {fails}: fails; correct it"
     assert of_first == failure if fails == 0 else isinstance(of_first, int)
     assert of_all == failure if fails is not None else len(set(of_all)) == RANKS

@@ -150,7 +150,7 @@ def test_generated_text_goes_on_from_the_prompt_and_follows_the_seed(
 
 
 BAD = {
-    "no run": ("tools/convert_to_hf.py --checkpoint EMPTY --output new", "is no run folder"),
+    "no run": ("tools/convert_to_hf.py --checkpoint EMPTY --output new", "is not a run folder"),
     "no such step": ("tools/convert_to_hf.py --checkpoint RUN --step 3 --output new", "choose a saved step: 6, 8"),
     "output taken": ("tools/convert_to_hf.py --checkpoint RUN --output HF", "exists already; remove it"),
     "nothing to evaluate": (

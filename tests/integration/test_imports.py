@@ -1,4 +1,4 @@
-"""A Hugging Face folder becomes a run that the trainer goes on with, from exactly its weights."""
+"""A Hugging Face folder becomes a run that the trainer continues with, from exactly its weights."""
 
 import json
 import re
@@ -138,7 +138,7 @@ def test_an_upcycled_model_learns(corpus: TokenisedCorpus, tmp_path: Path) -> No
 
 BAD = {
     "dense": ("--checkpoint LLAMA --output new", "model_type='llama': is dense; give --upcycle --experts N --top-k K"),
-    "no folder": ("--checkpoint none --output new", "none: is no folder"),
+    "no folder": ("--checkpoint none --output new", "none: is not a folder"),
     "taken": ("--checkpoint LLAMA --output TAKEN", "TAKEN: exists already"),
     "half of an option": (
         "--checkpoint LLAMA --output new --upcycle --experts 4",

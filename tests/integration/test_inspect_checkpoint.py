@@ -67,7 +67,7 @@ def test_nan_ends_with_exit_code_1_and_the_tensors_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("EMPTY", "is no run folder, checkpoint folder or Hugging Face folder"),
+        ("EMPTY", "is not a run folder, checkpoint folder or Hugging Face folder"),
         ("EMPTY --step 3", "only a run folder has steps"),
         ("RUN --step 4", "choose a saved step: 3, 5"),
         ("RUN --json none/seen.json", "cannot be written"),

@@ -1,4 +1,4 @@
-"""Faults of every kind, in real jobs: each ends as documented, and what goes on ends where an undisturbed run does.
+"""Faults of every kind, in real jobs: each ends as documented, and what continues ends where an undisturbed run does.
 
 Faults that need the launcher's half a minute, or a row of starts, are marked slow.
 """
@@ -48,7 +48,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_ends_as(folder: Path, undisturbed: Path) -> None:
-    """Every step was logged with the same numbers, and the last checkpoint is the same to the bit."""
+    """Every step was logged with the same numbers, and the last checkpoint is the same bit for bit."""
     assert logged_steps(folder / "run") == logged_steps(undisturbed)
     ours, theirs = (
         json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
@@ -241,5 +241,5 @@ def test_an_error_at_the_same_step_is_not_tried_for_ever(recipe: Path, tmp_path:
     done = job.finish()
     assert done.returncode != 0
     assert [entry["outcome"] for entry in history(tmp_path)] == ["error"] * 2
-    assert "the same error at step 3 as in the try before: ZeroDivisionError" in done.stdout
+    assert "the same error at step 3 as in the attempt before: ZeroDivisionError" in done.stdout
     assert_nothing_is_left(tmp_path)

@@ -184,12 +184,12 @@ def test_the_settings_given_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("override", ["optimizer.lr", "=3", ".lr=3", "optimizer.=3", "a..b=1", ""])
 def test_what_is_no_override_is_refused(override: str) -> None:
-    with pytest.raises(UserError, match=r"is no override; write section\.key=value"):
+    with pytest.raises(UserError, match=r"is not an override; write section\.key=value"):
         apply_overrides(good(), [override])
 
 
 def test_an_override_through_a_value_is_refused() -> None:
-    with pytest.raises(UserError, match=r"optimizer\.lr\.x=1: 'lr' is no section"):
+    with pytest.raises(UserError, match=r"optimizer\.lr\.x=1: 'lr' is not a section"):
         apply_overrides(good(), ["optimizer.lr.x=1"])
 
 

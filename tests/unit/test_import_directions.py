@@ -23,7 +23,7 @@ ORDER = (
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 DEEPSPEED_IMPORTERS = {  # six at most: one place is in reserve
-    "hypermoe_ds/parallel/expert_parallel.py",
+    "hypermoe_ds/parallel/parallelize.py",
     "hypermoe_ds/training/engine.py",
     "hypermoe_ds/checkpoint/engine_state.py",
 }

@@ -154,7 +154,7 @@ BAD_LINES += [f"{name} slots=1" for name in ("-oProxyCommand=id", "--x", "^f", "
 def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str) -> None:
     (folder / "hostfile").write_text(f"node0 slots=8\n{line}\n")
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder)
-    assert done.stderr == f"{script}: hostfile:2: '{line}' is no host; write NAME slots=N\n"
+    assert done.stderr == f"{script}: hostfile:2: '{line}' is not a host; write NAME slots=N\n"
     assert done.returncode == 2
 
 
@@ -179,7 +179,11 @@ def test_a_dry_run_tells_a_batch_that_the_hosts_of_the_hostfile_cannot_share(fol
 @pytest.mark.parametrize("script", EVERY)
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
-    [("MASTER_ADDR", "-x", "no host"), ("MASTER_ADDR", "$(id)", "no host"), ("MASTER_PORT", "$(id)", "no number")],
+    [
+        ("MASTER_ADDR", "-x", "not a host"),
+        ("MASTER_ADDR", "$(id)", "not a host"),
+        ("MASTER_PORT", "$(id)", "not a number"),
+    ],
 )
 def test_a_place_to_meet_that_is_none_is_refused(
     folder: Path, script: str, name: str, value: str, problem: str
@@ -196,7 +200,7 @@ def test_a_place_to_meet_that_is_none_is_refused(
         (
             "pdsh.sh",
             {"DS_ENV_FILE": "hostfile"},
-            "hostfile: '# two hosts' is no variable; write NAME=VALUE, one a line",
+            "hostfile: '# two hosts' is not a variable; write NAME=VALUE, one a line",
         ),
         ("pdsh.sh", {"HYPERMOE_VENV": "a b"}, "'a b': reaches no other host over pdsh; use a path of letters"),
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
@@ -236,7 +240,7 @@ def test_an_option_that_a_launch_script_does_not_have_is_named_before_anything_s
     folder: Path, script: str, option: str, told: str
 ) -> None:
     done = launch(script, "--config", "my.yaml", option, "2", folder=folder)
-    assert (done.stdout, done.stderr) == ("", f"{script}: {option}: is no option; {told}\n")
+    assert (done.stdout, done.stderr) == ("", f"{script}: {option}: is not an option; {told}\n")
     assert done.returncode == 2
 
 

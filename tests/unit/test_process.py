@@ -95,9 +95,9 @@ def test_a_message_of_many_lines_is_told_in_one(
 ) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(SystemExit) as stop, one_line_errors():
-        raise UserError("a.yaml", "is bad\n  at line 3", "mend\tit")
+        raise UserError("a.yaml", "is bad\n  at line 3", "correct\tit")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: a.yaml: is bad at line 3; mend it\n"
+    assert capsys.readouterr().err == "error: a.yaml: is bad at line 3; correct it\n"
 
 
 def test_any_other_error_keeps_its_traceback() -> None:

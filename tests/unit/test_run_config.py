@@ -40,7 +40,7 @@ def refusal(recipe: Path, *overrides: str) -> str:
         load_run_config(recipe, overrides).build_model_config()
     text = str(refused.value)
     assert "\n" not in text
-    assert re.match(r".+: .+; .+", text), "where, what and how to mend it"
+    assert re.match(r".+: .+; .+", text), "where, what and how to correct it"
     return text
 
 
@@ -107,7 +107,7 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("monitor.interval=0", "monitor.interval=0: is not valid"),
         ("evaluation.intervall=3", "evaluation.intervall: unknown key; did you mean 'interval'?"),
         ("steps=3", "steps: unknown key"),
-        ("train.steps", "train.steps: is no override; write section.key=value"),
+        ("train.steps", "train.steps: is not an override; write section.key=value"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
@@ -264,7 +264,7 @@ def test_the_samples_needed_are_those_consumed_and_those_to_come(recipe: Path) -
 
 def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.skip_samples=[[3, 4], [42, 43]]"])
-    with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; leave"):
+    with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; remove"):
         config.samples(TrainState())
     assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
 

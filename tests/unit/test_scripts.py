@@ -88,7 +88,7 @@ def test_setup_refuses_an_unknown_extra(bare_path: Path, tmp_path: Path) -> None
 def test_setup_leaves_a_folder_that_is_no_environment_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     result = run("bash", REPOSITORY / "launch/setup.sh", HYPERMOE_VENV=str(tmp_path))
-    assert "is no virtual environment" in result.stderr
+    assert "is not a virtual environment" in result.stderr
     assert result.returncode == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -149,7 +149,7 @@ def test_help_prints_the_usage_and_sets_nothing_up(bare_path: Path, tmp_path: Pa
 def test_the_quickstart_refuses_an_option_before_it_sets_anything_up(bare_path: Path, tmp_path: Path) -> None:
     variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
     result = run("bash", REPOSITORY / "launch/quickstart.sh", "train.steps=3", "--num_gpus", "1", **variables)
-    assert (result.returncode, result.stderr) == (2, "quickstart.sh: --num_gpus: is no option; see --help\n")
+    assert (result.returncode, result.stderr) == (2, "quickstart.sh: --num_gpus: is not an option; see --help\n")
     assert not (tmp_path / "new").exists()
 
 
@@ -259,7 +259,7 @@ def test_a_script_explains_itself_before_it_imports_torch(script: Path) -> None:
 def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: str, tmp_path: Path) -> None:
     script, *words = command.replace("MISSING", str(tmp_path / "frist")).replace("new", str(tmp_path / "new")).split()
     result = run_without_libraries(REPOSITORY / script, *words)
-    told = f"error: {tmp_path}/frist: is no folder; check the path; give the run folder or Hugging Face folder\n"
+    told = f"error: {tmp_path}/frist: is not a folder; check the path; give the run folder or Hugging Face folder\n"
     assert (result.returncode, result.stderr) == (2, told)
 
 

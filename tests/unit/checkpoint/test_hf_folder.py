@@ -120,7 +120,7 @@ def test_pickled_weights_are_never_read(folder: Path, read: Callable[[Path], Any
     [
         ("{", "cannot be read"),
         ("[" * 200_000, "is nested too deep"),
-        ("[]", "holds no JSON object"),
+        ("[]", "is not a JSON object"),
         ("{}", "names no files"),
         ('{"weight_map": []}', "names no files"),
         ('{"weight_map": {}}', "names no files"),

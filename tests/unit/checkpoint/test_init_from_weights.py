@@ -1,4 +1,4 @@
-"""A run made from weights that come from elsewhere is one that training goes on from, and whole or not there."""
+"""A run made from weights that come from elsewhere is one that training continues from, and whole or not there."""
 
 import json
 import shutil

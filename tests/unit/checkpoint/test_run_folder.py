@@ -1,4 +1,4 @@
-"""A run folder gives back what was written and refuses to go on with another model."""
+"""A run folder gives back what was written and refuses to continue with another model."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ def test_a_new_run_takes_any_tokenizer(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert not run.exists()
-    with pytest.raises(UserError, match=r"is no run folder .*; give a run.dir"):
+    with pytest.raises(UserError, match=r"is not a run folder .*; give a run.dir"):
         run.model_config()
     run.check_same_model(HyperMoEConfig(**FIELDS))
 

@@ -230,7 +230,7 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
         (["step"], -1, "step: Input should be greater than or equal to 0"),
         (["step"], 10**400, "step: Input should be less than 9223372036854775808"),
         (["step"], "3", "step: Input should be a valid integer"),
-        (["state", "run"], 3, "a part of its state is no object"),
+        (["state", "run"], 3, "a part of its state is not an object"),
         (["kinds"], ["weight", "weight"], "kinds "),
         (["kinds"], ["exp_avg"], "kinds "),
         (

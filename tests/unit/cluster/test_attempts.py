@@ -31,7 +31,7 @@ def tried(outcome: str, began: float = 0, step: int | None = 7, what: str = "") 
         (137, [RUNNING], "lost", "rank 1 died"),
         (0, [replace(RUNNING, end="saved")], "saved", SAVED),  # DeepSpeed's command where its launcher was killed
         (1, [replace(FAILED, error="UserError: a")], "refused", "UserError: a"),  # torchrun's code
-        (1, [], "unmet", "it ended before its ranks had met"),
+        (1, [], "unmet", "it ended before all ranks had joined"),
     ],
 )
 def test_a_try_is_what_its_ranks_say_of_it(
@@ -54,7 +54,7 @@ def test_an_error_that_comes_back_at_the_same_step_is_not_bad_luck() -> None:
     assert decide([first], LIMITS).again
     decision = decide([first, again], LIMITS)
     assert not decision.again
-    assert decision.why.startswith("the same error at step 7 as in the try before: ValueError")
+    assert decision.why.startswith("the same error at step 7 as in the attempt before: ValueError")
     assert decide([first, replace(again, step=8)], LIMITS).again
     assert decide([first, replace(again, what="TypeError")], LIMITS).again
     assert decide([first, tried("saved"), again], LIMITS).again

@@ -35,9 +35,9 @@ def test_a_hostfile_means_what_deepspeed_takes_it_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("a slots=1\nb\n", ":2: 'b' is no host; write 'host slots=RANKS'"),
-        ("a slots=0\n", ":1: 'a slots=0' is no host; write"),
-        *((f"{name} slots=1\n", f":1: '{name} slots=1' is no host; write") for name in NO_HOSTS),
+        ("a slots=1\nb\n", ":2: 'b' is not a host; write 'host slots=RANKS'"),
+        ("a slots=0\n", ":1: 'a slots=0' is not a host; write"),
+        *((f"{name} slots=1\n", f":1: '{name} slots=1' is not a host; write") for name in NO_HOSTS),
         ("a slots=1\na slots=2\n", ":2: names a again; give each host one line"),
         ("# none\n", ": names no host; write 'host slots=RANKS'"),
     ],
@@ -51,7 +51,7 @@ def test_a_hostfile_with_a_mistake_is_refused_at_its_line(tmp_path: Path, text: 
 
 @pytest.mark.parametrize("name", NO_HOSTS)
 def test_an_address_that_is_an_option_or_a_pattern_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"MASTER_ADDR={name}: is no host; set it to a name")):
+    with pytest.raises(UserError, match=re.escape(f"MASTER_ADDR={name}: is not a host; set it to a name")):
         rendezvous([Host("a", 1)], {"MASTER_ADDR": name})
 
 
@@ -132,7 +132,7 @@ def test_a_host_is_reached_by_ssh_or_srun_or_directly(
 )
 def test_this_machine_has_as_many_ranks_as_asked_or_as_gpus(slots: str, gpus: int, ranks: int | None) -> None:
     if ranks is None:
-        with pytest.raises(UserError, match=rf"^slots={slots}: is no number of ranks; give a number, or gpu"):
+        with pytest.raises(UserError, match=rf"^slots={slots}: is not a number of ranks; give a number, or gpu"):
             this_host(slots, gpus)
     else:
         assert [host.slots for host in this_host(slots, gpus)] == [ranks]
@@ -145,7 +145,7 @@ def test_ranks_meet_where_the_jobs_will_but_on_one_host_alone_apart_from_it() ->
     address, port = rendezvous(this_host("8", 0), job)
     assert address == "127.0.0.1"
     assert port != 4000
-    with pytest.raises(UserError, match=r"^MASTER_PORT=x: is no number"):
+    with pytest.raises(UserError, match=r"^MASTER_PORT=x: is not a number"):
         rendezvous(hosts, {"MASTER_PORT": "x"})
 
 
@@ -154,7 +154,7 @@ def test_a_file_of_variables_is_read_as_deepspeed_does_and_a_bad_line_is_named(t
     path.write_text("A=1\nB=x=y z\n_C=\n")
     assert read_environment(path) == {"A": "1", "B": "x=y z", "_C": ""}
     path.write_text("A=1\n\n")
-    with pytest.raises(UserError, match=r"env:2: '' is no variable; write NAME=VALUE"):
+    with pytest.raises(UserError, match=r"env:2: '' is not a variable; write one NAME=VALUE"):
         read_environment(path)
 
 

@@ -56,16 +56,16 @@ def test_hosts_that_are_alike_and_have_enough_pass() -> None:
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({"python": "3.12.1"}, "n1: python: is 3.12.1, elsewhere 3.11.7; make the environment anew there"),
+        ({"python": "3.12.1"}, "n1: python: is 3.12.1, elsewhere 3.11.7; rebuild the environment there"),
         ({"torch": "2.12.0"}, "n1: torch: is 2.12.0, elsewhere 2.13.0; run there: bash launch/setup.sh"),
         ({"deepspeed": "missing"}, "n1: deepspeed: is missing, elsewhere 0.19.8; run there: bash launch/setup.sh"),
         ({"project": "abc xyz"}, "n1: project: is abc xyz, elsewhere abc def; check out the same commit there"),
         (
             {"data": "lacks /d/t.idx"},
-            "n1: data: is lacks /d/t.idx, elsewhere 456; put the token files and the tokenizer",
+            "n1: data: is lacks /d/t.idx, elsewhere 456; copy the token files and the tokenizer",
         ),
-        ({"settings": "9"}, "n1: settings: is 9, elsewhere 123; put the same recipe and DeepSpeed JSON there"),
-        ({"devices": ["A100"] * 8}, "n1: devices: is 8 x A100, elsewhere 8 x H100; take hosts with the same GPUs"),
+        ({"settings": "9"}, "n1: settings: is 9, elsewhere 123; copy the same recipe and DeepSpeed JSON there"),
+        ({"devices": ["A100"] * 8}, "n1: devices: is 8 x A100, elsewhere 8 x H100; list only hosts with the same GPUs"),
         ({"memory_gib": 0.9}, "n1: /dev/shm: 0.90 GiB free, 8 ranks need 1.00; enlarge it"),
         ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.00 GiB free, checkpoints need 40.00; free space"),
         ({"sees_run_folder": False}, "n1: run.dir=/runs/a: is not the folder that this machine sees there; choose one"),
@@ -92,14 +92,16 @@ def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
 def test_files_that_no_host_has_are_told_once(fact: str, value: str) -> None:
     answers = [HostAnswer(Host(f"n{n}", 8), replace(GOOD, **{fact: value})) for n in range(3)]  # type: ignore[arg-type]
     [line] = lines(check_hosts(answers, ASKED, 1.0))
-    assert line.startswith(f"{fact}: {value}; put the ")
+    assert line.startswith(f"{fact}: {value}; copy the ")
 
 
 def test_a_host_that_names_itself_loopback_is_told_on_cpus_unless_it_is_alone() -> None:
     report = replace(GOOD, devices=None, address="127.0.1.1")
     pair = [HostAnswer(Host("n0", 1), report), HostAnswer(Host("n1", 1), replace(report, address="10.0.0.2"))]
     [line] = lines(check_hosts(pair, ASKED, 1.0))
-    assert line.startswith("n0: its own name: means 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET")
+    assert line.startswith(
+        "n0: its own name: resolves to 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET"
+    )
     assert check_hosts(pair[:1], ASKED, 1.0) == []
 
 
@@ -114,7 +116,7 @@ def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, rem
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "remedy"), [(255, "make `ssh -p 7 n1 true` work"), (127, "make the environment")]
+    ("exit_code", "remedy"), [(255, "make `ssh -p 7 n1 true` work"), (127, "build the environment")]
 )
 def test_a_host_that_ssh_reaches_but_without_an_environment_is_told_so(
     exit_code: int, remedy: str, monkeypatch: pytest.MonkeyPatch
@@ -135,12 +137,12 @@ def links(**slow: float) -> Interconnect:
 def test_a_link_much_slower_than_the_others_is_told() -> None:
     assert check_interconnect(links(p13=3.4), HOSTS, 0.0) == []
     [line] = lines(check_interconnect(links(p13=3.3), HOSTS, 0.0))
-    assert line.startswith("n1 - n3: 3.30 GB/s, between others 10.00; look at the cables")
+    assert line.startswith("n1 - n3: 3.30 GB/s, the median of all pairs is 10.00; check the cables")
 
 
 def test_a_link_slower_than_wanted_is_told() -> None:
     [line] = lines(check_interconnect(links(p02=8.0), HOSTS, 9.0))
-    assert line.startswith("n0 - n2: 8.00 GB/s, wanted are 9.00; look at")
+    assert line.startswith("n0 - n2: 8.00 GB/s, required are 9.00; check")
 
 
 def test_slow_links_are_blamed_on_the_host_that_has_most_of_them() -> None:
@@ -176,7 +178,7 @@ def test_a_wrong_result_is_told_once() -> None:
 
 def test_the_slowest_pair_is_named() -> None:
     line = interconnect_line(links(p12=7.25), HOSTS, 64)
-    assert line == "64 MiB a rank: all-reduce 9.00 GB/s, all-to-all 5.00 GB/s, slowest pair n1 - n2 7.25 GB/s"
+    assert line == "64 MiB per rank: all-reduce 9.00 GB/s, all-to-all 5.00 GB/s, slowest pair n1 - n2 7.25 GB/s"
 
 
 # What a host tells of itself
@@ -283,7 +285,7 @@ def test_what_was_started_on_a_host_ends_with_its_starter(tmp_path: Path) -> Non
     [
         (
             "connect [10.0.0.1]:29500: No route",
-            r"port 29500 of n0: the ranks do not exchange \(n1: .*No",
+            r"port 29500 of n0: the ranks cannot exchange data \(n1: .*No",
             "GLOO_SOCKET",
         ),
         ("address already in use EADDRINUSE", r"MASTER_PORT=29500: is in use on n1", "set another MASTER_PORT"),

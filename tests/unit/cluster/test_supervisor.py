@@ -172,14 +172,14 @@ sign(); sys.exit(76 * (start < 2))
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("node")] == ["node1 slots=1", "node3 slots=1"]
     assert lines.count(" parallel.expert=1") == 2
-    assert "supervisor: no host can train; looking again in 0 s" in lines
+    assert "supervisor: no host can train; checking again in 0 s" in lines
 
 
 def test_where_no_host_passes_at_first_nothing_is_started(tmp_path: Path) -> None:
     (tmp_path / "looks").write_text("x")
     done = with_hosts(tmp_path, "", "{hosts}")
     assert (done.returncode, (tmp_path / "starts").exists()) == (1, False)
-    assert done.stderr.splitlines()[-1].endswith("no host can train; mend what the lines above name")
+    assert done.stderr.splitlines()[-1].endswith("no host can train; fix what the lines above name")
 
 
 def test_a_command_without_a_place_for_the_hosts_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ MISSING = "supervise.py: `-- COMMAND` is missing; write -- and the training comm
         ("", MISSING),
         ("--max-restarts 3 --", MISSING),
         ("deepspeed --num_gpus 2 train.py --config r.yaml", MISSING),
-        ("--bogus 3 -- deepspeed train.py --config r.yaml", "supervise.py: --bogus: is no option; see --help"),
+        ("--bogus 3 -- deepspeed train.py --config r.yaml", "supervise.py: --bogus: is not an option; see --help"),
         ("--max-restarts -1 -- deepspeed", "--max-restarts -1: is below 0; give 0 or more"),
         ("--window 0 -- deepspeed", "--window 0: is not above 0; give a time in seconds"),
         ("--window -5 -- deepspeed", "--window -5: is not above 0; give a time in seconds"),
@@ -217,5 +217,5 @@ def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: no-such-launcher: cannot be started (No such file or directory); mend the command after --\n",
+        "error: no-such-launcher: cannot be started (No such file or directory); correct the command after --\n",
     )

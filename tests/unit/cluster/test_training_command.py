@@ -40,7 +40,7 @@ def test_recipe_run_folder_and_overrides_are_read_off_the_command(
 
 @pytest.mark.parametrize("line", ["deepspeed a/train.py --deepspeed_config d.json", "deepspeed a/train.py --config"])
 def test_a_command_without_a_recipe_is_refused(line: str) -> None:
-    with pytest.raises(UserError, match="is no training command"):
+    with pytest.raises(UserError, match="is not a training command"):
         TrainingCommand.read(line.split())
 
 

@@ -64,9 +64,9 @@ def test_whole_sources_pass(config: DataConfig) -> None:
         (cut("valid.idx", -1), r"valid\.idx: is truncated"),
         (cut("valid.idx", 20), r"valid\.idx: is truncated \(20 bytes\)"),
         (extend("valid.idx"), r"valid\.idx: is damaged"),
-        (lambda folder: (folder / "valid.idx").write_bytes(b"x" * 99), r"valid\.idx: is no index of tokens"),
-        (lambda folder: (folder / "train.json").write_text("{"), r"train\.json: is no description of tokens"),
-        (change("train.json", colour="red"), r"train\.json: is no description of tokens"),
+        (lambda folder: (folder / "valid.idx").write_bytes(b"x" * 99), r"valid\.idx: is not an index of tokens"),
+        (lambda folder: (folder / "train.json").write_text("{"), r"train\.json: is not a description of tokens"),
+        (change("train.json", colour="red"), r"train\.json: is not a description of tokens"),
         (change("valid.json", tokenizer_sha256="0"), r"valid: was made with another .*, whose tokenizer\.model"),
         (
             change("valid.json", tokenizer_file="tokenizer.json"),

@@ -128,7 +128,7 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     [
         ("missing", r"model.layers.1.block_sparse_moe.experts.5.w3.weight: is missing; copy"),
         ("more", r"model.layers.0.self_attn.q_proj.bias: has no place in HyperMoE; choose"),
-        ("shape", r"model.norm.weight: is \[31\], by config.json it is \[32\]; mend"),
+        ("shape", r"model.norm.weight: is \[31\], by config.json it is \[32\]; correct"),
         ("type", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
     ],
 )

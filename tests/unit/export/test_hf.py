@@ -218,7 +218,7 @@ def test_sizes_are_read_as_transformers_reads_them(size: str, expected: int) -> 
 
 @pytest.mark.parametrize("size", ["", "5", "GB", "5GiB", "-5GB", "0MB", "1.5GB", "9" * 13 + "GB"])
 def test_what_is_no_size_is_refused(size: str) -> None:
-    with pytest.raises(UserError, match=rf"--max-shard-size={size}: is no size; give a number and a unit"):
+    with pytest.raises(UserError, match=rf"--max-shard-size={size}: is not a size; give a number and a unit"):
         shard_bytes_of(size)
 
 

@@ -112,11 +112,11 @@ def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp
         ((0, 1), r"--experts=0: too small; give at least 1"),
         ((4, 0), r"--top-k=0: too small"),
         ((4, 5), r"--top-k=5: more than --experts=4"),
-        ((6, 2, 4), r"--experts=6: is no multiple of --granularity=4, .*; give a multiple"),
-        ((8, 2, 4), r"--top-k=2: is no multiple of --granularity=4"),
-        ((4, 2, 1, -0.5), r"--noise=-0.5: is no number of standard deviations"),
-        ((4, 2, 1, float("nan")), r"--noise=nan: is no number of standard deviations"),
-        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: is no spread of a router.s logits; give more than 0"),
+        ((6, 2, 4), r"--experts=6: is not a multiple of --granularity=4, .*; give a multiple"),
+        ((8, 2, 4), r"--top-k=2: is not a multiple of --granularity=4"),
+        ((4, 2, 1, -0.5), r"--noise=-0.5: is not a number of standard deviations"),
+        ((4, 2, 1, float("nan")), r"--noise=nan: is not a number of standard deviations"),
+        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: is not a spread of a router.s logits; give more than 0"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(numbers: tuple[Any, ...], says: str) -> None:

@@ -89,7 +89,9 @@ def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path:
 
 
 def test_a_folder_that_is_not_whole_is_refused_in_a_line_that_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run folder, checkpoint folder or Hugging Face folder; give one of them"):
+    with pytest.raises(
+        UserError, match="is not a run folder, checkpoint folder or Hugging Face folder; give one of them"
+    ):
         open_tensor_reader(tmp_path)
     small_model().save_pretrained(tmp_path, max_shard_size="30KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -116,7 +116,7 @@ def test_logits_are_kept_of_the_positions_asked_for() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_loss_and_no_gradient(side: str) -> None:
-    """The routing losses are means over tokens: padding is no token."""
+    """The routing losses are means over tokens: padding is not a token."""
     model, ids = untied(), tokens(1, 9)
     padding = torch.full((1, 5), 3)
     parts = [(padding, torch.zeros_like(padding), -100), (ids, torch.ones_like(ids), None)]

@@ -25,7 +25,9 @@ def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
         watchdog = Watchdog(tmp_path, rank=0, ranks=2, timeout=2)
         watchdog._beat()
         monkeypatch.setattr("hypermoe_ds.resilience.watchdog.time.sleep", die)
-        assert watchdog._find_lost_ranks().startswith(f"rank 1 (process {process.pid} on {socket.gethostname()}) died, last ")
+        assert watchdog._find_lost_ranks().startswith(
+            f"rank 1 (process {process.pid} on {socket.gethostname()}) died, last "
+        )
 
 
 # A process that ends in the seconds before it would be killed; what would be killed then is printed.

@@ -30,10 +30,10 @@ def as_run(**changes: dict[str, Any]) -> dict[str, Any]:
     ("section", "key", "value", "shown"),
     [
         ("train", "precision", "fp32", 'train.precision "bf16" -> "fp32": continues from the fp32 weights'),
-        ("train", "global_batch_size", 4, "train.global_batch_size 8 -> 4: each step takes so many sequences"),
+        ("train", "global_batch_size", 4, "train.global_batch_size 8 -> 4: each step takes this many sequences"),
         ("train", "micro_batch_size", 1, "train.micro_batch_size 2 -> 1: other memory and speed"),
         ("train", "max_bad_steps", 3, "train.max_bad_steps 20 -> 3: results stay the same"),
-        ("optimizer", "beta1", 0.8, "optimizer.beta1 0.9 -> 0.8: holds from the next step on; the moments are kept"),
+        ("optimizer", "beta1", 0.8, "optimizer.beta1 0.9 -> 0.8: takes effect in the next step; the moments are kept"),
         ("data", "cache", "c" * 200, f'data.cache null -> "{"c" * 76}...: results stay the same'),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_changed_setting_is_one_line_with_its_effect(section: str, key: str, v
 
 def test_every_setting_has_an_effect() -> None:
     for line in setting_changes({}, as_run(), {}, ZERO_1, 50):
-        assert not line.endswith(": takes effect from here on"), line
+        assert not line.endswith(": takes effect from now on"), line
 
 
 def test_nothing_is_printed_where_nothing_changed() -> None:

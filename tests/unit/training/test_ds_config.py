@@ -94,7 +94,10 @@ def test_a_value_of_another_type_is_refused(path: tuple[str, ...], tmp_path: Pat
         if other is kind or (kind is float and other is int):
             continue
         text = refusal(tmp_path, nested(path, value))
-        assert text == f": {'.'.join(path)}={value!r}: is no {kind.__name__}; give a {kind.__name__}"
+        assert (
+            text
+            == f": {'.'.join(path)}={value!r}: is not of type {kind.__name__}; give a value of type {kind.__name__}"
+        )
     assert "is no" in refusal(tmp_path, nested(path, None))
     assert "is no" in refusal(tmp_path, nested(path, {"enabled": True}))
 
@@ -109,14 +112,16 @@ def test_a_number_out_of_range_is_refused(path: tuple[str, ...], tmp_path: Path)
 
 
 def test_a_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path, {"zero_optimization": 2}).startswith(": zero_optimization=2: is no object; give one of ")
+    assert refusal(tmp_path, {"zero_optimization": 2}).startswith(
+        ": zero_optimization=2: is not an object; give one of "
+    )
 
 
 def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
     assert read(tmp_path, '{"zero_optimization": {"reduce_bucket_size": 5e8}}') == {
         "zero_optimization": {"reduce_bucket_size": 5e8}
     }
-    assert "is no int" in refusal(tmp_path, '{"zero_optimization": {"reduce_bucket_size": 5.5}}')
+    assert "is not of type int" in refusal(tmp_path, '{"zero_optimization": {"reduce_bucket_size": 5.5}}')
 
 
 @pytest.mark.parametrize(
@@ -124,8 +129,8 @@ def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ('{"zero_optimization": {"stage": 1, "stage": 3}}', "key 'stage' is given twice"),
-        ("[1]", "holds no object"),
-        ('"a"', "holds no object"),
+        ("[1]", "is not a JSON object"),
+        ('"a"', "is not a JSON object"),
     ],
 )
 def test_what_is_no_json_object_is_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -137,7 +142,9 @@ def test_what_is_no_json_object_is_refused(text: str, says: str, tmp_path: Path)
 def test_deep_nesting_is_refused(depth: int, tmp_path: Path) -> None:
     path = tmp_path / "deep.json"
     path.write_text('{"communication_data_type": ' + "[" * depth + "]" * depth + "}")
-    with pytest.raises(UserError, match=r"is nested too deeply; start from|is no str; give a str"):
+    with pytest.raises(
+        UserError, match=r"is nested too deeply; start from|is not of type str; give a value of type str"
+    ):
         load_deepspeed_json(path)
 
 
@@ -238,11 +245,15 @@ def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> Non
     [
         ({"offload_optimizer": {"device": "cuda:7"}}, {}, "zero_optimization.offload_optimizer.device=cuda:7: is unk"),
         ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: cannot be saved"),
-        ({"offload_param": {"device": "cpu"}}, {}, "offload_param.device=cpu: has no effect under stage 2; take stage"),
+        ({"offload_param": {"device": "cpu"}}, {}, "offload_param.device=cpu: has no effect under stage 2; use stage"),
         ({"allgather_bucket_size": 3}, {}, "zero_optimization.allgather_bucket_size=3: is odd"),
-        ({"reduce_scatter": False}, {}, "reduce_scatter=false: does not go with a Mixture of Experts under stage 2"),
-        ({}, {"gradient_predivide_factor": 4.0}, "does not go with zero_optimization.reduce_scatter"),
-        ({"stage": 3}, {"prescale_gradients": True}, "does not go with zero_optimization.reduce_scatter"),
+        (
+            {"reduce_scatter": False},
+            {},
+            "reduce_scatter=false: is not supported with a Mixture of Experts under stage 2",
+        ),
+        ({}, {"gradient_predivide_factor": 4.0}, "is not supported with zero_optimization.reduce_scatter"),
+        ({"stage": 3}, {"prescale_gradients": True}, "is not supported with zero_optimization.reduce_scatter"),
     ],
 )
 def test_what_deepspeed_ignores_or_ends_in_a_traceback_for_is_refused(

@@ -49,7 +49,7 @@ def test_ranks_that_do_not_come_are_waited_for_no_longer_than_allowed() -> None:
     with process_group(2) as environments:
         port = environments[0]["MASTER_PORT"]
         [told] = run_in_processes(environments[:1], wait_alone)
-    assert told.startswith(f"port {port} of 127.0.0.1: the ranks cannot meet there (")
+    assert told.startswith(f"port {port} of 127.0.0.1: the ranks cannot connect to it (")
     assert told.endswith("; see which host is missing: python tools/preflight.py")
 
 
@@ -126,7 +126,7 @@ def test_ranks_that_mpi_does_not_see_are_told_rather_than_trained_alone(monkeypa
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
     monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    with pytest.raises(UserError, match=r"^mpi4py: sees 1 of the 8 ranks of the launcher; set MASTER_ADDR"):
+    with pytest.raises(UserError, match=r"^mpi4py: finds 1 of the 8 ranks of the launcher; set MASTER_ADDR"):
         start_ranks()
 
 
@@ -134,7 +134,7 @@ def test_ranks_that_mpi_does_not_see_are_told_rather_than_trained_alone(monkeypa
 def test_without_mpi4py_the_way_to_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(
-        UserError, match=r"^mpi4py: must find the ranks, .*; bash launch/setup\.sh mpi, or set MASTER_ADDR"
+        UserError, match=r"^mpi4py: is needed to find the ranks, .*; bash launch/setup\.sh mpi, or set MASTER_ADDR"
     ):
         start_ranks()
 

@@ -68,7 +68,7 @@ def test_a_prompt_without_a_token_or_with_too_many_is_refused(corpus: TokenisedC
     ids = encode_prompt(tokenizer, "import os", 100)
     assert tokenizer.decode(ids) == "import os"
     assert encode_prompt(tokenizer, "import os", len(ids)) == ids
-    with pytest.raises(UserError, match=r"evaluation\.prompts: '': has no token; give a text, or leave it out"):
+    with pytest.raises(UserError, match=r"evaluation\.prompts: '': has no token; give a text or remove it"):
         encode_prompt(tokenizer, "", 100)
     with pytest.raises(UserError, match=rf"has {len(ids)} tokens, and with evaluation\.prompt_tokens the model takes"):
         encode_prompt(tokenizer, "import os", len(ids) - 1)

@@ -1,0 +1,67 @@
+"""Turn a model for one device into a DeepSpeed engine that trains it on all ranks."""
+
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import deepspeed
+from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from hypermoe_ds.parallel.expert_parallel import sum_over_ranks
+from hypermoe_ds.parallel.overlap import overlap_hyper_experts
+
+
+def parallelize(
+    model: Any,
+    ds_config: dict[str, Any],
+    parameter_groups: list[dict[str, Any]],
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+    scheduler: Callable[[Optimizer], LRScheduler],
+    activation_checkpointing: bool,
+    overlap: bool,
+) -> deepspeed.DeepSpeedEngine:
+    """Apply all parallelism to a model (collective), in this order:
+
+    1. The load-balancing loss counts the tokens of all ranks, if the model's configuration asks for it.
+    2. Layers are recomputed in the backward pass, if asked for.
+    3. DeepSpeed replaces each MoE block by an expert-parallel one (AutoEP) and partitions the states by ZeRO.
+    4. The routers of these blocks compute their logits as the model's own do, in fp32 if its configuration asks for it.
+    5. HyperExperts run on a stream of their own, if asked for.
+
+    Args:
+        model: a `HyperMoEForCausalLM`, the same on every rank.
+        ds_config: the configuration for DeepSpeed.
+        parameter_groups: parameters of the model by optimizer settings.
+        optimizer: builds the optimizer; called after step 3 has replaced the blocks.
+        scheduler: builds the learning-rate schedule.
+        activation_checkpointing: whether to recompute layers.
+        overlap: whether HyperExperts overlap with the all-to-all on GPUs.
+    """
+    if model.config.router_aux_loss_scope == "data_parallel":
+        model.sum_over_ranks = sum_over_ranks
+    gates = {type(module.gate) for name, module in model.named_modules() if name.endswith(".mlp.router")}
+    if activation_checkpointing:
+        model.activation_checkpointing_enable()
+    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, some 25 lines
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=ds_config,
+        )
+    for gate in gates:
+        _replace_gates(model, gate)
+    overlap_hyper_experts(model, overlap)
+    return engine
+
+
+def _replace_gates(model: nn.Module, gate: type[nn.Linear]) -> None:
+    """Change the class of the gates in AutoEP's routers; they keep parameters, names and DeepSpeed's hooks."""
+    for module in model.modules():
+        if isinstance(module, TokenChoiceTopKRouter):
+            module.gate.__class__ = gate
