@@ -15,7 +15,7 @@ USER 10001:10001
 WORKDIR /opt/hypermoe-ds
 
 # What decides the installation comes first, so that an edit elsewhere does not install torch anew.
-COPY --chown=10001:10001 pyproject.toml README.md ./
+COPY --chown=10001:10001 pyproject.toml constraints.txt README.md ./
 COPY --chown=10001:10001 launch/setup.sh launch/
 COPY --chown=10001:10001 hypermoe_ds/__init__.py hypermoe_ds/
 RUN PIP_NO_CACHE_DIR=1 bash launch/setup.sh mpi gpu

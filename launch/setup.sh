@@ -46,7 +46,7 @@ wanted_extras() {
 }
 
 fingerprint() {
-    { "$python" -VV && echo "$extras $repo" && cat "$repo/pyproject.toml" "$repo/launch/setup.sh"; } | sha256sum
+    { "$python" -VV && echo "$extras $repo" && cat "$repo/pyproject.toml" "$repo/constraints.txt" "$repo/launch/setup.sh"; } | sha256sum
 }
 
 check_system() {
@@ -108,7 +108,9 @@ make_venv() {
     : >"$log"
 }
 
-pip_install() { "$python" -m pip install --disable-pip-version-check --no-input "$@"; }
+pip_install() {
+    "$python" -m pip install --disable-pip-version-check --no-input --constraint "$repo/constraints.txt" "$@"
+}
 
 # Without a GPU every process group loads DeepSpeed's shared-memory operator and fails where it cannot be compiled.
 # Compiled here once, ranks that start together need not wait a minute for it. It lies in the environment, where

@@ -51,7 +51,7 @@ def train(
     step_monitor: StepMonitor,
     watchdog: Watchdog,
 ) -> bool:
-    """Train until `last_step` or a signal, and return whether a signal ended it. Log, validate and save when each is due.
+    """Train until `last_step` or a signal; return whether it was a signal. Log, validate and save when each is due.
 
     The last step is saved, and validated unless a signal ended the run. A checkpoint that failed is written again; one
     that is due during bad steps waits for a good step, because the weights may hold a NaN.

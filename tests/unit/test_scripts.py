@@ -98,7 +98,7 @@ def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path
     venv = tmp_path / "venv"
     executable(venv / "bin" / "python", 'case "$*" in "-VV") echo Python 3.11;; *version_info*) ;; *) exit 9;; esac')
     decides = f"Python 3.11\n{extras} {repository}\n".encode()
-    decides += b"".join((repository / name).read_bytes() for name in ("pyproject.toml", "launch/setup.sh"))
+    decides += b"".join((repository / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh"))
     (venv / "hypermoe-setup.stamp").write_text(f"{extras}\n{hashlib.sha256(decides).hexdigest()}  -\n")
     (venv / "pyvenv.cfg").touch()
     operator = tmp_path / "operators" / "deepspeed_shm_comm"
@@ -121,7 +121,8 @@ def test_setup_begins_anew_when_the_dependencies_change(bare_path: Path, tmp_pat
     copy = tmp_path / "copy"
     (copy / "launch").mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/setup.sh", copy / "launch")
-    shutil.copy(REPOSITORY / "pyproject.toml", copy)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, copy)
     venv = environment_as_set_up(tmp_path, copy, "dev")
     assert setup(bare_path, venv, repository=copy).returncode == 0
     with (copy / "pyproject.toml").open("a") as file:
