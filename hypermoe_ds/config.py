@@ -1,4 +1,4 @@
-"""Strict settings: YAML files and dotted overrides into frozen, typed models."""
+"""Read strict settings: YAML files and dotted overrides into frozen, typed models."""
 
 import difflib
 import math
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from hypermoe_ds.errors import UserError
 
-LARGEST_COUNT = 10**9  # of steps, sequences and the like: products of two still fit into 64 bits
+LARGEST_COUNT = 10**9  # of steps, sequences and so on; the product of two fits into 64 bits
 
 
 class Settings(BaseModel):
@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
 def _check_path(text: str) -> str:
     if not text:
-        raise ValueError("It is empty")  # the working directory, for pathlib
+        raise ValueError("It is empty")  # pathlib reads it as the working directory
     if (
         "\0" in text
         or len(os.fsencode(text)) > _LONGEST_PATH
@@ -38,12 +38,12 @@ _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
 PathText = Annotated[str, AfterValidator(_check_path)]
 Section = TypeVar("Section", bound=Settings)
 
-_MOST_VALUES = 100_000  # of one file: nested aliases write out exponentially many
+_MOST_VALUES = 100_000  # in one file: nested aliases can expand to exponentially many
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once, `3e-4` is a number (YAML 1.1 reads a string) and aliases are bounded."""
+    """Safe YAML without repeated keys and unbounded aliases; `3e-4` is a number, not a string as in YAML 1.1."""
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -63,9 +63,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _values_in(node: yaml.Node, known: dict[int, float]) -> float:
-    """Number of values that a node has once its aliases are written out; infinity if it holds itself."""
+    """Return the number of values in a node with its aliases expanded; infinity if it contains itself."""
     if id(node) not in known:
-        known[id(node)] = math.inf  # until it is known: who meets it within itself
+        known[id(node)] = math.inf  # until it is known, for a node that contains itself
         parts: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
@@ -93,7 +93,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(str(path), f"cannot be read ({error})", "give the path of a YAML recipe") from None
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise UserError(str(path), "holds no mapping of sections", "start from a file in pretrain/recipes")
+        raise UserError(str(path), "is not a mapping of sections", "start from a file in pretrain/recipes")
     return content
 
 
@@ -107,7 +107,7 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(where, f"is not valid YAML{line} ({problem})", "fix that line") from None
     except RecursionError:
         raise UserError(where, "is nested too deeply", "start from a file in pretrain/recipes") from None
-    except Exception as error:  # each constructor of PyYAML fails in a way of its own: !!int x, 2001-99-99
+    except Exception as error:  # PyYAML's constructors raise many kinds of errors, as for !!int x or 2001-99-99
         raise UserError(where, f"is not valid YAML ({error})", "fix that value") from None
 
 
@@ -135,41 +135,48 @@ def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, or all of them."""
+    """Return a remedy for an unknown name: the most similar known name, or all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
 def validate(model: type[Section], content: object, source: str, overrides: Iterable[str] = ()) -> Section:
-    """Build `model` from plain data, read from `source` but for what the `overrides` gave.
+    """Build `model` from plain data.
+
+    Args:
+        model: the class of the settings.
+        content: the data, with overrides applied.
+        source: file that the data was read from, for messages.
+        overrides: the overrides; messages about their keys do not name the file.
 
     Raises:
-        UserError: the first unknown key, missing key or ill-typed value, by its dotted name.
+        UserError: a key is unknown or missing, or a value has the wrong type; it names the first one.
     """
     try:
         return model.model_validate(content)
     except ValidationError as failure:
-        # An unknown key is the cause of the missing one beside it: tell it first.
-        error = sorted(failure.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
-        path = error["loc"]
-        dotted = ".".join(str(part) for part in path)
-        unknown = error["type"] == "extra_forbidden"
-        given = [f"{override.partition('=')[0]}." for override in overrides]
-        # An override of a key in an unknown section made that section.
-        overridden = any(f"{dotted}.".startswith(key) or (unknown and key.startswith(f"{dotted}.")) for key in given)
-        where = dotted if overridden else ": ".join(filter(None, (source, dotted)))
-        if unknown:
-            known = _fields_at(model, path[:-1])
-            raise UserError(where, "unknown key", closest(str(path[-1]), known)) from None
-        if error["type"] == "missing":
-            raise UserError(where, "is missing", "add this key") from None
-        reason = error["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}={error['input']!r}", "is not valid", reason) from None
+        errors = failure.errors()
+    # Report an unknown key first: it is often a misspelling of the missing one.
+    error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    path = ".".join(map(str, error["loc"]))
+    where = path if _is_overridden(path, error["type"], overrides) else ": ".join(filter(None, (source, path)))
+    if error["type"] == "extra_forbidden":
+        raise UserError(where, "unknown key", closest(str(error["loc"][-1]), _fields_at(model, error["loc"][:-1])))
+    if error["type"] == "missing":
+        raise UserError(where, "is missing", "add this key")
+    raise UserError(f"{where}={error['input']!r}", "is not valid", error["msg"].removeprefix("Value error, "))
+
+
+def _is_overridden(path: str, kind: str, overrides: Iterable[str]) -> bool:
+    """Return whether an override gave the value at `path` or, if it is unknown, created the section at `path`."""
+    keys = [f"{override.partition('=')[0]}." for override in overrides]
+    creates = kind == "extra_forbidden"
+    return any(f"{path}.".startswith(key) or (creates and key.startswith(f"{path}.")) for key in keys)
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """Names of the fields of the (nested) model at `path`."""
+    """Return the field names of the (nested) model at `path`."""
     for part in path:
         field = model.model_fields.get(str(part))
         if field is None:

@@ -1,4 +1,4 @@
-"""The one kind of error a user is meant to see: a line that says where, what and how to correct it."""
+"""Errors for the user: one line with the location, the problem and the remedy."""
 
 import sys
 from collections.abc import Iterator
@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import TextIO
 
 EXIT_BAD_INPUT = 2  # what argparse uses for bad usage
-EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command continues
-EXIT_FAULT = 76  # a rank died or hung, or memory went wrong: the same command continues from the last checkpoint
-_LONGEST_PART = 1500  # characters; the longest part of our own is a list of 60 settings
+EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command continues it
+EXIT_FAULT = 76  # a rank died or hung, or memory is faulty; the same command resumes from the last checkpoint
+_LONGEST_PART = 1500  # characters; the longest part that is not a user's value is a list of 60 settings
 
 
 class UserError(Exception):
-    """Bad input from the user, told in one line.
+    """Bad input of the user, reported in one line.
 
     Args:
-        where: the key or file at fault, with its value, e.g. ``parallel.expert=3``.
+        where: the key or file at fault, with its value, such as ``parallel.expert=3``.
         problem: what is wrong with it.
         remedy: what to do about it.
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
-        super().__init__(where, problem, remedy)  # its arguments, so that it can be sent to other ranks
+        super().__init__(where, problem, remedy)  # as arguments, so that it can be pickled and sent to other ranks
 
     def __str__(self) -> str:
         where, problem, remedy = (shortened(part) for part in self.args)
@@ -30,12 +30,12 @@ class UserError(Exception):
 
 
 def shortened(text: str) -> str:
-    """The first 1,500 characters of a part of a message, and how many it has: values may be megabytes."""
+    """Cut a part of a message to 1,500 characters and add its length: values may be megabytes."""
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}... ({len(text):,} characters)"
 
 
 class MachineError(Exception):
-    """What went wrong with a machine or a rank, told in one line; the last checkpoint is as good as it was."""
+    """A failure of a machine or a rank, reported in one line; it does not affect the last checkpoint."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def print_error(message: str, err: TextIO | None = None) -> None:
-    """Print an error as one line on `err`, or stderr; on a terminal in the place of a status line."""
+    """Print an error as one line on `err` or stderr; on a terminal it replaces the status line."""
     stream = err or sys.stderr
     over_status = "\r\x1b[K" if stream.isatty() else ""
     print(f"{over_status}error: {' '.join(message.split())}", file=stream, flush=True)

@@ -12,24 +12,24 @@ from hypermoe_ds.errors import UserError
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Find a file that a folder names.
+    """Return the path of a file in a folder that others wrote.
 
-    A link is followed only to a file of the folder or, in a snapshot of the Hugging Face cache, to one of the cache's
-    `blobs` beside it.
+    A link is followed only to a file of the folder or, in a snapshot of the Hugging Face cache, to a file of its
+    `blobs`.
 
     Args:
         folder: the folder.
-        name: the file's name, without any other folder.
+        name: name of the file, without a folder.
 
     Raises:
-        UserError: the name or a link leads out of the folder, or there is no such regular file.
+        UserError: the name or a link leads out of the folder, or it is not a regular file.
     """
     path = folder / name
     if Path(name).name != name:
         raise UserError(str(path), "is not a file of this folder", "fetch or export the folder again")
     try:
         root, target, is_file = folder.resolve(), path.resolve(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, too long, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name that is too long or has a zero byte
         raise UserError(repr(str(path)), f"cannot be read ({error})", "fetch or export the folder again") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not target.is_relative_to(root) and target.parent != blobs:
@@ -40,12 +40,12 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str) -> list[str]:
-    """Return a short name for each path: its shortest end that no other one has.
+    """Return a short name for each path: its shortest end that no other path has.
 
     Args:
         paths: parts of each path, such as `Path.parts`.
-        separator: what joins the parts of a name.
-        numbered: format of a name that an earlier path has too, such as the same path twice: name, number.
+        separator: separator of the parts of a name.
+        numbered: format, from name and number, for a name that an earlier path has too.
     """
     ends = [tuple(path)[::-1] for path in paths]
     names = []
@@ -59,19 +59,19 @@ def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put `text` in the place of a file at once: who reads it sees all of the old or all of the new.
+    """Replace the content of a file atomically: readers see either the old or the new content.
 
     Raises:
-        OSError: the disk is full or gone.
+        OSError: the file cannot be written.
     """
     write_lines(path, [text])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Do the same with lines that are made, or read from the old file, while they are written.
+    """Replace the content of a file by lines, as `write_whole`; the lines may be read from the old file.
 
     Raises:
-        OSError: the disk is full or gone.
+        OSError: the file cannot be written.
     """
     beside = path.with_name(f"{path.name}.tmp")
     with beside.open("w", encoding="utf-8") as file:
@@ -80,7 +80,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, so that it survives a power cut."""
+    """Replace the content of a small file atomically and durably, so that it survives a power cut."""
     beside = path.with_name(f".{path.name}.partial")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -91,7 +91,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names inside a folder durable."""
+    """Make the file names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,41 +100,41 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(output: Path) -> None:
-    """Refuse a place that is taken.
+    """Refuse an output that exists.
 
     Raises:
-        UserError: it is a file or a folder with something in it.
+        UserError: it is a file, or a folder that is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(str(output), "exists already", "remove it or choose another folder")
 
 
 def check_input(folder: Path) -> None:
-    """Refuse a folder that is not there, before what it takes to read it is imported.
+    """Refuse a missing folder, before libraries are imported to read it.
 
     Raises:
-        UserError: it is missing or no folder.
+        UserError: it is missing or not a folder.
     """
     if not folder.is_dir():
         raise UserError(str(folder), "is not a folder", "check the path; give the run folder or Hugging Face folder")
 
 
 def check_room(output: Path, beside: Path, needed: int) -> None:
-    """Refuse to write what the disk cannot hold.
+    """Refuse to write more than the disk can hold.
 
     Args:
-        output: what is to be written, for the message.
-        beside: a folder that exists on its file system.
-        needed: its bytes.
+        output: the output, for the message.
+        beside: an existing folder on the same file system.
+        needed: size of the output in bytes.
 
     Raises:
-        UserError: less is free.
+        UserError: less space is free.
     """
     free = shutil.disk_usage(beside).free
     if free < needed:
@@ -144,7 +144,7 @@ def check_room(output: Path, beside: Path, needed: int) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder with its content, a file, or a link without what it leads to."""
+    """Delete a folder with its content, a file, or a link without its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -153,7 +153,7 @@ def delete(path: Path) -> None:
 
 @contextmanager
 def writing_to(target: Path) -> Iterator[None]:
-    """Turn a failure of the disk into a `UserError` that names `target`."""
+    """Turn a disk failure into a `UserError` that names `target`."""
     try:
         yield
     except OSError as error:
@@ -163,12 +163,12 @@ def writing_to(target: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
-    """A new hidden folder on the file system of `target`, removed at the end whatever happens.
+    """Make a temporary hidden folder next to `target` and remove it at the end.
 
-    Parents of `target` that are missing are made, and removed again if the body fails.
+    Missing parents of `target` are made, and removed again if the body fails.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the folder cannot be written.
     """
     with writing_to(target):
         made = _make_parents(target.parent)
@@ -182,7 +182,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def _make_parents(folder: Path) -> Path | None:
-    """Make `folder`; the topmost folder that was missing, if any."""
+    """Make `folder` and return the topmost folder that was missing, if any."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing[-1] if missing else None

@@ -15,7 +15,7 @@ from hypermoe_ds.checkpoint.lock import run_lock
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.consumption import Consumption
-from hypermoe_ds.data.datasets import SequenceDataset, build_datasets, check_sources
+from hypermoe_ds.data.datasets import SequenceDataset, build_datasets, check_datasets
 from hypermoe_ds.data.loader import build_loader
 from hypermoe_ds.data.shares import DatasetShare, dataset_shares
 from hypermoe_ds.data.token_files import read_metadata
@@ -55,7 +55,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
     """
     began = time.monotonic()
     model_config, folder = config.build_model_config(), RunFolder(Path(config.run.dir))
-    check_sources(config.data, model_config.vocab_size)
+    check_datasets(config.data, model_config.vocab_size)
     folder.check_same_run(model_config, Path(config.data.tokenizer))
     settings = config.model_dump(mode="json")
     with console.phase("waiting for all ranks"):

@@ -1,4 +1,4 @@
-"""This process among others: its rank, its signals, and how it ends with one line."""
+"""Rank, signals and one-line errors of this process."""
 
 import ctypes
 import os
@@ -13,41 +13,46 @@ from typing import TextIO
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, MachineError, UserError, print_error, shortened
 
 _PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # a rank then finishes its step
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+)  # a rank that receives one finishes its step
 _SILENT_SECONDS = 30
-_CRASH_SECONDS = 3  # an unexpected error may be this rank's alone, and the others then wait for it
+_CRASH_SECONDS = 3  # if an unexpected error is this rank's alone, the others wait for it
 
 
 def local_rank() -> int:
-    """This process's number among the ranks of its host, as its launcher tells it; 0 without a launcher."""
+    """Return the local rank that the launcher set in the environment; 0 without a launcher."""
     return _from_environment(("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"))
 
 
 def global_rank() -> int:
-    """Return this process's rank as its launcher sets it in the environment; 0 without a launcher."""
+    """Return the rank that the launcher set in the environment; 0 without a launcher."""
     return _from_environment(("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"))
 
 
 def _from_environment(names: Sequence[str]) -> int:
-    """Return the first of these variables: deepspeed and torchrun, Open MPI, srun, MPICH."""
+    """Return the first variable that is set (deepspeed and torchrun, Open MPI, srun, MPICH); 0 if none is."""
     return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def export_rank_variables() -> None:
-    """Put what mpirun and srun tell their processes into the words of deepspeed and torchrun, which come first."""
-    words = {
+    """Copy the rank variables of mpirun and srun to those of deepspeed and torchrun, unless these are set."""
+    sources = {
         "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
         "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
         "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
     }
-    for name, theirs in words.items():
-        told = next((os.environ[key] for key in theirs if key in os.environ), None)
-        if told is not None:
-            os.environ.setdefault(name, told)
+    for name, alternatives in sources.items():
+        value = next((os.environ[key] for key in alternatives if key in os.environ), None)
+        if value is not None:
+            os.environ.setdefault(name, value)
 
 
 def signal_when_parent_ends(number: signal.Signals) -> None:
-    """From now on the system sends this process that signal when the one that started it ends, however it ends."""
+    """Ask the system to send this process a signal when its parent ends for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line now and then."""
+"""Show the progress of long work: a bar on a terminal, otherwise a line every 30 s."""
 
 import sys
 import time
@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Shows on stderr how far work is; a context manager.
+    """Show progress on stderr; a context manager.
 
     Args:
-        doing: what is done.
-        unit: what is counted, in the plural.
-        total: how many there are; None if that is not known.
-        note: gives a remark, such as a speed, whenever the progress is shown.
+        doing: name of the work.
+        unit: name of the counted items, in the plural.
+        total: number of items; None if unknown.
+        note: returns a note to show with the progress, such as a speed.
     """
 
     def __init__(self, doing: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None) -> None:
@@ -30,7 +30,7 @@ class Progress:
         self._bar = tqdm(total=total, desc=doing, unit=f" {unit}", unit_scale=True, leave=False, disable=None)
 
     def update(self, count: int = 1) -> None:
-        """Count what was done since the last call."""
+        """Count the items done since the last call."""
         self._done += count
         if self._bar.update(count):
             self._bar.set_postfix_str(self._note(), refresh=False)
@@ -50,7 +50,7 @@ class Progress:
 
 
 def progress(items: Iterable[Item], doing: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show how many of them are done."""
+    """Yield the items and show the progress."""
     with Progress(doing, unit, total) as shown:
         for item in items:
             yield item

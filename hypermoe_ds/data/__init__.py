@@ -1,1 +1,1 @@
-"""Data: from files of text to token sequences on every rank."""
+"""From text files to token sequences on every rank."""

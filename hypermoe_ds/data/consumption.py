@@ -1,4 +1,4 @@
-"""How much of each dataset a run has consumed."""
+"""Count how much of each dataset a run has consumed."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ from hypermoe_ds.data.datasets import SequenceDataset
 from hypermoe_ds.data.shares import DatasetShare
 from hypermoe_ds.data.skipped_samples import SkippedSamples
 
-_CHUNK = 1 << 24  # samples counted at once: counting takes 8 bytes each
+_CHUNK = 1 << 24  # samples counted at once; each takes 8 bytes
 
 
 class Consumption:
     """Count consumed tokens and epochs, by dataset.
 
-    Counts continue from those of the last call, so a call takes time for the samples since then alone.
+    Each call continues from the last one, so it takes time only for the samples since then.
 
     Args:
         samples: the training samples.
         datasets: their datasets, in the order of the recipe.
         sequence_length: tokens of a sample.
-        left_out: samples that are skipped.
+        skipped_samples: samples that the run skips.
     """
 
     def __init__(
@@ -33,19 +33,20 @@ class Consumption:
         self._samples = samples
         self._datasets = datasets
         self._sequence_length = sequence_length
-        self._left_out = skipped_samples
+        self._skipped_samples = skipped_samples
         self._counts = np.zeros(len(datasets), dtype=np.int64)
         self._counted = 0
 
     def at(self, consumed_samples: int) -> dict[str, float]:
-        """Return `consumed_tokens`, and `consumed_tokens/DATASET` and `epochs/DATASET`, after so many samples.
+        """Return `consumed_tokens`, and `consumed_tokens/DATASET` and `epochs/DATASET`, after `consumed_samples`
+        samples.
 
         Args:
-            consumed_samples: position in the order of the samples, skipped ones counted.
+            consumed_samples: position in the order of the samples; skipped ones count.
         """
         for first in range(self._counted, consumed_samples, _CHUNK):
             end = min(first + _CHUNK, consumed_samples)
-            for begin, stop in self._left_out.kept_ranges(first, end):
+            for begin, stop in self._skipped_samples.kept_ranges(first, end):
                 self._counts += self._samples.count_by_dataset(begin, stop, len(self._datasets))
         self._counted = max(self._counted, consumed_samples)
         tokens = [int(count) * self._sequence_length for count in self._counts]

@@ -1,4 +1,4 @@
-"""Token files into datasets of sequences, on megatron-core."""
+"""Build datasets of sequences from token files, with megatron-core."""
 
 import hashlib
 import logging
@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 from hypermoe_ds.data.megatron import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 from hypermoe_ds.data.settings import DataConfig, DatasetConfig, dataset_names
 from hypermoe_ds.data.token_files import Metadata, TokenFiles, inspect, read_metadata
-from hypermoe_ds.data.tokenizer import embeddings_needed, encoding_digest, load_tokenizer, sha256_of, vocabulary_file
+from hypermoe_ds.data.tokenizer import embeddings_needed, encoding_digest, load_tokenizer, vocabulary_file
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import sha256_of
 
 _VALIDATION_SEED = 0
-_ORDER_KEY_ENTRIES = 1 << 16
+_HASHED_ENTRIES = 1 << 16
 
 
 class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
@@ -30,8 +31,8 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
     A sample is `tokens` [S] and `labels` [S], int64; `labels[t]` is the token after `tokens[t]`.
 
     Attributes:
-        order_key: two datasets with the same key give the same samples in the same order, as far as
-            both go; see `build_datasets` for what changes it.
+        data_order_hash: datasets with the same hash have the same samples in the same order, up to the length of the
+            shorter one; see `build_datasets` for what changes it.
     """
 
     def __init__(self, samples: Any, length: int, data_order_hash: str) -> None:
@@ -49,11 +50,11 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         return {"tokens": sample["tokens"], "labels": sample["labels"]}
 
     def first(self, length: int) -> "SequenceDataset":
-        """Return the first samples alone."""
+        """Return the first `length` samples."""
         return SequenceDataset(self._samples, length, self.data_order_hash)
 
     def count_by_dataset(self, first: int, end: int, datasets: int) -> np.ndarray[Any, Any]:
-        """Return how many of the samples from `first` to `end`, the latter not included, come from each dataset.
+        """Return how many of the samples from `first` to `end`, which is excluded, are from each dataset.
 
         Args:
             first: first sample.
@@ -66,27 +67,27 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         return np.bincount(self._samples.dataset_index[first:end], minlength=datasets)
 
     def describe_sample(self, index: int) -> str:
-        """Which documents of which token files a sample was cut from, in words."""
+        """Describe the documents and token files that a sample was cut from."""
         self[index]  # megatron-core reads its indices with the first sample
-        part, place = self._samples, index
+        part, position = self._samples, index
         if isinstance(part, BlendedDataset):
-            part, place = part.datasets[part.dataset_index[index]], part.dataset_sample_index[index]
-        _, documents = part._query_document_sample_shuffle_indices(place)
+            part, position = part.datasets[part.dataset_index[index]], part.dataset_sample_index[index]
+        _, documents = part._query_document_sample_shuffle_indices(position)
         numbers = sorted({int(document) for document in documents})
         return f"document {', '.join(map(str, numbers))} of {part.dataset.path_prefix}"
 
 
 @dataclass(frozen=True)
 class _TokenizerMetadata:
-    """What megatron-core asks of a tokenizer.
+    """The attributes of a tokenizer that megatron-core reads.
 
-    It has no `pad` on purpose: megatron-core turns the pad tokens of the data, genuine ones too, into token 0.
+    There is deliberately no `pad`: megatron-core would turn that token into token 0, also where it is genuine text.
 
     Attributes:
         vocab_size: number of tokens.
         eod: the token that ends a document.
-        unique_identifiers: part of the name of the cached indices. It holds the checksums of the
-            sources' document lengths, so that files that were replaced are indexed anew.
+        unique_identifiers: part of the name of the cached indices. It has a checksum of the document lengths, so that
+            replaced files are indexed again.
     """
 
     vocab_size: int
@@ -94,36 +95,35 @@ class _TokenizerMetadata:
     unique_identifiers: dict[str, str] = field(default_factory=dict)
 
 
-def check_sources(config: DataConfig, vocab_size: int) -> None:
-    """Check all sources before anything is built.
+def check_datasets(config: DataConfig, vocab_size: int) -> None:
+    """Check all datasets before anything is built.
 
     Args:
         config: the data settings.
-        vocab_size: number of tokens the model has embeddings for.
+        vocab_size: number of token embeddings of the model.
 
     Raises:
-        UserError: the tokenizer folder or a token file is missing, a token file is truncated, a
-            source was made with another tokenizer, the tokenizer or a source has more token ids than
-            the model, or a source is shorter than one sample. Where a source has no `.json`, its
-            largest id is looked for among its first 16,777,216 tokens.
+        UserError: the tokenizer folder or a token file is missing, a token file is truncated, a dataset was made with
+            another tokenizer, the tokenizer or a dataset has more token ids than the model, or a dataset is shorter
+            than one sample. For a dataset without `.json`, the first 16,777,216 tokens are checked.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     needed = embeddings_needed(tokenizer)
     if needed > vocab_size:
         problem = f"has token ids up to {needed - 1} and the model {vocab_size} embeddings"
         raise UserError(f"data.tokenizer={config.tokenizer}", problem, f"set model.vocab_size to {needed} or more")
-    for source in [*config.train, *config.valid]:
-        files = inspect(source.prefix)
-        metadata = read_metadata(source.prefix)
+    for dataset in [*config.train, *config.valid]:
+        files = inspect(dataset.prefix)
+        metadata = read_metadata(dataset.prefix)
         if metadata is not None:
-            _check_tokenizer(config.tokenizer, tokenizer, source, metadata)
+            _check_tokenizer(config.tokenizer, tokenizer, dataset, metadata)
         elif (ids := files.largest_token() + 1) > vocab_size:
             problem = f"has {ids} token ids and the model {vocab_size}"
-            raise UserError(source.prefix, problem, f"set model.vocab_size to {ids} or more")
+            raise UserError(dataset.prefix, problem, f"set model.vocab_size to {ids} or more")
         _check_long_enough(files, config.sequence_length)
 
 
-def _check_tokenizer(folder: str, tokenizer: Any, source: DatasetConfig, metadata: Metadata) -> None:
+def _check_tokenizer(folder: str, tokenizer: Any, dataset: DatasetConfig, metadata: Metadata) -> None:
     path = Path(folder) / metadata.tokenizer_file
     problem = f"was made with another tokenizer than {folder}"
     if not path.is_file():
@@ -138,62 +138,61 @@ def _check_tokenizer(folder: str, tokenizer: Any, source: DatasetConfig, metadat
             f"instead of {len(tokenizer)} and {tokenizer.eos_token_id}"
         )
     elif metadata.encoding_sha256 not in ("", encoding_digest(tokenizer)):
-        problem += ", which encodes text otherwise (compare their tokenizer_config.json)"
+        problem += ", which encodes text differently (compare their tokenizer_config.json)"
     else:
         return
     remedy = f"set data.tokenizer (it was {metadata.tokenizer}) or run tools/preprocess_data.py with this one"
-    raise UserError(source.prefix, problem, remedy)
+    raise UserError(dataset.prefix, problem, remedy)
 
 
 def _check_long_enough(files: TokenFiles, sequence_length: int) -> None:
     if files.tokens <= sequence_length:
-        problem = f"holds {files.tokens} tokens, too few for one sample of {sequence_length} and the token after it"
+        problem = f"has {files.tokens} tokens, too few for one sample of {sequence_length} and the token after it"
         raise UserError(files.prefix, problem, "lower data.sequence_length or preprocess more text")
 
 
 def build_datasets(
     config: DataConfig, seed: int, train_samples: int, valid_samples: int | None
 ) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
-    """Build the training dataset and the validation datasets; under torch.distributed all ranks must call this.
+    """Build the training samples and the validation samples (collective under torch.distributed).
 
-    Rank 0 writes the indices of the samples into the cache, the other ranks then read them: all
-    nodes must see that folder. Training documents are shuffled and cut into samples, which are
-    shuffled again; sources are blended so that every stretch of samples holds them by weight.
+    Rank 0 writes the sample indices to the cache and the other ranks read them, so all nodes must share that folder.
+    Training documents are shuffled and cut into samples, which are shuffled again. Datasets are blended, so that every
+    range of samples has them in proportion to their weights.
 
-    The order of the training samples depends on the seed, the sources, their weights and the
-    sequence length, and on `train_samples` through the number of epochs alone. megatron-core
-    shuffles the epochs of a source as one, except the last one where less than 80 % of it is used;
-    so the order changes when `train_samples` changes the number of epochs of a source or takes its
-    last epoch across those 80 %. While all sources stay within their first epoch it never changes.
-    A run that is to be extended should keep `order_key` with its state and compare it: with
-    another key, samples already seen come again and others never.
+    The order of the training samples depends on the seed, the datasets, their weights and the sequence length. It
+    depends on `train_samples` only through the number of epochs: megatron-core shuffles all epochs of a dataset
+    together, except the last one if less than 80 % of it is used. The order changes if `train_samples` changes the
+    number of epochs of a dataset or moves its last epoch across 80 %; within the first epoch it never changes. To
+    extend a run, keep `data_order_hash` with its state and compare it: with another hash some samples are seen twice
+    and others never.
 
-    Validation goes through every whole sequence of every source once, in an order that depends on
-    the source and the sequence length alone.
+    Validation reads every whole sequence of every dataset once, in an order that depends only on the dataset and the
+    sequence length.
 
     Args:
-        config: the data settings; `check_sources` should have passed.
+        config: the data settings, checked by `check_datasets`.
         seed: seed of the training order.
-        train_samples: length of the training dataset, in samples.
-        valid_samples: validate on about this many samples, of each source in proportion to its length, but at least
-            one; None: on all.
+        train_samples: number of training samples.
+        valid_samples: approximate number of validation samples, of each dataset in proportion to its length, but at
+            least one; None takes all.
 
     Returns:
-        The training dataset, and one validation dataset for each validation source, by name.
+        The training samples, and the validation samples of each dataset by name.
 
     Raises:
-        UserError: a token file is missing, truncated or shorter than one sample, or the cache
-            cannot be written or read.
+        UserError: a token file is missing, truncated or shorter than one sample, or the cache cannot be written or
+            read.
     """
     if train_samples <= 0 or (valid_samples is not None and valid_samples <= 0):
         raise ValueError(f"{train_samples=} and {valid_samples=} must be positive")
     tokenizer = load_tokenizer(config.tokenizer)
-    facts = _TokenizerMetadata(len(tokenizer), tokenizer.eos_token_id)
+    metadata = _TokenizerMetadata(len(tokenizer), tokenizer.eos_token_id)
     with _cache_errors(config.cache_folder):
-        train = _build_train(config, facts, seed, train_samples)
+        train = _build_train(config, metadata, seed, train_samples)
         whole = {
-            name: _build_valid(config, facts, source)
-            for name, source in zip(dataset_names(config.valid), config.valid, strict=True)
+            name: _build_valid(config, metadata, dataset)
+            for name, dataset in zip(dataset_names(config.valid), config.valid, strict=True)
         }
     total = sum(map(len, whole.values()))
     if valid_samples is None or valid_samples >= total:
@@ -202,50 +201,50 @@ def build_datasets(
 
 
 def build_validation_set(prefix: str, tokenizer: str, sequence_length: int, vocab_size: int) -> SequenceDataset:
-    """Every whole sequence of one source once, without a run around it.
+    """Build the validation samples of one dataset, for use outside a run.
 
     Args:
         prefix: path of the token files, without suffix.
         tokenizer: the tokenizer folder that they were made with.
         sequence_length: tokens in a sample.
-        vocab_size: number of tokens the model has embeddings for.
+        vocab_size: number of token embeddings of the model.
 
     Raises:
-        UserError: as `check_sources` and `build_datasets`.
+        UserError: as `check_datasets` and `build_datasets`.
     """
-    source = DatasetConfig(prefix=prefix)
-    config = DataConfig(train=[source], valid=[source], sequence_length=sequence_length, tokenizer=tokenizer)
-    check_sources(config, vocab_size)
+    dataset = DatasetConfig(prefix=prefix)
+    config = DataConfig(train=[dataset], valid=[dataset], sequence_length=sequence_length, tokenizer=tokenizer)
+    check_datasets(config, vocab_size)
     loaded = load_tokenizer(tokenizer)
     with _cache_errors(config.cache_folder):
-        return _build_valid(config, _TokenizerMetadata(len(loaded), loaded.eos_token_id), source)
+        return _build_valid(config, _TokenizerMetadata(len(loaded), loaded.eos_token_id), dataset)
 
 
-def _build_train(config: DataConfig, facts: _TokenizerMetadata, seed: int, train_samples: int) -> SequenceDataset:
-    total = sum(source.weight for source in config.train)
-    weights = [source.weight / total for source in config.train]
+def _build_train(config: DataConfig, metadata: _TokenizerMetadata, seed: int, train_samples: int) -> SequenceDataset:
+    total = sum(dataset.weight for dataset in config.train)
+    weights = [dataset.weight / total for dataset in config.train]
     if len(weights) == 1:
-        samples = _build_source(config, facts, config.train[0].prefix, seed, train_samples)
+        samples = _build_samples(config, metadata, config.train[0].prefix, seed, train_samples)
         return SequenceDataset(samples, train_samples, _data_order_hash([samples], weights))
-    # The blend may be ahead of the weights by a sample a source at any point.
+    # At any point the blend may be one sample per dataset ahead of the weights.
     lengths = [int(train_samples * weight) + 1 + len(weights) for weight in weights]
     parts = [
-        _build_source(config, facts, source.prefix, seed, length)
-        for source, length in zip(config.train, lengths, strict=True)
+        _build_samples(config, metadata, dataset.prefix, seed, length)
+        for dataset, length in zip(config.train, lengths, strict=True)
     ]
     blend = _blend(parts, weights, train_samples)
     return SequenceDataset(blend, train_samples, _data_order_hash(parts, weights))
 
 
-def _build_valid(config: DataConfig, facts: _TokenizerMetadata, source: DatasetConfig) -> SequenceDataset:
-    part = _build_source(config, facts, source.prefix, _VALIDATION_SEED, None)
+def _build_valid(config: DataConfig, metadata: _TokenizerMetadata, dataset: DatasetConfig) -> SequenceDataset:
+    part = _build_samples(config, metadata, dataset.prefix, _VALIDATION_SEED, None)
     return SequenceDataset(part, len(part), _data_order_hash([part], [len(part)]))
 
 
-def _build_source(
-    config: DataConfig, facts: _TokenizerMetadata, prefix: str, seed: int, samples: int | None
+def _build_samples(
+    config: DataConfig, metadata: _TokenizerMetadata, prefix: str, seed: int, samples: int | None
 ) -> GPTDataset:
-    """The samples of one source: at least `samples` for training, or exactly one epoch for validation."""
+    """Build at least `samples` samples of one dataset for training, or exactly one epoch for validation."""
     files = inspect(prefix)
     _check_long_enough(files, config.sequence_length)
     identity = {"document_lengths_crc32": f"{files.lengths_crc32:08x}", "tokens": str(files.tokens)}
@@ -255,7 +254,7 @@ def _build_source(
         sequence_length=config.sequence_length,
         blend_per_split=[None, blend, None] if samples is None else [blend, None, None],
         path_to_cache=config.cache_folder,
-        tokenizer=replace(facts, unique_identifiers=identity),
+        tokenizer=replace(metadata, unique_identifiers=identity),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -266,10 +265,10 @@ def _build_source(
 
 
 def _blend(parts: Sequence[GPTDataset], weights: Sequence[float], length: int) -> BlendedDataset:
-    """Interleave sources by weight."""
+    """Interleave datasets by weight."""
     settings = parts[0].config
     if not torch.distributed.is_initialized():
-        # With a cache megatron-core 0.16 asks for the rank even where there are none.
+        # With a cache, megatron-core 0.16 asks for the rank even without a process group.
         settings = replace(settings, path_to_cache=None)
     with _quiet("megatron.core.datasets.blended_dataset"):
         return BlendedMegatronDatasetBuilder.build_generic_dataset(
@@ -282,19 +281,19 @@ def _on_every_rank() -> bool:
 
 
 def _data_order_hash(parts: Sequence[GPTDataset], weights: Sequence[float]) -> str:
-    """A checksum of all that decides the order: the weights, and the beginning of each source's shuffles."""
+    """Hash what determines the order: the weights and the beginning of each dataset's shuffle."""
     digest = hashlib.sha256(repr(list(weights)).encode())
     for part in parts:
         identity = part.config.tokenizer.unique_identifiers
         digest.update(repr((part.config.sequence_length, sorted(identity.items()))).encode())
-        digest.update(part.document_index[:_ORDER_KEY_ENTRIES].tobytes())
-        digest.update(part.shuffle_index[:_ORDER_KEY_ENTRIES].tobytes())
+        digest.update(part.document_index[:_HASHED_ENTRIES].tobytes())
+        digest.update(part.shuffle_index[:_HASHED_ENTRIES].tobytes())
     return digest.hexdigest()
 
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Keep megatron-core from warning of what is done on purpose."""
+    """Suppress warnings of megatron-core about what is intended here."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -305,7 +304,7 @@ def _quiet(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _cache_errors(cache: str) -> Iterator[None]:
-    """Turn failures of the cache into a `UserError`: it cannot be written, or its files are cut or out of sight."""
+    """Turn failures of the cache into a `UserError`: it cannot be written, or its files are truncated or missing."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""A document into token ids, in this process."""
+"""Encode documents into token ids, in this process."""
 
 from functools import cache
 
@@ -11,20 +11,20 @@ Tokens = npt.NDArray[np.int32 | np.uint16]
 
 
 class Encoder:
-    """Encodes documents with a tokenizer folder.
+    """Encode documents with a tokenizer folder.
 
     Attributes:
-        vocab_size: number of tokens, added ones included.
+        vocab_size: number of tokens, including added ones.
         eos_id: the token that ends each document.
         digest: SHA-256 of the ids of a probe text.
-        dtype: NumPy type that holds every token id: uint16 where the vocabulary is below 65,500, else int32.
+        dtype: NumPy type for token ids: uint16 if the vocabulary is below 65,500, else int32.
 
     Raises:
-        UserError: the folder holds no tokenizer with an end-of-sequence token.
+        UserError: the folder has no tokenizer with an end-of-sequence token.
     """
 
     def __init__(self, folder: str) -> None:
-        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (takes seconds: once the inputs are known good)
+        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (takes seconds, so after the checks of the inputs)
 
         self._tokenizer = load_tokenizer(folder)
         self.vocab_size: int = len(self._tokenizer)
@@ -33,20 +33,19 @@ class Encoder:
         self.dtype: type[np.int32 | np.uint16] = DType.optimal_dtype(self.vocab_size)
 
     def encode(self, document: str) -> Tokens:
-        """Token ids [tokens + 1], the end of the document last.
+        """Return the token ids of a document [tokens + 1]; the last one is the end of the document.
 
-        The name of a control token within the text is text: a document that mentions "</s>" does
-        not end there.
+        The name of a control token in the text is text: a document that mentions "</s>" does not end there.
         """
         return np.array([*encode_as_text(self._tokenizer, document), self.eos_id], dtype=self.dtype)
 
 
 @cache
 def encoder_for(folder: str, sha256: str) -> Encoder:
-    """The encoder of a folder whose vocabulary has this checksum, loaded once a process and inherited by a fork."""
+    """Return the encoder of a folder whose vocabulary has this checksum; it is loaded once and inherited by forks."""
     return Encoder(folder)
 
 
 def encode_batch(folder: str, sha256: str, documents: list[str]) -> list[Tokens]:
-    """Token ids of each document."""
+    """Return the token ids of each document."""
     return [encoder_for(folder, sha256).encode(document) for document in documents]

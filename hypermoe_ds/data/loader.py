@@ -1,4 +1,4 @@
-"""Batches of samples for one data-parallel rank, from any point of a run.
+"""Load micro-batches for one data-parallel rank, from any position of a run.
 
 Shapes: B samples of a micro-batch, S tokens of a sample.
 """
@@ -18,26 +18,26 @@ from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.process import STOP_SIGNALS, signal_when_parent_ends
 
-IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy leaves out
+IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
 
 
 class SizedDataset(Protocol):
     """A dataset of samples `tokens` [S] and `labels` [S] that knows its length."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One sample."""
+        """Return one sample."""
 
 
 class ResumableSampler(Sampler[list[int]]):
-    """Which samples a rank takes, micro-batch by micro-batch, as arithmetic on consumed samples.
+    """Select the samples of each micro-batch of a rank, by arithmetic on the number of consumed samples.
 
-    Micro-batch m of all ranks together is the m-th block of `size * micro_batch_size` samples from
-    `consumed_samples` on, those left out not counted; rank r takes the r-th run of `micro_batch_size` in
-    it. The samples that all ranks take therefore depend on `consumed_samples` alone, and a run
-    continues with the same ones on another number of ranks. An incomplete last block is dropped.
+    The m-th micro-batches of all ranks together are the m-th block of `size * micro_batch_size` samples after
+    `consumed_samples`, without skipped ones; rank r takes the r-th `micro_batch_size` of them. The samples of all ranks
+    therefore depend only on `consumed_samples`, and a run continues with the same samples on any number of ranks. An
+    incomplete last block is dropped.
 
     Raises:
         ValueError: a number is out of range.
@@ -53,15 +53,15 @@ class ResumableSampler(Sampler[list[int]]):
         skipped_samples: SkippedSamples | None = None,
     ) -> None:
         if micro_batch_size <= 0 or not 0 <= rank < size:
-            raise ValueError(f"no such place: {micro_batch_size=}, {rank=}, {size=}")
+            raise ValueError(f"out of range: {micro_batch_size=}, {rank=}, {size=}")
         if not 0 <= consumed_samples <= length:
             raise ValueError(f"{consumed_samples=} of {length}")
         self._start = consumed_samples
         self._rank = rank
-        self._left_out = skipped_samples or SkippedSamples()
+        self._skipped_samples = skipped_samples or SkippedSamples()
         self._micro_batch_size = micro_batch_size
         self._size = size
-        self._micro_batches = self._left_out.kept(consumed_samples, length) // (micro_batch_size * size)
+        self._micro_batches = self._skipped_samples.kept(consumed_samples, length) // (micro_batch_size * size)
 
     def __len__(self) -> int:
         return self._micro_batches
@@ -71,9 +71,9 @@ class ResumableSampler(Sampler[list[int]]):
             yield self.micro_batch(number, self._rank)
 
     def micro_batch(self, number: int, rank: int) -> list[int]:
-        """The samples that a rank takes as its micro-batch of that number, counted from 0."""
+        """Return the sample indices of a rank's micro-batch, counted from 0."""
         first = (number * self._size + rank) * self._micro_batch_size
-        return [self._left_out.nth(self._start, first + place) for place in range(self._micro_batch_size)]
+        return [self._skipped_samples.nth(self._start, first + offset) for offset in range(self._micro_batch_size)]
 
 
 def build_loader(
@@ -85,22 +85,22 @@ def build_loader(
     workers: int,
     skipped_samples: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
+    """Yield the training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
 
     Args:
         dataset: the training samples.
         micro_batch_size: B, samples per rank.
         rank: the data-parallel rank.
         size: number of data-parallel ranks.
-        consumed_samples: samples that all ranks together have taken before.
-        workers: processes that load; 0 loads in this one.
-        left_out: samples that nobody takes.
+        consumed_samples: samples that all ranks together have consumed.
+        workers: number of processes that load; 0 loads in this one.
+        skipped_samples: samples that no rank takes.
 
     Yields:
-        `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory where there is a GPU.
+        `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory if there is a GPU.
 
     Raises:
-        UserError: samples are asked for beyond the end of the dataset.
+        UserError: the dataset is exhausted.
         ValueError: a number is out of range.
     """
     sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, skipped_samples)
@@ -116,11 +116,10 @@ def _until_exhausted(batches: Iterator[dict[str, torch.Tensor]], length: int) ->
 def validation_batches(
     dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, workers: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of one rank that together with those of the other ranks hold every sample once.
+    """Yield the validation micro-batches of one rank; all ranks together read every sample once.
 
-    Every rank yields the same number of micro-batches of the same shape, because experts that lie on
-    several ranks make each forward pass a collective one. Samples that are missing at the end
-    are replaced by the last one with all labels -100.
+    Every rank yields the same number of micro-batches of the same shape, because with expert parallelism each forward
+    pass is collective. The last micro-batches are padded with the last sample, with all labels -100.
 
     Yields:
         `input_ids` [B, S] and `labels` [B, S], int64.
@@ -130,14 +129,14 @@ def validation_batches(
     """
     length = len(dataset)
     if length == 0:
-        raise ValueError("there is no sample to validate on")
+        raise ValueError("the validation dataset is empty")
     block = micro_batch_size * size
     padded = -(-length // block) * block
     return _load(_Padded(dataset, padded), ResumableSampler(padded, micro_batch_size, rank, size), workers)
 
 
 class _Padded(Dataset[dict[str, torch.Tensor]]):
-    """A dataset continued by its last sample without labels."""
+    """A dataset padded with its last sample without labels."""
 
     def __init__(self, dataset: SizedDataset, length: int) -> None:
         self._dataset = dataset
@@ -159,23 +158,23 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         cast(Dataset[dict[str, torch.Tensor]], dataset),
         batch_sampler=sampler,
         num_workers=workers,
-        # 0.03 s for two: another start method imports all libraries in each worker, 8 s and more.
+        # Forking two takes 0.03 s. Another start method imports all libraries in each worker, which takes 8 s or more.
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
         worker_init_fn=_end_with_the_rank,
         pin_memory=pinned,
         persistent_workers=workers > 0,
-        # Its own: a loader draws a seed, and would move the random numbers of the model.
+        # The loader draws a seed, which must not change the random state of the model.
         generator=torch.Generator(),
     )
     return iter(loader) if pinned else map(_Batch.tensors, loader)
 
 
 def _end_with_the_rank(_worker: int) -> None:
-    """The launcher signals a rank's children too: they load on until the rank, which finishes its step, ends them.
+    """Ignore stop signals of the launcher until the rank ends this worker, and end if the rank dies.
 
-    When the rank dies they go with it: they hold copies of its connections, and as long as one is open no other rank
-    sees that it died (5 s, without this).
+    The launcher signals the children of a rank too, but the rank needs them to finish its step. A worker that outlives
+    its rank keeps copies of its connections open, so that other ranks do not notice the death (5 s without this).
     """
     rank = os.getppid()
 
@@ -191,20 +190,21 @@ def _end_with_the_rank(_worker: int) -> None:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A micro-batch on its way from a worker to its rank.
+    """A micro-batch that is sent from a worker to its rank.
 
-    As arrays: for tensors torch opens a socket in a folder `pymp-*` of TMPDIR, which stays when the worker is killed.
+    It has arrays, because torch sends tensors through a socket in a folder `pymp-*` of TMPDIR, which stays if the
+    worker is killed.
     """
 
     input_ids: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the model takes."""
+        """Return the inputs of the model."""
         return {name: torch.from_numpy(array) for name, array in vars(self).items()}
 
     def pin_memory(self) -> dict[str, torch.Tensor]:
-        """The same in pinned memory; the loader calls it, in a thread of its own where it has workers."""
+        """Return the inputs in pinned memory; the loader calls it, in a separate thread if it has workers."""
         return {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
 
 

@@ -1,4 +1,4 @@
-"""The one door to megatron-core: its data classes, imported without the remarks on optional GPU libraries."""
+"""Import the data classes of megatron-core, without its warnings about optional GPU libraries."""
 
 import warnings
 

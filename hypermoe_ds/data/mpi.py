@@ -1,4 +1,4 @@
-"""Tokenising under mpirun: each rank takes a share of the files, rank 0 joins the parts in the order of the inputs."""
+"""Tokenise under mpirun: each rank takes a share of the files, and rank 0 joins the parts in input order."""
 
 import os
 import sys
@@ -15,34 +15,34 @@ from hypermoe_ds.files import scratch_beside, writing_to
 
 Result = TypeVar("Result")
 
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and its kin
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
 _FAILED = 2  # the exit code of a UserError
 
 
 class Communicator(Protocol):
-    """The part of `mpi4py.MPI.Comm` that is used."""
+    """The methods of `mpi4py.MPI.Comm` that are used."""
 
     def Get_rank(self) -> int:  # noqa: N802
-        """This process's number."""
+        """Return the rank of this process."""
 
     def Get_size(self) -> int:  # noqa: N802
-        """The number of processes."""
+        """Return the number of processes."""
 
     def allgather(self, sendobj: Result) -> list[Result]:
-        """What every rank sent, in rank order."""
+        """Return the objects of all ranks, in rank order."""
 
     def bcast(self, obj: Result) -> Result:
-        """What rank 0 sent."""
+        """Return the object of rank 0."""
 
 
 def preprocess_here_or_on_ranks(job: Job) -> str | None:
-    """Tokenise on all ranks if mpirun started this process with others, else in this process.
+    """Tokenise on all ranks if mpirun started more than one, otherwise in this process.
 
     Returns:
-        A line that sums up what was done; None on ranks other than 0.
+        A summary in one line; None on ranks other than 0.
 
     Raises:
-        UserError: see `preprocess`; mpi4py is missing under mpirun.
+        UserError: as `preprocess`, or mpi4py is missing under mpirun.
     """
     ranks = max(int(os.environ.get(name, "1")) for name in _SIZE_VARIABLES)
     if ranks == 1:
@@ -51,14 +51,14 @@ def preprocess_here_or_on_ranks(job: Job) -> str | None:
         from mpi4py import MPI  # noqa: PLC0415 (an optional extra, which starts MPI when imported)
     except (ImportError, RuntimeError) as error:
         raise UserError("mpi4py", f"is needed under mpirun ({error})", "pip install 'hypermoe-ds[mpi]'") from None
-    if MPI.COMM_WORLD.Get_size() != ranks:  # each rank would do all the work, over the others' files
-        problem = f"sees {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks of mpirun"
+    if MPI.COMM_WORLD.Get_size() != ranks:  # otherwise each rank would do all the work, and overwrite the others' files
+        problem = f"finds {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks of mpirun"
         raise UserError("mpi4py", problem, "make mpirun and the library that mpi4py loads those of one MPI")
     try:
         return preprocess_on_ranks(job, cast(Communicator, MPI.COMM_WORLD))
     except (UserError, SystemExit):
         raise
-    except BaseException:  # the other ranks would wait for this one for ever
+    except BaseException:  # otherwise the other ranks would wait for this one forever
         traceback.print_exc()
         MPI.COMM_WORLD.Abort(1)
         raise
@@ -67,14 +67,14 @@ def preprocess_here_or_on_ranks(job: Job) -> str | None:
 def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
     """Tokenise the inputs on all ranks; the files are the same as those of one process.
 
-    The folder of the output must be one that all ranks see.
+    All ranks must share the output folder.
 
     Returns:
-        On rank 0 a line that sums up what was done, else None.
+        A summary in one line on rank 0, None on the others.
 
     Raises:
-        UserError: on rank 0, the error of the first rank that met one.
-        SystemExit: on the other ranks, when any rank met an error.
+        UserError: a rank failed; raised on rank 0, with the error of the first such rank.
+        SystemExit: a rank failed; raised on the other ranks.
     """
     rank = comm.Get_rank()
     files = _together(comm, lambda: _check(job))
@@ -82,7 +82,7 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
         made = _together(comm, lambda: stack.enter_context(scratch_beside(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
         source = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
-        _together(comm, source.encoder)  # loading it takes seconds, which are no part of the speed
+        _together(comm, source.encoder)  # loading takes seconds, which the speed does not include
         start = time.perf_counter()
         share = share_of(files, [path.stat().st_size for path in files], rank, comm.Get_size())
         part = _together(comm, lambda: write_tokens(job, share, source, _part(scratch, rank), progress=rank == 0))
@@ -93,20 +93,20 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
 
 def _check(job: Job) -> list[Path]:
     if job.workers != 1:
-        raise UserError(f"workers={job.workers}", "under mpirun each rank is the worker", "leave out --workers")
+        raise UserError(f"workers={job.workers}", "under mpirun each rank is one worker", "remove --workers")
     return check_job(job)
 
 
 def share_of(files: Sequence[Path], sizes: Sequence[int], rank: int, ranks: int) -> list[Path]:
-    """The files of `rank`: a run of neighbours in the order of the inputs, about 1/`ranks` of all bytes.
+    """Return the files of a rank: consecutive in the order of the inputs, with about 1/`ranks` of all bytes.
 
     Args:
         files: all files.
         sizes: size of each in bytes.
-        rank: the rank that asks.
+        rank: the rank.
         ranks: number of ranks.
     """
-    total = sum(sizes) + len(sizes)  # an empty file counts one byte, so that no share is undefined
+    total = sum(sizes) + len(sizes)  # count one more byte for each file, in case all are empty
     share, before = [], 0
     for path, size in zip(files, sizes, strict=True):
         middle = before + (size + 1) / 2
@@ -121,7 +121,7 @@ def _part(scratch: Path, rank: int) -> Path:
 
 
 def _join(job: Job, source: TokenizerFile, scratch: Path, parts: Sequence[Written]) -> Written:
-    """Append the parts of all ranks and publish them as one."""
+    """Join the parts of all ranks and publish the result."""
     from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (takes seconds: see Encoder)
 
     written = Written()
@@ -139,7 +139,7 @@ def _join(job: Job, source: TokenizerFile, scratch: Path, parts: Sequence[Writte
 
 
 def _together(comm: Communicator, work: Callable[[], Result]) -> Result:
-    """Do `work` on every rank; if it fails on one, all stop and rank 0 tells why."""
+    """Run `work` on every rank. If it fails on one, all exit and rank 0 raises the error."""
     error: UserError | None = None
     try:
         result = work()

@@ -1,4 +1,4 @@
-"""Text into token files: documents are tokenised by worker processes and written in the order of the inputs."""
+"""Turn text into token files: worker processes tokenise documents, which are written in the order of the inputs."""
 
 import signal
 import time
@@ -15,26 +15,26 @@ from pathlib import Path
 from hypermoe_ds.data.encoding import Encoder, Tokens, encode_batch, encoder_for
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.data.token_files import Metadata
-from hypermoe_ds.data.tokenizer import sha256_of, vocabulary_file
+from hypermoe_ds.data.tokenizer import vocabulary_file
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_beside, writing_to
+from hypermoe_ds.files import scratch_beside, sha256_of, writing_to
 from hypermoe_ds.progress import Progress
 
-_SUFFIXES = (".bin", ".json", ".idx")  # the order of appearance: an .idx says that the rest is there
+_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they appear: if there is an .idx, the others are there
 _BATCH_DOCUMENTS = 32
-_BATCHES_AHEAD = 4  # per worker: bounds the text held in memory
+_BATCHES_AHEAD = 4  # per worker; limits the text in memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to tokenise, with what, to where.
+    """A preprocessing job.
 
     Attributes:
-        inputs: files and folders, as `readers.expand_inputs` takes them.
+        inputs: files and folders, as for `readers.expand_inputs`.
         tokenizer: Hugging Face tokenizer folder.
         output: prefix of the files to write; `.bin`, `.idx` and `.json` are appended.
-        workers: processes that tokenise; 1 tokenises in this one. The files do not depend on it.
-        text_field: field of a JSONL line that holds the text.
+        workers: number of processes that tokenise; 1 tokenises in this one. The files do not depend on it.
+        text_field: field of a JSONL line that has the text.
         strict: refuse inputs without text instead of counting them.
         overwrite: replace existing files at `output`.
     """
@@ -48,23 +48,23 @@ class Job:
     overwrite: bool = False
 
     def path(self, suffix: str) -> Path:
-        """The output file with `suffix`."""
+        """Return the output file with `suffix`."""
         return Path(f"{self.output}{suffix}")
 
 
 @dataclass
 class Written:
-    """What was written: tokens (ends of documents included), and what was read for them."""
+    """Number of tokens written, including ends of documents, and what was read."""
 
     tokens: int = 0
     report: ReadReport = field(default_factory=ReadReport)
 
     def speed(self, seconds: float) -> str:
-        """Return the tokens per second, with their unit."""
+        """Return the tokens per second as text."""
         return f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s"
 
     def summary(self, output: str, seconds: float) -> str:
-        """One line: what was written, at what speed, what was left out."""
+        """Summarise in one line what was written, how fast, and what was skipped."""
         report = self.report
         return (
             f"{output}: {report.documents:,} documents, {self.tokens:,} tokens, {report.text_bytes:,} bytes of text, "
@@ -75,7 +75,7 @@ class Written:
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer folder, with the file in it that holds the vocabulary and the SHA-256 of that file."""
+    """A tokenizer folder, its vocabulary file and the SHA-256 of that file."""
 
     folder: str
     file: str
@@ -83,32 +83,32 @@ class TokenizerFile:
 
     @classmethod
     def of(cls, folder: str) -> "TokenizerFile":
-        """The folder as it is now.
+        """Read the state of a folder.
 
         Raises:
-            UserError: there is no tokenizer in it.
+            UserError: the folder has no tokenizer.
         """
         path = vocabulary_file(folder)
         return cls(folder, path.name, sha256_of(path))
 
     def encoder(self) -> Encoder:
-        """Its encoder, loaded once a process."""
+        """Return its encoder, which is loaded once per process."""
         return encoder_for(self.folder, self.sha256)
 
 
 def preprocess(job: Job) -> str:
-    """Tokenise the inputs and write the token files, all of them or none.
+    """Tokenise the inputs and write the token files, either all or none.
 
     Returns:
-        A line that sums up what was done.
+        A summary in one line.
 
     Raises:
-        UserError: a bad input (with `strict`, also one without text), no document at all, no
-            tokenizer, or files at the output already.
+        UserError: an input is bad (with `strict`, also without text), there is no document or no tokenizer, or the
+            output exists.
     """
     files = check_job(job)
     source = TokenizerFile.of(job.tokenizer)
-    source.encoder()  # loading it takes seconds, which are no part of the speed
+    source.encoder()  # loading takes seconds, which the speed does not include
     start = time.perf_counter()
     with scratch_beside(job.path(".bin")) as scratch:
         written = write_tokens(job, files, source, scratch / "tokens", progress=True)
@@ -117,10 +117,10 @@ def preprocess(job: Job) -> str:
 
 
 def check_job(job: Job) -> list[Path]:
-    """The files to read; refuses early what would fail after hours.
+    """Check a job before it runs for hours, and return the files to read.
 
     Raises:
-        UserError: a bad input or number of workers, or files at the output that may not be replaced.
+        UserError: an input or the number of workers is bad, or the output exists and may not be replaced.
     """
     if job.workers < 1:
         raise UserError(f"workers={job.workers}", "is not a number of processes", "give 1 or more")

@@ -1,4 +1,4 @@
-"""Documents out of files: a text file is one document, a line of JSONL is one document."""
+"""Read documents from files: a text file is one document, and so is a line of a JSONL file."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ _GLOB_CHARACTERS = frozenset("*?[")
 
 
 class Problem(StrEnum):
-    """Why an input holds no document."""
+    """Why an input has no document."""
 
     EMPTY_FILE = "empty file"
     NOT_UTF8 = "no UTF-8 text"
@@ -29,20 +29,20 @@ _REMEDIES = {
     Problem.EMPTY_FILE: "remove the file from the inputs",
     Problem.NOT_UTF8: "convert the file to UTF-8 or remove it from the inputs",
     Problem.BROKEN_GZIP: "fetch or compress the file again",
-    Problem.NO_JSON: "mend or remove that line",
+    Problem.NO_JSON: "correct or remove that line",
     Problem.NO_TEXT: "give the name of the field that holds the text, or remove that line",
 }
 
 
 @dataclass
 class ReadReport:
-    """What was read and what was left out.
+    """What was read and what was skipped.
 
     Attributes:
-        documents: documents read.
+        documents: number of documents read.
         text_bytes: their size in bytes of UTF-8.
-        skipped: how many files or lines were left out, by problem.
-        first: the first place of each problem, as `file` or `file:line`.
+        skipped: number of skipped files or lines, by problem.
+        first: first location of each problem, as `file` or `file:line`.
     """
 
     documents: int = 0
@@ -50,49 +50,49 @@ class ReadReport:
     skipped: Counter[Problem] = field(default_factory=Counter)
     first: dict[Problem, str] = field(default_factory=dict)
 
-    def skip(self, problem: Problem, place: str, strict: bool) -> None:
-        """Count a file or line that is left out.
+    def skip(self, problem: Problem, location: str, strict: bool) -> None:
+        """Count a skipped file or line.
 
         Raises:
             UserError: `strict` is set.
         """
         if strict:
-            raise UserError(place, problem, _REMEDIES[problem])
+            raise UserError(location, problem, _REMEDIES[problem])
         self.skipped[problem] += 1
-        self.first.setdefault(problem, place)
+        self.first.setdefault(problem, location)
 
     def add(self, later: "ReadReport") -> None:
-        """Take in the report of files that come later in the order of the inputs."""
+        """Add the report of files that follow in the order of the inputs."""
         self.documents += later.documents
         self.text_bytes += later.text_bytes
         self.skipped += later.skipped
         self.first = later.first | self.first
 
     def require_documents(self, text_field: str) -> None:
-        """Refuse inputs that held no document at all.
+        """Refuse inputs without any document.
 
         Raises:
             UserError: no document was read.
         """
         if self.documents > 0:
             return
-        problem = f"hold no document: {self.describe_skipped()}" if self.skipped else "hold no document"
+        problem = f"have no document: {self.describe_skipped()}" if self.skipped else "have no document"
         remedy = "give files with text"
         if Problem.NO_TEXT in self.skipped:
             remedy = f"give the name of the field that holds the text (it is '{text_field}' now)"
         raise UserError("the inputs", problem, remedy)
 
     def describe_skipped(self) -> str:
-        """One line on what was left out; empty if nothing was."""
+        """Describe in one line what was skipped; empty if nothing was."""
         return ", ".join(
             f"{count} with {problem} (first: {self.first[problem]})" for problem, count in self.skipped.items()
         )
 
 
 def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files among `inputs`, in the order given; a folder gives its files, recursively, by name.
+    """Return the files among `inputs` in order; a folder is replaced by its files, recursively and sorted by name.
 
-    Hidden files and folders inside a folder are passed over.
+    Hidden files and folders inside a folder are skipped.
 
     Raises:
         UserError: an input does not exist, is a pattern that matched nothing, or is a folder without files.
@@ -102,7 +102,7 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path))
             if not inside:
-                raise UserError(str(path), "is a folder without files", "give files, or a folder that holds some")
+                raise UserError(str(path), "is a folder without files", "give files, or a folder with files")
             files.extend(inside)
         elif path.exists():
             files.append(path)
@@ -120,11 +120,10 @@ def _is_hidden(path: Path, root: Path) -> bool:
 def read_documents(
     files: Sequence[Path], report: ReadReport, text_field: str = "text", strict: bool = False
 ) -> Iterator[str]:
-    """Yield the documents of `files` in order, writing into `report` what was read and what was left out.
+    """Yield the documents of `files` in order, and count in `report` what was read and what was skipped.
 
-    A name that ends in `.jsonl` or `.jsonl.gz` holds one JSON object a line, with the document in
-    `text_field`; blank lines are passed over. Any other file is one document. A byte order mark
-    is no part of the text.
+    Files named `*.jsonl` or `*.jsonl.gz` have one JSON object per line, with the document in `text_field`; blank lines
+    are skipped. Any other file is one document. A byte order mark is not part of the text.
 
     Raises:
         UserError: a file cannot be opened; with `strict`, the first file or line without a document.
@@ -185,7 +184,7 @@ def _document_of_line(line: bytes, text_field: str) -> str | Problem:
         return Problem.NO_TEXT
     try:
         document.encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which no UTF-8 can hold
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which has no UTF-8 encoding
         return Problem.NOT_UTF8
     return document
 

@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""Settings of the section `data`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,53 +10,53 @@ from hypermoe_ds.files import distinct_names
 
 
 class DatasetConfig(Settings):
-    """Token files and their share of the training samples."""
+    """A dataset: token files and their weight in training."""
 
     prefix: PathText = Field(description="path of the token files of tools/preprocess_data.py, without .bin and .idx")
     name: str | None = Field(
         default=None,
         min_length=1,
         max_length=100,
-        description="what logs call the dataset; null takes the last part of the prefix, or as many as tell it apart",
+        description="name of the dataset in logs; null takes the end of the prefix that no other dataset has",
     )
     weight: float = Field(
         default=1.0,
         gt=0,
         le=1e9,
-        description="share of the training samples drawn from here, relative to the other sources' weights; "
-        "validation goes through every source once, whatever its weight",
+        description="share of the training samples, relative to the weights of the other datasets; validation reads "
+        "every dataset once, whatever its weight",
     )
 
 
-def dataset_names(sources: Sequence[DatasetConfig]) -> list[str]:
-    """Return a distinct name for each dataset: its own, or the shortest end of its prefix that no other one has.
+def dataset_names(datasets: Sequence[DatasetConfig]) -> list[str]:
+    """Return a distinct name for each dataset: its own, or the shortest end of its prefix that no other dataset has.
 
-    Parts of a path are joined by `-`, since a `/` separates the parts of a metric's key. Datasets that still share a
+    Parts of a path are joined by `-`, because a `/` separates the parts of a metric's key. Datasets that still share a
     name, such as the same files twice, are numbered: `books`, `books-2`.
     """
-    paths = [(source.name.replace("/", "-"),) if source.name else Path(source.prefix).parts for source in sources]
+    paths = [(each.name.replace("/", "-"),) if each.name else Path(each.prefix).parts for each in datasets]
     return distinct_names(paths, "-", "{}-{}")
 
 
 class DataConfig(Settings):
-    """What to train and validate on."""
+    """Training and validation data."""
 
-    train: list[DatasetConfig] = Field(min_length=1, description="sources of the training samples")
-    valid: list[DatasetConfig] = Field(default=[], description="sources of the validation samples; empty: none")
+    train: list[DatasetConfig] = Field(min_length=1, description="training datasets")
+    valid: list[DatasetConfig] = Field(default=[], description="validation datasets; empty means no validation")
     sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens in a sample")
     tokenizer: PathText = Field(description="Hugging Face tokenizer folder that the token files were made with")
-    # tiny-10m on two ranks and 2 cores, three times in turn: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2.
-    # Steps of 30 ms are some 10 % slower with 2; a GPU, whose host launches kernels, is what it is for.
+    # tiny-10m on two ranks and 2 cores, three runs each: 4,266 to 4,593 tokens/s with 0, 4,278 to 4,646 with 2. Steps
+    # of 30 ms are 10 % slower with 2 on a CPU; on a GPU the host is busy with launching kernels.
     workers: int = Field(
-        default=2, ge=0, le=1024, description="processes per rank that load samples; 0: the rank itself"
+        default=2, ge=0, le=1024, description="processes per rank that load samples; 0 loads in the rank itself"
     )
     cache: PathText | None = Field(
         default=None,
-        description="folder for the indices of the samples, visible to all nodes; "
-        "null means `cache` beside the files of the first training source",
+        description="folder for the sample indices, visible to all nodes; null means `cache` next to the files of the "
+        "first training dataset",
     )
 
     @property
     def cache_folder(self) -> str:
-        """The folder for the indices of the samples."""
+        """The folder for the sample indices."""
         return self.cache or str(Path(self.train[0].prefix).parent / "cache")

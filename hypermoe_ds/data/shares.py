@@ -1,4 +1,4 @@
-"""How much of each dataset a run reads."""
+"""Compute how much of each dataset a run reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from hypermoe_ds.data.token_files import inspect
 
 @dataclass(frozen=True)
 class DatasetShare:
-    """A training dataset's part in a run.
+    """Share of a training dataset in a run.
 
     Attributes:
-        name: what logs call it.
-        tokens: its size.
-        weight: its share of the run's training tokens, 0 to 1.
-        epochs: how often the run reads it.
+        name: name in logs.
+        tokens: size in tokens.
+        weight: share of the run's training tokens, 0 to 1.
+        epochs: number of times that the run reads it.
     """
 
     name: str
@@ -25,7 +25,7 @@ class DatasetShare:
 
 
 def dataset_shares(sources: Sequence[DatasetConfig], trained_tokens: int) -> list[DatasetShare]:
-    """Return the part of each dataset in a run of so many tokens.
+    """Return the share of each dataset in a run of `trained_tokens` tokens.
 
     Raises:
         UserError: a token file is missing or truncated.

@@ -1,16 +1,16 @@
-"""Samples that a run leaves out, by their places in the order of the training samples."""
+"""Samples that a run skips, by their indices in the order of the training samples."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 
 class SkippedSamples:
-    """Places of the order that are passed over; all others keep their order.
+    """Sample indices to skip; the rest keep their order.
 
     Args:
-        ranges: first and last place of each stretch, both left out; they may overlap.
+        ranges: first and last index of each range, both skipped; ranges may overlap.
 
     Attributes:
-        total: places left out.
+        total: number of skipped indices.
     """
 
     def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
@@ -23,21 +23,21 @@ class SkippedSamples:
         self.total = sum(last - first + 1 for first, last in self._ranges)
 
     def nth(self, start: int, number: int) -> int:
-        """The place of the `number`-th kept sample, counted from 0, at or after `start`."""
-        place = start + number
+        """Return the index of the `number`-th kept sample, counted from 0, at or after `start`."""
+        index = start + number
         for first, last in self._ranges:
             begin = max(first, start)
-            if begin > place:
+            if begin > index:
                 break
-            place += max(0, last + 1 - begin)
-        return place
+            index += max(0, last + 1 - begin)
+        return index
 
     def after(self, start: int, count: int) -> int:
-        """The place after `count` > 0 kept samples from `start` on."""
+        """Return the index that follows `count` > 0 kept samples from `start` on."""
         return self.nth(start, count - 1) + 1
 
     def kept_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the stretches of kept samples from `start` to `end`, the latter not included."""
+        """Yield the ranges of kept samples from `start` to `end`, which is excluded."""
         for first, last in self._ranges:
             if start < min(first, end):
                 yield start, min(first, end)
@@ -46,6 +46,6 @@ class SkippedSamples:
             yield start, end
 
     def kept(self, start: int, end: int) -> int:
-        """How many places of `start` to `end`, the latter not included, are kept."""
-        out = (min(last + 1, end) - max(first, start) for first, last in self._ranges)
-        return end - start - sum(max(0, length) for length in out)
+        """Return how many samples from `start` to `end`, which is excluded, are kept."""
+        skipped = (min(last + 1, end) - max(first, start) for first, last in self._ranges)
+        return end - start - sum(max(0, length) for length in skipped)

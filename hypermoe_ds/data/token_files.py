@@ -1,4 +1,4 @@
-"""The files of a tokenised source: `PREFIX.bin` (token ids), `PREFIX.idx` (their lengths), `PREFIX.json` (whence)."""
+"""Token files of a dataset: `PREFIX.bin` (token ids), `PREFIX.idx` (document lengths) and `PREFIX.json` (metadata)."""
 
 import json
 import zlib
@@ -23,18 +23,18 @@ _AGAIN = "run tools/preprocess_data.py again"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What `PREFIX.json` tells of the tokens.
+    """Content of `PREFIX.json`.
 
     Attributes:
-        vocab_size: number of tokens of the tokenizer, added ones included.
+        vocab_size: number of tokens of the tokenizer, including added ones.
         eos_id: the token that ends each document.
-        tokenizer: folder the tokenizer was loaded from.
-        tokenizer_file: name of the file in it that holds the vocabulary.
+        tokenizer: folder of the tokenizer.
+        tokenizer_file: name of its vocabulary file.
         tokenizer_sha256: SHA-256 of that file, hexadecimal.
         documents: number of documents.
-        tokens: number of tokens, the ends of documents included.
+        tokens: number of tokens, including the ends of documents.
         text_bytes: size of the text, in bytes of UTF-8.
-        encoding_sha256: SHA-256 of the ids that the tokenizer gives a probe text, hexadecimal; "" in older files.
+        encoding_sha256: SHA-256 of the token ids of a probe text, hexadecimal; "" in older files.
     """
 
     vocab_size: int
@@ -49,7 +49,7 @@ class Metadata:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text that a token stands for, the ends of documents counted as tokens without text."""
+        """Mean bytes of text per token; the end of a document is a token without text."""
         return self.text_bytes / self.tokens
 
     def write(self, path: Path) -> None:
@@ -59,13 +59,13 @@ class Metadata:
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """A tokenised source whose two files are known to agree.
+    """Token files that were checked against each other.
 
     Attributes:
-        prefix: path of the files without their suffixes.
+        prefix: path of the files without suffix.
         dtype: NumPy type of a token in the `.bin` file.
         tokens: number of tokens.
-        lengths_crc32: checksum of the lengths of the documents, which fix where every sample begins.
+        lengths_crc32: checksum of the document lengths, which determine where each sample begins.
     """
 
     prefix: str
@@ -74,15 +74,15 @@ class TokenFiles:
     lengths_crc32: int
 
     def largest_token(self) -> int:
-        """The largest token id among the first 16,777,216 tokens."""
+        """Return the largest token id among the first 16,777,216 tokens."""
         return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=_SCANNED_TOKENS).max())
 
 
 def check_files(config: DataConfig) -> None:
-    """Check that the tokenizer folder and all token files exist; reads none of them, so that it takes no time.
+    """Check that the tokenizer folder and all token files exist, without reading them.
 
     Raises:
-        UserError: the first one that is missing.
+        UserError: one is missing; the first one is named.
     """
     vocabulary_file(config.tokenizer)
     for source in [*config.train, *config.valid]:
@@ -90,7 +90,7 @@ def check_files(config: DataConfig) -> None:
 
 
 def _paths(prefix: str) -> tuple[Path, Path]:
-    """Return the index and the data of `prefix`.
+    """Return the paths of the index and the data of `prefix`.
 
     Raises:
         UserError: one is missing.
@@ -103,10 +103,10 @@ def _paths(prefix: str) -> tuple[Path, Path]:
 
 
 def inspect(prefix: str) -> TokenFiles:
-    """Check that the `.bin` and `.idx` of `prefix` are whole and belong together.
+    """Check that the `.bin` and `.idx` of `prefix` are complete and belong together.
 
     Raises:
-        UserError: one is missing, truncated or not of this kind.
+        UserError: one is missing, truncated or not a token file.
     """
     index_path, data_path = _paths(prefix)
     try:
@@ -136,15 +136,15 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
         kind = "truncated" if size < expected else "damaged"
         raise UserError(str(data_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
     if tokens == 0:
-        raise UserError(str(data_path), "holds no token", _AGAIN)
+        raise UserError(str(data_path), "has no tokens", _AGAIN)
     return TokenFiles(prefix, dtype, tokens, zlib.crc32(lengths.tobytes()))
 
 
 def read_metadata(prefix: str) -> Metadata | None:
-    """What `PREFIX.json` tells; None where there is no such file.
+    """Read `PREFIX.json`; None if it does not exist.
 
     Raises:
-        UserError: the file is not what tools/preprocess_data.py writes.
+        UserError: the file was not written by tools/preprocess_data.py.
     """
     path = Path(f"{prefix}.json")
     if not path.is_file():

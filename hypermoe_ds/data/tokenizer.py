@@ -13,7 +13,7 @@ import sentencepiece
 
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import check_output, file_of, scratch_beside
+from hypermoe_ds.files import check_output, file_of, scratch_beside, sha256_of
 from hypermoe_ds.progress import progress
 
 # SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their
@@ -24,7 +24,7 @@ _SEED = 0
 
 _CONTROL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
-# Without one of these a folder still loads, in silence, as a tokenizer of four tokens.
+# Without any of these a folder silently loads as a tokenizer of four tokens.
 _VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,14 +33,14 @@ _VOCABULARY_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_FILES_BESIDE = (
+_OTHER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
 )
-# Spaces, capitals, accents, other scripts, control characters and tokens: what tokenizers have settings for.
+# Spaces, capitals, accents, other scripts, control characters and tokens, which tokenizers have settings for.
 _PROBE = "Def f(x):\n\treturn  1.5e-3  # é e\u0301 ß 漢字 🙂 \u00a0</s> <s> A\r\nb"
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
@@ -48,25 +48,24 @@ _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools
 def train_tokenizer(
     inputs: Iterable[str | Path], vocab_size: int, output: str | Path, text_field: str = "text", strict: bool = False
 ) -> ReadReport:
-    """Train a byte-fallback BPE tokenizer and write it as a folder.
+    """Train a byte-fallback BPE tokenizer and write it to a folder.
 
-    Text comes back from its token ids exactly, with one exception that is SentencePiece's own: the
-    character U+2581, its sign for a space, comes back as a space. At most 1,000,000 lines, drawn
-    evenly with a fixed seed, are learned from. The same inputs give the same tokenizer.
+    Decoding restores the text exactly, with one exception: the character U+2581, which SentencePiece uses for a space,
+    is decoded to a space. It learns from at most 1,000,000 lines, sampled uniformly with a fixed seed. The same inputs
+    give the same tokenizer.
 
     Args:
-        inputs: files and folders, as `readers.expand_inputs` takes them.
-        vocab_size: number of tokens, control tokens and the 256 bytes included.
-        output: folder to write: `tokenizer.model` and `tokenizer_config.json`.
-        text_field: field of a JSONL line that holds the text.
+        inputs: files and folders, as for `readers.expand_inputs`.
+        vocab_size: number of tokens, including control tokens and the 256 bytes.
+        output: folder to write, with `tokenizer.model` and `tokenizer_config.json`.
+        text_field: field of a JSONL line that has the text.
         strict: refuse inputs without text instead of counting them.
 
     Returns:
-        What was read and what was left out.
+        What was read and what was skipped.
 
     Raises:
-        UserError: `output` holds something, an input is bad, there is no text, or `vocab_size` does
-            not suit the text.
+        UserError: `output` is not empty, an input is bad, there is no text, or `vocab_size` does not suit the text.
     """
     output = Path(output)
     check_output(output)
@@ -93,7 +92,7 @@ def _folder_config() -> dict[str, Any]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
-        # A document that mentions "</s>" does not end there.
+        # A document that mentions "</s>" must not end there.
         "split_special_tokens": True,
         **_CONTROL_TOKENS,
     }
@@ -107,7 +106,7 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 class _Remembering:
-    """Iterates over lines and keeps the error that ended them, of which SentencePiece passes on the text alone."""
+    """Iterate over lines and keep the error that ended them; SentencePiece reports only its text."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -122,7 +121,7 @@ class _Remembering:
 
 
 def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field: str) -> bytes:
-    """The trained model, serialized."""
+    """Train and return the serialised model."""
     remembering = _Remembering(lines)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(_SEED)
@@ -137,7 +136,7 @@ def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,  # indentation: one token for a run of spaces
+            allow_whitespace_only_pieces=True,  # indentation: one token for several spaces
             split_digits=True,
             user_defined_symbols=["\n", "\t"],
             input_sentence_size=_LINES,
@@ -159,7 +158,7 @@ def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field
 
 
 def _refusal(message: str, vocab_size: int) -> UserError:
-    """What SentencePiece said, as a line with a remedy."""
+    """Turn an error of SentencePiece into a line with a remedy."""
     where = f"vocab_size={vocab_size}"
     if too_large := re.search(r"too high .*<= (\d+)", message):
         return UserError(where, "is too large for this text", f"give at most {too_large[1]}, or more text")
@@ -169,26 +168,25 @@ def _refusal(message: str, vocab_size: int) -> UserError:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Load any Hugging Face tokenizer folder from the disk alone, without running code of the folder.
+    """Load a Hugging Face tokenizer folder from disk, without running code of the folder.
 
     Returns:
         A `transformers.PreTrainedTokenizerBase` whose `eos_token_id` ends a document.
 
     Raises:
-        UserError: there is no such folder, it holds no tokenizer that loads or only one that needs code of the
-            folder (`auto_map`), a file is a link that leads out of the folder, or the tokenizer has no end-of-sequence
-            token.
+        UserError: the folder does not exist, its tokenizer does not load or needs code of the folder (`auto_map`), a
+            file is a link that leads out of the folder, or the tokenizer has no end-of-sequence token.
     """
     tokenizer_files(Path(folder))
-    import transformers  # noqa: PLC0415 (takes seconds: once the folder is known to hold a tokenizer)
+    import transformers  # noqa: PLC0415 (takes seconds, so after the check of the folder)
 
     try:
-        # Without trust_remote_code it asks on the terminal whether to run the folder's code.
+        # If it is not false, Transformers asks on the terminal whether to run the folder's code.
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        tokenizer("text")  # some damages show at the first use only
-    except Exception as error:  # each tokenizer class fails in a way of its own
+        tokenizer("text")  # some damage shows only at the first use
+    except Exception as error:  # each tokenizer class raises errors of its own
         if "trust_remote_code" in str(error):
             problem = "its tokenizer needs code of the folder (auto_map), which is never run here"
             raise UserError(str(folder), problem, "save it with a class that Transformers has") from None
@@ -199,18 +197,18 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """List the files of a tokenizer in a folder that may hold a model too.
+    """List the tokenizer files of a folder, which may have a model too.
 
     Raises:
-        UserError: there is no tokenizer in it, or a file is a link that leads out of the folder: a copy would publish
-            what it leads to.
+        UserError: the folder has no tokenizer, or a file is a link that leads out of the folder: a copy would publish
+            its target.
     """
     vocabulary_file(folder)
-    return [file_of(folder, name) for name in (*_VOCABULARY_FILES, *_FILES_BESIDE) if (folder / name).exists()]
+    return [file_of(folder, name) for name in (*_VOCABULARY_FILES, *_OTHER_FILES) if (folder / name).exists()]
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copy the files of a tokenizer out of a folder that may hold a model too.
+    """Copy the tokenizer files of a folder, which may have a model too.
 
     Raises:
         UserError: as `tokenizer_files`, or the tokenizer does not load or has no end-of-sequence token.
@@ -223,27 +221,27 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
 
 
 def vocabulary_file(folder: str | Path) -> Path:
-    """The file of a tokenizer folder that holds the vocabulary.
+    """Return the vocabulary file of a tokenizer folder.
 
     Raises:
-        UserError: there is no such folder, or no tokenizer in it.
+        UserError: the folder does not exist or has no tokenizer.
     """
     if not Path(folder).is_dir():
         raise UserError(str(folder), "no such tokenizer folder", _GIVE_A_FOLDER)
     for name in _VOCABULARY_FILES:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise UserError(str(folder), "holds no tokenizer", _GIVE_A_FOLDER)
+    raise UserError(str(folder), "has no tokenizer", _GIVE_A_FOLDER)
 
 
 def vocabulary_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a tokenizer folder that decides which id a text gets, by file name."""
+    """Return the SHA-256 of each file of a tokenizer folder that affects token ids, by file name."""
     names = (*_VOCABULARY_FILES, "merges.txt", "added_tokens.json")
     return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 
 def encode_as_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text, in which the name of a control token is text too."""
+    """Return the token ids of a text; names of control tokens in it are text."""
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )
@@ -252,15 +250,10 @@ def encode_as_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encoding_digest(tokenizer: Any) -> str:
-    """Return the SHA-256 of the ids of a probe text: settings other than the vocabulary change them too."""
+    """Return the SHA-256 of the ids of a probe text, which depend on more settings than the vocabulary."""
     return hashlib.sha256(json.dumps(encode_as_text(tokenizer, _PROBE)).encode()).hexdigest()
 
 
 def embeddings_needed(tokenizer: Any) -> int:
     """Return the largest token id of a loaded tokenizer + 1; ids may have gaps, so this can exceed its length."""
     return 1 + int(max(tokenizer.get_vocab().values()))
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The unigram model: what a language model that looks at no context reaches."""
+"""The unigram baseline: the loss of a language model without context."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from hypermoe_ds.data.token_files import inspect
 
 
 def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
-    """Occurrences of each token in all token files; [vocab_size].
+    """Count each token in all token files; [vocab_size].
 
     Raises:
         UserError: a file is missing or truncated.
@@ -23,11 +23,11 @@ def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
 
 
 def unigram_loss(train_counts: NDArray[np.int64], dataset: SequenceDataset) -> float:
-    """Cross-entropy in nats per token of the labels of `dataset`, under add-one smoothed training frequencies.
+    """Return the cross-entropy of the labels of `dataset` under add-one smoothed training frequencies, nats per token.
 
     Args:
         train_counts: occurrences of each token in the training data; [vocab_size].
-        dataset: the samples a model is validated on.
+        dataset: the validation samples.
     """
     probability = (train_counts + 1) / (train_counts.sum() + train_counts.size)
     labels = np.concatenate([dataset[index]["labels"].numpy() for index in range(len(dataset))])

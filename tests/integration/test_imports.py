@@ -145,7 +145,7 @@ BAD = {
         "--upcycle: lacks --experts or --top-k",
     ),
     "no upcycling": ("--checkpoint LLAMA --output new --granularity 2", "--granularity=2: belongs to --upcycle"),
-    "no tokenizer": ("--checkpoint LLAMA --output new --upcycle --experts 4 --top-k 1", "LLAMA: holds no tokenizer"),
+    "no tokenizer": ("--checkpoint LLAMA --output new --upcycle --experts 4 --top-k 1", "LLAMA: has no tokenizer"),
     "no field": (
         "--checkpoint LLAMA --output new adaptor_size=3",
         "adaptor_size: unknown key; did you mean 'adapter_size'?",

@@ -87,7 +87,7 @@ def test_bad_yaml_is_told_with_its_file_and_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "- a\n- b", "just text"])
 def test_a_file_without_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="holds no mapping"):
+    with pytest.raises(UserError, match="is not a mapping"):
         load_yaml(file_of(tmp_path, text))
 
 

@@ -121,10 +121,9 @@ def test_paths_in_the_text_exist(name: str) -> None:
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
 
 
-def test_table_of_contents_lists_every_page_by_its_title() -> None:
-    listed = dict(re.findall(r"^\| \[([^\]]+)\]\(([^)#]+)\)", page("docs/README.md"), re.MULTILINE))
-    titles = {page(name).partition("\n")[0].removeprefix("# "): Path(name).name for name in DOCS}
-    assert {title: target for title, target in titles.items() if target != "README.md"}.items() <= listed.items()
+def test_table_of_contents_lists_every_page() -> None:
+    listed = set(re.findall(r"^\| \[[^\]]+\]\(([^)#]+)\)", page("docs/README.md"), re.MULTILINE))
+    assert {Path(name).name for name in DOCS} - {"README.md"} <= listed
 
 
 def tree_of_architecture() -> set[str]:

@@ -98,7 +98,9 @@ def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path
     venv = tmp_path / "venv"
     executable(venv / "bin" / "python", 'case "$*" in "-VV") echo Python 3.11;; *version_info*) ;; *) exit 9;; esac')
     decides = f"Python 3.11\n{extras} {repository}\n".encode()
-    decides += b"".join((repository / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh"))
+    decides += b"".join(
+        (repository / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh")
+    )
     (venv / "hypermoe-setup.stamp").write_text(f"{extras}\n{hashlib.sha256(decides).hexdigest()}  -\n")
     (venv / "pyvenv.cfg").touch()
     operator = tmp_path / "operators" / "deepspeed_shm_comm"

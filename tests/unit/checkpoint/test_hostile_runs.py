@@ -74,7 +74,7 @@ def test_a_checkpoint_without_a_known_precision_is_refused(settings: dict[str, A
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[1, 2]", "holds no mapping"),
+        ("[1, 2]", "is not a mapping"),
         ("evaluation: [1]", r"config\.yaml: evaluation"),
         ("evaluation: {interval: many}", r"evaluation: interval='many': is not valid"),
         ("{", "is not valid YAML"),

@@ -91,7 +91,7 @@ def test_a_new_run_that_fails_leaves_nothing(model: HyperMoEForCausalLM, tokeniz
 
     with pytest.raises(UserError, match="is missing"):
         write(tmp_path / "new", cut_off(), tokenizer)
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         write(tmp_path / "new", model.named_parameters(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

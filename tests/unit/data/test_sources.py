@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.datasets import build_datasets, check_sources
+from hypermoe_ds.data.datasets import build_datasets, check_datasets
 from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.tokenizer import load_tokenizer, vocabulary_file
 from hypermoe_ds.errors import UserError
@@ -50,7 +50,7 @@ def change(name: str, **values: object) -> Callable[[Path], object]:
 
 
 def test_whole_sources_pass(config: DataConfig) -> None:
-    check_sources(config, VOCAB)
+    check_datasets(config, VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_whole_sources_pass(config: DataConfig) -> None:
 def test_damage_is_named(config: DataConfig, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(tmp_path / "copy")
     with pytest.raises(UserError, match=message):
-        check_sources(config, VOCAB)
+        check_datasets(config, VOCAB)
 
 
 def test_the_same_vocabulary_in_a_folder_of_the_other_kind_is_another_tokenizer(
@@ -91,7 +91,7 @@ def test_the_same_vocabulary_in_a_folder_of_the_other_kind_is_another_tokenizer(
     load_tokenizer(config.tokenizer).save_pretrained(tmp_path / "saved")
     assert vocabulary_file(tmp_path / "saved").name == "tokenizer.json"
     with pytest.raises(UserError, match=r"train: was made with another tokenizer .*, which has no tokenizer\.model;"):
-        check_sources(config.model_copy(update={"tokenizer": str(tmp_path / "saved")}), VOCAB)
+        check_datasets(config.model_copy(update={"tokenizer": str(tmp_path / "saved")}), VOCAB)
 
 
 def test_a_second_vocabulary_that_transformers_reads_instead_is_another_tokenizer(
@@ -104,33 +104,33 @@ def test_a_second_vocabulary_that_transformers_reads_instead_is_another_tokenize
     (tmp_path / "both" / "tokenizer.json").write_text(json.dumps(content))
     shutil.copy(Path(config.tokenizer) / "tokenizer.model", tmp_path / "both")
     with pytest.raises(UserError, match=r", which is read from its tokenizer\.json and not from tokenizer\.model;"):
-        check_sources(config.model_copy(update={"tokenizer": str(tmp_path / "both")}), VOCAB)
+        check_datasets(config.model_copy(update={"tokenizer": str(tmp_path / "both")}), VOCAB)
 
 
 def test_a_tokenizer_of_the_same_vocabulary_that_encodes_text_otherwise_is_refused(
     config: DataConfig, tmp_path: Path
 ) -> None:
     change("tokenizer/tokenizer_config.json", add_prefix_space=True, model_max_length=512)(tmp_path / "copy")
-    with pytest.raises(UserError, match=r"another tokenizer .*, which encodes text otherwise .*; set data.tokenizer"):
-        check_sources(config, VOCAB)
+    with pytest.raises(UserError, match=r"another tokenizer .*, which encodes text differently .*; set data.tokenizer"):
+        check_datasets(config, VOCAB)
     change("train.json", encoding_sha256="")(tmp_path / "copy")  # as files of earlier versions
     change("valid.json", encoding_sha256="")(tmp_path / "copy")
-    check_sources(config, VOCAB)
+    check_datasets(config, VOCAB)
 
 
 def test_settings_of_a_tokenizer_that_change_no_id_do_not_matter(config: DataConfig, tmp_path: Path) -> None:
     change("tokenizer/tokenizer_config.json", model_max_length=512, chat_template="{{ messages }}")(tmp_path / "copy")
-    check_sources(config, VOCAB)
+    check_datasets(config, VOCAB)
 
 
 def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer: has token ids up to 999 and the model 999 embeddings; set model\.vocab_size to"
     ):
-        check_sources(config, VOCAB - 1)
+        check_datasets(config, VOCAB - 1)
     change("train.json", vocab_size=1001)(tmp_path / "copy")
     with pytest.raises(UserError, match=r"made with another tokenizer .*, with 1001 tokens .*; set data\.tokenizer"):
-        check_sources(config, VOCAB)
+        check_datasets(config, VOCAB)
 
 
 def test_token_files_without_metadata_are_searched_for_the_largest_id(config: DataConfig, tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_token_files_without_metadata_are_searched_for_the_largest_id(config: Da
     plain = config.model_copy(
         update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/plain"}]).train, "valid": []}
     )
-    check_sources(plain, 1041)
+    check_datasets(plain, 1041)
     with pytest.raises(UserError, match="has 1041 token ids and the model 1040"):
-        check_sources(plain, 1040)
+        check_datasets(plain, 1040)
 
 
 @pytest.mark.parametrize("tokens", [64, 65])
@@ -148,11 +148,11 @@ def test_too_few_tokens_for_a_sample_are_refused(config: DataConfig, tmp_path: P
     write_token_files(f"{tmp_path}/short", [[1] * tokens])
     short = config.model_copy(update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/short"}]).train})
     if tokens == 65:
-        check_sources(short, VOCAB)
+        check_datasets(short, VOCAB)
         assert len(build_datasets(short, 1, 1, None)[0]) == 1
         return
-    for refuse in (lambda: check_sources(short, VOCAB), lambda: build_datasets(short, 1, 1, None)):
-        with pytest.raises(UserError, match="short: holds 64 tokens, too few for one sample of 64"):
+    for refuse in (lambda: check_datasets(short, VOCAB), lambda: build_datasets(short, 1, 1, None)):
+        with pytest.raises(UserError, match="short: has 64 tokens, too few for one sample of 64"):
             refuse()
 
 

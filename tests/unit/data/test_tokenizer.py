@@ -91,7 +91,7 @@ def test_lines_of_any_length_are_learned_from(tmp_path: Path) -> None:
     ("break_folder", "problem"),
     [
         (shutil.rmtree, "no such tokenizer folder"),
-        (lambda folder: (folder / "tokenizer.model").unlink(), "holds no tokenizer"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"junk" * 99), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
     ],
