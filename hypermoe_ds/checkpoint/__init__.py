@@ -1,1 +1,1 @@
-"""Checkpoints of a run: saving, finding, loading, keeping."""
+"""Save, find, load and prune checkpoints."""

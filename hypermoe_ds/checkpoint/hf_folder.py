@@ -1,7 +1,7 @@
-"""The files of a Hugging Face folder, read without running code of it and without leaving it.
+"""Read the files of a Hugging Face folder, without running its code and without following links out of it.
 
-What such a folder says is checked before anything is built from it: sizes in its JSON are bounded, and a file is opened
-only if it is a regular file of the folder.
+Its content is checked before anything is built from it: numbers in its JSON are bounded, and only regular files of the
+folder are opened.
 """
 
 import json
@@ -18,15 +18,15 @@ from hypermoe_ds.files import file_of
 from hypermoe_ds.modeling import ConfigurationError, HyperMoEConfig, state_dict_shapes
 
 CONFIG = "config.json"
-_LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors has 10 MB
+_LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors takes 10 MB
 FETCH_AGAIN = "export or fetch the folder again"
 
-# Far above any model, and low enough that nothing made from them takes long.
+# Far above any model, and small enough that nothing built from them takes long.
 _LARGEST_NUMBER = 2**40
 _LIMITS = {"num_hidden_layers": 10_000, "num_experts": 65_536, "num_local_experts": 65_536}
 
 _types: dict[str, Any] = {name: (kind, None) for name, kind in HyperMoEConfig.__annotations__.items()}
-_types["eos_token_id"] = (int | list[int] | None, None)  # a chat has several
+_types["eos_token_id"] = (int | list[int] | None, None)  # chat models have several
 _Fields = create_model("_Fields", __config__=ConfigDict(strict=True, allow_inf_nan=False), **_types)
 
 
@@ -34,7 +34,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object from a file of a folder.
 
     Raises:
-        UserError: the file is missing, larger than 64 MiB, damaged, or holds something else.
+        UserError: the file is missing, larger than 64 MiB, damaged or not a JSON object.
     """
     path = file_of(folder, name)
     try:
@@ -51,10 +51,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json.
+    """Read the config.json of a folder.
 
     Raises:
-        UserError: there is none, it is damaged, or one of its numbers is larger than any model's.
+        UserError: it is missing or damaged, or a number is larger than that of any model.
     """
     if not (folder / CONFIG).exists():
         raise UserError(str(folder / CONFIG), "is missing", "give a Hugging Face folder")
@@ -67,10 +67,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
-    """Read a folder's config.json as a HyperMoE model's; keys that it does not know are left alone.
+    """Read the config.json of a HyperMoE model; unknown keys are ignored.
 
     Raises:
-        UserError: as `read_config`; it is another model's, or a value is of another type or does not fit the others.
+        UserError: as `read_config`; or it is of another model, or a value has the wrong type or does not fit the
+            others.
     """
     content, path = read_config(folder), folder / CONFIG
     kind = content.get("model_type")
@@ -80,10 +81,10 @@ def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
 
 
 def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
-    """Build the configuration of a folder's model; of fields that it does not know nothing is taken.
+    """Build the configuration of a folder's model; unknown fields are ignored.
 
     Raises:
-        UserError: a value is of another type or does not fit the others.
+        UserError: a value has the wrong type or does not fit the others.
     """
     path = folder / CONFIG
     try:
@@ -100,34 +101,34 @@ def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
 
 
 def last_line(error: Exception) -> str:
-    """The part of a library's message that names the cause, at most 200 characters."""
+    """Return the last line of a library's error message, cut to 200 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()[:200]
 
 
 def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
-    """List the tensors of a model, after a check that stored weights can be its own.
+    """Return the shapes of a model's tensors, after checking that stored weights can belong to it.
 
     Args:
-        folder: holds the weights.
-        config: the model.
-        stored: names of the stored tensors, whose layers are counted before a model of `num_hidden_layers` is built.
+        folder: the folder of the weights.
+        config: configuration of the model.
+        stored: names of the stored tensors; their layers are counted before a model with `num_hidden_layers` is built.
 
     Raises:
-        UserError: the weights hold fewer layers, or a tensor is larger than any machine.
+        UserError: the weights have fewer layers, or a tensor is larger than any memory.
     """
     layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
     if layers < config.num_hidden_layers:
-        problem = f"holds weights of {layers} layers, and config.json says num_hidden_layers={config.num_hidden_layers}"
+        problem = f"has weights of {layers} layers, but config.json has num_hidden_layers={config.num_hidden_layers}"
         raise UserError(str(folder), problem, "correct config.json")
     try:
         return state_dict_shapes(config)
-    except RuntimeError as error:  # sizes that overflow
-        problem = f"its config.json describes tensors that cannot be ({last_line(error)})"
+    except RuntimeError as error:  # overflowing sizes
+        problem = f"its config.json describes impossible tensors ({last_line(error)})"
         raise UserError(str(folder), problem, "correct config.json") from None
 
 
 def short(value: object) -> str:
-    """A value from a file for a message, at most 80 characters."""
+    """Format a value for a message, cut to 80 characters."""
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,4 +1,4 @@
-"""A run that has not taken a step yet, written from weights that come from elsewhere."""
+"""Write the run folder of a new run that starts from given weights."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from hypermoe_ds.data.tokenizer import copy_tokenizer
 from hypermoe_ds.files import check_output, check_room, scratch_beside
 from hypermoe_ds.modeling import HyperMoEConfig
 
-_SHARD_BYTES = 10**8  # held in memory while it is written
+_SHARD_BYTES = 10**8  # in memory while it is written
 
 
 def init_from_weights(
@@ -26,18 +26,18 @@ def init_from_weights(
     settings: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> RunFolder:
-    """Write a run folder that training continues from at step 0; it appears whole or not at all.
+    """Write a run folder from which training continues at step 0, atomically.
 
     Args:
-        output: the run folder, which does not exist or is empty.
-        config: the model, as a recipe gives it.
-        weights: the Transformers model's tensors.
+        output: the run folder, which must not exist or be empty.
+        config: configuration of the model.
+        weights: tensors of the Transformers model.
         tokenizer: folder of its tokenizer.
-        settings: what of the recipe is known: `model` and `train.precision`.
+        settings: the known part of the recipe: `model` and `train.precision`.
         state: position of a run before its first step.
 
     Raises:
-        UserError: the place is taken or has no room, or there is no tokenizer.
+        UserError: the output exists, the disk is too full, or there is no tokenizer.
     """
     check_output(output)
     with scratch_beside(output) as scratch:

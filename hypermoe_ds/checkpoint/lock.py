@@ -1,4 +1,4 @@
-"""One job at a time in a run folder."""
+"""Lock a run folder, so that only one job trains in it."""
 
 import errno
 import fcntl
@@ -16,16 +16,16 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds a run folder for this process.
+    """Lock a run folder for this process.
 
-    The system lets go of the lock when the process ends, however it ends, also on another host of a shared file
-    system. Child processes do not hold it.
+    The system releases the lock when the process ends for any reason, also on another host of a shared file system.
+    Child processes do not inherit it.
 
     Args:
         folder: the run folder; made if it is missing.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written to.
+        UserError: another process has the lock, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class RunLock:
             self._file = path.open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"run.dir={folder}", f"cannot be written to ({error.strerror})", "choose another run.dir"
+                f"run.dir={folder}", f"cannot be written ({error.strerror})", "choose another run.dir"
             ) from None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,10 +56,10 @@ class RunLock:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Take a run folder for all ranks of this job (collective); made if it is missing.
+    """Lock a run folder for all ranks of this job (collective); make it if it is missing.
 
     Raises:
-        UserError: another job trains in it, or it cannot be written to.
+        UserError: another job trains in it, or it cannot be written.
     """
     locks = []
     ControlGroup().run_on_rank0(lambda: locks.append(RunLock(folder)))

@@ -1,4 +1,4 @@
-"""Saves and resumes a run: all ranks together, whole or not at all, in the background."""
+"""Save and resume a run on all ranks together, atomically and in the background."""
 
 import logging
 import os
@@ -51,13 +51,13 @@ Value = TypeVar("Value")
 
 
 class CheckpointManager:
-    """Checkpoints of one run. Building it, saving and resuming are collective.
+    """Checkpoints of one run. The constructor, saving and resuming are collective.
 
     Args:
         engine: the DeepSpeed engine to save and load.
         checkpoints: RUN_DIR/checkpoints; RUN_DIR exists.
         config: when to save and what to keep.
-        settings: the recipe as run, kept in each checkpoint.
+        settings: the recipe as run, which each checkpoint stores.
     """
 
     def __init__(self, engine: Any, checkpoints: Path, config: CheckpointConfig, settings: dict[str, Any]) -> None:
@@ -67,26 +67,26 @@ class CheckpointManager:
         self._settings = settings
         self._device = engine.device
         self._ranks = ControlGroup()
-        self._tensors = _whole_tensors(self._ranks.gather(self._state.held))
+        self._tensors = _whole_tensors(self._ranks.gather(self._state.slices))
         self._size = _BYTES_OF_PARAMETER * sum(entry.numel for entry in self._tensors.values())
         self._identity = _identity(checkpoints.parent)
         self._writer: Thread | None = None
-        self._failure: Exception | None = None  # of the save in the background
+        self._failure: Exception | None = None  # of the background save
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after `step`."""
+        """Return whether a checkpoint is due after `step`."""
         return step % self._config.interval == 0
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest good checkpoint, whatever layout wrote it.
+        """Load the newest good checkpoint, for any layout that wrote it.
 
-        Damaged ones are named and set aside.
+        Damaged checkpoints are reported and renamed.
 
         Returns:
-            The run's state saved with it, None if there is no checkpoint.
+            The state of the run in the checkpoint; None if there is no checkpoint.
 
         Raises:
-            UserError: there are checkpoints, and `checkpoint.resume` is "none", none of them is good, or the newest
+            UserError: there are checkpoints, but `checkpoint.resume` is "none", none of them is good, or the newest
                 good one is of another model.
         """
         if self._folder.is_dir():
@@ -96,7 +96,7 @@ class CheckpointManager:
             return None
         if self._config.resume == "none":
             raise UserError(
-                str(self._folder), "holds checkpoints", "choose another run.dir or set checkpoint.resume=auto"
+                str(self._folder), "has checkpoints", "choose another run.dir or set checkpoint.resume=auto"
             )
         step = self._newest_good(step)
         with CheckpointReader(self._folder / store.step_name(step), verify=None) as reader:
@@ -104,7 +104,7 @@ class CheckpointManager:
             saved = reader.manifest.state
             self._state.load(reader, saved.get("engine", {}))
             if saved.get("ranks") == self._ranks.size:
-                self._take_random_state(reader)
+                self._restore_random_state(reader)
         run: dict[str, Any] = saved["run"]
         return run
 
@@ -117,9 +117,8 @@ class CheckpointManager:
             prune: whether to remove old ones.
 
         Raises:
-            MachineError: the disk has no room for it, fails or is missing, or a weight or moment is not finite. Of a
-                checkpoint written in the background that is logged at once, and the next one is written while
-                training waits.
+            MachineError: the disk is full, fails or is missing, or a weight or moment is not finite. A background save
+                logs such an error, and the next checkpoint is then written while training waits.
         """
         began = time.perf_counter()
         self._join()
@@ -127,9 +126,9 @@ class CheckpointManager:
         if failed is not None and not isinstance(failed, UserError):
             raise failed
         with _as_machine_errors():
-            self._save(step, state, prune, began, beside=self._config.asynchronous and failed is None)
+            self._save(step, state, prune, began, background=self._config.asynchronous and failed is None)
 
-    def _save(self, step: int, state: dict[str, Any], prune: bool, began: float, beside: bool) -> None:
+    def _save(self, step: int, state: dict[str, Any], prune: bool, began: float, background: bool) -> None:
         self.check_room()
         tensors = {name: self._on_host(tensor) for name, tensor in self._state.tensors()} | _random_state()
         saved = {
@@ -138,8 +137,10 @@ class CheckpointManager:
             "ranks": self._ranks.size,
             "model": self._state.model(),
         }
-        if beside:
-            self._writer = Thread(target=self._write_beside, args=(step, tensors, saved, prune, began), daemon=True)
+        if background:
+            self._writer = Thread(
+                target=self._write_in_background, args=(step, tensors, saved, prune, began), daemon=True
+            )
             self._writer.start()
             if self._ranks.rank == 0:
                 _LOGGER.info("checkpoint of step %d: training waited %.2f s", step, time.perf_counter() - began)
@@ -149,7 +150,7 @@ class CheckpointManager:
                 _LOGGER.info("checkpoint of step %d: written in %.2f s", step, time.perf_counter() - began)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint.
+        """Wait until the last checkpoint is written.
 
         Raises:
             MachineError: it could not be written.
@@ -161,13 +162,13 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank has seen the save in the background fail; others may see it a moment later."""
+        """Whether the background save of this rank has failed; other ranks may notice it a moment later."""
         return self._failure is not None
 
     def last_good(self) -> Path | None:
-        """The newest checkpoint from before the present row of bad steps that is intact and holds no NaN (collective).
+        """Find the newest intact checkpoint without NaN from before the current row of bad steps (collective).
 
-        All of it is read, whatever `checkpoint.verify` is. None if there is none.
+        Checkpoints are read in full for any `checkpoint.verify`. None if there is no such checkpoint.
         """
         self._join()
         named = self._first(lambda: store.named_step(self._folder))
@@ -178,7 +179,7 @@ class CheckpointManager:
         return None
 
     def newest(self) -> Path | None:
-        """The checkpoint that `latest` names, None if it names none."""
+        """Return the checkpoint that `latest` names; None if it names none."""
         step = store.named_step(self._folder)
         return None if step is None else self._folder / store.step_name(step)
 
@@ -186,32 +187,32 @@ class CheckpointManager:
         """Refuse to start a checkpoint that the disk cannot hold. Writes nothing.
 
         Raises:
-            UserError: less is free than a checkpoint takes, the folder cannot be written to, or on some host there is
-                another one in its place.
+            UserError: a checkpoint needs more than the free space, the folder cannot be written, or another folder is
+                mounted in its place on some host.
         """
-        # The least over the ranks, taken before any of them writes: all continue, or none does.
+        # The minimum over the ranks, before any of them writes, so that all continue or none does.
         free = min(self._ranks.gather_or_raise(self._free_bytes))
         if free < self._size:
             raise UserError(
                 str(self._folder),
-                f"{free / 2**30:.2f} GiB are free and a checkpoint takes {self._size / 2**30:.2f} GiB",
+                f"{free / 2**30:.2f} GiB are free and a checkpoint needs {self._size / 2**30:.2f} GiB",
                 "free some disk or choose another run.dir",
             )
 
     def _free_bytes(self) -> int:
         run = self._folder.parent
         if _identity(run) != self._identity:
-            problem = f"is no longer the folder that the run began in, on {socket.gethostname()}"
+            problem = f"is no longer the folder in which the run began, on {socket.gethostname()}"
             raise UserError(f"run.dir={run}", problem, "mount it there and start again")
         if not os.access(run, os.W_OK):
-            raise UserError(f"run.dir={run}", "cannot be written to", "choose another run.dir")
+            raise UserError(f"run.dir={run}", "cannot be written", "choose another run.dir")
         return shutil.disk_usage(run).free
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        """On the CPU, and a copy where the training would write into it before it is on disk."""
+        """Copy a tensor to the host, because training changes it before it is on disk."""
         return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
-    def _write_beside(
+    def _write_in_background(
         self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], prune: bool, began: float
     ) -> None:
         try:
@@ -230,17 +231,19 @@ class CheckpointManager:
         self._ranks.gather_or_raise(lambda: self._refuse_not_finite(step, tensors))
         try:
             self._first(lambda: store.begin(self._folder, step))
-            entries = self._ranks.gather_or_raise(lambda: self._in_words(lambda: write_shard(partial, rank, tensors)))
+            entries = self._ranks.gather_or_raise(
+                lambda: self._as_user_error(lambda: write_shard(partial, rank, tensors))
+            )
             self._first(lambda: self._publish(step, saved, entries, prune))
         except UserError:
-            if rank == 0:  # what it holds may be what the disk lacks
+            if rank == 0:  # free the space: the disk may be full
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _refuse_not_finite(self, step: int, tensors: dict[str, Tensor]) -> None:
         name = first_not_finite(tensors.items())
         if name is not None:
-            problem = f"step {step} is not saved: {name} holds NaN or Inf on rank {self._ranks.rank}"
+            problem = f"step {step} is not saved: {name} has NaN or Inf on rank {self._ranks.rank}"
             raise UserError(str(self._folder), problem, "continue from the checkpoint before it")
 
     def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry], prune: bool) -> None:
@@ -254,46 +257,46 @@ class CheckpointManager:
             store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
 
     def _newest_good(self, newest: int) -> int:
-        """The newest step up to `newest` whose files are what was written; `latest` names it from now on."""
-        tried: list[UserError] = []
+        """Find the newest intact checkpoint up to step `newest` and name it in `latest`."""
+        damage: list[UserError] = []
         while True:
             steps = self._first(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
             if not steps:
                 raise UserError(
                     str(self._folder),
-                    f"holds no good checkpoint up to step {newest} ({tried[0]})",
+                    f"has no good checkpoint up to step {newest} ({damage[0]})",
                     "restore one or choose another run.dir",
                 )
             step = steps[-1]
             error = self._damage(step, self._config.verify)
             if error is None:
                 self._first(lambda: self._name_latest(step))  # noqa: B023 (called at once)
-                if tried and self._ranks.rank == 0:
+                if damage and self._ranks.rank == 0:
                     _LOGGER.info("using the checkpoint of step %d instead", step)
                 return step
-            tried.append(error)
+            damage.append(error)
             aside = self._first(lambda: str(store.set_aside(self._folder, step)))  # noqa: B023
             if self._ranks.rank == 0:
-                _LOGGER.warning("warning: %s (set aside as %s)", error, aside)
+                _LOGGER.warning("warning: %s (renamed to %s)", error, aside)
 
     def _name_latest(self, step: int) -> None:
         if store.named_step(self._folder) != step:
             store.name_latest(self._folder, step)
 
     def _damage(self, step: int, verify: Verify, before_bad_steps: bool = False) -> UserError | None:
-        """What is wrong with a checkpoint (collective); each rank looks at a part of its files.
+        """Check a checkpoint and return what is wrong with it (collective); each rank checks a part of the files.
 
         Args:
-            step: which one.
-            verify: what to compare; "full" also looks for NaN and Inf.
-            before_bad_steps: whether one that was written in a row of bad steps counts as damaged.
+            step: step of the checkpoint.
+            verify: what to compare; "full" also checks for NaN and Inf.
+            before_bad_steps: treat a checkpoint that was written in a row of bad steps as damaged.
 
         Raises:
             UserError: the disk fails.
         """
         folder = self._folder / store.step_name(step)
 
-        def look() -> list[UserError]:
+        def check() -> list[UserError]:
             try:
                 with CheckpointReader(folder, verify=None) as reader:
                     self._check(reader, verify)
@@ -303,7 +306,7 @@ class CheckpointManager:
                 return [error]
             return []
 
-        found = self._ranks.gather_or_raise(lambda: self._in_words(look, "read"))
+        found = self._ranks.gather_or_raise(lambda: self._as_user_error(check, "read"))
         return next((error for errors in found for error in errors), None)
 
     def _check(self, reader: CheckpointReader, verify: Verify) -> None:
@@ -311,13 +314,13 @@ class CheckpointManager:
         mine = list(manifest.files)[self._ranks.rank :: self._ranks.size]
         check_shards(folder, manifest, verify, mine)
         if not _has_state(manifest):
-            raise UserError(str(folder), "does not hold the state of a run", "choose another checkpoint")
+            raise UserError(str(folder), "does not have the state of a run", "choose another checkpoint")
         name = reader.first_not_finite(mine) if verify == "full" else None
         if name is not None:
-            raise UserError(str(folder), f"holds NaN or Inf in {name}", "choose another checkpoint")
+            raise UserError(str(folder), f"has NaN or Inf in {name}", "choose another checkpoint")
 
     def _refuse_other_model(self, manifest: Manifest) -> None:
-        """Compare the model with a checkpoint's, each name and shape too, before anything of it is loaded.
+        """Compare the model, including names and shapes of parameters, with that of a checkpoint before loading it.
 
         Raises:
             UserError: they differ.
@@ -334,9 +337,9 @@ class CheckpointManager:
                     "choose another run.dir or the model of that run",
                 )
 
-    def _take_random_state(self, reader: CheckpointReader) -> None:
-        cpu = reader.beside_parameters(self._ranks.rank, _RANDOM_STATE)
-        cuda = reader.beside_parameters(self._ranks.rank, _RANDOM_STATE_OF_GPU)
+    def _restore_random_state(self, reader: CheckpointReader) -> None:
+        cpu = reader.extra_tensor(self._ranks.rank, _RANDOM_STATE)
+        cuda = reader.extra_tensor(self._ranks.rank, _RANDOM_STATE_OF_GPU)
         if cpu is not None:
             torch.set_rng_state(cpu)
         if cuda is not None and self._device.type == "cuda":
@@ -348,10 +351,10 @@ class CheckpointManager:
             self._writer = None
 
     def _first(self, action: Callable[[], Value]) -> Value:
-        return self._ranks.run_on_rank0(lambda: self._in_words(action))
+        return self._ranks.run_on_rank0(lambda: self._as_user_error(action))
 
-    def _in_words(self, action: Callable[[], Value], done: str = "written") -> Value:
-        """Do it, and report a failure of the disk as one line."""
+    def _as_user_error(self, action: Callable[[], Value], done: str = "written") -> Value:
+        """Run `action` and turn a disk failure into a `UserError`."""
         try:
             return action()
         except (OSError, SafetensorError) as error:
@@ -362,7 +365,7 @@ class CheckpointManager:
 
 @contextmanager
 def _as_machine_errors() -> Iterator[None]:
-    """A disk that fails while a run trains is none of its settings."""
+    """Turn user errors into machine errors: a disk failure during training is not a user error."""
     try:
         yield
     except UserError as error:
@@ -370,7 +373,7 @@ def _as_machine_errors() -> Iterator[None]:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Of a file system and the folder in it; None where there is no such folder."""
+    """Return device and inode of a folder; None if it does not exist."""
     with suppress(OSError):
         status = folder.stat()
         return status.st_dev, status.st_ino
@@ -378,7 +381,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _has_state(manifest: Manifest) -> bool:
-    """Whether there is what a run is resumed from."""
+    """Return whether a checkpoint has all that a resume needs."""
     counters = manifest.state.get("engine")
     try:
         trained = bool(counters) and _COUNTERS.validate_python(counters).optimizer_steps > 0
@@ -394,18 +397,18 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def _whole_tensors(held: list[dict[str, LocalSlice]]) -> dict[str, TensorEntry]:
-    """Where each parameter lies, from what each rank holds of it.
+def _whole_tensors(slices: list[dict[str, LocalSlice]]) -> dict[str, TensorEntry]:
+    """Combine the slices of all ranks into the entries of the manifest.
 
     Raises:
-        RuntimeError: the parts do not make up the whole.
+        RuntimeError: the slices do not cover a parameter exactly.
     """
     tensors = {}
-    for name, (shape, _, _) in held[0].items():
-        parts = [SliceEntry(rank, *of_rank[name][1:]) for rank, of_rank in enumerate(held)]
+    for name, (shape, _, _) in slices[0].items():
+        parts = [SliceEntry(rank, *of_rank[name][1:]) for rank, of_rank in enumerate(slices)]
         pieces = tuple(sorted((part for part in parts if part.numel), key=lambda piece: piece.start))
         ends = [0, *(piece.start + piece.numel for piece in pieces)]
         if ends[:-1] != [piece.start for piece in pieces] or ends[-1] != torch.Size(shape).numel():
-            raise RuntimeError(f"the ranks' parts of {name} do not make up the whole: {pieces}")
+            raise RuntimeError(f"the ranks' slices of {name} do not cover it exactly: {pieces}")
         tensors[name] = TensorEntry(tuple(shape), pieces)
     return tensors

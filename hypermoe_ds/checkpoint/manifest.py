@@ -1,7 +1,7 @@
-"""Read what a checkpoint is made of and check it against the files, before anything else of it is read.
+"""The manifest of a checkpoint: read it and check it against the files before reading anything else.
 
-A manifest may come from anywhere: each number in it is checked against the others, and the sizes against the files,
-before anything is allocated for it.
+A manifest may come from an untrusted source. All its numbers are checked against each other, and sizes against the
+files, before memory is allocated.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Digest = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 
 def shard_name(shard: int) -> str:
-    """File of a shard."""
+    """Return the file name of a shard."""
     return f"shard_{shard:05d}.safetensors"
 
 
@@ -46,9 +46,9 @@ class SliceEntry(NamedTuple):
     """A range of a flattened tensor.
 
     Attributes:
-        shard: number of the file that holds it.
+        shard: number of the file that has it.
         start: its first element in the whole tensor.
-        numel: its elements.
+        numel: number of elements.
     """
 
     shard: Count
@@ -58,11 +58,11 @@ class SliceEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor is.
+    """Location of a tensor in the shards.
 
     Attributes:
         shape: shape of the whole tensor.
-        pieces: ranges that together are the tensor, in order.
+        pieces: ranges that cover the tensor, in order.
     """
 
     shape: tuple[Count, ...]
@@ -70,17 +70,17 @@ class TensorEntry:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as it was written.
+    """Size and hash of a file.
 
     Attributes:
         bytes: its size.
-        sha256: hash of its content, hexadecimal.
+        sha256: SHA-256 of its content, hexadecimal.
     """
 
     bytes: Count
@@ -89,14 +89,14 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of a checkpoint.
+    """The manifest of a checkpoint.
 
     Attributes:
         step: optimizer steps taken.
         state: position of the run and of the schedule, as JSON.
         settings: the recipe as run.
         tensors: parameters by the training model's names.
-        kinds: what there is of each: "weight" and, of a run that has trained, the optimizer's moments.
+        kinds: what is stored of each: "weight" and, after the first step, the optimizer's moments.
         files: all other files of the folder.
         written_by: git commit and versions of packages.
     """
@@ -110,25 +110,25 @@ class Manifest:
     written_by: dict[str, str] = field(default_factory=versions_now)
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder, durably."""
+        """Write it to the folder, durably."""
         content = {"format": FORMAT, **asdict(self)}
-        # Through JSON once, so that the digest is of what a reader will see.
+        # Through JSON once, so that the digest is of the values that a reader sees.
         text = json.dumps({**content, "digest": _digest(json.loads(json.dumps(content)))}, indent=1)
         write_durably(folder / MANIFEST, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read it and check its digest, its types, and that its parts fit each other.
+        """Read a manifest and check its digest, its types and its consistency.
 
         Raises:
-            UserError: there is none, or it is damaged, of another format or contradicts itself.
+            UserError: it is missing, damaged, of another format or inconsistent.
         """
         path = folder / MANIFEST
         try:
             check_inside(path, folder)
             if path.stat().st_size > _LARGEST_MANIFEST:
                 raise ValueError
-            content = from_json(path.read_bytes())  # limits how deep values are nested
+            content = from_json(path.read_bytes())  # limits the depth of nesting
             damaged = content.pop("digest") != _digest(content)
             of_this_format = content.pop("format") == FORMAT
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -143,11 +143,11 @@ class Manifest:
             manifest = _MANIFEST.validate_python(content)
             manifest._check_parts()
         except ValueError as error:
-            raise UserError(str(path), f"describes no checkpoint ({_first_line(error)})", _REMEDY) from None
+            raise UserError(str(path), f"is not valid ({_first_line(error)})", _REMEDY) from None
         return manifest
 
     def shards(self, among: Collection[str] | None = None) -> dict[str, dict[str, int]]:
-        """What each file holds of the parameters: elements by `KIND/NAME`.
+        """Return the elements of each `KIND/NAME` in each file.
 
         Args:
             among: names of the files; None takes all.
@@ -160,10 +160,10 @@ class Manifest:
         return found
 
     def _check_parts(self) -> None:
-        """Compare shapes, ranges and sizes with each other.
+        """Check shapes, ranges and sizes against each other.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they are inconsistent.
         """
         if len(set(self.kinds)) < len(self.kinds) or "weight" not in self.kinds:
             raise ValueError(f"kinds {self.kinds}")
@@ -174,23 +174,23 @@ class Manifest:
             ends = [0, *(piece.start + piece.numel for piece in entry.pieces)]
             whole = ends[:-1] == [piece.start for piece in entry.pieces] and ends[-1] == entry.numel
             if not whole or len({piece.shard for piece in entry.pieces}) < len(entry.pieces):
-                raise ValueError(f"the ranges of {name!r} do not make up its shape")
+                raise ValueError(f"the ranges of {name!r} do not cover its shape")
             for piece in entry.pieces:
                 needed[shard_name(piece.shard)] += BYTES_OF_ELEMENT * len(self.kinds) * piece.numel
         for file, size in needed.items():
             if file not in self.files or size > self.files[file].bytes:
-                raise ValueError(f"{file} cannot hold the {size} bytes of its ranges")
+                raise ValueError(f"{file} is smaller than the {size} bytes of its ranges")
 
     def check_files(self, folder: Path, verify: Verify, among: Collection[str] | None = None) -> None:
-        """Compare files with what was written.
+        """Compare files with the manifest.
 
         Args:
             folder: the checkpoint.
             verify: "sizes" compares sizes, "full" hashes too.
-            among: names of the files to look at; None takes all.
+            among: names of the files to check; None checks all.
 
         Raises:
-            UserError: one is missing, is a link out of the folder or differs; the first is named.
+            UserError: a file is missing, differs or is a link out of the folder; it names the first one.
             OSError: the disk fails.
         """
         chosen = {folder / name: entry for name, entry in self.files.items() if among is None or name in among}
@@ -206,14 +206,14 @@ class Manifest:
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             for (path, entry), digest in zip(chosen.items(), threads.map(sha256_of, chosen), strict=True):
                 if digest != entry.sha256:
-                    raise UserError(str(path), "is not what was written (its hash differs)", _REMEDY)
+                    raise UserError(str(path), "differs from what was written (its hash differs)", _REMEDY)
 
 
 _MANIFEST = TypeAdapter(Manifest)
 
 
 def _first_line(error: ValueError) -> str:
-    """What is wrong, and where, without the value, which may be long."""
+    """Return the location and the problem, without the value, which may be long."""
     if not isinstance(error, ValidationError):
         return str(error)[:200]
     first = error.errors(include_input=False, include_url=False)[0]
@@ -221,17 +221,17 @@ def _first_line(error: ValueError) -> str:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Refuse a file that is a link to somewhere outside the folder.
+    """Refuse a file that is a link out of the folder.
 
     Raises:
-        UserError: it is.
+        UserError: it is such a link.
     """
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(str(path), "is a link that leads out of its folder", "put the file itself there")
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and hash of a file."""
+    """Return size and hash of a file."""
     return FileEntry(path.stat().st_size, sha256_of(path))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings as run, its tokenizer, its checkpoints and its numbers."""
+"""The run folder: resolved settings, tokenizer, checkpoints and metrics."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import scratch_beside, write_durably
 from hypermoe_ds.modeling import HyperMoEConfig
 
-# Keys of a model configuration that say nothing about the model's weights or outputs.
+# Keys of a model configuration that do not affect weights or outputs.
 _BOOKKEEPING = ("transformers_version", "architectures", "auto_map", "dtype", "_name_or_path")
 
 
@@ -32,12 +32,12 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a checkpoint, and `latest`."""
+        """The checkpoint directory."""
         return self.path / "checkpoints"
 
     @property
     def watch(self) -> Path:
-        """The ranks' signs of life, and the stacks of those that waited in vain."""
+        """Heartbeats of the ranks, the failure report and the stacks of ranks that waited for a lost one."""
         return self.path / "watch"
 
     @property
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def ds_config(self) -> Path:
-        """The DeepSpeed configuration as DeepSpeed got it."""
+        """The configuration for DeepSpeed."""
         return self.path / "resolved" / "deepspeed.json"
 
     @property
@@ -57,16 +57,16 @@ class RunFolder:
 
     @property
     def model_section(self) -> Path:
-        """The model as a recipe's `model` section, of a run whose weights came from elsewhere."""
+        """The model as a `model` section of a recipe, in a run that was initialised from weights."""
         return self.path / "resolved" / "model.yaml"
 
     @property
     def tokenizer(self) -> Path:
-        """Copy of the tokenizer's folder."""
+        """Copy of the tokenizer folder."""
         return self.path / "resolved" / "tokenizer"
 
     def exists(self) -> bool:
-        """Whether a run has begun in this folder."""
+        """Return whether a run has begun in this folder."""
         return (self.model / "config.json").is_file()
 
     def read_settings(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class RunFolder:
         return validate(kind, self.read_settings().get(name, {}), f"{self.settings}: {name}")
 
     def model_config(self) -> HyperMoEConfig:
-        """Configuration of the run's model.
+        """Read the configuration of the run's model.
 
         Raises:
             UserError: this is not a run folder, or its config.json is damaged.
@@ -100,7 +100,7 @@ class RunFolder:
             raise UserError(str(self.model / "config.json"), f"is damaged ({error})", remedy) from None
 
     def check_same_run(self, config: HyperMoEConfig, tokenizer: Path) -> None:
-        """Refuse to continue with another model or tokenizer than the folder's.
+        """Refuse to continue with another model or tokenizer.
 
         Raises:
             UserError: as `check_same_model` and `check_same_tokenizer`.
@@ -109,20 +109,20 @@ class RunFolder:
         self.check_same_tokenizer(tokenizer)
 
     def check_same_model(self, config: HyperMoEConfig) -> None:
-        """Refuse to continue with another model than the folder's.
+        """Refuse to continue with another model.
 
         Raises:
-            UserError: the folder holds a run, and a field of its model differs.
+            UserError: the folder has a run, and a field of its model differs.
         """
         if not self.exists():
             return
         refuse_other_model(model_fields(config), model_fields(self.model_config()), self.path)
 
     def check_same_tokenizer(self, tokenizer: Path) -> None:
-        """Refuse another tokenizer than the one of the run's first launch.
+        """Refuse to continue with another tokenizer than that of the first launch.
 
         Raises:
-            UserError: the folder holds a tokenizer, and a vocabulary file of `tokenizer` differs from it.
+            UserError: the folder has a tokenizer, and a vocabulary file of `tokenizer` differs from it.
         """
         if not self.tokenizer.is_dir():
             return
@@ -131,21 +131,21 @@ class RunFolder:
             if given.get(name) != own.get(name):
                 raise UserError(
                     f"data.tokenizer={tokenizer}",
-                    f"is another tokenizer than the run's, {self.tokenizer} ({name} differs)",
+                    f"differs from the run's tokenizer, {self.tokenizer} ({name} differs)",
                     "give the tokenizer of that run or choose another run.dir",
                 )
 
     def write_model(self, config: HyperMoEConfig) -> None:
-        """Write the model's config.json; no code goes with it."""
+        """Write the model's config.json, without code."""
         self.model.mkdir(parents=True, exist_ok=True)
         write_durably(self.model / "config.json", config.to_json_string())
 
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
-        """Write `resolved/`: what the run is launched with, derived values included.
+        """Write `resolved/`: all settings of the launch, including derived values.
 
-        The tokenizer is copied at the first launch only.
+        Only the first launch copies the tokenizer.
         """
         self.settings.parent.mkdir(parents=True, exist_ok=True)
         write_durably(self.settings, yaml.safe_dump(dict(settings), sort_keys=False))
@@ -161,31 +161,31 @@ class RunFolder:
 
 
 def model_fields(config: HyperMoEConfig) -> dict[str, Any]:
-    """Fields of a configuration that change a model's weights or outputs, as JSON holds them."""
+    """Return the fields of a model configuration that affect weights or outputs, as JSON."""
     fields: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return {key: value for key, value in fields.items() if key not in _BOOKKEEPING}
 
 
 def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
-    """Compare the fields of two models. A field that the run's lacks, because it is newer, is not compared.
+    """Refuse a model that differs from the run's. Fields that are newer than the run are not compared.
 
     Raises:
-        UserError: the first one of ours that differs from the run's.
+        UserError: a field differs; the first one is named.
     """
     for key in ours:
         if key in theirs and ours[key] != theirs[key]:
             raise UserError(
                 f"model.{key}={ours[key]!r}",
-                f"{run} is the run of another model (there it is {theirs[key]!r})",
+                f"{run} has another model (there it is {theirs[key]!r})",
                 "choose another run.dir or the model of that run",
             )
 
 
 def check_step(step: int | None, paths: Iterable[Path]) -> None:
-    """Refuse a step that no folder could have.
+    """Refuse `--step` if none of the folders is a run folder.
 
     Raises:
-        UserError: there is a step, and none of the folders is a run's.
+        UserError: a step is given and no folder has steps.
     """
     if step is not None and not any(RunFolder(path).exists() for path in paths):
-        raise UserError(f"--step={step}", "only a run folder has steps and none is given", "leave it out")
+        raise UserError(f"--step={step}", "only a run folder has steps and none is given", "remove it")

@@ -27,7 +27,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         UserError: there are none, the index is damaged or names another kind of file, or a file is missing or a link
-            that leads out of the folder.
+            out of the folder.
     """
     if (folder / INDEX).exists():
         weight_map = read_json(folder, INDEX).get("weight_map")
@@ -44,14 +44,14 @@ def weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise UserError(
             str(folder / pickles[0]),
-            "is a pickle, which can run any code when it is read",
+            "is a pickle, which can run code when it is read",
             "save the model as safetensors: Transformers' save_pretrained does",
         )
-    raise UserError(str(folder), f"holds no weights (neither {WEIGHTS} nor {INDEX})", "give a Hugging Face folder")
+    raise UserError(str(folder), f"has no weights (neither {WEIGHTS} nor {INDEX})", "give a Hugging Face folder")
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's safetensors files, by the names that the files give them.
+    """Tensors of the safetensors files of a folder, by their names in the files.
 
     Args:
         folder: a Hugging Face folder.
@@ -59,11 +59,11 @@ class SafetensorsFolder:
     Attributes:
         folder: the folder.
         paths: the files.
-        shapes: name and shape of each tensor.
-        dtypes: its type, as safetensors names it ("F32", "BF16").
+        shapes: shape of each tensor.
+        dtypes: type of each tensor in safetensors' notation ("F32", "BF16").
 
     Raises:
-        UserError: as `weight_files`, or a file is damaged, or a tensor is in two files.
+        UserError: as `weight_files`; or a file is damaged, or a tensor is in two files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,7 +86,7 @@ class SafetensorsFolder:
                 raise _damaged(path, error) from None
 
     def path_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file of a tensor."""
         return self._file_of[name]
 
     def map(self, name: str) -> Tensor:
@@ -117,16 +117,16 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 class FolderWeights(SafetensorsFolder):
-    """Tensors by the names that the files give them.
+    """Tensors of a folder that are stored in fp32, bf16 or fp16.
 
     Args:
         folder: a Hugging Face folder with `model.safetensors`, or several files and their index.
 
     Attributes:
-        dtype: the widest precision among the tensors.
+        dtype: common precision of all tensors, fp32 if there are several.
 
     Raises:
-        UserError: there are no safetensors, a file is missing or damaged, or a tensor is of another type.
+        UserError: as `SafetensorsFolder`, or a tensor has another type.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +140,7 @@ class FolderWeights(SafetensorsFolder):
 
 
 class TakenTensors:
-    """Tensors of a folder, and which of them were asked for: none may be left over."""
+    """Tensors of a folder, with a record of those that were read, so that none is left over."""
 
     def __init__(self, files: FolderWeights) -> None:
         self.files = files
@@ -150,21 +150,21 @@ class TakenTensors:
         return name in self.files.shapes
 
     def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
-        """What reads a tensor of this shape."""
+        """Return a function that reads a tensor of this shape."""
         if not self.holds(name):
             raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
         found = tuple(self.files.shapes[name])
         if found != tuple(shape):
             raise UserError(
                 f"{self.files.folder}: {name}",
-                f"is {list(found)}, by config.json it is {list(shape)}",
+                f"is {list(found)}, but by config.json {list(shape)}",
                 "correct config.json",
             )
         self._names.add(name)
         return partial(self.files.read, name)
 
     def refuse_the_rest(self, config: HyperMoEConfig) -> None:
-        """Nothing is dropped without a word."""
+        """Refuse tensors that were not read, so that nothing is dropped silently."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         for name in self.files.shapes:
             if name in self._names or _DERIVED.fullmatch(name):
@@ -172,5 +172,5 @@ class TakenTensors:
             tied = name == head and config.tie_word_embeddings
             if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
                 continue
-            reason = "differs from the embedding it is tied to" if tied else "has no place in HyperMoE"
+            reason = "differs from the embedding it is tied to" if tied else "is not part of a HyperMoE model"
             raise UserError(f"{self.files.folder}: {name}", reason, "choose a model without it")

@@ -1,4 +1,4 @@
-"""Settings of the checkpoints."""
+"""Settings of the section `checkpoint`."""
 
 from typing import Literal
 
@@ -9,19 +9,24 @@ from hypermoe_ds.config import LARGEST_COUNT, Settings
 
 
 class CheckpointConfig(Settings):
-    """When checkpoints are written and which are kept."""
+    """When to write checkpoints and which to keep."""
 
     interval: int = Field(
-        1000, ge=1, le=LARGEST_COUNT, description="steps between two checkpoints; one more is written at the end"
+        1000, ge=1, le=LARGEST_COUNT, description="steps between two checkpoints; the last step is saved too"
     )
-    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="newest checkpoints that are kept")
+    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="number of newest checkpoints to keep")
     keep_every: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="steps whose multiples are kept for good; null keeps none"
+        None,
+        ge=1,
+        le=LARGEST_COUNT,
+        description="keep checkpoints at multiples of this many steps forever; null keeps none",
     )
     resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
     verify: Verify = Field(
-        "full", description="compared with the manifest at a resume: sizes and headers, or full (hashes too, no NaN)"
+        "full",
+        description="checks at a resume: `sizes` compares sizes and headers, `full` also hashes, and refuses NaN",
     )
     asynchronous: bool = Field(
-        True, description="write while training continues, from a copy in host memory (12 bytes a parameter of a rank)"
+        True,
+        description="write while training continues, from a copy in host memory (12 bytes per parameter of a rank)",
     )

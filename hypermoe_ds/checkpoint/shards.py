@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint: each rank writes the ranges it holds, and any range can be read by anyone.
+"""Tensors of a checkpoint: each rank writes the ranges that it owns, and any process can read any range.
 
-A folder has one safetensors file a shard. Of each parameter a shard holds at most one range, flattened, under
-`KIND/NAME`; the manifest says where it belongs. So what is read does not depend on how many ranks wrote it, nor on how
-the parameters were cut.
+A checkpoint has one safetensors file per shard. A shard has at most one range of each parameter, flattened, under
+`KIND/NAME`; the manifest lists all ranges. Reading therefore does not depend on how many ranks wrote the checkpoint,
+nor on how the parameters were partitioned.
 """
 
 import os
@@ -36,7 +36,7 @@ def write_shard(folder: Path, shard: int, tensors: Mapping[str, Tensor]) -> File
     """
     path = folder / shard_name(shard)
     save_file(dict(tensors), path)
-    path.chmod(0o666 & folder.stat().st_mode)  # as other new files there; safetensors leaves it to the user alone
+    path.chmod(0o666 & folder.stat().st_mode)  # as for other new files; safetensors would restrict it to the user
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return file_entry(path)
@@ -49,14 +49,14 @@ def write_weights(
     state: dict[str, Any],
     shard_bytes: int,
 ) -> None:
-    """Write a checkpoint of step 0 that holds weights alone, from one process and a shard at a time.
+    """Write a checkpoint of step 0 with weights only, from one process and shard by shard.
 
     Args:
-        folder: a folder that exists and is empty.
-        weights: parameters by the training model's names, each whole; written in fp32.
+        folder: an empty folder.
+        weights: whole parameters by the training model's names; written in fp32.
         settings: the recipe.
         state: position of the run.
-        shard_bytes: most bytes of a shard of more than one parameter.
+        shard_bytes: largest size of a shard with more than one parameter.
     """
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
@@ -84,10 +84,10 @@ def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collec
         folder: the checkpoint.
         manifest: its manifest.
         verify: what to compare.
-        among: names of the files to look at; None takes all.
+        among: names of the files to check; None checks all.
 
     Raises:
-        UserError: a file is missing or differs; the first is named.
+        UserError: a file is missing or differs; it names the first one.
         OSError: the disk fails.
     """
     manifest.check_files(folder, verify, among)
@@ -99,13 +99,13 @@ def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collec
                 for name, numel in held.items():
                     part = file.get_slice(name) if name in found else None
                     if part is None or (part.get_dtype(), part.get_shape()) != ("F32", [numel]):
-                        raise UserError(str(path), f"does not hold {name} as [{numel}] in fp32", _REMEDY)
+                        raise UserError(str(path), f"does not have {name} as [{numel}] in fp32", _REMEDY)
         except SafetensorError as error:
             raise UserError(str(path), f"has a damaged header ({error})", _REMEDY) from None
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first tensor that holds a NaN or Inf, None if there is none. One pass, without a copy."""
+    """Return the name of the first tensor with a NaN or Inf, or None, in one pass without copies."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
             least, most = tensor.aminmax()  # both NaN if one element is
@@ -115,19 +115,18 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 class CheckpointReader:
-    """Reads a checkpoint, each range when it is asked for; a context manager, since it keeps files open.
+    """Read ranges of a checkpoint on demand; a context manager, because it keeps files open.
 
     Args:
         folder: the checkpoint.
-        verify: what is compared with the manifest before anything is read, by `check_shards`; None if it was compared
-            already.
+        verify: what `check_shards` compares with the manifest before anything is read; None compares nothing.
 
     Attributes:
         folder: the checkpoint.
-        manifest: what it is made of.
+        manifest: its manifest.
 
     Raises:
-        UserError: a file is missing or differs from what was written.
+        UserError: a file is missing or differs from the manifest.
     """
 
     def __init__(self, folder: Path, verify: Verify | None = "full") -> None:
@@ -147,24 +146,24 @@ class CheckpointReader:
         self.release()
 
     def release(self) -> None:
-        """Close the files, and with them the memory they are mapped to; what is read next opens them again."""
+        """Close the files and unmap their memory; the next read opens them again."""
         self._shards.clear()
         self._open.close()
 
     def read(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """A whole parameter, or moment of one, in fp32 and its shape."""
+        """Read a whole parameter, or a moment of it, in fp32."""
         entry = self.manifest.tensors[name]
         return self.read_range(name, 0, entry.numel, kind).view(entry.shape)
 
     def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
-        """Elements `start` to `stop` of a flattened parameter, or moment of one, in fp32; [stop - start].
+        """Read elements `start` to `stop` of a flattened parameter, or a moment of it, in fp32; [stop - start].
 
         Raises:
             ValueError: the parameter has no such range.
         """
         if not 0 <= start <= stop <= self.manifest.tensors[name].numel:
             raise ValueError(f"{name} of {self.manifest.tensors[name].shape} has no range {start} to {stop}")
-        values = torch.empty(stop - start)  # filled below: a manifest's ranges make up the whole
+        values = torch.empty(stop - start)  # the ranges of a manifest cover it
         for piece in self.manifest.tensors[name].pieces:
             first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
             if first < last:
@@ -173,15 +172,15 @@ class CheckpointReader:
         return values
 
     def first_not_finite(self, among: Collection[str]) -> str | None:
-        """Name, as `KIND/NAME`, of a tensor of these files that holds a NaN or Inf; None if there is none."""
+        """Return the name, as `KIND/NAME`, of a tensor in these files with a NaN or Inf; None if there is none."""
         for file_name, held in self.manifest.shards(among).items():
             with safe_open(self.folder / file_name, "pt") as file:
                 if (name := first_not_finite((name, file.get_tensor(name)) for name in held)) is not None:
                     return name
         return None
 
-    def beside_parameters(self, shard: int, name: str) -> Tensor | None:
-        """A tensor beside the parameters, such as a rank's random state; None where that shard has none."""
+    def extra_tensor(self, shard: int, name: str) -> Tensor | None:
+        """Read a tensor that is not a parameter, such as the random state of a rank; None if the shard has none."""
         if shard_name(shard) not in self.manifest.files:
             return None
         file = self._shard(shard)

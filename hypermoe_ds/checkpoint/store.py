@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: which there are, which is newest, and how one appears in it.
+"""The checkpoint directory of a run: list, publish and remove checkpoints.
 
-RUN_DIR/checkpoints/step_00000100/ is one checkpoint: a folder under such a name is whole, since it is written as
-`.step_00000100.partial` and renamed. `latest` beside them names the newest and is written last.
+RUN_DIR/checkpoints/step_00000100/ is one checkpoint. A folder with such a name is complete, because it is written as
+`.step_00000100.partial` and then renamed. The file `latest` names the newest checkpoint and is written last.
 """
 
 import logging
@@ -19,19 +19,19 @@ _LATEST_BYTES = 100  # more than any name
 
 
 def step_name(step: int) -> str:
-    """Folder of the checkpoint after `step` optimizer steps."""
+    """Return the folder name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a folder in `checkpoints`, or a link to one, oldest first."""
+    """Return the steps of all checkpoints, including links, in ascending order."""
     found = [(path, re.fullmatch(r"step_([0-9]+)", path.name)) for path in checkpoints.glob("step_*")]
     steps = [(path, int(match[1])) for path, match in found if match]
     return sorted(step for path, step in steps if path.name == step_name(step) and path.is_dir())
 
 
 def named_step(checkpoints: Path) -> int | None:
-    """Step of the checkpoint that `latest` names, None if it is missing or names none."""
+    """Return the step of the checkpoint that `latest` names; None if it is missing or names none."""
     with suppress(OSError, ValueError), (checkpoints / _LATEST).open("rb") as file:
         name = file.read(_LATEST_BYTES).decode().strip()
         return next((step for step in saved_steps(checkpoints) if step_name(step) == name), None)
@@ -39,17 +39,17 @@ def named_step(checkpoints: Path) -> int | None:
 
 
 def latest_step(checkpoints: Path) -> int | None:
-    """Step of the checkpoint that `latest` names, else, with a warning, of the newest one; None if there is none.
+    """Return the step that `latest` names or, with a warning, the newest one; None if there is no checkpoint.
 
     Raises:
-        UserError: there are only damaged ones, or only a `latest`.
+        UserError: there are only damaged checkpoints, or only `latest`.
     """
     latest, saved, named = checkpoints / _LATEST, saved_steps(checkpoints), named_step(checkpoints)
     damaged = sorted(path.name for path in checkpoints.glob("step_*.damaged*"))
     if damaged and not saved:
         raise UserError(
             str(checkpoints),
-            f"holds damaged checkpoints alone ({', '.join(damaged)})",
+            f"has only damaged checkpoints ({', '.join(damaged)})",
             "restore one, or choose another run.dir",
         )
     if named is not None or not os.path.lexists(latest):
@@ -61,14 +61,14 @@ def latest_step(checkpoints: Path) -> int | None:
 
 
 def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
-    """Folder of the checkpoint of `step`, or of the newest one for None.
+    """Return the folder of the checkpoint of `step`, or of the newest one if `step` is None.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist.
     """
     step = latest_step(checkpoints) if step is None else step
     if step is None:
-        raise UserError(str(checkpoints), "holds no checkpoint", "train first, or give another run folder")
+        raise UserError(str(checkpoints), "has no checkpoint", "train first, or give another run folder")
     folder = checkpoints / step_name(step)
     if not folder.is_dir():
         known = ", ".join(map(str, saved_steps(checkpoints))) or "none"
@@ -77,27 +77,27 @@ def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
 
 
 def begin(checkpoints: Path, step: int) -> None:
-    """Make an empty folder to write a checkpoint in; what earlier tries have left is removed."""
+    """Make an empty folder for a new checkpoint and remove unfinished ones."""
     remove_unfinished(checkpoints)
     partial_folder(checkpoints, step).mkdir(parents=True)
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written."""
+    """Return the folder in which the checkpoint of a step is written."""
     return checkpoints / f".{step_name(step)}.partial"
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what was cut off while it was written or removed."""
+    """Remove checkpoints whose writing or removal was interrupted."""
     for path in checkpoints.glob(".step_*"):
         if re.fullmatch(r"\.step_[0-9]+\.(partial|removed)", path.name):
             delete(path)
 
 
 def publish(checkpoints: Path, step: int) -> None:
-    """Give a checkpoint that is written and durable its name, and name it the newest.
+    """Rename a checkpoint that is durable to its final name, and name it in `latest`.
 
-    Another one of the same step, of a run that was taken back to an earlier one, is replaced.
+    It replaces a checkpoint of the same step, which exists if the run was resumed from an earlier one.
     """
     folder = checkpoints / step_name(step)
     if os.path.lexists(folder):
@@ -108,12 +108,12 @@ def publish(checkpoints: Path, step: int) -> None:
 
 
 def name_latest(checkpoints: Path, step: int) -> None:
-    """Name the checkpoint to continue from."""
+    """Write `latest`, which names the checkpoint to continue from."""
     write_durably(checkpoints / _LATEST, step_name(step) + "\n")
 
 
 def set_aside(checkpoints: Path, step: int) -> Path:
-    """Rename a damaged checkpoint, so that it is never taken for one."""
+    """Rename a damaged checkpoint, so that it is no longer used."""
     folder = checkpoints / step_name(step)
     aside = folder.with_suffix(".damaged")
     number = 1
@@ -124,9 +124,9 @@ def set_aside(checkpoints: Path, step: int) -> Path:
 
 
 def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
-    """Keep the last ones up to the newest, and for good those of every `keep_every` steps.
+    """Remove old checkpoints; keep the last `keep_last` up to the newest, and every `keep_every` steps.
 
-    Of one that is a link, the link is removed. One that cannot be removed is reported and stays.
+    Of a link only the link is removed. A checkpoint that cannot be removed is reported and kept.
     """
     upto = [step for step in saved_steps(checkpoints) if step <= newest]
     for step in upto[:-keep_last]:
@@ -139,7 +139,7 @@ def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int |
 
 
 def _remove(path: Path) -> None:
-    """Under a hidden name first: a checkpoint half removed is none."""
+    """Rename it to a hidden name first, so that a half-removed checkpoint is not used."""
     hidden = path.with_name(f".{path.name}.removed")
     if os.path.lexists(hidden):
         delete(hidden)

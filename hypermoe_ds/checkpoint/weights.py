@@ -1,4 +1,4 @@
-"""Reads a run's model out of its checkpoint, tensor by tensor, on one process and whatever the ranks were.
+"""Read the model of a run from its checkpoint, tensor by tensor, in one process.
 
 Shape legend: D hidden size, N experts, F expert width.
 """
@@ -20,24 +20,24 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_MAPPED_BYTES = 2**26  # files are mapped into memory as they are read: let go of them after so much
+_MAPPED_BYTES = 2**26  # files are memory-mapped; close them after reading this much
 
 
 class CheckpointWeights:
-    """The tensors of the Transformers model, each read out of a checkpoint when it is asked for.
+    """Tensors of the Transformers model, read from a checkpoint on demand.
 
     Args:
         reader: the checkpoint.
-        config: the run's model.
-        dtype: precision of the tensors; None takes the run's, in which they are bit for bit the training weights.
+        config: configuration of the run's model.
+        dtype: precision of the tensors; None takes that of the run, in which they are bitwise the training weights.
 
     Attributes:
-        config: the run's model.
+        config: configuration of the run's model.
         dtype: precision of the tensors.
-        shapes: their names and shapes, in the model's order.
+        shapes: names and shapes, in the order of the model.
 
     Raises:
-        UserError: the checkpoint does not hold this model.
+        UserError: the checkpoint is of another model.
     """
 
     def __init__(self, reader: CheckpointReader, config: HyperMoEConfig, dtype: torch.dtype | None = None) -> None:
@@ -54,7 +54,7 @@ class CheckpointWeights:
                     raise _broken(reader.folder, f"{found}, the run's model as {list(of_part)}")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in `dtype`. No more than it and a part of it in fp32 are held.
+        """Read a tensor in `dtype`; at most a part of it is in memory in fp32 too.
 
         Raises:
             UserError: the checkpoint cannot be read.
@@ -69,7 +69,7 @@ class CheckpointWeights:
         return tensor
 
     def _read_into(self, target: Tensor, part: str, shape: torch.Size) -> None:
-        """Row by row of the first dimension, or expert by expert, where that is much."""
+        """Read a 3-D tensor expert by expert, any other at once."""
         size = shape.numel()
         rows = len(shape) == 3
         step = size // shape[0] if rows else size
@@ -86,15 +86,15 @@ class CheckpointWeights:
 def open_weights(
     run: RunFolder, step: int | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[CheckpointWeights]:
-    """The tensors of a run's model.
+    """Open the tensors of a run's model.
 
     Args:
         run: the run folder.
-        step: which checkpoint; None takes the newest.
-        dtype: precision of the tensors; None takes the run's.
+        step: step of the checkpoint; None takes the newest.
+        dtype: precision of the tensors; None takes that of the run.
 
     Raises:
-        UserError: no such checkpoint, or one that is not whole or of another model.
+        UserError: the checkpoint does not exist, is damaged or is of another model.
     """
     config = run.model_config()
     with CheckpointReader(find_checkpoint(run.checkpoints, step)) as reader:
@@ -102,21 +102,21 @@ def open_weights(
 
 
 def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
-    """The model of a run as it was trained: its weights bit for bit, in the precision of the run.
+    """Load the model of a run with bitwise its training weights, in the precision of the run.
 
     Args:
         run: the run folder.
-        step: which checkpoint; None takes the newest.
+        step: step of the checkpoint; None takes the newest.
 
     Raises:
-        UserError: no such checkpoint, or one that is not whole or of another model.
+        UserError: the checkpoint does not exist, is damaged or is of another model.
     """
     with open_weights(run, step) as weights:
         return model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
 
 
 def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
-    """Build a model of tensors that are not copied, each under its name in the Transformers model."""
+    """Build a model from tensors by their names in the Transformers model, without copying them."""
     model = meta_model(config)
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
@@ -126,7 +126,7 @@ def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForC
 
 
 def _precision_of(reader: CheckpointReader) -> torch.dtype:
-    """The precision that the checkpoint's run trained in."""
+    """Return the precision in which the run trained."""
     train = reader.manifest.settings.get("train")
     precision = train.get("precision") if isinstance(train, dict) else None
     if not isinstance(precision, str) or precision not in PRECISIONS:
@@ -135,4 +135,4 @@ def _precision_of(reader: CheckpointReader) -> torch.dtype:
 
 
 def _broken(checkpoint: Path, problem: str) -> UserError:
-    return UserError(str(checkpoint), f"is not a whole checkpoint of this run ({problem})", "choose another --step")
+    return UserError(str(checkpoint), f"is not a complete checkpoint of this run ({problem})", "choose another --step")

@@ -1,1 +1,1 @@
-"""The model as others use it: Hugging Face folders."""
+"""Export models to Hugging Face folders and import them from there."""

@@ -1,4 +1,4 @@
-"""Puts each layer's generated HyperExperts in the place of the hypernetwork."""
+"""Replace the hypernetwork by the generated HyperExperts of each layer."""
 
 from functools import lru_cache, partial
 
@@ -12,10 +12,10 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
 def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    """The same function with N adapters a layer as parameters and no hypernetwork.
+    """Return a model with the same function that has N HyperExperts per layer as parameters and no hypernetwork.
 
     Args:
-        model: a model with one expert a token, or conditioned by route; left as it is, its other weights are shared.
+        model: a model with one expert per token, or conditioned by route. It is not changed; other weights are shared.
 
     Raises:
         UserError: it has no hypernetwork, or more HyperExperts than experts.
@@ -32,7 +32,7 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
 
 
 def bake_weights(source: WeightLoader) -> LazyWeights:
-    """The tensors of the baked model; one layer's adapters are held at a time.
+    """Return the tensors of the baked model; the HyperExperts of one layer at a time are in memory.
 
     Raises:
         UserError: the model has no hypernetwork, or more HyperExperts than experts.
@@ -51,7 +51,7 @@ def bake_weights(source: WeightLoader) -> LazyWeights:
         return part
 
     @lru_cache(maxsize=1)
-    def adapters(layer: int) -> dict[str, Tensor]:
+    def hyper_experts(layer: int) -> dict[str, Tensor]:
         branch = generators.get_submodule(f"model.layers.{layer}.hyper_experts")
         assert isinstance(branch, HyperExperts)
         load(branch, f"model.layers.{layer}.hyper_experts")
@@ -62,20 +62,20 @@ def bake_weights(source: WeightLoader) -> LazyWeights:
         branch.to("meta")
         return generated
 
-    def adapter(layer: int, part: str) -> Tensor:
-        return adapters(layer)[part]
+    def hyper_expert(layer: int, part: str) -> Tensor:
+        return hyper_experts(layer)[part]
 
     readers = {}
     for name in state_dict_shapes(config):
         block, _, part = name.rpartition(".hyper_experts.")
         layer = block.removeprefix("model.layers.")
-        readers[name] = partial(adapter, int(layer), part) if block else partial(source.read, name)
+        readers[name] = partial(hyper_expert, int(layer), part) if block else partial(source.read, name)
     return LazyWeights(config, source.dtype, readers)
 
 
 def _baked_config(config: HyperMoEConfig) -> HyperMoEConfig:
     if not config.hypernetwork or not config.moe_layers or config.baked_hyper_experts:
-        raise UserError("--bake", "the model has no hypernetwork", "leave it out")
+        raise UserError("--bake", "the model has no hypernetwork", "remove it")
     if config.hyper_sets > config.num_experts:
         raise UserError(
             "--bake",

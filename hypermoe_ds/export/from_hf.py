@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder as the model of a run: HyperMoE itself, a Mixture of Experts, or a dense model upcycled.
+"""Read a Hugging Face folder as the model of a run: HyperMoE, a Mixture of Experts, or an upcycled dense model.
 
 Shape legend: D hidden size, N experts, F expert width.
 """
@@ -21,7 +21,7 @@ from hypermoe_ds.export.upcycle import Upcycling
 from hypermoe_ds.export.weight_loader import LazyWeights, read_folder
 from hypermoe_ds.modeling import HyperMoEConfig, state_dict_shapes
 
-# Fields that the weights of a model without HyperExperts leave open.
+# Fields that the weights of a model without HyperExperts do not determine.
 OPEN_FIELDS = (
     "router_dtype",
     "router_aux_loss_coef",
@@ -47,16 +47,16 @@ _OTHERS = ("mlp", "gate_proj", "up_proj", "down_proj")
 def open_folder(
     folder: Path, upcycling: Upcycling | None = None, fields: Mapping[str, Any] | None = None, seed: int = 0
 ) -> LazyWeights:
-    """The tensors of a run's model, from a folder of safetensors.
+    """Open the tensors of a run's model from a folder of safetensors files.
 
     Args:
         folder: a Hugging Face folder.
-        upcycling: how a dense model becomes a Mixture of Experts; None for what is one already.
+        upcycling: how a dense model becomes a Mixture of Experts; None for a model that is one.
         fields: values for `OPEN_FIELDS`, for a model without HyperExperts.
-        seed: seed of the HyperExperts of a Mixture of Experts that has none.
+        seed: seed of the HyperExperts, for a Mixture of Experts without them.
 
     Raises:
-        UserError: a model that HyperMoE cannot express, by the key and value or by the tensor.
+        UserError: HyperMoE cannot express the model; it names the key and value, or the tensor.
     """
     kind = model_type(folder)
     if kind == "hypermoe":
@@ -66,11 +66,13 @@ def open_folder(
     if kind in DENSE and upcycling is None:
         raise UserError(f"{folder}: model_type={kind!r}", "is dense", "give --upcycle --experts N --top-k K")
     if kind not in DENSE and upcycling is not None:
-        raise UserError("--upcycle", f"{folder} has experts already (model_type={kind!r})", "leave it out")
+        raise UserError("--upcycle", f"{folder} has experts already (model_type={kind!r})", "remove it")
     for key in fields or {}:
         if key not in OPEN_FIELDS:
             raise UserError(
-                f"{key}={(fields or {})[key]!r}", "is what the weights say", f"open are {', '.join(OPEN_FIELDS)}"
+                f"{key}={(fields or {})[key]!r}",
+                "is determined by the weights",
+                f"only these can be set: {', '.join(OPEN_FIELDS)}",
             )
     made = upcycling.fields(shape["intermediate_size"]) if upcycling is not None else {}
     config = hypermoe_config(folder, {**shape, **made, **(fields or {})})
@@ -85,13 +87,13 @@ def open_folder(
 
 def _refuse_options(upcycling: Upcycling | None, fields: Mapping[str, Any] | None) -> None:
     if upcycling is not None:
-        raise UserError("--upcycle", "this is a HyperMoE model already", "leave it out")
+        raise UserError("--upcycle", "this is a HyperMoE model already", "remove it")
     for key, value in (fields or {}).items():
-        raise UserError(f"{key}={value!r}", "this is a HyperMoE model already", "leave it out")
+        raise UserError(f"{key}={value!r}", "this is a HyperMoE model already", "remove it")
 
 
 def _hypermoe(folder: Path) -> LazyWeights:
-    """A model of our own, as it is."""
+    """Open the tensors of a HyperMoE model."""
     raw = read_config(folder)
     refuse_unknown(folder, raw, HyperMoEConfig.__annotations__.keys())
     if raw.get("baked_hyper_experts", False) is not False:
@@ -100,15 +102,15 @@ def _hypermoe(folder: Path) -> LazyWeights:
             "there is no hypernetwork left to train",
             "give a folder that was exported without --bake",
         )
-    # As a recipe gives the model: these are the tokenizer's and the export's.
+    # Only the fields of a recipe: the others belong to the tokenizer and the export.
     config = hypermoe_config(folder, {key: value for key, value in raw.items() if key in _FIELDS})
     return read_folder(folder, config)
 
 
 def _readers(
-    taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling | None, words: tuple[str, str, str, str]
+    taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
 ) -> dict[str, Reader]:
-    """What gives each tensor but the HyperExperts'."""
+    """Return the readers of all tensors except those of HyperExperts."""
     readers: dict[str, Reader] = {}
     for name, shape in state_dict_shapes(config).items():
         if ".hyper_experts." in name or name.startswith("model.hypernetwork."):
@@ -119,19 +121,19 @@ def _readers(
         elif upcycling is not None:
             readers[name] = _upcycled(taken, config, upcycling, name, match)
         elif match["part"] == "router.gate.weight":
-            block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else words[0]
+            block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else names[0]
             readers[name] = taken.reader(f"{match['layer']}.{block}.gate.weight", shape)
-        elif taken.holds(name):  # as Transformers has them in memory
+        elif taken.holds(name):  # stacked, as Transformers has them in memory
             readers[name] = taken.reader(name, shape)
         else:
-            readers[name] = _one_by_one(taken, f"{match['layer']}.{words[0]}.experts", match["part"], words, shape)
+            readers[name] = _one_by_one(taken, f"{match['layer']}.{names[0]}.experts", match["part"], names, shape)
     return readers
 
 
 def _upcycled(
     taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
 ) -> Reader:
-    """A tensor of a layer's router or experts, out of the dense MLP."""
+    """Return the reader of a router or expert tensor that is made from the dense MLP."""
     D, width = config.hidden_size, config.intermediate_size
 
     def dense(projection: str) -> Reader:
@@ -146,11 +148,11 @@ def _upcycled(
 
 
 def _one_by_one(
-    taken: TakenTensors, block: str, part: str, words: tuple[str, str, str, str], shape: tuple[int, ...]
+    taken: TakenTensors, block: str, part: str, names: tuple[str, str, str, str], shape: tuple[int, ...]
 ) -> Reader:
-    """Experts that are stored one by one, put together: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
+    """Return the reader that stacks separately stored experts: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
     N, rows, columns = shape
-    _, gate, up, down = words
+    _, gate, up, down = names
     halves = [gate, up] if part == "experts.gate_up_proj" else [down]
     readers = [
         [taken.reader(f"{block}.{expert}.{half}.weight", (rows // len(halves), columns)) for half in halves]
@@ -160,8 +162,8 @@ def _one_by_one(
     def read() -> Tensor:
         whole = torch.empty(shape, dtype=taken.files.dtype)
         for expert, of_expert in enumerate(readers):
-            for place, half in zip(whole[expert].chunk(len(halves)), of_expert, strict=True):
-                place.copy_(half())
+            for target, half in zip(whole[expert].chunk(len(halves)), of_expert, strict=True):
+                target.copy_(half())
         return whole
 
     return read

@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder that loads where this package is absent."""
+"""Write a model as a Hugging Face folder that loads without this package."""
 
 import json
 import re
@@ -42,22 +42,23 @@ def export(
 ) -> None:
     """Write weights (safetensors), config, modeling files and tokenizer.
 
-    The folder is written beside its place, read back and compared, and only then renamed. In memory at once are the
-    tensors of one file of weights or, in the comparison, one layer of the model.
+    The folder is written under a temporary name, read back, compared and then renamed. Memory holds the tensors of one
+    file of weights or, in the comparison, one layer of the model.
 
     Args:
-        source: the model's tensors, in the precision to write.
-        tokenizer: its tokenizer's folder.
+        source: tensors of the model, in the precision to write.
+        tokenizer: folder of its tokenizer.
         output: folder to make.
-        shard_bytes: most bytes of a file of more than one tensor.
-        same_function: the model whose logits the folder must give up to rounding; None takes the source's own bits.
-        add: writes what else the folder shall hold, such as a model card.
-        chat_template: file of a Jinja template for the tokenizer; None keeps the tokenizer's own.
+        shard_bytes: largest size of a file with more than one tensor.
+        same_function: model whose logits the folder must give up to rounding; None requires the source's logits
+            bitwise.
+        add: writes further files to the folder, such as a model card.
+        chat_template: file with a Jinja template for the tokenizer; None keeps that of the tokenizer.
 
     Raises:
-        UserError: the folder exists and is not empty, the disk has no room, the tokenizer or the template is bad, or
-            the model's logits are no numbers.
-        RuntimeError: what was written does not read back; nothing is left then.
+        UserError: the folder exists and is not empty, the disk is too full, the tokenizer or the template is bad, or
+            the model's logits are NaN or Inf.
+        RuntimeError: the folder does not read back as written; it is removed.
     """
     check_output(output)
     model = _with_tokens_of(tokenizer, meta_model(source.config).to(source.dtype))
@@ -78,10 +79,10 @@ def export(
 
 
 def shard_bytes_of(size: str) -> int:
-    """Bytes of a size such as "200MB", with the units of Transformers: 1 MB is 10^6 bytes.
+    """Return the bytes of a size such as "200MB", in the units of Transformers: 1 MB is 10^6 bytes.
 
     Raises:
-        UserError: it is no such size.
+        UserError: it is not a size.
     """
     match = re.fullmatch(r"(\d{1,12})\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
@@ -93,8 +94,8 @@ def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM
     """Load the model of a run folder or of a Hugging Face folder.
 
     Args:
-        folder: either of them.
-        step: which checkpoint of a run; None takes the newest. A Hugging Face folder has only one.
+        folder: the folder.
+        step: step of the checkpoint of a run; None takes the newest. A Hugging Face folder has only one.
 
     Returns:
         The model, in the precision of its weights and in evaluation mode, and the folder of its tokenizer.
@@ -116,20 +117,20 @@ def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM
 def read_model(folder: Path) -> HyperMoEForCausalLM:
     """Load the model of a Hugging Face folder, in the precision of its safetensors files.
 
-    Of generation_config.json it takes the ids of control tokens alone.
+    Only the ids of control tokens are read from generation_config.json.
 
     Raises:
-        UserError: it is not a HyperMoE folder, its files are damaged or not safetensors, or the tensors are not those
-            of its config.json.
+        UserError: it is not a HyperMoE folder, its files are damaged or not safetensors, or the tensors do not
+            match its config.json.
     """
     weights = read_folder(folder, read_hypermoe_config(folder))
     model = model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
     if (folder / _GENERATION).exists():
-        _take_control_tokens(model, folder)
+        _read_control_tokens(model, folder)
     return model
 
 
-def _take_control_tokens(model: HyperMoEForCausalLM, folder: Path) -> None:
+def _read_control_tokens(model: HyperMoEForCausalLM, folder: Path) -> None:
     content = read_json(folder, _GENERATION)
     for key in _CONTROL_IDS:
         value = content.get(key)
@@ -151,7 +152,7 @@ def _with_tokens_of(tokenizer: Path, model: HyperMoEForCausalLM) -> HyperMoEForC
 
 
 def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
-    """What `save_pretrained` writes beside the weights."""
+    """Write what `save_pretrained` writes, except the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     custom_object_save(model, folder, config=model.config)
@@ -160,7 +161,7 @@ def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
 
 
 def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
-    """The files, and their index where they are several, as Transformers would cut and name them."""
+    """Write the files of weights, and an index if there are several, split and named as by Transformers."""
     empty = {name: torch.empty(shape, dtype=source.dtype, device="meta") for name, shape in source.shapes.items()}
     split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
     with Progress("write", "tensors", len(empty)) as shown:
@@ -170,7 +171,9 @@ def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Pat
                 tensors[name] = source.read(name).cpu().contiguous()
                 shown.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them to the user alone
+            (folder / file).chmod(
+                (folder / "config.json").stat().st_mode
+            )  # safetensors would restrict them to the user
             del tensors
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
@@ -179,36 +182,36 @@ def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Pat
 
 
 def read_back(folder: Path) -> LazyWeights:
-    """The tensors of a folder that was written here, with the configuration it carries."""
+    """Open the tensors of a folder that was just written, with its configuration."""
     files = FolderWeights(folder)
     config = read_hypermoe_config(folder)
     return LazyWeights(config, files.dtype, {name: partial(files.read, name) for name in files.shapes})
 
 
 def _compare_tensors(source: WeightLoader, folder: Path) -> None:
-    """Bit for bit, so that what is not a number counts too."""
+    """Compare all tensors bitwise, including NaN."""
     back = read_back(folder)
     if back.readers.keys() != source.shapes.keys():
-        raise RuntimeError(f"{folder} holds other tensors than were written")
+        raise RuntimeError(f"{folder} has other tensors than were written")
     for name in progress(source.shapes, "compare", "tensors", len(source.shapes)):
         if not _same_bits(back.read(name), source.read(name).cpu()):
             raise RuntimeError(f"{name} does not read back as it was written")
 
 
 def _compare_logits(source: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
-    """On a few tokens, both models by the same code; bit for bit, or to rounding where they are computed otherwise."""
+    """Compare the logits of a few tokens bitwise, or up to rounding if they are computed in another way."""
     ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
     if not found.isfinite().all():
         raise UserError("the model", "gives logits that are NaN or Inf", "see tools/inspect_checkpoint.py")
     expected = streamed_logits(source if same_function is None else same_function, ids_BS)
     if same_function is None:
-        all_reduce_status = _same_bits(found, expected)
+        is_same = _same_bits(found, expected)
     else:
-        # Generated modules are rounded to the precision of the folder; so may be the choice of an expert.
+        # Baked HyperExperts are rounded to the precision of the folder, which may change the selection of an expert.
         tolerance = 1e-4 if source.dtype == torch.float32 else 0.1
-        all_reduce_status = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
-    if not all_reduce_status:
+        is_same = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
+    if not is_same:
         raise RuntimeError(f"{folder} does not give the logits of the model that was written")
 
 

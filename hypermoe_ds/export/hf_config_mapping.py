@@ -1,4 +1,4 @@
-"""What other models' config.json says, as a HyperMoE configuration: every key is carried over, checked, or refused."""
+"""Translate the config.json of other models: each key is carried over, checked or refused."""
 
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -14,7 +14,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 DENSE = ("llama", "mistral", "qwen3")
 MOE = ("mixtral", "olmoe", "qwen3_moe")
 
-# By the names that Transformers' own configurations use.
+# Keys as in Transformers' own configurations.
 _CARRIED = (
     "vocab_size",
     "hidden_size",
@@ -26,7 +26,7 @@ _CARRIED = (
     "initializer_range",
     "tie_word_embeddings",
 )
-_CARRIED_IN_OTHER_WORDS = (
+_TRANSLATED = (
     "head_dim",
     "intermediate_size",
     "moe_intermediate_size",
@@ -43,7 +43,7 @@ _CARRIED_IN_OTHER_WORDS = (
     "max_window_layers",
     "layer_types",
 )
-# Values under which a key changes nothing: this model has no place for others.
+# Values that have no effect. HyperMoE cannot express any other value of these keys.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -57,7 +57,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
 }
-# They say nothing about weights or outputs. The ids of control tokens are the tokenizer's.
+# Keys that do not affect weights or outputs. The ids of control tokens are taken from the tokenizer.
 _WITHOUT_EFFECT = (
     "architectures",
     "auto_map",
@@ -76,40 +76,42 @@ _WITHOUT_EFFECT = (
     "_model_name_or_path",
     "_name_or_path",
 )
-# Settings of training that mean something else here.
+# Training settings that have another meaning here.
 _LEFT_TO_THE_RUN = ("router_aux_loss_coef",)
 
 
 def model_type(folder: Path) -> str:
-    """The kind of model that a folder's config.json names.
+    """Return the `model_type` in the config.json of a folder.
 
     Raises:
-        UserError: there is no config.json, or it names none.
+        UserError: config.json is missing or has no `model_type`.
     """
     kind = read_config(folder).get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is not a model", "give a Hugging Face folder")
+        raise UserError(
+            f"{folder / CONFIG}: model_type={short(kind)}", "is not a type of model", "give a Hugging Face folder"
+        )
     return kind
 
 
 def shape_of(folder: Path) -> dict[str, Any]:
-    """Fields of `HyperMoEConfig` for what a foreign model is but for its experts: those of a dense model are `width`.
+    """Translate another model's config.json into fields of `HyperMoEConfig`.
 
     Returns:
-        The fields; of a dense model with `intermediate_size`, of a Mixture of Experts with all that the experts need.
+        The fields: for a dense model with `intermediate_size`, for a Mixture of Experts with those of the experts.
 
     Raises:
-        UserError: a key that cannot be carried over, with its value.
+        UserError: a key cannot be carried over; it is named with its value.
     """
     raw, kind = read_config(folder), model_type(folder)
     if kind == "qwen2":
-        raise _refused(folder, "model_type", kind, "has biases in its attention, for which HyperMoE has no place")
+        raise _refused(folder, "model_type", kind, "has biases in its attention, which HyperMoE does not have")
     if kind not in (*DENSE, *MOE):
         known = ", ".join(("hypermoe", *DENSE, *MOE))
         raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is unknown", f"give one of {known}")
-    refuse_unknown(folder, raw, {*_CARRIED, *_CARRIED_IN_OTHER_WORDS, *_NEUTRAL, *_LEFT_TO_THE_RUN})
+    refuse_unknown(folder, raw, {*_CARRIED, *_TRANSLATED, *_NEUTRAL, *_LEFT_TO_THE_RUN})
     try:
-        # Without `auto_map`, so that no code of the folder is looked for.
+        # Without `auto_map`, so that Transformers does not look for code in the folder.
         config = CONFIG_MAPPING[kind](**{key: value for key, value in raw.items() if key not in _WITHOUT_EFFECT})
         _check(folder, config)
         return _fields(kind, config)
@@ -127,7 +129,7 @@ def _fields(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def notes_on(folder: Path) -> list[str]:
-    """What of a foreign config.json is left to the run, for the user to know."""
+    """Return notes about keys that are not carried over because the run sets them."""
     raw = read_config(folder)
     if raw.get("model_type") == HyperMoEConfig.model_type:
         return []
@@ -141,7 +143,7 @@ def notes_on(folder: Path) -> list[str]:
 def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     if kind in DENSE:
         return {"intermediate_size": config.intermediate_size}
-    own_width = kind == "qwen3_moe"  # which has dense layers beside
+    own_width = kind == "qwen3_moe"  # it may have dense layers too
     return {
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.moe_intermediate_size if own_width else config.intermediate_size,
@@ -153,11 +155,11 @@ def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _check(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse what would be dropped."""
+    """Refuse values that HyperMoE cannot express."""
     for key, neutral in _NEUTRAL.items():
         value = getattr(config, key, neutral[0])
         if value not in neutral:
-            raise _refused(folder, key, value, f"HyperMoE has {neutral[0]!r} there")
+            raise _refused(folder, key, value, f"HyperMoE has {neutral[0]!r}")
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
         raise _refused(
@@ -170,21 +172,21 @@ def _check(folder: Path, config: PreTrainedConfig) -> None:
         raise UserError(
             f"{folder / CONFIG}: sliding_window={window}",
             "HyperMoE attends to the whole sequence",
-            f"set max_position_embeddings to at most {window} there: up to that the model is the same",
+            f"set max_position_embeddings to at most {window} in it: up to that length the model is the same",
         )
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:
         raise _refused(folder, "layer_types", sorted(layer_types), "HyperMoE attends to the whole sequence")
     if config.model_type == "mixtral" and config.num_experts_per_tok == 1:
         raise _refused(
-            folder, "num_experts_per_tok", 1, "gates are renormalised there to 1, in HyperMoE with K = 1 never"
+            folder, "num_experts_per_tok", 1, "it renormalises gates to 1, which HyperMoE never does with K = 1"
         )
     if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
         raise _refused(folder, "norm_topk_prob", True, "with K = 1 the gates of HyperMoE are never renormalised")
 
 
 def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> None:
-    """Refuse keys that nobody looks at, but for those without effect and what every configuration has.
+    """Refuse unknown keys, except those without effect and those that every configuration has.
 
     Raises:
         UserError: the first of them.

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: a model card as the Hugging Face Hub reads it."""
+"""Write the README.md of an exported folder, a model card for the Hugging Face Hub."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
 PAPER = "https://arxiv.org/abs/2402.12656"
-_LARGEST_EXPONENT = 700.0  # beyond, exp leaves the range of a float
+_LARGEST_EXPONENT = 700.0  # the exponential of more exceeds the range of a float
 _HEADER = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -23,15 +23,15 @@ _HEADER = {
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What is known of how a model was trained; what is None is not told.
+    """How a model was trained; unknown values are None.
 
     Attributes:
-        data: names of the training data, each with its share of the samples.
+        data: share of the samples of each training dataset, by name.
         step: optimizer steps taken.
-        tokens: tokens trained on.
+        tokens: tokens consumed.
         sequence_length: tokens in a sample.
-        precision: of weights and activations.
-        valid_loss: validation loss of these very weights, in nats per token.
+        precision: precision of weights and activations.
+        valid_loss: validation loss of these weights, in nats per token.
         written_by: git commit and versions of packages.
     """
 
@@ -54,26 +54,26 @@ def training_record(
     valid_loss: float | None = None,
     written_by: Mapping[str, str] | None = None,
 ) -> TrainingRecord:
-    """What a recipe says of a checkpoint.
+    """Build the training record of a checkpoint.
 
     Args:
-        settings: the recipe as run; what it lacks stays unknown.
-        step: of the checkpoint.
-        consumed_samples: sequences trained on; None counts `step` global batches.
-        valid_loss: of that step, if there was a validation.
+        settings: the recipe as run; values that it lacks stay unknown.
+        step: step of the checkpoint.
+        consumed_samples: sequences consumed; None counts `step` global batches.
+        valid_loss: validation loss of that step, if it was validated.
         written_by: git commit and versions of packages.
 
     Raises:
         UserError: the settings are not those of a recipe.
     """
     try:
-        return _record_rows(settings, step, consumed_samples, valid_loss, written_by)
+        return _build_record(settings, step, consumed_samples, valid_loss, written_by)
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         problem = f"is not a recipe as run ({error!r:.100})"
         raise UserError("resolved/config.yaml", problem, "restore that file of the run folder") from None
 
 
-def _record_rows(
+def _build_record(
     settings: Mapping[str, Any],
     step: int,
     consumed_samples: int | None,
@@ -84,10 +84,11 @@ def _record_rows(
     length, batch = data.get("sequence_length"), train.get("global_batch_size")
     if consumed_samples is None and batch is not None:
         consumed_samples = step * batch
-    sources = [(Path(source["prefix"]).name, source.get("weight", 1.0)) for source in data.get("train", ())]
-    shares: dict[str, float] = dict.fromkeys((name for name, _ in sources), 0.0)
-    for name, weight in sources:
-        shares[name] += weight / sum(weight for _, weight in sources)
+    weights = [(Path(dataset["prefix"]).name, dataset.get("weight", 1.0)) for dataset in data.get("train", ())]
+    total = sum(weight for _, weight in weights)
+    shares: dict[str, float] = dict.fromkeys((name for name, _ in weights), 0.0)
+    for name, weight in weights:
+        shares[name] += weight / total
     tokens = None if consumed_samples is None or length is None else consumed_samples * length
     return _CHECKED.validate_python(
         {
@@ -105,13 +106,13 @@ def _record_rows(
 def write_model_card(
     folder: Path, config: HyperMoEConfig, training: TrainingRecord | None = None, command: str | None = None
 ) -> None:
-    """Write README.md into an exported folder.
+    """Write README.md to an exported folder.
 
     Args:
         folder: the Hugging Face folder.
-        config: of its model.
-        training: how it was trained, as far as known.
-        command: what made the folder.
+        config: configuration of its model.
+        training: how it was trained, if known.
+        command: the command that made the folder.
     """
     (folder / "README.md").write_text(model_card(folder.name, config, training, command), encoding="utf-8")
 
@@ -119,7 +120,7 @@ def write_model_card(
 def model_card(
     name: str, config: HyperMoEConfig, training: TrainingRecord | None = None, command: str | None = None
 ) -> str:
-    """Text of the card: YAML front matter, architecture, training, how to load it."""
+    """Return the text of the card: YAML front matter, architecture, training and usage."""
     header = yaml.safe_dump(_HEADER, sort_keys=False)
     parts = [
         f"---\n{header}---\n",
@@ -158,14 +159,14 @@ def _architecture(config: HyperMoEConfig) -> Iterator[tuple[str, str]]:
     yield "hidden size", f"{config.hidden_size:,}"
     yield "attention", f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys and values"
     if moe:
-        yield "experts", f"{config.num_experts} a layer, {config.num_experts_per_tok} for a token"
+        yield "experts", f"{config.num_experts} per layer, {config.num_experts_per_tok} per token"
         yield "expert width", f"{config.moe_intermediate_size:,}"
     if moe and config.shared_expert_size:
         yield "shared expert width", f"{config.shared_expert_size:,}"
     if moe and config.hypernetwork:
         yield "HyperExpert width", f"{config.adapter_size:,}, conditioned on the {config.hyper_conditioning}"
     yield "vocabulary", f"{config.vocab_size:,} tokens"
-    yield "longest sequence", f"{config.max_position_embeddings:,} tokens"
+    yield "maximum sequence length", f"{config.max_position_embeddings:,} tokens"
 
 
 def _training(training: TrainingRecord) -> Iterator[tuple[str, str]]:
@@ -205,6 +206,6 @@ output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-The modeling files of this folder run with torch and Transformers alone. Where HyperMoE-DS is installed,
-`import hypermoe_ds.modeling` takes their place and `trust_remote_code` is not needed.
+The modeling files in this folder need only torch and Transformers. With HyperMoE-DS installed, `import
+hypermoe_ds.modeling` replaces them and `trust_remote_code` is not needed.
 """

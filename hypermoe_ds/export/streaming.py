@@ -1,4 +1,4 @@
-"""Runs a model whose tensors are read while it runs, so that one layer at a time is in memory."""
+"""Run a model whose tensors are read on demand, so that one layer at a time is in memory."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 @torch.no_grad()
 def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
-    """Logits_BSV of a model, by its own code and layer by layer.
+    """Return logits_BSV of a model, computed by its own code layer by layer.
 
-    In memory at once are the parts of one layer, the hypernetwork and the selection encoders.
+    Memory holds one layer, the hypernetwork and the selection encoders.
     """
     model = meta_model(source.config).to(source.dtype)
     names = {id(module): name for name, module in model.named_modules()}
@@ -32,7 +32,7 @@ def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
     resident = [model.model.hypernetwork] if model.model.hypernetwork is not None else []
     for layer in model.model.layers:
         for part in layer.children():
-            # The encoders and the hypernetwork are also read from outside their own forward pass.
+            # Encoders and hypernetwork are also used outside their own forward pass.
             (resident if isinstance(part, HyperExperts) else streamed).append(part)
     for part in resident:
         load(part)

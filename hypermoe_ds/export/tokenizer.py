@@ -1,4 +1,4 @@
-"""The tokenizer of an export: the run's, in the form that Transformers' users expect."""
+"""Write the tokenizer of an export, in the form that users of Transformers expect."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,15 @@ _PROBE = [{"role": "user", "content": "Hello"}]
 
 
 def write_tokenizer(tokenizer: Path, folder: Path, chat_template: Path | None = None) -> None:
-    """Copy a run's tokenizer into an export.
+    """Copy the tokenizer of a run to an export.
 
-    In the copy "</s>" within a text is the control token, so that texts of a fine-tuning can end: the key
-    `split_special_tokens` is removed. `tools/preprocess_data.py` encodes it as text whatever that key says.
+    The key `split_special_tokens` is removed, so that "</s>" in a text is the control token, which ends the texts of a
+    fine-tuning. `tools/preprocess_data.py` encodes it as text for any value of that key.
 
     Args:
         tokenizer: the run's tokenizer folder.
-        folder: the export; it does not exist yet.
-        chat_template: file of a Jinja template to write in the place of the tokenizer's own.
+        folder: the export, which must not exist.
+        chat_template: file with a Jinja template that replaces that of the tokenizer.
 
     Raises:
         UserError: as `copy_tokenizer`, or the template cannot be read or rendered.
@@ -47,11 +47,11 @@ def _read_template(path: Path) -> str:
 
 
 def _check_template(path: Path | None, folder: Path) -> None:
-    """Render one message, as a user of the export would."""
+    """Render one message, to check the template."""
     try:
         rendered = load_tokenizer(folder).apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         problem = f"cannot be rendered for a user's message ({error})"
         raise UserError(f"--chat-template={path}", problem, "correct the template") from None
     if _PROBE[0]["content"] not in rendered:
-        raise UserError(f"--chat-template={path}", "leaves a user's message out", "correct the template")
+        raise UserError(f"--chat-template={path}", "omits the user's message", "correct the template")

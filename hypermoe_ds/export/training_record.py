@@ -1,4 +1,4 @@
-"""What a run folder says of how a checkpoint was trained, for the model card of its export."""
+"""Read from a run folder how a checkpoint was trained, for the model card of its export."""
 
 from hypermoe_ds.checkpoint.manifest import Manifest
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -8,14 +8,14 @@ from hypermoe_ds.monitor.summary import validation_at
 
 
 def read_training_record(run: RunFolder, step: int | None = None) -> TrainingRecord:
-    """Data, tokens and, if that very step was validated, its loss.
+    """Read the data, tokens and, if that step was validated, the validation loss.
 
     Args:
         run: the run folder.
-        step: which checkpoint; None takes the newest.
+        step: step of the checkpoint; None takes the newest.
 
     Raises:
-        UserError: no such checkpoint, or one that is damaged.
+        UserError: the checkpoint does not exist or is damaged.
     """
     manifest = Manifest.read(find_checkpoint(run.checkpoints, step))
     return training_record(

@@ -1,15 +1,15 @@
-"""A dense model as a Mixture of Experts that starts as the same function (sparse upcycling, arXiv 2212.05055).
+"""Turn a dense model into a Mixture of Experts with the same function (sparse upcycling, arXiv 2212.05055).
 
-Every expert starts as the dense MLP, or as one of G equal slices of it. What comes out is the dense MLP's output:
+Every expert starts as the dense MLP, or as one of G equal slices of it. The output of the layer does not change:
 
-- K > 1: the gates of a token are made to sum to one (`norm_topk_prob`), and the experts are alike, so their weighted
-  sum is the MLP whatever the router says. With G slices the router's rows of G neighbours, which together are the MLP,
-  are equal, so that a token takes them together (virtual groups, arXiv 2410.07524), each with 1 / G of the group's
-  gate: the down projections start G times as large.
-- K = 1: the gate is the router's probability p, never 1. The router starts so small that p is 1 / N to about 1e-4,
-  and the down projections N times as large. Which expert is chosen depends on the direction of the router's rows
-  alone, so tokens are spread as by a larger one, until the first steps move it. The function is the same up to that
-  1e-4; a larger router is steadier and changes it more (`router_std`).
+- K > 1: the gates of a token sum to one (`norm_topk_prob`) and the experts are equal, so their weighted sum is the MLP
+  for any routing. With G slices, the router's rows of the G neighbours that make up the MLP are equal, so that a token
+  selects them together (virtual groups, arXiv 2410.07524), each with 1 / G of the group's gate. The down projections
+  therefore start G times as large.
+- K = 1: the gate is the router's probability p, never 1. The router starts so small that p is 1 / N up to about 1e-4,
+  and the down projections start N times as large. The selected expert depends only on the direction of the router's
+  rows, so the tokens are distributed as with a larger router. A router this small is also unstable in the first steps;
+  a larger one changes the function more (`router_std`).
 
 Shape legend: D hidden size, N experts, G slices, F width of an expert.
 """
@@ -31,19 +31,19 @@ _ROUTER_STD_OF_ONE_EXPERT = 1e-4
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What becomes of a dense MLP.
+    """Settings of upcycling.
 
     Args:
         experts: N.
         top_k: K.
-        granularity: G, slices that an MLP is cut into.
-        noise: normal noise on every expert's weights, in standard deviations of the dense tensor.
+        granularity: G, number of slices of an MLP.
+        noise: normal noise added to every expert's weights, in standard deviations of the dense tensor.
         seed: seed of the router, the noise and the HyperExperts.
         router_std: standard deviation of the router's logits for inputs of mean square 1; None takes 1e-4 for K = 1
-            and otherwise that of a pretraining's start.
+            and otherwise that of pretraining.
 
     Raises:
-        UserError: numbers that do not fit each other.
+        UserError: the numbers do not fit each other.
     """
 
     experts: int
@@ -63,23 +63,23 @@ class Upcycling:
             if value % self.granularity:
                 raise UserError(
                     f"{key}={value}",
-                    f"is not a multiple of --granularity={self.granularity}, so that a token cannot take whole MLPs",
+                    f"is not a multiple of --granularity={self.granularity}, a token could not take whole MLPs",
                     "give a multiple",
                 )
         if self.router_std is not None and not 0 < self.router_std < math.inf:
             raise UserError(
                 f"--router-std={self.router_std}",
-                "is not a spread of a router's logits",
+                "is not a standard deviation",
                 "give more than 0",
             )
         if not 0 <= self.noise < math.inf:
             raise UserError(f"--noise={self.noise}", "is not a number of standard deviations", "give 0 or more")
 
     def fields(self, width: int) -> dict[str, Any]:
-        """Fields of `HyperMoEConfig` for experts made of an MLP of this width.
+        """Return the fields of `HyperMoEConfig` for experts made from an MLP of this width.
 
         Raises:
-            UserError: it cannot be cut into so many slices.
+            UserError: the width is not divisible by the granularity.
         """
         if width % self.granularity:
             raise UserError(
@@ -93,17 +93,17 @@ class Upcycling:
         }
 
     def gate_up(self, name: str, gate: Callable[[], Tensor], up: Callable[[], Tensor]) -> Tensor:
-        """`gate_up_proj` [N, 2F, D] from the dense gate and up projections [G * F, D]."""
+        """Make `gate_up_proj` [N, 2F, D] from the dense gate and up projections [G * F, D]."""
         halves = [self._copies(f"{name}.{half}", read()) for half, read in (("gate", gate), ("up", up))]
         return torch.cat(halves, dim=1)
 
     def down(self, name: str, down: Callable[[], Tensor]) -> Tensor:
-        """`down_proj` [N, D, F] from the dense down projection [D, G * F]."""
+        """Make `down_proj` [N, D, F] from the dense down projection [D, G * F]."""
         whole_DF = down().float() * (self.experts if self.top_k == 1 else self.granularity)
         return self._copies(name, whole_DF.T).transpose(1, 2)
 
     def router(self, name: str, config: HyperMoEConfig) -> Tensor:
-        """The router's weight [N, D]: small and random, alike for the experts that together are the MLP."""
+        """Make the router's weight [N, D]: small and random, and equal for the experts that make up the MLP together."""
         std = config.initializer_range
         if self.router_std is not None or self.top_k == 1:
             std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / config.hidden_size**0.5
@@ -112,7 +112,7 @@ class Upcycling:
         return rows_ND.repeat_interleave(self.granularity, dim=0)
 
     def _copies(self, name: str, whole_FD: Tensor) -> Tensor:
-        """Slices of the first dimension, in turn, for all experts; [N, F, D]."""
+        """Return a slice of the first dimension for each expert, in turn; [N, F, D]."""
         slices = whole_FD.float().chunk(self.granularity)
         copies_NFD = torch.stack([slices[expert % self.granularity] for expert in range(self.experts)])
         if self.noise:
@@ -121,6 +121,6 @@ class Upcycling:
         return copies_NFD
 
     def _generator(self, name: str) -> torch.Generator:
-        """One for each tensor, so that it is the same whenever it is read."""
-        # In 32 bits: torch's generator on the CPU takes no more of a seed.
+        """Return a generator for this tensor, so that it is the same in every read."""
+        # 32 bits, because torch's CPU generator uses no more of a seed.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))

@@ -1,4 +1,4 @@
-"""Where the tensors of a model come from: each is read, or made, when it is asked for."""
+"""Load or make the tensors of a model on demand."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from hypermoe_ds.progress import progress
 
 
 class WeightLoader(Protocol):
-    """The tensors of a model, one at a time.
+    """Tensors of a model, one at a time.
 
     Attributes:
-        config: the model.
+        config: configuration of the model.
         dtype: precision of the tensors.
-        shapes: names and shapes of what a file of the model holds, in the model's order.
+        shapes: names and shapes of the tensors in a file of the model, in the order of the model.
     """
 
     @property
@@ -35,18 +35,18 @@ class WeightLoader(Protocol):
     def shapes(self) -> Mapping[str, torch.Size]: ...
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in `dtype`."""
+        """Return a tensor in `dtype`."""
         ...
 
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """A source whose tensors each come from a function.
+    """Tensors that functions return.
 
     Attributes:
-        config: the model.
+        config: configuration of the model.
         dtype: precision of the tensors.
-        readers: by name what gives a tensor, in whatever precision.
+        readers: functions that return a tensor in any precision, by name.
     """
 
     config: HyperMoEConfig
@@ -55,38 +55,38 @@ class LazyWeights:
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Names and shapes, in the model's order."""
+        """Names and shapes, in the order of the model."""
         return state_dict_shapes(self.config)
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in `dtype`."""
+        """Return a tensor in `dtype`."""
         return self.readers[name]().to(self.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all of them in turn, and show the progress.
+        """Yield all tensors and show the progress.
 
         Raises:
-            UserError: one holds NaN or Inf.
+            UserError: a tensor has NaN or Inf.
         """
         for name in progress(self.shapes, "convert", "tensors", len(self.shapes)):
             tensor = self.read(name)
             if not tensor.isfinite().all():
-                raise UserError(name, "holds NaN or Inf", "choose a model that does not")
+                raise UserError(name, "has NaN or Inf", "choose a model without")
             yield name, tensor
 
 
 def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:
-    """The tensors of a model in memory; they are not copied."""
+    """Return the tensors of a model in memory, without copying them."""
     tensors = model.state_dict()
     readers = {name: partial(tensors.__getitem__, name) for name in state_dict_shapes(model.config)}
     return LazyWeights(model.config, model.dtype, readers)
 
 
 def read_folder(folder: Path, config: HyperMoEConfig) -> LazyWeights:
-    """Open the tensors of a HyperMoE folder, each compared with what its configuration says.
+    """Open the tensors of a HyperMoE folder and check them against its configuration.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or belongs to no part of the model.
+        UserError: a tensor is missing, has another shape, or is not part of the model.
     """
     taken = TakenTensors(FolderWeights(folder))
     shapes = checked_shapes(folder, config, taken.files.shapes)

@@ -1,4 +1,4 @@
-"""How the parameters of two folders differ."""
+"""Compare the parameters of two folders."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from hypermoe_ds.inspection.tensor_readers import Shape, TensorReader, ranges
 
 
 class Distance(NamedTuple):
-    """Of a tensor, or of a group's tensors taken together.
+    """Distance between two tensors, or between all tensors of a group.
 
     Attributes:
         difference: L2 norm of second - first.
@@ -23,7 +23,7 @@ class Distance(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """The difference in units of the first; infinite where the first is zero and the second is not."""
+        """Difference relative to the first; infinite if the first is zero and the second is not."""
         if self.difference == 0:
             return 0.0
         return self.difference / self.norm if self.norm else math.inf
@@ -31,13 +31,13 @@ class Distance(NamedTuple):
 
 @dataclass(frozen=True)
 class Differences:
-    """Of two folders.
+    """Differences between two folders.
 
     Attributes:
         only_first: parameters that the second lacks.
         only_second: parameters that the first lacks.
-        reshaped: parameters whose shapes differ, with both.
-        tensors: of each kind that both have, the distance of each parameter of the same shape.
+        reshaped: parameters with different shapes, and both shapes.
+        tensors: distances of the parameters with the same shape, for each kind that both have.
     """
 
     only_first: list[str]
@@ -46,7 +46,7 @@ class Differences:
     tensors: dict[str, dict[str, Distance]]
 
     def groups(self, kind: str) -> dict[str, Distance]:
-        """Each group's tensors taken together."""
+        """Return the distance of each group."""
         tensors = self.tensors[kind]
         return {
             group: Distance(
@@ -57,12 +57,12 @@ class Differences:
         }
 
     def largest(self, kind: str, count: int = 10) -> list[str]:
-        """The parameters that differ most, relatively; a distance that is not a number comes first."""
+        """Return the parameters with the largest relative distance; NaN comes first."""
         changed = {name: d.relative for name, d in self.tensors[kind].items() if d.relative != 0}
         return sorted(changed, key=lambda name: (not math.isnan(changed[name]), -changed[name]))[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the differences for JSON."""
         return {
             **asdict(self),
             "groups": {kind: _as_dicts(self.groups(kind)) for kind in self.tensors},
@@ -72,7 +72,7 @@ class Differences:
 
 
 def compare(first: TensorReader, second: TensorReader, progress: Progress = lambda _: None) -> Differences:
-    """Read what both have, a part at a time."""
+    """Compare the parameters that both have, range by range."""
     shared = [name for name in first.shapes if first.shapes[name] == second.shapes.get(name)]
     kinds = [kind for kind in first.kinds if kind in second.kinds]
     return Differences(
@@ -88,7 +88,7 @@ def compare(first: TensorReader, second: TensorReader, progress: Progress = lamb
 
 
 def elements_to_compare(first: TensorReader, second: TensorReader) -> int:
-    """Elements of each folder that `compare` reads."""
+    """Return the number of elements that `compare` reads of each folder."""
     kinds = sum(kind in second.kinds for kind in first.kinds)
     return kinds * sum(prod(shape) for name, shape in first.shapes.items() if shape == second.shapes.get(name))
 

@@ -1,4 +1,4 @@
-"""An inspection as text for people and as JSON for machines."""
+"""Format statistics and differences as text and as JSON."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.inspection.differences import Differences
 from hypermoe_ds.inspection.statistics import COLLAPSING, NEAR_COPIES, Inspection
 
-_SHOWN = 10  # of a list of tensors
+_SHOWN = 10  # tensors of a list
 
 
 def inspection_lines(seen: Inspection) -> Iterator[str]:
-    """What a folder is and holds."""
+    """Describe a folder and its model."""
     yield from _provenance_lines(seen)
     yield from _group_lines(seen)
     yield from _similarity_lines(seen)
@@ -27,7 +27,7 @@ def inspection_lines(seen: Inspection) -> Iterator[str]:
 
 
 def difference_lines(differences: Differences) -> Iterator[str]:
-    """How two folders differ; relative to the first."""
+    """Describe how two folders differ, relative to the first."""
     for title, names in (
         ("only in the first", differences.only_first),
         ("only in the second", differences.only_second),
@@ -51,7 +51,7 @@ def difference_lines(differences: Differences) -> Iterator[str]:
 
 
 def write_json(path: Path, inspections: list[Inspection], differences: list[Differences]) -> None:
-    """All numbers, of each tensor too; NaN and infinities, which JSON lacks, are null.
+    """Write all numbers, also of each tensor; NaN and infinities, which JSON lacks, are null.
 
     Raises:
         UserError: the file cannot be written.
@@ -66,10 +66,10 @@ def write_json(path: Path, inspections: list[Inspection], differences: list[Diff
 def _provenance_lines(seen: Inspection) -> Iterator[str]:
     provenance = seen.provenance
     yield f"{provenance.path}: {provenance.kind}"
-    facts = {
+    rows = {
         "step": "unknown" if provenance.step is None else f"{provenance.step:,}",
         "layout": f"{_count(len(provenance.files), 'file')}, {sum(provenance.files.values()) / 2**30:.3f} GiB, "
-        f"{_count(provenance.cut_tensors, 'tensor')} cut over files",
+        f"{_count(provenance.cut_tensors, 'tensor')} split over files",
         "stored as": ", ".join(provenance.dtypes),
         "written by": ", ".join(f"{name} {version}" for name, version in provenance.written_by.items()) or "unknown",
     }
@@ -77,9 +77,9 @@ def _provenance_lines(seen: Inspection) -> Iterator[str]:
         f"{key} {value}" for key, value in provenance.state.items() if isinstance(value, int | float | str)
     )
     if state:
-        facts["state"] = state
-    for name, fact in facts.items():
-        yield f"  {name:<12} {fact}"
+        rows["state"] = state
+    for name, text in rows.items():
+        yield f"  {name:<12} {text}"
 
 
 def _group_lines(seen: Inspection) -> Iterator[str]:
@@ -104,7 +104,7 @@ def _similarity_lines(seen: Inspection) -> Iterator[str]:
     yield from verdicts or [
         f"the experts differ: every mean is below {COLLAPSING} and every pair below {NEAR_COPIES}"
         if all(math.isfinite(layer.mean) for layer in seen.similarity)
-        else "some experts hold NaN or Inf and have no cosine"
+        else "some experts have NaN or Inf and thus no cosine"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What is in a folder that holds a model: parameters, norms, NaN and Inf, how alike the experts are.
+"""Measure the model in a folder: parameters, norms, NaN and Inf, and the similarity of experts.
 
 Shape legend: N experts, c elements of each that are read at once.
 """
@@ -18,11 +18,11 @@ from hypermoe_ds.inspection.tensor_readers import Provenance, TensorReader, rang
 
 Progress = Callable[[int], Any]  # called with the number of elements read
 
-NEAR_COPIES = 0.9  # cosine of two experts from which they are called near copies
+NEAR_COPIES = 0.9  # cosine of two experts from which on they are reported as near copies
 _MOST_EXPERTS = 4096  # their cosines take 8 N^2 bytes
-COLLAPSING = 0.5  # mean cosine over a layer's pairs from which its experts are said to collapse
+COLLAPSING = 0.5  # mean cosine of a layer's pairs from which on its experts are reported as collapsing
 
-# In the order they are shown. A name belongs to the first pattern that it matches; norms come first in that.
+# In the order of display. A name belongs to the first pattern that it matches, where norms are tried first.
 _PATTERNS = {
     "embeddings": r".*embed_tokens\..*",
     "attention": r".*\.self_attn\..*",
@@ -41,7 +41,7 @@ _BY_PRIORITY = ("norms", *(group for group in _PATTERNS if group != "norms"))
 
 
 def by_group(names: Iterable[str]) -> dict[str, list[str]]:
-    """Parameters by the part of the model that they belong to."""
+    """Group parameters by the part of the model."""
     members: dict[str, list[str]] = {group: [] for group in _PATTERNS}
     for name in names:
         members[next(group for group in _BY_PRIORITY if re.fullmatch(_PATTERNS[group], name))].append(name)
@@ -50,13 +50,13 @@ def by_group(names: Iterable[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of a tensor, or of all tensors of a group.
+    """Statistics of a tensor or of all tensors of a group.
 
     Attributes:
-        elements: how many.
-        norm: L2 norm of the finite ones.
-        nan: elements that are NaN.
-        inf: elements that are infinite.
+        elements: number of elements.
+        norm: L2 norm of the finite elements.
+        nan: number of NaN elements.
+        inf: number of infinite elements.
     """
 
     elements: int
@@ -72,14 +72,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike the experts of one layer are: cosines between their flattened weights.
+    """Similarity of the experts of one layer: cosines between their flattened weights.
 
     Attributes:
-        block: the layer's MoE block.
+        block: MoE block of the layer.
         experts: N.
-        mean: over all pairs; NaN where a weight is.
-        largest: of a pair.
-        pair: that pair.
+        mean: mean over all pairs; NaN if a weight is NaN.
+        largest: largest cosine.
+        pair: the pair with the largest cosine.
     """
 
     block: str
@@ -89,7 +89,7 @@ class Similarity:
     pair: tuple[int, int]
 
     def verdict(self) -> str | None:
-        """What is wrong, in words; None where the experts differ enough."""
+        """Describe what is wrong; None if the experts differ enough."""
         if self.mean >= COLLAPSING:
             return (
                 f"the experts of {self.block} are collapsing: their mean cosine is {self.mean:.3f}, "
@@ -106,12 +106,12 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was seen in a folder.
+    """Statistics of a folder.
 
     Attributes:
-        origin: what the folder is.
-        tensors: of each kind ("weight", "exp_avg", "exp_avg_sq") its parameters, by the training model's names.
-        similarity: one entry a layer with more than one expert.
+        provenance: what the folder is.
+        tensors: statistics by kind ("weight", "exp_avg", "exp_avg_sq") and name in the training model.
+        similarity: an entry for each layer with more than one expert.
     """
 
     provenance: Provenance
@@ -119,12 +119,12 @@ class Inspection:
     similarity: list[Similarity]
 
     def groups(self, kind: str = WEIGHT) -> dict[str, Measured]:
-        """Each group's tensors taken together, in the order they are shown."""
+        """Return the statistics of each group, in the order of display."""
         tensors = self.tensors[kind]
         return {group: _together([tensors[name] for name in names]) for group, names in by_group(tensors).items()}
 
     def not_finite(self) -> dict[str, Measured]:
-        """Tensors with NaN or Inf, as KIND/NAME."""
+        """Return the tensors with NaN or Inf, by KIND/NAME."""
         return {
             f"{kind}/{name}": measured
             for kind, tensors in self.tensors.items()
@@ -133,7 +133,7 @@ class Inspection:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the statistics for JSON."""
         return {
             "origin": asdict(self.provenance),
             "groups": {kind: {name: asdict(m) for name, m in self.groups(kind).items()} for kind in self.tensors},
@@ -144,7 +144,7 @@ class Inspection:
 
 
 def inspect(source: TensorReader, progress: Progress = lambda _: None) -> Inspection:
-    """Read everything once, the experts' weights twice, and never more than some MiB at a time."""
+    """Measure a folder: read everything once and expert weights twice, some MiB at a time."""
     tensors = {
         kind: {name: measure(source, name, kind, progress) for name in sorted(source.shapes)} for kind in source.kinds
     }
@@ -153,14 +153,14 @@ def inspect(source: TensorReader, progress: Progress = lambda _: None) -> Inspec
 
 
 def elements_to_inspect(source: TensorReader) -> int:
-    """Elements that `inspect` reads."""
+    """Return the number of elements that `inspect` reads."""
     elements = {name: prod(shape) for name, shape in source.shapes.items()}
     stacks = [name for names in expert_blocks(source.shapes).values() for name in names]
     return len(source.kinds) * sum(elements.values()) + sum(elements[name] for name in stacks)
 
 
 def measure(source: TensorReader, name: str, kind: str, progress: Progress) -> Measured:
-    """Norm and NaN and Inf of a parameter, or moment of one."""
+    """Measure a parameter or a moment of it."""
     elements, square, nan, inf = prod(source.shapes[name]), 0.0, 0, 0
     for start, stop in ranges(elements):
         values = source.read_range(name, start, stop, kind)
@@ -175,7 +175,7 @@ def measure(source: TensorReader, name: str, kind: str, progress: Progress) -> M
 
 
 def norm_of(values: Tensor) -> float:
-    """L2 norm, added up in fp64."""
+    """Return the L2 norm, accumulated in fp64."""
     norm: float = torch.linalg.vector_norm(values, dtype=torch.float64).item()
     return norm
 
@@ -191,15 +191,15 @@ def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]
 
 
 def compare_experts(source: TensorReader, block: str, stacks: list[str], progress: Progress) -> Similarity:
-    """Cosines between the flattened weights of all pairs of experts.
+    """Compute the cosines between the flattened weights of all pairs of experts.
 
-    Their inner products are added up over parts of all experts' weights at once, so each is read once.
+    Inner products are accumulated over the same range of all experts, so each weight is read once.
 
     Args:
-        source: where they are read from.
+        source: reader of the folder.
         block: the MoE block.
         stacks: names of its expert weights, each [N, ...].
-        progress: told of the elements read.
+        progress: called with the number of elements read.
     """
     N = source.shapes[stacks[0]][0]
     gram_NN = torch.zeros(N, N, dtype=torch.float64)
@@ -226,11 +226,11 @@ def _together(parts: list[Measured]) -> Measured:
 
 
 def _parts_of_experts(source: TensorReader, name: str, N: int, elements: int) -> Iterator[Tensor]:
-    """The same range of every expert's weights, [N, c], one range after the other."""
+    """Yield the same range of all experts' weights, [N, c], range by range."""
     for start, stop in ranges(elements, max(1, 2**20 // N)):
         yield torch.stack([source.read_range(name, n * elements + start, n * elements + stop) for n in range(N)])
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9."""
+    """Sort layer 10 after layer 9."""
     return [(int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (-1, part) for part in name.split(".")]

@@ -1,8 +1,6 @@
-"""The parameters of any folder that holds a model, read range by range under the training model's names.
+"""Read the parameters of any folder with a model range by range, under the names of the training model.
 
-So a run's checkpoint and a Hugging Face folder can be compared, and neither has to fit into memory.
-
-Shape legend: N experts, F expert width, D hidden size.
+This allows to compare a checkpoint with a Hugging Face folder, without either fitting into memory.
 """
 
 from abc import ABC, abstractmethod
@@ -35,13 +33,13 @@ class Provenance:
     """What a folder is and who wrote it.
 
     Attributes:
-        path: the folder that holds the tensors.
+        path: the folder with the tensors.
         kind: "run folder", "checkpoint folder" or "Hugging Face folder".
-        step: optimizer steps taken; None where the folder does not say.
-        files: bytes of each file that holds tensors.
-        cut_tensors: tensors of which more than one file holds a part.
-        dtypes: types that are stored.
-        written_by: git commit and versions of packages, as far as the folder says.
+        step: optimizer steps taken; None if unknown.
+        files: size of each file with tensors, in bytes.
+        cut_tensors: number of tensors that are split over several files.
+        dtypes: stored types.
+        written_by: git commit and versions of packages, if known.
         state: position of the run.
     """
 
@@ -56,12 +54,12 @@ class Provenance:
 
 
 class TensorReader(ABC):
-    """Parameters of one folder; a context manager, since it keeps files open.
+    """Parameters of one folder; a context manager, because it keeps files open.
 
     Attributes:
-        origin: what the folder is.
-        shapes: shape of every parameter, by the training model's names.
-        kinds: what there is of each: "weight" and, of a run that has trained, the optimizer's moments.
+        provenance: what the folder is.
+        shapes: shape of every parameter, by name in the training model.
+        kinds: what is stored of each: "weight" and, after the first step, the optimizer's moments.
     """
 
     provenance: Provenance
@@ -70,7 +68,7 @@ class TensorReader(ABC):
 
     @abstractmethod
     def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
-        """Elements `start` to `stop` of a flattened parameter, or moment of one, in fp32; [stop - start]."""
+        """Read elements `start` to `stop` of a flattened parameter, or a moment of it, in fp32; [stop - start]."""
 
     @abstractmethod
     def close(self) -> None:
@@ -90,10 +88,10 @@ def open_tensor_reader(path: Path, step: int | None = None) -> TensorReader:
 
     Args:
         path: the folder.
-        step: which checkpoint of a run folder; None takes the newest. Other folders have only one.
+        step: step of the checkpoint in a run folder; None takes the newest. Other folders have only one.
 
     Raises:
-        UserError: it is none of these, or not whole, or has no such step.
+        UserError: it is none of these, is damaged, or has no such step.
     """
     run = RunFolder(path)
     if run.exists():
@@ -106,7 +104,7 @@ def open_tensor_reader(path: Path, step: int | None = None) -> TensorReader:
 
 
 def ranges(elements: int, at_once: int = _ELEMENTS_AT_ONCE) -> Iterator[tuple[int, int]]:
-    """Cut `elements` into (start, stop) of at most `at_once`."""
+    """Split `elements` into ranges (start, stop) of at most `at_once`."""
     for start in range(0, elements, at_once):
         yield start, min(start + at_once, elements)
 
@@ -116,10 +114,10 @@ class CheckpointTensorReader(TensorReader):
 
     Args:
         folder: the checkpoint.
-        kind: what the user named: a run folder or the checkpoint itself.
+        kind: what the user named: "run folder" or "checkpoint folder".
 
     Raises:
-        UserError: a file is missing or differs from what was written.
+        UserError: a file is missing or differs from the manifest.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -146,7 +144,7 @@ class CheckpointTensorReader(TensorReader):
 
 
 class HuggingFaceTensorReader(TensorReader):
-    """A Hugging Face folder of safetensors files; the experts of a HyperMoE model are named as in training.
+    """A Hugging Face folder with safetensors files; the experts of a HyperMoE model have their names in training.
 
     Args:
         folder: the folder.
@@ -196,7 +194,7 @@ class HuggingFaceTensorReader(TensorReader):
         self._mapped = ("", torch.empty(0))
 
     def _map(self, stored: str) -> Tensor:
-        """Keep the last tensor mapped: it is read range by range."""
+        """Map a stored tensor; the last one stays mapped, because it is read range by range."""
         if self._mapped[0] != stored:
             self._mapped = (stored, self._files.map(stored))
         return self._mapped[1]

@@ -39,7 +39,7 @@ class ParameterNorms:
         self._engine = engine
         self._config = config
         self._state = EngineState(engine)
-        self._groups = {name: group_of(name) for name in self._state.held}
+        self._groups = {name: group_of(name) for name in self._state.slices}
         self._gradients: Tensor | None = None
 
     def add_gradients(self) -> None:
@@ -82,7 +82,7 @@ class ParameterNorms:
         for (name, weight), (_, first), (_, second) in zip(*kinds, strict=True):
             denominator = (second / (1 - config.beta2**steps)).sqrt_().add_(config.eps)
             adam = (first / (1 - config.beta1**steps)).div_(denominator).mul_(lr)
-            if decays(name, len(self._state.held[name].shape)):
+            if decays(name, len(self._state.slices[name].shape)):
                 decay = lr * config.weight_decay
                 before = (weight + adam) / (1 - decay)
                 adam.add_(before, alpha=decay)

@@ -30,7 +30,7 @@ class Part:
     def __init__(self, _engine: Any) -> None:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.values = torch.zeros(NUMEL)
-        self.held = {"weight": LocalSlice((ranks * NUMEL,), rank * NUMEL, NUMEL)}
+        self.slices = {"weight": LocalSlice((ranks * NUMEL,), rank * NUMEL, NUMEL)}
 
     def tensors(self) -> Any:
         for kind in (WEIGHT, *MOMENTS):
@@ -44,7 +44,7 @@ class Part:
         return {**dict.fromkeys(names, 1), "loss_scaler": {}}
 
     def load(self, reader: Any, _counters: Any) -> None:
-        _, start, numel = self.held["weight"]
+        _, start, numel = self.slices["weight"]
         self.values.copy_(reader.read_range("weight", start, start + numel))
 
 

@@ -89,7 +89,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert (resumed, error) == (2, None)
     [warning] = [line for line in told if line.startswith("warning: ")]
     assert f"{step_name(3)}/{file}" in warning
-    assert warning.endswith(f"(set aside as {tmp_path}/checkpoints/{step_name(3)}.damaged)")
+    assert warning.endswith(f"(renamed to {tmp_path}/checkpoints/{step_name(3)}.damaged)")
     assert "using the checkpoint of step 2 instead" in told
     assert newest(tmp_path) == 4
     assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
@@ -134,7 +134,7 @@ def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_good_checkpoin
         assert good == step_name(2)
         assert len(raised) == (1 if asynchronous else 3), "written in the background it is logged, then raised"
         for error in raised:
-            assert "is not saved: weight/weight holds NaN or Inf on rank 1; continue from" in error
+            assert "is not saved: weight/weight has NaN or Inf on rank 1; continue from" in error
     assert saved_steps(tmp_path / "checkpoints") == [2]
 
 
@@ -156,7 +156,7 @@ def test_a_run_stops_where_no_checkpoint_is_good(tmp_path: Path) -> None:
         cut(tmp_path / "checkpoints" / step_name(step) / shard_name(1))
     for _, error, _ in run_on_ranks(RANKS, save_steps, tmp_path, 3, {}):
         assert error is not None
-        assert "holds no good checkpoint" in error
+        assert "has no good checkpoint" in error
         assert f"{step_name(2)}/{shard_name(1)}" in error
         assert error.endswith("restore one or choose another run.dir")
 
@@ -196,7 +196,7 @@ def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
     for resumed, error, _ in results:
         assert resumed == 1
         assert error is not None
-        assert error.endswith("cannot be written to; choose another run.dir")
+        assert error.endswith("cannot be written; choose another run.dir")
     assert newest(small_disk) == 1
 
 
@@ -221,6 +221,6 @@ def test_a_run_folder_that_is_another_one_than_at_the_start_ends_the_save_on_all
     first, second = run_on_ranks(RANKS, save_after_the_folder_went, run, aside)
     assert first == second
     [told] = first
-    assert told.startswith(f"run.dir={run}: is no longer the folder that the run began in, on ")
+    assert told.startswith(f"run.dir={run}: is no longer the folder in which the run began, on ")
     assert list(run.iterdir()) == []
     assert newest(aside) == 1

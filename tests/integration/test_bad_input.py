@@ -124,7 +124,7 @@ CASES = {
     ),
     "no tokenizer": Bad(("none: no such tokenizer folder", "give a folder with"), ("data.tokenizer=FOLDER/none",)),
     "another model's run": Bad(
-        ("model.adapter_size=4: ", "is the run of another model (there it is 8)", "choose another run.dir"),
+        ("model.adapter_size=4: ", "has another model (there it is 8)", "choose another run.dir"),
         ("run.dir=OTHER", "model.adapter_size=4"),
     ),
     "a run that another job trains": Bad(
@@ -133,10 +133,10 @@ CASES = {
         prepare=lock_of_another_job,
     ),
     "a run that is there already": Bad(
-        ("checkpoints: holds checkpoints", "set checkpoint.resume=auto"), ("run.dir=OTHER", "checkpoint.resume=none")
+        ("checkpoints: has checkpoints", "set checkpoint.resume=auto"), ("run.dir=OTHER", "checkpoint.resume=none")
     ),
-    "full disk": Bad(("GiB are free and a checkpoint takes", "choose another run.dir"), free_bytes=1000),
-    "run folder that cannot be": Bad(("file/run: cannot be written to",), ("run.dir=FOLDER/file/run",), prepare=a_file),
+    "full disk": Bad(("GiB are free and a checkpoint needs", "choose another run.dir"), free_bytes=1000),
+    "run folder that cannot be": Bad(("file/run: cannot be written",), ("run.dir=FOLDER/file/run",), prepare=a_file),
     "sequences too long": Bad(
         ("data.sequence_length=64: longer than model.max_position_embeddings=32",), ("data.sequence_length=64",)
     ),

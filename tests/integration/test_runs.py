@@ -245,7 +245,7 @@ def test_a_launch_survives_what_others_left_in_the_run_folder(stopped_run: Path,
     assert done.returncode == 0, done.told()
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert "checkpoints/latest: names no checkpoint next to it; the newest is step_00000010" in warnings[0]
-    assert "step_00000010/shard_00001.safetensors: is not what was written" in warnings[1]
+    assert "step_00000010/shard_00001.safetensors: differs from what was written" in warnings[1]
     assert "; resumed from step 8\n" in done.stdout
     left = {".step_notes", "latest", "step_00000009", "step_00000010.damaged"}
     assert {path.name for path in checkpoints.iterdir()} == left
@@ -267,7 +267,7 @@ def test_a_launch_writes_a_removed_configuration_again_and_names_a_damaged_one(
     model.unlink()
     done = run_script(TRAIN, *words, "model.num_experts_per_tok=1", folder=tmp_path)
     assert done.returncode == EXIT_BAD_INPUT
-    assert f"error: model.num_experts_per_tok=1: {run} is the run of another model (there it is 2); " in done.stderr
+    assert f"error: model.num_experts_per_tok=1: {run} has another model (there it is 2); " in done.stderr
     done = run_script(TRAIN, *words, folder=tmp_path)
     assert done.returncode == 0, done.told()
     assert model.read_bytes() == before

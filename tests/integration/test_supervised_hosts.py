@@ -352,7 +352,7 @@ def test_a_host_that_lost_the_run_folder_is_left_out(
         job.on("right", "umount", "--lazy", "run")
         tries = job.ends()
     assert outcomes(tries) == ["error", "done"]
-    assert "is no longer the folder that the run began in, on right" in tries[0]["what"]
+    assert "is no longer the folder in which the run began, on right" in tries[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_losses(job, undisturbed(STEPS, STEADY))
 

@@ -374,7 +374,7 @@ finally:
         (["train.tokens=5"], 2, "error: train.tokens=5: takes 1 steps and train.steps is 10"),
         (["data.tokenizer=/none"], 2, "error: /none: no such tokenizer folder"),
         (["data.train=[{prefix: /none}]"], 2, "error: /none.idx: no such file"),
-        (["run.dir=/dev/null/run"], 2, "error: run.dir=/dev/null/run: cannot be written to (Not a directory)"),
+        (["run.dir=/dev/null/run"], 2, "error: run.dir=/dev/null/run: cannot be written (Not a directory)"),
         (["--check", "run.dir=/dev/null/run"], 0, "False"),
         (["--print-config"], 0, "False"),
         (["--help"], 0, "False"),

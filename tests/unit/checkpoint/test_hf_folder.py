@@ -111,7 +111,7 @@ def test_pickled_weights_are_never_read(folder: Path, read: Callable[[Path], Any
     for path in folder.glob("model*"):
         path.unlink()
     torch.save(small_model().state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin: is a pickle, which can run any code"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: is a pickle, which can run code"):
         read(folder)
 
 
@@ -202,7 +202,7 @@ def test_tensors_that_are_not_the_models_are_refused(folder: Path) -> None:
     shard = first_shard(folder)
     tensors = load_file(shard)
     save_file({**tensors, "model.more": torch.zeros(1)}, shard)
-    with pytest.raises(UserError, match=r"model.more: has no place in HyperMoE"):
+    with pytest.raises(UserError, match=r"model.more: is not part of a HyperMoE model"):
         read_model(folder)
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, shard)

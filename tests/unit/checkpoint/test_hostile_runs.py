@@ -37,12 +37,12 @@ def run(tmp_path: Path) -> RunFolder:
     ("changes", "says"),
     [
         ({"num_hidden_layers": 10**7}, r"num_hidden_layers=10000000: is more than 10,000"),
-        ({"num_hidden_layers": 9000}, r"holds weights of 3 layers, and config.json says num_hidden_layers=9000"),
+        ({"num_hidden_layers": 9000}, r"has weights of 3 layers, but config.json has num_hidden_layers=9000"),
         ({"vocab_size": 10**18}, r"vocab_size=10{18}: is more than"),
         ({"hidden_size": 2**36}, r"hidden_size=68719476736: too large"),
         ({"num_hidden_layers": "3"}, r"num_hidden_layers='3': is not valid"),
         ({"model_type": "llama"}, r"model_type='llama': is not a HyperMoE model"),
-        ({"adapter_size": 9}, r"is not a whole checkpoint of this run"),
+        ({"adapter_size": 9}, r"is not a complete checkpoint of this run"),
     ],
     ids=str,
 )

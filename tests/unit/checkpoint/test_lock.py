@@ -49,5 +49,5 @@ def test_a_second_process_is_refused_with_the_first_ones_name_until_that_is_kill
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^run.dir=.*file/run: cannot be written to \(.*\); choose another run.dir$"):
+    with pytest.raises(UserError, match=r"^run.dir=.*file/run: cannot be written \(.*\); choose another run.dir$"):
         RunLock(tmp_path / "file" / "run")

@@ -57,7 +57,7 @@ def test_the_tokenizer_of_the_first_launch_stays_the_runs(run: RunFolder, tmp_pa
     (other / "tokenizer.json").write_text("{}")
     for name, path in (("tokenizer.json", other), ("tokenizer.model", tmp_path / "tokenizer")):
         (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"other pieces")
-        with pytest.raises(UserError, match=rf"={path}: is another tokenizer than the run's, .* \({name} differs\);"):
+        with pytest.raises(UserError, match=rf"={path}: differs from the run's tokenizer, .* \({name} differs\);"):
             run.check_same_tokenizer(path)
         run.write_settings({}, {}, HyperMoEConfig(**FIELDS), path)
         assert [file.name for file in run.tokenizer.iterdir()] == ["tokenizer.model"]
@@ -90,7 +90,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_another_model_is_refused_by_the_name_of_the_field(
     run: RunFolder, field: str, value: object, there: object
 ) -> None:
-    expected = f"model.{field}={value!r}: {run.path} is the run of another model (there it is {there!r}); "
+    expected = f"model.{field}={value!r}: {run.path} has another model (there it is {there!r}); "
     with pytest.raises(UserError, match=re.escape(expected)):
         run.check_same_model(HyperMoEConfig(**{**FIELDS, field: value}))
 
@@ -99,7 +99,7 @@ def test_a_field_that_is_newer_than_a_checkpoint_is_not_compared_with_it(tmp_pat
     now = model_fields(HyperMoEConfig(**FIELDS))
     before = {key: value for key, value in now.items() if key != "router_dtype"}
     refuse_other_model(now, before, tmp_path)
-    with pytest.raises(UserError, match=r"model.num_experts=4: .* is the run of another model \(there it is 8\)"):
+    with pytest.raises(UserError, match=r"model.num_experts=4: .* has another model \(there it is 8\)"):
         refuse_other_model(now, {**before, "num_experts": 8}, tmp_path)
 
 

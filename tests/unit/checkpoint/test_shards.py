@@ -55,11 +55,11 @@ def test_any_range_is_read_whatever_the_cuts(tmp_path: Path, shards: int) -> Non
                 for stop in range(start, len(flat) + 1):
                     assert torch.equal(reader.read_range(name, start, stop), flat[start:stop])
                     assert torch.equal(reader.read_range(name, start, stop, "exp_avg"), 2 * flat[start:stop])
-        found = reader.beside_parameters(shards - 1, "random_state/cpu")
+        found = reader.extra_tensor(shards - 1, "random_state/cpu")
         assert found is not None
         assert torch.equal(found, torch.arange(9, dtype=torch.uint8))
-        assert reader.beside_parameters(shards, "random_state/cpu") is None
-        assert reader.beside_parameters(0, "random_state/cuda") is None
+        assert reader.extra_tensor(shards, "random_state/cpu") is None
+        assert reader.extra_tensor(0, "random_state/cuda") is None
 
 
 @pytest.mark.parametrize(("shard_bytes", "shards"), [(1, 3), (4 * 40, 2), (10**6, 1)])
@@ -83,7 +83,7 @@ def flip(path: Path, position: int) -> None:
 def test_a_flipped_bit_of_a_shard_is_found_by_its_hash_unless_told_otherwise(tmp_path: Path, position: int) -> None:
     cut_over(tmp_path, 2)
     flip(tmp_path / shard_name(1), position)
-    with pytest.raises(UserError, match=r"shard_00001.safetensors: is not what was written .*; choose another"):
+    with pytest.raises(UserError, match=r"shard_00001.safetensors: differs from what was written .*; choose another"):
         CheckpointReader(tmp_path)
     if position < 0:  # in the tensors
         CheckpointReader(tmp_path, "sizes")
@@ -114,7 +114,7 @@ def test_a_shard_that_does_not_hold_what_the_manifest_says_is_refused(
     manifest = Manifest.read(tmp_path)
     files = {shard_name(0): write_shard(tmp_path, 0, {name: tensor, "padding": torch.zeros(9)})}
     replace(manifest, files=files).write(tmp_path)
-    with pytest.raises(UserError, match=r"shard_00000.safetensors: does not hold weight/norm as \[5\] in fp32; choose"):
+    with pytest.raises(UserError, match=r"shard_00000.safetensors: does not have weight/norm as \[5\] in fp32; choose"):
         CheckpointReader(tmp_path)
 
 
@@ -211,19 +211,23 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("keys", "to", "says"),
     [
-        (["tensors", "norm", "shape"], [2**62, 2**62], "the ranges of 'norm' do not make up its shape"),
+        (["tensors", "norm", "shape"], [2**62, 2**62], "the ranges of 'norm' do not cover its shape"),
         (["tensors", "norm", "shape"], [5, -1], "tensors.norm.shape.1: Input should be greater than or equal to 0"),
         (["tensors", "norm", "shape"], "5", "tensors.norm.shape: Input should be a valid tuple"),
         (["tensors", "norm", "shape"], [5.0], "tensors.norm.shape.0: Input should be a valid integer"),
         (["tensors", "norm", "shape"], [True, 5], "tensors.norm.shape.0: Input should be a valid integer"),
-        (["tensors", "norm", "pieces"], [], "the ranges of 'norm' do not make up its shape"),
-        (["tensors", "norm", "pieces"], [[0, 0, 4]], "the ranges of 'norm' do not make up its shape"),
-        (["tensors", "norm", "pieces"], [[0, 0, 9], [1, 9, 1]], "the ranges of 'norm' do not make up its shape"),
-        (["tensors", "norm", "pieces"], [[0, 1, 5]], "the ranges of 'norm' do not make up its shape"),
-        (["tensors", "norm", "pieces"], [[0, 0, 3], [0, 3, 2]], "the ranges of 'norm' do not make up its shape"),
-        (["tensors", "norm", "pieces"], [[9, 0, 5]], "shard_00009.safetensors cannot hold the 40 bytes of its ranges"),
+        (["tensors", "norm", "pieces"], [], "the ranges of 'norm' do not cover its shape"),
+        (["tensors", "norm", "pieces"], [[0, 0, 4]], "the ranges of 'norm' do not cover its shape"),
+        (["tensors", "norm", "pieces"], [[0, 0, 9], [1, 9, 1]], "the ranges of 'norm' do not cover its shape"),
+        (["tensors", "norm", "pieces"], [[0, 1, 5]], "the ranges of 'norm' do not cover its shape"),
+        (["tensors", "norm", "pieces"], [[0, 0, 3], [0, 3, 2]], "the ranges of 'norm' do not cover its shape"),
+        (
+            ["tensors", "norm", "pieces"],
+            [[9, 0, 5]],
+            "shard_00009.safetensors is smaller than the 40 bytes of its ranges",
+        ),
         (["tensors", "norm", "pieces"], [[-1, 0, 5]], "tensors.norm.pieces.0.0: Input should be greater"),
-        (["tensors", "norm"], {"shape": [2**40], "pieces": [[0, 0, 2**40]]}, "shard_00000.safetensors cannot hold"),
+        (["tensors", "norm"], {"shape": [2**40], "pieces": [[0, 0, 2**40]]}, "shard_00000.safetensors is smaller than"),
         (["tensors"], [], "tensors: Input should be a valid dict"),
         (["tensors"], None, "it has other keys"),
         (["unknown"], 1, "it has other keys"),
@@ -239,7 +243,7 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
             r"files.../shard_00000.safetensors.\[key\]: String should match",
         ),
         (["files", "/etc/passwd"], FILE, r"files./etc/passwd.\[key\]: String should match"),
-        (["files", "shard_00000.safetensors", "bytes"], 3, "shard_00000.safetensors cannot hold"),
+        (["files", "shard_00000.safetensors", "bytes"], 3, "shard_00000.safetensors is smaller than"),
         (["files", "shard_00000.safetensors", "sha256"], "?", "sha256: String should match"),
     ],
 )
@@ -248,7 +252,7 @@ def test_a_manifest_that_contradicts_itself_is_refused_before_anything_is_alloca
 ) -> None:
     cut_over(tmp_path, 2)
     forge(tmp_path, *keys, to=to)
-    with pytest.raises(UserError, match=rf"manifest.json: describes no checkpoint \(.*{says}.*; choose another"):
+    with pytest.raises(UserError, match=rf"manifest.json: is not valid \(.*{says}.*; choose another"):
         CheckpointReader(tmp_path)
 
 

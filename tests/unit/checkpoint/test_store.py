@@ -80,7 +80,7 @@ def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path: Pat
         find_checkpoint(tmp_path, 15)
     with pytest.raises(UserError, match=r"choose a saved step: none$"):
         find_checkpoint(tmp_path / "none", 15)
-    with pytest.raises(UserError, match="none: holds no checkpoint; train first"):
+    with pytest.raises(UserError, match="none: has no checkpoint; train first"):
         find_checkpoint(tmp_path / "none", None)
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_in_the_way(tmp_path: Path) 
 def test_damaged_checkpoints_alone_are_no_fresh_start(tmp_path: Path, latest: str | None) -> None:
     make(tmp_path, 10, latest=latest)
     store.set_aside(tmp_path, 10)
-    with pytest.raises(UserError, match=r"holds damaged checkpoints alone \(step_00000010.damaged\); restore one, or"):
+    with pytest.raises(UserError, match=r"has only damaged checkpoints \(step_00000010.damaged\); restore one, or"):
         latest_step(tmp_path)
     make(tmp_path, 5, latest="step_00000005")
     assert latest_step(tmp_path) == 5

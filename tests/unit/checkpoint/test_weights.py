@@ -138,5 +138,5 @@ def test_a_damaged_file_is_refused_before_anything_is_read(tmp_path: Path) -> No
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:
     run, _ = saved_run(tmp_path)
     small(**overrides).save_pretrained(run.model)
-    with pytest.raises(UserError, match=rf"step_00000000: is not a whole checkpoint of this run \({says}.*; choose"):
+    with pytest.raises(UserError, match=rf"step_00000000: is not a complete checkpoint of this run \({says}.*; choose"):
         load_model(run)

@@ -260,7 +260,7 @@ def test_ranks_build_the_datasets_of_one_process(corpus: TokenisedCorpus, tmp_pa
 
 
 def test_a_rank_that_does_not_see_the_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:
-    """What a rank meets on a node whose disk does not hold what rank 0 wrote."""
+    """What a rank meets on a node whose disk does not have what rank 0 wrote."""
     context = get_context("fork")
     told: Any = context.SimpleQueue()
     store = tmp_path / "store"

@@ -108,7 +108,7 @@ def test_a_template_replaces_the_tokenizers_own(trained: Path, tmp_path: Path) -
         (b"{{ raise_exception('no') }}", r"cannot be rendered for a user's message \(no\)"),
         (b"{{ messages[0].content + 1 }}", "cannot be rendered"),
         (b"{{ messages.append(1) }}", "cannot be rendered"),
-        (b"", "leaves a user's message out"),
+        (b"", "omits the user's message"),
     ],
 )
 def test_a_template_that_does_not_render_a_message_is_refused(

@@ -113,13 +113,11 @@ def test_a_key_that_nobody_knows_is_not_dropped(tmp_path: Path) -> None:
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    expected = (
-        r"pytorch_model.bin: is a pickle, which can run any code when it is read; save the model as safetensors: "
-    )
+    expected = r"pytorch_model.bin: is a pickle, which can run code when it is read; save the model as safetensors: "
     with pytest.raises(UserError, match=expected):
         open_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match=r"holds no weights \(neither model.safetensors nor "):
+    with pytest.raises(UserError, match=r"has no weights \(neither model.safetensors nor "):
         open_folder(tmp_path)
 
 
@@ -127,8 +125,8 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
     ("damage", "says"),
     [
         ("missing", r"model.layers.1.block_sparse_moe.experts.5.w3.weight: is missing; copy"),
-        ("more", r"model.layers.0.self_attn.q_proj.bias: has no place in HyperMoE; choose"),
-        ("shape", r"model.norm.weight: is \[31\], by config.json it is \[32\]; correct"),
+        ("more", r"model.layers.0.self_attn.q_proj.bias: is not part of a HyperMoE model; choose"),
+        ("shape", r"model.norm.weight: is \[31\], but by config.json \[32\]; correct"),
         ("type", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
     ],
 )
@@ -179,7 +177,9 @@ def test_options_that_do_not_belong_to_the_folder_are_refused(tmp_path: Path) ->
     saved(their_model("llama"), tmp_path / "llama")
     with pytest.raises(UserError, match=r"model_type='llama': is dense; give --upcycle --experts N --top-k K"):
         open_folder(tmp_path / "llama")
-    with pytest.raises(UserError, match=r"hidden_size=5: is what the weights say; open are router_dtype, "):
+    with pytest.raises(
+        UserError, match=r"hidden_size=5: is determined by the weights; only these can be set: router_dtype, "
+    ):
         open_folder(tmp_path / "mixtral", fields={"hidden_size": 5})
     with pytest.raises(UserError, match=r"adapter_size=0: too small; give at least 1"):
         open_folder(tmp_path / "mixtral", fields={"adapter_size": 0})
@@ -191,5 +191,5 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None
         theirs.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
     saved(theirs, tmp_path)
     weights = open_folder(tmp_path, fields=SMALL_HYPER)
-    with pytest.raises(UserError, match=r"^model.layers.1.self_attn.q_proj.weight: holds NaN or Inf; "):
+    with pytest.raises(UserError, match=r"^model.layers.1.self_attn.q_proj.weight: has NaN or Inf; "):
         list(weights.tensors())

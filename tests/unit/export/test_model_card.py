@@ -39,7 +39,7 @@ def test_the_front_matter_and_the_numbers_are_those_of_the_model(preset: str) ->
     assert told["parameters"] == f"{counts.total:,}"
     assert told["active parameters per token"] == f"{counts.active:,}"
     assert told["of these hypernetwork and encoders"] == f"{counts.hypernetwork:,}"
-    assert told["experts"] == f"{config.num_experts} a layer, {config.num_experts_per_tok} for a token"
+    assert told["experts"] == f"{config.num_experts} per layer, {config.num_experts_per_tok} per token"
 
 
 def test_training_is_told_as_far_as_it_is_known() -> None:

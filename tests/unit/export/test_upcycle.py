@@ -116,7 +116,7 @@ def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp
         ((8, 2, 4), r"--top-k=2: is not a multiple of --granularity=4"),
         ((4, 2, 1, -0.5), r"--noise=-0.5: is not a number of standard deviations"),
         ((4, 2, 1, float("nan")), r"--noise=nan: is not a number of standard deviations"),
-        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: is not a spread of a router.s logits; give more than 0"),
+        ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: is not a standard deviation; give more than 0"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(numbers: tuple[Any, ...], says: str) -> None:
@@ -131,5 +131,5 @@ def test_slices_that_do_not_divide_the_mlp_are_refused(tmp_path: Path) -> None:
 
 def test_what_has_experts_already_is_not_upcycled(tmp_path: Path) -> None:
     theirs = their_model("mixtral", num_local_experts=2)
-    with pytest.raises(UserError, match=r"--upcycle: .* has experts already \(model_type='mixtral'\); leave it out"):
+    with pytest.raises(UserError, match=r"--upcycle: .* has experts already \(model_type='mixtral'\); remove it"):
         upcycled(theirs, tmp_path, 2, 1)

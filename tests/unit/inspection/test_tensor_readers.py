@@ -82,7 +82,7 @@ def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path:
             assert source.provenance.step == (step or 5)
             assert source.provenance.kind == "run folder"
     check_step(3, [tmp_path, run])
-    with pytest.raises(UserError, match="--step=3: only a run folder has steps and none is given; leave it out"):
+    with pytest.raises(UserError, match="--step=3: only a run folder has steps and none is given; remove it"):
         check_step(3, [tmp_path])
     with pytest.raises(UserError, match="does not exist"):
         open_tensor_reader(run, 4)
@@ -104,7 +104,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_a_line_that_names_the_file(tmp
         open_tensor_reader(tmp_path)
     for path in tmp_path.glob("*.safetensors*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"holds no weights \(neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"has no weights \(neither model.safetensors nor"):
         open_tensor_reader(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: cannot be read"):
