@@ -103,7 +103,7 @@ class Upcycling:
         return self._copies(name, whole_DF.T).transpose(1, 2)
 
     def router(self, name: str, config: HyperMoEConfig) -> Tensor:
-        """Make the router's weight [N, D]: small and random, and equal for the experts that make up the MLP together."""
+        """Make the router's weight [N, D]: small and random, and equal for experts that form the MLP together."""
         std = config.initializer_range
         if self.router_std is not None or self.top_k == 1:
             std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / config.hidden_size**0.5

@@ -1,4 +1,4 @@
-"""Print what a run does, for the person who watches it."""
+"""Print the progress of a run on the console."""
 
 import logging
 import math
@@ -25,21 +25,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OURS = Path(__file__).parents[1]
-_COLUMNS = 120  # of text that goes to a file
-_LONG_SECONDS = 30  # after which long work gets a line of its own if no status line shows it
+_COLUMNS = 120  # width of output to a file
+_LONG_SECONDS = 30  # without a status line, work that takes longer is logged
 _PARTS_OF_A_STEP = ("beginning", "forward and backward")
 _WARNING = "warning: "
 
 
 class Console:
-    """Print lines on rank 0, and on a terminal keep a status line below them.
+    """Print lines on rank 0 and, on a terminal, a status line below them.
 
-    As a context manager it also prints messages and warnings of this package, and keeps the status line; nothing of it
-    waits for a device.
+    As a context manager it also prints the messages and warnings of this package. It never waits for a device.
 
     Args:
         rank: this rank.
-        out: where lines are printed; None takes stdout.
+        out: output stream; None takes stdout.
     """
 
     def __init__(self, rank: int, out: TextIO | None = None) -> None:
@@ -48,23 +47,23 @@ class Console:
         self._is_terminal = self._out.isatty()
         width = None if self._is_terminal else _COLUMNS
         self._rich = _Rich(file=self._out, force_terminal=self._is_terminal, width=width)
-        self._lock = RLock()  # checkpoints are written, and logged, by a thread of their own
+        self._lock = RLock()  # a background thread writes checkpoints and logs them
         self._layers = LayerMessages()
         self._status = _Status()
         self._printed = time.monotonic()
 
     def log(self, line: str) -> None:
-        """Print one line; ignore a closed stdout, as after a killed launcher."""
+        """Print one line; ignore a closed stdout, for example after the launcher was killed."""
         with self._lock:
             for message in (*self._layers.take(), line):
                 self._print(Text(message, "bold yellow" if message.startswith(_WARNING) else ""))
 
     def table(self, rows: Sequence[tuple[str, str]], wrap: bool = True) -> None:
-        """Print rows of a name and a text in two columns.
+        """Print rows with a name and a text in two columns.
 
         Args:
             rows: the rows; a row without a name continues the one above it.
-            wrap: break long texts; commands that are to be copied are not broken.
+            wrap: wrap long texts; false for commands that users copy.
         """
         indent = max(len(name) for name, _ in rows) + 2
         with self._lock:
@@ -74,16 +73,16 @@ class Console:
                     self._print(Text.assemble((f"{'' if number else name:<{indent}}", "bold"), line))
 
     def progress(self, steps: int, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
-        """Show what a step of the run does; without a terminal, print a line now and then for other work than steps.
+        """Show the current part of a step; without a terminal, log long work other than training every 30 s.
 
         Args:
             steps: length of the run.
             step: the step.
-            doing: what is done in it.
-            done: how many parts of that, such as batches of a validation, are done.
-            total: how many there are, if that is known.
+            doing: the part of the step.
+            done: items of the part that are done, such as validation batches.
+            total: number of items, if known.
         """
-        if not self._prints or doing == "waiting for data":  # part of whatever the data are for
+        if not self._prints or doing == "waiting for data":  # a part of training or validation
             return
         is_part = doing in _PARTS_OF_A_STEP
         part = f" {done:,}/{total:,}" if total else f" {done:,}" if done else ""
@@ -95,7 +94,7 @@ class Console:
 
     @contextmanager
     def phase(self, doing: str) -> Iterator[None]:
-        """Show what is done inside; without a terminal, print one line if it takes more than 30 s."""
+        """Show the work inside; without a terminal, print one line if it takes more than 30 s."""
         self._status.text = doing
         timer = Timer(_LONG_SECONDS, self.log, [f"{doing} ..."])
         timer.daemon = True
@@ -121,7 +120,7 @@ class Console:
             warnings.showwarning = self._warn
             if self._is_terminal:
                 self._live.start()
-                self._rich.show_cursor(True)  # a killed rank could not show it again
+                self._rich.show_cursor(True)  # a rank that is killed cannot restore it
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -133,7 +132,7 @@ class Console:
                 self._print(Text(message))
 
     def message(self, record: logging.LogRecord) -> None:
-        """Print a message of this package; those of several layers are collected until another line is printed."""
+        """Print a message of this package. Messages of several layers are collected until another line is printed."""
         line = record.getMessage()
         with self._lock:
             if record.levelno < logging.WARNING and self._layers.add(line):
@@ -162,20 +161,20 @@ class Console:
         try:
             self._rich.print(text, soft_wrap=True)
             self._out.flush()
-        except OSError:  # the run continues, or saves and ends
+        except OSError:  # the run continues, or saves and stops
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
 class _Rich(rich.console.Console):
-    """A console of rich's that does not end the process when its other end is closed."""
+    """A rich console that does not exit the process when the output is closed."""
 
     def on_broken_pipe(self) -> None:
-        """Raise the error on."""
+        """Re-raise the error."""
         raise  # noqa: PLE0704 (called in an except block)
 
 
 class _ToConsole(logging.Handler):
-    """Hand messages to a console."""
+    """Forward log messages to a console."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -187,44 +186,44 @@ class _ToConsole(logging.Handler):
 
 
 class _Status:
-    """The status line: what is done, and in a run its step and the time left at the pace since the launch."""
+    """The status line: current work and, in training, the step and the time left at the average pace."""
 
     def __init__(self) -> None:
         self.text = ""
         self._steps = self._step = 0
-        self._first: tuple[float, int] | None = None  # when the first step was seen, and which one it was
+        self._first: tuple[float, int] | None = None  # time and number of the first step
         self._spinner = Spinner("dots")
 
     def show(self, steps: int, step: int, text: str) -> None:
-        """Note where the run is."""
-        if self._first is None or step <= self._first[1]:  # the first step is slower than the others
+        """Set the position of the run."""
+        if self._first is None or step <= self._first[1]:  # not counted, because it is slower than the others
             self._first = (time.monotonic(), step)
         self._steps, self._step, self.text = steps, step, text
 
     def __rich__(self) -> Spinner | Text:
-        """Return the line as it is now; empty if nothing is done that is worth one."""
+        """Return the current line; empty without current work."""
         if not self.text:
             return Text("")
         parts = [self.text]
         if self._first is not None:
             parts.insert(0, f"step {self._step:,}/{self._steps:,}  {self._step / self._steps:.0%}")
-            taken = self._step - self._first[1]
-            if taken > 0:
-                pace = (time.monotonic() - self._first[0]) / taken
+            steps = self._step - self._first[1]
+            if steps > 0:
+                pace = (time.monotonic() - self._first[0]) / steps
                 parts.append(f"left {duration(pace * max(self._steps - self._step, 0))}")
         self._spinner.update(text=Text("  ".join(parts), "dim"))
         return self._spinner
 
 
 def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left: float, load_MN: "Tensor") -> str:
-    """Return the console's line of one logged step; its columns keep their places over a run.
+    """Format the line of a logged step, with the same columns in every step.
 
     Args:
         step: optimizer step, counted from 1.
         steps: length of the run.
-        scalars: metrics of the step by their keys; those that are missing have no column.
-        seconds_left: until the end of the run.
-        load_MN: share of each MoE layer's routed rows that each expert received; without a row there is no column.
+        scalars: metrics of the step by key; missing metrics have no column.
+        seconds_left: time until the end of the run.
+        load_MN: share of each MoE layer's routed rows that each expert received; empty for a dense model.
     """
     width = len(f"{steps:,}")
     parts = [time.strftime("%H:%M:%S"), f"step {step:>{width},}/{steps:,}", f"loss {scalars['loss']:7.4f}"]
@@ -240,20 +239,20 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left:
 
 
 def validation_lines(step: int, steps: int, values: Mapping[str, float]) -> list[str]:
-    """Return the console's lines of one validation: one for each dataset, and one for several together.
+    """Format the lines of a validation: one per dataset, and one for all if there are several.
 
     Args:
         step: optimizer step, counted from 1.
         steps: length of the run.
-        values: metrics of the validation by their keys.
+        values: metrics of the validation by key.
     """
     names = [key.removeprefix("valid_loss/") for key in values if key.startswith("valid_loss/")]
     rows = [(name, f"/{name}") for name in names] + [("all", "")] * (len(names) != 1)
-    place = f"step {step:>{len(f'{steps:,}')},}/{steps:,}"
+    position = f"step {step:>{len(f'{steps:,}')},}/{steps:,}"
     column = max(len(name) for name, _ in rows)
     now = time.strftime("%H:%M:%S")
     return [
-        "  ".join([now, place, f"valid {name:<{column}}", *_columns(_VALIDATION_COLUMNS, values, item)])
+        "  ".join([now, position, f"valid {name:<{column}}", *_columns(_VALIDATION_COLUMNS, values, item)])
         for name, item in rows
     ]
 
@@ -262,12 +261,12 @@ Columns = Sequence[tuple[str, Callable[[float], str]]]
 
 
 def _columns(columns: Columns, values: Mapping[str, float], item: str = "") -> list[str]:
-    """Return the text of each metric that there is a value of."""
+    """Format the metrics that have a value."""
     return [show(values[f"{metric}{item}"]) for metric, show in columns if f"{metric}{item}" in values]
 
 
 def _fixed(value: float) -> str:
-    """Return a number of any size in at most 8 characters."""
+    """Format a number of any size in at most 8 characters."""
     return f"{value:.3f}" if not math.isfinite(value) or value < 1000 else f"{value:.2e}"
 
 

@@ -1,4 +1,4 @@
-"""RUN_DIR/csv: one table of the training metrics and one of the validations, each one row a record."""
+"""Write RUN_DIR/csv: a table of training metrics and one of validations, with a row per record."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from hypermoe_ds.files import write_whole
 
 
 class CsvTable:
-    """A CSV file with the columns `step`, `time` and one a metric; a metric that a record lacks has an empty cell.
+    """A CSV file with the columns `step`, `time` and one per metric; missing metrics are empty cells.
 
     Args:
         path: where it is.
@@ -20,7 +20,7 @@ class CsvTable:
         self._columns: list[str] = []
 
     def drop_after(self, step: int) -> None:
-        """Remove rows of steps that a resumed run takes again, and rows that are damaged or cut off."""
+        """Remove rows of steps that a resumed run repeats, and damaged or truncated rows."""
         if not self._path.exists():
             return
         first, *lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
@@ -28,13 +28,13 @@ class CsvTable:
             self._path.unlink()
             return
         [self._columns] = csv.reader([first])
-        # Not by a CSV reader, which fails on damaged files: bytes of no encoding, fields of megabytes.
+        # A CSV reader would fail on damaged files, with undecodable bytes or fields of megabytes.
         rows = (line.split(",") for line in lines)
         columns = len(self._columns)
         self._rewrite(row for row in rows if len(row) == columns and row[0].isdecimal() and int(row[0]) <= step)
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Add one row; columns that are new are added to the header, in an atomic rewrite of the file."""
+        """Append a row; new columns are added to the header by an atomic rewrite of the file."""
         missing = [key for key in record if key not in self._columns]
         if missing:
             rows = self._rows() if self._columns else []

@@ -1,4 +1,4 @@
-"""Model FLOPs of training, and the peak of GPU types."""
+"""Compute model FLOPs of training and look up the peak of GPU types."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from hypermoe_ds.modeling import HyperMoEConfig
 
 _BACKWARD_AND_FORWARD = 3  # the backward pass takes twice the forward pass; recomputation is not counted
 
-# Dense peak TFLOP/s in 16 bits and in fp32 (TF32 is not used), from the vendors' data sheets. A name is looked for in
-# that of the device, longer ones first.
+# Dense peak TFLOP/s in 16 bits and in fp32 (TF32 is not used), from the vendors' data sheets. The longest key that is
+# part of the device name applies.
 _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "V100": (125, 15.7),
@@ -27,7 +27,7 @@ _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "H200": (989.4, 66.9),
         "H200 NVL": (836, 60),
         "B200": (2250, 75),
-        "MI250X": (191.5, 23.9),  # of each of the two devices on it
+        "MI250X": (191.5, 23.9),  # each of its two devices
         "MI300X": (1307.4, 163.4),
     }
 )
@@ -35,7 +35,7 @@ _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Turn tokens per second into FLOP/s and their share of the peak.
+    """Convert tokens per second to FLOP/s and to a share of the peak.
 
     Attributes:
         per_token: FLOPs of training on one token.

@@ -1,4 +1,4 @@
-"""Messages of several layers as one."""
+"""Join messages of several layers."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,25 +11,25 @@ class LayerMessages:
     """Collect messages that differ only in their numbers; the first number is the layer's."""
 
     def __init__(self) -> None:
-        self._held: dict[str, list[list[int]]] = {}
+        self._messages: dict[str, list[list[int]]] = {}
 
     def add(self, message: str) -> bool:
-        """Take a message; returns whether it is one of a layer (`... layer 3: ...`)."""
+        """Add a message and return whether it is about a layer (`... layer 3: ...`); others are not kept."""
         if _OF_A_LAYER.fullmatch(message) is None:
             return False
         numbers = [int(number) for number in _NUMBER.findall(message)]
-        self._held.setdefault(_NUMBER.sub("{}", message), []).append(numbers)
+        self._messages.setdefault(_NUMBER.sub("{}", message), []).append(numbers)
         return True
 
     def take(self) -> list[str]:
-        """Return the messages taken so far, those of several layers as one; none of them is kept."""
-        messages = [_fold(template, rows) for template, rows in self._held.items()]
-        self._held.clear()
+        """Return the joined messages and forget them."""
+        messages = [_fold(template, rows) for template, rows in self._messages.items()]
+        self._messages.clear()
         return messages
 
 
 def _fold(template: str, rows: Sequence[Sequence[int]]) -> str:
-    """Fill the layers into the first place of a template, and the range of each further number into the next."""
+    """Fill a template with the layers and the ranges of the other numbers."""
     if len(rows) > 1:
         template = template.replace("layer {}", "layers {}", 1)
     layers, *others = zip(*rows, strict=True)
@@ -38,7 +38,7 @@ def _fold(template: str, rows: Sequence[Sequence[int]]) -> str:
 
 
 def _spans(numbers: Iterable[int]) -> str:
-    """Return numbers as ranges: 0-3, 5."""
+    """Format numbers as ranges: 0-3, 5."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and number == spans[-1][1] + 1:

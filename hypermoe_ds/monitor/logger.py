@@ -15,7 +15,7 @@ from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.tensorboard import TensorBoard
 from hypermoe_ds.monitor.weights_and_biases import WeightsAndBiases
 
-_VALIDATION = "valid_loss"  # a record of a validation holds it
+_VALIDATION = "valid_loss"  # in every record of a validation
 _LOAD_DIGITS = 5
 
 
@@ -47,7 +47,7 @@ class MetricLogger:
             self._open(config)
         except OSError as error:
             where, problem = str(error.filename or run_dir), f"cannot be read or written ({error.strerror})"
-            raise UserError(where, problem, "move it away, or make it writable") from None
+            raise UserError(where, problem, "move it or make it writable") from None
         if config.wandb_project is not None:
             self._wandb = WeightsAndBiases(config.wandb_project, run_dir)
 
@@ -91,7 +91,7 @@ class MetricLogger:
             self._wandb.metrics(step, values, loads)
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Log prompts and what the model continued each one with.
+        """Log prompts with their continuations by the model.
 
         Raises:
             MachineError: the disk is full or fails.
@@ -108,7 +108,7 @@ class MetricLogger:
             self._wandb.samples(step, samples)
 
     def log_launch(self, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-        """Log what this launch runs: the resolved recipe, and git commit and package versions.
+        """Log the resolved recipe, git commit and package versions of this launch.
 
         Raises:
             MachineError: the disk is full or fails.

@@ -1,4 +1,4 @@
-"""Losses of all steps between two records."""
+"""Average the losses of all steps between two log records."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _LOSSES = {"loss": "lm_loss", "total_loss": "loss", "aux_loss": "aux_loss", "z_l
 
 
 class LossMeter:
-    """Add up the losses of every micro-batch, without a synchronisation until `read`."""
+    """Sum the losses of every micro-batch, without a synchronisation until `read`."""
 
     def __init__(self) -> None:
         self._names: list[str] = []

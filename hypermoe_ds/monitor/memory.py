@@ -1,4 +1,4 @@
-"""Memory in use."""
+"""Measure memory in use."""
 
 import resource
 
@@ -15,7 +15,7 @@ class MemoryMeter:
     def read(self) -> dict[str, float]:
         """Return the memory since the last call and its peak since the first one (collective).
 
-        Of a GPU in tensors, and held by PyTorch's allocator. Without one the peak of resident memory alone.
+        With a GPU: memory allocated for tensors and reserved by PyTorch. Without: only the peak of resident memory.
         """
         if torch.cuda.is_available():
             names = ["memory_allocated_gib", "memory_reserved_gib"]

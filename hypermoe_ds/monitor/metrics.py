@@ -1,4 +1,4 @@
-"""Every metric of a run: its name, unit, page, meaning, and when to worry about it."""
+"""All metrics of a run: name, unit, page, meaning, when a value is bad and what to do then."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -27,14 +27,14 @@ class Metric(NamedTuple):
     """One metric.
 
     Attributes:
-        name: key in metrics.jsonl; with `by`, one key an item: `NAME/moe_layer_0`, `NAME/DATASET`, `NAME/experts`.
+        name: key in metrics.jsonl; with `by`, one key per item: `NAME/moe_layer_0`, `NAME/DATASET`, `NAME/experts`.
         unit: unit of the value; "" for a count or a ratio.
-        page: where dashboards show it.
+        page: page of dashboards that shows it.
         meaning: what it measures.
-        bad: what calls for action, after the words "bad if it"; "" if nothing does.
-        remedy: what to do then.
-        by: what there is one value of: MoE layer, dataset, group of parameters or part of a step.
-        total: whether there is also a value over all items, under `name` itself.
+        bad: completes "bad if it ..."; "" if no value is bad.
+        remedy: what to do in that case.
+        by: what has its own value: MoE layer, dataset, group of parameters or part of a step.
+        total: whether there is also a value over all items, under `name`.
     """
 
     name: str
@@ -56,7 +56,7 @@ METRICS: tuple[Metric, ...] = (
         "rises for hundreds of steps, or is null (NaN)",
         "lower optimizer.lr, lengthen schedule.warmup_steps, or skip the samples that a warning names",
     ),
-    Metric("total_loss", "nats/token", "loss", "what is minimised: loss plus the weighted routing losses"),
+    Metric("total_loss", "nats/token", "loss", "the minimised loss: loss plus the weighted routing losses"),
     Metric(
         "aux_loss",
         "",
@@ -117,7 +117,7 @@ METRICS: tuple[Metric, ...] = (
         "optimization",
         "factor of the fp16 loss; absent in bf16 and fp32",
         "falls below 1",
-        "take train.precision=bf16",
+        "use train.precision=bf16",
     ),
     Metric(
         "skipped_steps",
@@ -177,13 +177,13 @@ METRICS: tuple[Metric, ...] = (
         "consumed_samples",
         "samples",
         "data",
-        "place in the order of the training samples: trained on, and skipped by train.skip_samples",
+        "position in the order of the training samples, including samples skipped by train.skip_samples",
     ),
     Metric(
         "consumed_tokens",
         "tokens",
         "data",
-        "tokens of the steps since step 0, those of steps skipped for a NaN included; in total and by dataset",
+        "tokens of all steps, including steps skipped for a NaN; in total and by dataset",
         by="dataset",
     ),
     Metric(
@@ -302,7 +302,7 @@ def metric_of(key: str) -> Metric | None:
 
 
 def metrics_tables() -> str:
-    """Return every metric in Markdown, with one heading and one table a page."""
+    """Return all metrics in Markdown, with a heading and a table per page."""
     return "\n".join(_table(page, title) for page, title in PAGES.items())
 
 

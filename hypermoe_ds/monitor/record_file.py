@@ -1,4 +1,4 @@
-"""A file of one JSON object a line, each with a step: RUN_DIR/metrics.jsonl and RUN_DIR/samples.jsonl."""
+"""Write files with one JSON object per line, each with a step: RUN_DIR/metrics.jsonl and RUN_DIR/samples.jsonl."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from hypermoe_ds.monitor.summary import iterate_records
 
 
 class RecordFile:
-    """Append records, and drop those of steps that a resumed run takes again.
+    """Append records, and drop those of steps that a resumed run repeats.
 
     Attributes:
         path: where it is.
@@ -28,7 +28,7 @@ class RecordFile:
         write_lines(self.path, (f"{json.dumps(record)}\n" for record in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record, flushed; NaN and infinity, which JSON does not have, become null."""
+        """Append a record and flush it; NaN and infinity, which JSON lacks, become null."""
         finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")

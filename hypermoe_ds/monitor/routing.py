@@ -1,4 +1,4 @@
-"""Routing statistics of one optimizer step, over all micro-batches and ranks.
+"""Compute routing statistics of an optimizer step over all micro-batches and ranks.
 
 Shape legend: T tokens, N experts, K experts of a token, M MoE layers.
 """
@@ -19,7 +19,7 @@ class StepStatistics:
     """Routing of one step, over its micro-batches and ranks.
 
     Attributes:
-        scalars: name to value, as they go to the log.
+        scalars: metrics by key.
         load_MN: share of each MoE layer's routed rows that each expert received.
     """
 
@@ -28,7 +28,7 @@ class StepStatistics:
 
 
 class StepMeter:
-    """Add up the routing of a step's micro-batches, without a synchronisation until `read`.
+    """Sum the routing statistics of a step's micro-batches, without a synchronisation until `read`.
 
     Args:
         num_experts: N.
@@ -40,7 +40,7 @@ class StepMeter:
         self._has_hyper_experts = False
 
     def add(self, output: Any) -> None:
-        """Take the output of one forward pass made with `output_router_logits`."""
+        """Add the output of a forward pass with `output_router_logits`."""
         layers = len(output.router_logits)
         self._has_hyper_experts = output.branch_norms is not None
         norms = output.branch_norms or [output.loss.new_ones(2)] * layers
@@ -59,7 +59,7 @@ class StepMeter:
         )
 
     def read(self) -> StepStatistics:
-        """Average over micro-batches and ranks (collective) and start anew; a dense model has no statistics."""
+        """Return averages over micro-batches and ranks since the last call (collective); empty for a dense model."""
         if not self._rows:
             return StepStatistics({}, torch.empty(0, self._num_experts))
         mean = torch.stack(self._rows).view(-1, self._layers, 3 + self._num_experts).mean(0)
@@ -86,7 +86,7 @@ class StepMeter:
 
 
 def count_distinct(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """The number of distinct selections, exactly and without a synchronisation, unlike `torch.unique`.
+    """Count the distinct selections exactly and, unlike `torch.unique`, without a synchronisation.
 
     Args:
         selected_TK: expert indices, T > 0.

@@ -1,4 +1,4 @@
-"""Keep the screen for the run's own lines: send what libraries print to a log file of the rank."""
+"""Redirect the output of libraries to a log file per rank, so that the screen has only the run's own lines."""
 
 import faulthandler
 import logging
@@ -19,13 +19,13 @@ _VARIABLE = "HYPERMOE_LOG_LEVEL"
 
 @dataclass(frozen=True)
 class Screen:
-    """Where a rank prints for its user.
+    """Output streams of a rank.
 
     Attributes:
-        out: stdout as the rank was launched with it.
-        err: stderr as the rank was launched with it.
-        log: file that everything else goes to; None if nothing is redirected.
-        level: level from which on libraries log, for `logging`.
+        out: the original stdout of the rank.
+        err: the original stderr of the rank.
+        log: file for all other output; None if nothing is redirected.
+        level: log level of libraries.
     """
 
     out: TextIO
@@ -38,17 +38,17 @@ def take_launchers_screen() -> None:
     """Print to the screen of launch/local.sh, which sends the output of DeepSpeed's launcher to a file."""
     folder = os.environ.get("HYPERMOE_SCREEN")
     for number, kept in ((1, 3), (2, 4)) if folder else ():
-        with suppress(OSError):  # not a file, pipe or terminal: the launcher's file is what is left
+        with suppress(OSError):  # not a file, pipe or terminal: keep the launcher's file
             screen = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
             os.dup2(screen, number)
             os.close(screen)
 
 
 def log_level(verbose: bool) -> str | None:
-    """Return the level from which on libraries log to the screen, for `logging`; None if they do not.
+    """Return the log level of libraries on the screen; None if they do not log there.
 
     Args:
-        verbose: whether the user asks for their output; the environment variable HYPERMOE_LOG_LEVEL asks too.
+        verbose: whether `--verbose` is given; HYPERMOE_LOG_LEVEL takes precedence.
 
     Raises:
         UserError: HYPERMOE_LOG_LEVEL is not a level.
@@ -60,11 +60,11 @@ def log_level(verbose: bool) -> str | None:
 
 
 def open_screen(run_dir: Path, level: str | None) -> Screen:
-    """Redirect stdout and stderr, those of C++ libraries too, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
+    """Redirect stdout and stderr, also of C++ libraries, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
 
     Args:
         run_dir: the run folder; made if it is missing.
-        level: level from which on libraries log to the screen; nothing is redirected then. None: only to the file.
+        level: log level of libraries on the screen, without redirection; None redirects them to the file.
 
     Raises:
         UserError: the file cannot be written.
@@ -79,7 +79,7 @@ def open_screen(run_dir: Path, level: str | None) -> Screen:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
         raise UserError(
-            f"run.dir={run_dir}", f"cannot be written to ({error.strerror})", "choose another run.dir"
+            f"run.dir={run_dir}", f"cannot be written ({error.strerror})", "choose another run.dir"
         ) from None
     sys.stdout.flush()
     sys.stderr.flush()
@@ -90,6 +90,6 @@ def open_screen(run_dir: Path, level: str | None) -> Screen:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"\n=== launch of {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}")
-    faulthandler.enable()  # where a rank was when a signal such as SIGSEGV killed it
+    faulthandler.enable()  # writes the stacks if a signal such as SIGSEGV kills the rank
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return Screen(out, err, log, "INFO")

@@ -1,4 +1,4 @@
-"""Settings of the logs."""
+"""Settings of the section `monitor`."""
 
 from importlib.util import find_spec
 from typing import Annotated
@@ -10,7 +10,7 @@ from hypermoe_ds.errors import UserError
 
 
 class MonitorConfig(Settings):
-    """What is logged, and how often."""
+    """What to log and how often."""
 
     interval: int = Field(10, ge=1, le=LARGEST_COUNT, description="steps between two log lines")
     norms_interval: int | None = Field(
@@ -35,7 +35,7 @@ class MonitorConfig(Settings):
         max_length=2,
         description="`[first, last]`, steps that torch's profiler traces into RUN_DIR/profile; null traces none",
     )
-    profile_ranks: list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]] = Field([0], description="ranks that are traced")
+    profile_ranks: list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]] = Field([0], description="ranks to trace")
     memory_snapshot: bool = Field(False, description="write a CUDA memory snapshot of the profiled steps too")
 
     def check(self) -> None:
@@ -48,7 +48,7 @@ class MonitorConfig(Settings):
             raise UserError(f"monitor.profile_steps={self.profile_steps}", "ends before it begins", "give first, last")
         if self.memory_snapshot and self.profile_steps is None:
             remedy = "give monitor.profile_steps too"
-            raise UserError("monitor.memory_snapshot=true", "is of the profiled steps, and there are none", remedy)
+            raise UserError("monitor.memory_snapshot=true", "needs profiled steps, and there are none", remedy)
         if self.wandb_project is not None and find_spec("wandb") is None:
             where = f"monitor.wandb_project={self.wandb_project}"
-            raise UserError(where, "the package wandb is not installed", "pip install wandb, or leave this setting out")
+            raise UserError(where, "the package wandb is not installed", "pip install wandb, or remove this setting")

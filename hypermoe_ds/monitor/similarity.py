@@ -1,4 +1,4 @@
-"""How alike the HyperExperts of different selections are."""
+"""Measure the similarity between the HyperExperts of different selections."""
 
 import math
 import random
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork
 
-_SAMPLE = 16  # selections that are compared
+_SAMPLE = 16  # number of selections to compare
 
 
 def sample_selections(num_experts: int, size: int) -> list[tuple[int, ...]]:
@@ -27,12 +27,12 @@ def sample_selections(num_experts: int, size: int) -> list[tuple[int, ...]]:
 def hyper_expert_similarity(branches: list[HyperExperts], hypernetwork: HyperNetwork, top_k: int) -> dict[str, float]:
     """Return `hyper_expert_similarity/moe_layer_I`: the mean cosine between generated weights of different selections.
 
-    It compares the down and up matrices of each HyperExpert as one vector. All ranks call it alike, since the
-    parameters of the hypernetwork may be sharded. Where only one selection exists there is nothing to compare.
+    The down and up matrices of a HyperExpert are compared as one vector. All ranks must call it, because the parameters
+    of the hypernetwork may be sharded. If there is only one selection, the result is empty.
 
     Args:
         branches: the HyperExperts of all MoE layers.
-        hypernetwork: the one they share.
+        hypernetwork: the hypernetwork that they share.
         top_k: K.
     """
     selections = sample_selections(branches[0].num_experts, branches[0].set_size(top_k))
@@ -43,7 +43,7 @@ def hyper_expert_similarity(branches: list[HyperExperts], hypernetwork: HyperNet
 
 
 def _generate(branch: HyperExperts, hypernetwork: HyperNetwork, selections: list[tuple[int, ...]]) -> Tensor:
-    """The generated weights of one layer, [U, 2 * D * A]."""
+    """Generate the weights of one layer, [U, 2 * D * A]."""
     device = next(hypernetwork.parameters()).device
     z_UH = branch.encoder(torch.tensor(selections, device=device))
     layer_U = torch.full((len(selections),), branch.layer_index, device=device)
@@ -52,7 +52,7 @@ def _generate(branch: HyperExperts, hypernetwork: HyperNetwork, selections: list
 
 
 def _mean_cosine(vectors_UW: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different rows: the square of the sum of unit vectors holds each pair twice."""
+    """Return the mean cosine over all pairs of rows; the squared sum of unit vectors has each pair twice."""
     unit_UW = torch.nn.functional.normalize(vectors_UW, dim=1)
     count = len(unit_UW)
     return (unit_UW.sum(0).square().sum() - unit_UW.square().sum()) / (count * (count - 1))

@@ -1,4 +1,4 @@
-"""What a run reached, read from its metrics."""
+"""Summarise a run from its metrics."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
 
-_LOSSES = (int, float, type(None))  # null: no finite number
+_LOSSES = (int, float, type(None))  # null: not finite
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RunSummary:
 
 
 def json_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file that has one a line; skip damaged lines, such as the last one of a killed run."""
+    """Yield the JSON objects of a file, one per line; skip damaged lines, such as the last one of a killed run."""
     with path.open("rb") as file:
         for line in file:
             with suppress(ValueError):
@@ -53,7 +53,7 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
 
 
 def validation_at(metrics: Path, step: int) -> float | None:
-    """Validation loss of the weights after `step`, in nats per token; None where there was no validation."""
+    """Return the validation loss after `step` in nats per token; None if that step was not validated."""
     if not metrics.is_file():
         return None
     losses = [
@@ -69,7 +69,7 @@ def summarize(metrics: Path) -> RunSummary:
         UserError: it is missing, or holds no validation or no step.
     """
     if not metrics.is_file():
-        raise UserError(str(metrics), "no such file", "give the run folder of a run that has trained")
+        raise UserError(str(metrics), "no such file", "give the folder of a run that has trained")
     records = read_records(metrics)
     steps = [
         record
@@ -78,7 +78,7 @@ def summarize(metrics: Path) -> RunSummary:
     ]
     losses = [record["valid_loss"] for record in records if type(record.get("valid_loss", "")) in _LOSSES]
     if not steps or not losses:
-        raise UserError(str(metrics), "holds no step or no validation", "train with data.valid to the end")
+        raise UserError(str(metrics), "has no step or no validation", "train with data.valid to the end")
     return RunSummary(
         step=steps[-1]["step"],
         consumed_samples=steps[-1]["consumed_samples"],

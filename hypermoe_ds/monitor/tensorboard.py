@@ -1,4 +1,4 @@
-"""RUN_DIR/tensorboard: one group of charts a page, one chart a metric with its layers, datasets or groups as lines."""
+"""Write RUN_DIR/tensorboard: a group of charts per page, a chart per metric with its layers or datasets as lines."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hypermoe_ds.monitor.metrics import PAGES, metric_of
 
-_PIXELS = 8  # edge of the square of one expert in the image of the loads
+_PIXELS = 8  # edge of an expert's square in the image of loads
 _OTHER = f"{len(PAGES) + 1}_other"
-_BRIGHTEST = 2.0  # load / mean load that is drawn white; 1 is mid grey
+_BRIGHTEST = 2.0  # load / mean load that is white; 1 is grey
 
 
 class TensorBoard:
-    """Write event files that TensorBoard shows in the order of the pages.
+    """Write event files in which TensorBoard shows the pages in order.
 
     TensorBoard draws one line a run and sorts groups by name. So groups are numbered, and what a metric has one value
     of, such as an MoE layer, is a run of its own: a sub-folder with its own event file.
@@ -31,7 +31,7 @@ class TensorBoard:
         self._folder = folder / run
         self._purge_step = resumed_step + 1
         self._writers: dict[str, SummaryWriter] = {}
-        # The steps after resumed_step are dropped in files of all items, in those that are no longer written too.
+        # Drop the steps after resumed_step in the files of all items, also of those that are no longer written.
         for path in sorted(self._folder.glob("*/events.*")):
             self._writer(path.parent.name)
         self._writer("")
@@ -62,7 +62,7 @@ class TensorBoard:
         self.texts(step, {f"sample/{number}": _quoted(*sample) for number, sample in enumerate(samples)})
 
     def flush(self) -> None:
-        """Hand everything to the operating system, so that a killed process loses nothing."""
+        """Flush everything to the operating system, so that a killed process loses nothing."""
         for writer in self._writers.values():
             writer.flush()
 
@@ -78,12 +78,12 @@ def _group(name: str) -> str:
 
 
 def _run_name(item: str) -> str:
-    """Return the sub-folder of an item; MoE layers get two digits, since TensorBoard sorts runs by name."""
+    """Return the subfolder of an item; MoE layers have two digits, because TensorBoard sorts runs by name."""
     layer = item.removeprefix("moe_layer_")
     return f"moe_layer_{int(layer):02d}" if layer != item else item.replace("/", "-")
 
 
 def _quoted(prompt: str, text: str) -> str:
-    """Return a prompt and its continuation as Markdown blocks, which show any text as it is."""
+    """Format a prompt and its continuation as Markdown blocks, which show any text verbatim."""
     indented = (part.replace("\n", "\n    ") for part in (prompt, text))
     return "Prompt:\n\n    {}\n\nContinuation:\n\n    {}".format(*indented)

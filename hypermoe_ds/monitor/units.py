@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 _SUFFIXES = ("K", "M", "B", "T")
 
 
 def readable(number: float) -> str:
-    """Return a number with at most one decimal and a suffix for powers of 1,000: 950, 12.3K, 10.3M, 7.0B."""
+    """Format a number with at most one decimal and a suffix for powers of 1,000: 950, 12.3K, 10.3M, 7.0B."""
     if number < 1000:
         return f"{number:.0f}"
     power = 1
@@ -14,11 +14,11 @@ def readable(number: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 rank, 2 ranks."""
+    """Format a number with its noun: 1 rank, 2 ranks."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds: 3:25:45."""
+    """Format a time as hours, minutes and seconds: 3:25:45."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"

@@ -1,4 +1,4 @@
-"""Weights & Biases: the same metrics, by page."""
+"""Log metrics to Weights & Biases, grouped by page."""
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -10,7 +10,7 @@ from hypermoe_ds.monitor.metrics import metric_of
 
 
 class WeightsAndBiases:
-    """Log to one W&B run, which a resumed launch continues.
+    """Log to a W&B run, which resumed launches continue.
 
     Args:
         project: W&B project.
@@ -21,7 +21,7 @@ class WeightsAndBiases:
         self._wandb: Any = import_module("wandb")
         path = run_dir / "wandb_id"
         known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
-        # Without "allow" a launch that follows would start a second run, and charts would show its steps twice.
+        # Without "allow" the next launch would start a second run, and charts would show steps twice.
         self._run = self._wandb.init(
             project=project, name=run_dir.resolve().name, id=known, resume="allow", dir=str(run_dir)
         )

@@ -1,1 +1,1 @@
-"""One page that shows runs and compares them."""
+"""Build an HTML page that shows and compares runs."""

@@ -1,4 +1,4 @@
-"""Fewer points and fewer bins for the same picture."""
+"""Reduce points and bins without changing the picture."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def buckets(length: int, points: int) -> list[tuple[int, int]]:
-    """Cut `length` values into stretches that each become two points: first and end, the end not included.
+    """Split `length` values into ranges that become two points each; the end of a range is excluded.
 
     The first and the last value are stretches of their own, so that a curve keeps its ends. Up to `points` values are
     all kept.
@@ -24,13 +24,13 @@ def buckets(length: int, points: int) -> list[tuple[int, int]]:
 
 
 def kept_positions(length: int, points: int) -> Ints:
-    """Return the positions on the x axis of the points of `extremes`: the first and last value of each stretch."""
+    """Return the x positions of the points of `extremes`: the first and last value of each range."""
     pairs = [(first, end - 1) if end - first > 1 else (first,) for first, end in buckets(length, points)]
     return np.array([position for pair in pairs for position in pair], dtype=np.int64)
 
 
 def extremes(values: Floats, points: int) -> Floats:
-    """Return the smallest and largest value of each stretch, in the order in which they occur: no spike is lost.
+    """Return the smallest and largest value of each range in order of occurrence, so that no spike is lost.
 
     Args:
         values: with NaN where there is none; a stretch of NaN alone stays NaN.
@@ -50,7 +50,7 @@ def extremes(values: Floats, points: int) -> Floats:
 
 
 class Bins:
-    """Means of arrays over equal stretches of records, whose number is not known beforehand.
+    """Average arrays over equal ranges of records, whose number is not known in advance.
 
     When there are twice as many as wanted, neighbours are merged: memory stays the same however long the run is.
 

@@ -1,4 +1,4 @@
-"""The page of a report: its data as JSON, and the HTML around it."""
+"""Build the HTML page of a report, with its data as JSON."""
 
 import base64
 import html
@@ -17,22 +17,22 @@ from hypermoe_ds.report.downsampling import Floats, Ints, extremes, kept_positio
 from hypermoe_ds.report.reading import Run, Series
 from hypermoe_ds.report.summary import differing_settings, resumes, summary
 
-_BYTES = 1_700_000  # of all curves together; with the page itself and the loads it stays below 3 MB
+_BYTES = 1_700_000  # for all curves; the whole page then stays below 3 MB
 _BYTES_PER_VALUE = 8
 _MOST_POINTS = 2000
 _MOST_BINS = 160
-_LEVELS = 64  # steps of a byte of a load for 1 of load / mean load
+_LEVELS = 64  # byte value of load / mean load = 1
 _MOST_SAMPLES, _MOST_CHARACTERS = 60, 2000
 _NOT_CURVES = ("time", "consumed_tokens")
 
 
 def bins_of(runs: int) -> int:
-    """Return how many bins over time each of so many runs gets for its loads."""
+    """Return the number of time bins for the loads of each run."""
     return max(_MOST_BINS // runs, 30)
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """Return the page as HTML that needs no other file."""
+    """Return the page as self-contained HTML."""
     assets = files("hypermoe_ds.report") / "assets"
     parts = {name: (assets / file).read_text(encoding="utf-8") for name, file in _ASSETS.items()}
     page = parts.pop("page")
@@ -54,12 +54,12 @@ _ASSETS = {
 
 
 def _json_for_script(data: Any) -> str:
-    """JSON that no text in it can end: `</script>` and `<!--` are escaped."""
+    """Return JSON that is safe inside a script element: `</script>` and `<!--` are escaped."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def report_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return all that the page shows, as JSON."""
+    """Return the data of the page as JSON."""
     count = sum(len(run.series) for run in runs)
     points = min(_MOST_POINTS, max(_BYTES // (count * _BYTES_PER_VALUE), 40))
     described = ("unit", "page", "meaning", "bad")
@@ -93,7 +93,7 @@ def _run_data(run: Run, points: int) -> dict[str, Any]:
 
 
 def _groups(run: Run, points: int) -> Iterator[dict[str, Any]]:
-    """Curves, grouped by the steps that they have values of: those of a group share their x axes."""
+    """Group curves by the steps of their values; the curves of a group share their x axes."""
     by_steps: dict[bytes, list[str]] = defaultdict(list)
     for key, series in run.series.items():
         if key not in _NOT_CURVES:
@@ -112,14 +112,14 @@ def _groups(run: Run, points: int) -> Iterator[dict[str, Any]]:
 def _axis(
     series: Series | None, steps: Ints, kept: Ints, unit: float, from_zero: bool = False
 ) -> list[float | None] | None:
-    """Another x axis: the values of a metric at these steps, on straight lines between its records; None without it."""
+    """Return the values of a metric at these steps as another x axis, linearly interpolated; None without it."""
     if series is None:
         return None
     values, at = series.numbers, np.frombuffer(series.steps, dtype=np.int64)
     finite = np.isfinite(values)
     if not finite.any():
         return None
-    # A validation has the step of the record before it; the later of the two times counts.
+    # A validation has the step of the record before it; use the later time.
     found = np.interp(steps[kept], at[finite], np.maximum.accumulate(values[finite]))
     return _rounded((found - (values[finite][0] if from_zero else 0)) / unit, digits=7)
 
@@ -129,7 +129,7 @@ def _rounded(values: Floats, digits: int = 5) -> list[float | None]:
 
 
 def _loads_data(run: Run) -> dict[str, Any] | None:
-    """Load / mean load as one byte each, [bins, layers, experts] in this order."""
+    """Return load / mean load as one byte each, in the order [bins, layers, experts]."""
     if run.loads is None:
         return None
     steps, relative = run.loads

@@ -1,4 +1,4 @@
-"""What a run folder holds, read in one pass without keeping its records."""
+"""Read a run folder in one pass, without keeping its records in memory."""
 
 import json
 from array import array
@@ -23,7 +23,7 @@ _LOAD = "expert_load/moe_layer_"
 
 @dataclass
 class Series:
-    """A metric over the run.
+    """Values of a metric over the run.
 
     Attributes:
         steps: step of each value.
@@ -40,7 +40,7 @@ class Series:
 
     @property
     def numbers(self) -> Floats:
-        """The values."""
+        """Return the values."""
         return np.frombuffer(self.values, dtype=np.float64) if self.values else np.empty(0)
 
 
@@ -116,7 +116,7 @@ def _read_metrics(metrics: Path, bins: int) -> tuple[dict[str, Series], tuple[In
 
 
 def _relative_loads(rows: list[Any]) -> Floats | None:
-    """Load / mean load [layers, experts]; None where the rows are not those of one model."""
+    """Return load / mean load [layers, experts]; None if the rows are not from one model."""
     if not rows:
         return None
     with suppress(TypeError, ValueError):
@@ -139,7 +139,7 @@ def _settings(folder: Path) -> dict[str, str]:
 def flat(settings: Any, prefix: str = "") -> dict[str, str]:
     """Return nested settings by dotted key, with the values as JSON."""
     if not isinstance(settings, Mapping) or not settings:
-        return {prefix: json.dumps(settings, default=str)}  # YAML has dates, which JSON has not
+        return {prefix: json.dumps(settings, default=str)}  # YAML has dates, JSON does not
     found: dict[str, str] = {}
     for key, value in settings.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -147,5 +147,5 @@ def flat(settings: Any, prefix: str = "") -> dict[str, str]:
 
 
 def labels(paths: Iterable[Path]) -> list[str]:
-    """Return a distinct label for each run folder: the shortest end of its path that no other one has, or a number."""
+    """Return a distinct label for each run folder: the shortest end of its path that no other run has, or a number."""
     return distinct_names([path.resolve().parts for path in paths], "/", "{} ({})")

@@ -1,4 +1,4 @@
-"""The numbers on top of a report."""
+"""Compute the numbers at the top of a report."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,11 +10,11 @@ from hypermoe_ds.monitor.units import duration, readable
 from hypermoe_ds.report.downsampling import Floats
 from hypermoe_ds.report.reading import Run
 
-_GAP = 10  # times the usual time between two records, after which the run is taken to have stood still
+_GAP = 10  # times the median interval between two records; a longer one counts as a pause
 
 
 def summary(run: Run) -> dict[str, str]:
-    """Return what a run reached, by name, as text; unknown values are omitted."""
+    """Return the results of a run as text by name; unknown values are omitted."""
     found = {
         "step": _number(_last_step(run), ",.0f"),
         "tokens": _readable(run.last("consumed_tokens")),
@@ -38,7 +38,7 @@ def summary(run: Run) -> dict[str, str]:
 
 
 def restarts(run: Run) -> list[str]:
-    """Return a line for each launch after the first: the step it started from, and what had ended the one before."""
+    """Return a line for each launch after the first: its first step, and what ended the launch before."""
     launches = [entry for entry in run.launches if "ended" not in entry and type(entry.get("step")) is int]
     lines = []
     for before, launch in pairwise(launches):
@@ -48,7 +48,7 @@ def restarts(run: Run) -> list[str]:
 
 
 def _cause(run: Run, begin: float, end: float) -> str:
-    """What ended the launch of the time `begin` before that of the time `end`; "" if nothing is on record."""
+    """Return what ended the launch between the times `begin` and `end`; "" if unknown."""
     attempts = [
         f"{attempt.get('outcome')}, {attempt.get('what', '')}".rstrip(", ")
         for attempt in run.attempts
@@ -66,7 +66,7 @@ def resumes(run: Run) -> list[int]:
 
 
 def trained_seconds(run: Run) -> float | None:
-    """Return the time between first and last record without the pauses, in which the run stood still."""
+    """Return the time between the first and last record, without pauses."""
     gaps = np.diff(_times(run))
     gaps = gaps[gaps > 0]
     if not len(gaps):
@@ -76,7 +76,7 @@ def trained_seconds(run: Run) -> float | None:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings that are not the same in all runs, with the value of each run; "" where it has none."""
+    """Return the settings that differ between runs, with the value of each run; "" if it has none."""
     keys = sorted({key for run in runs for key in run.settings})
     rows = [(key, [run.settings.get(key, "") for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -87,7 +87,7 @@ def _last_step(run: Run) -> float:
 
 
 def _times(run: Run) -> Floats:
-    """When each record was written, in seconds."""
+    """Return the time of each record in seconds."""
     times = run.series["time"].numbers if "time" in run.series else np.empty(0)
     return times[np.isfinite(times)]
 

@@ -103,7 +103,7 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0: is not valid"),
         ("monitor.profile_steps=[3, 2]", "monitor.profile_steps=[3, 2]: ends before it begins; give first, last"),
         ("monitor.profile_steps=[3]", "monitor.profile_steps=[3]: is not valid"),
-        ("monitor.memory_snapshot=true", "monitor.memory_snapshot=true: is of the profiled steps, and there are none"),
+        ("monitor.memory_snapshot=true", "monitor.memory_snapshot=true: needs profiled steps, and there are none"),
         ("monitor.interval=0", "monitor.interval=0: is not valid"),
         ("evaluation.intervall=3", "evaluation.intervall: unknown key; did you mean 'interval'?"),
         ("steps=3", "steps: unknown key"),
@@ -281,7 +281,7 @@ def test_more_samples_than_an_index_can_have_are_refused(recipe: Path, override:
 def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: None)
     assert refusal(recipe, "monitor.wandb_project=p") == (
-        "monitor.wandb_project=p: the package wandb is not installed; pip install wandb, or leave this setting out"
+        "monitor.wandb_project=p: the package wandb is not installed; pip install wandb, or remove this setting"
     )
     monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: "found")
     assert load_run_config(recipe, ["monitor.wandb_project=p"]).monitor.wandb_project == "p"

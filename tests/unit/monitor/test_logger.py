@@ -277,7 +277,7 @@ def test_a_damaged_csv_file_loses_the_damaged_rows_alone(run_dir: Path, damage: 
 )
 def test_something_else_in_the_place_of_a_log_is_named(run_dir: Path, name: str, is_folder: bool) -> None:
     (run_dir / name).mkdir() if is_folder else (run_dir / name).touch()
-    with pytest.raises(UserError, match=rf"{run_dir}/{name}.*: cannot be read or written \(.*\); move it away"):
+    with pytest.raises(UserError, match=rf"{run_dir}/{name}.*: cannot be read or written \(.*\); move it"):
         logger(run_dir, resumed_step=3, csv=True)
 
 

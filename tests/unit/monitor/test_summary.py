@@ -32,7 +32,7 @@ def test_the_last_step_and_validation_and_the_median_rate_count(tmp_path: Path) 
 @pytest.mark.parametrize("kept", ["valid_loss", "tokens_per_second", "nothing"])
 def test_a_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str) -> None:
     path = write(tmp_path / "metrics.jsonl", [record for record in RECORDS if kept in record])
-    with pytest.raises(UserError, match="holds no step or no validation"):
+    with pytest.raises(UserError, match="has no step or no validation"):
         summarize(path)
     with pytest.raises(UserError, match="no such file"):
         summarize(tmp_path / "none.jsonl")
