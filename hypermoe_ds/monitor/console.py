@@ -24,10 +24,10 @@ from hypermoe_ds.monitor.units import duration, readable
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OURS = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[1]
 _COLUMNS = 120  # width of output to a file
-_LONG_SECONDS = 30  # without a status line, work that takes longer is logged
-_PARTS_OF_A_STEP = ("beginning", "forward and backward")
+_LONG_SECONDS = 30  # without a status line, log work that takes longer
+_TRAINING = ("beginning", "forward and backward")
 _WARNING = "warning: "
 
 
@@ -53,13 +53,13 @@ class Console:
         self._printed = time.monotonic()
 
     def log(self, line: str) -> None:
-        """Print one line; ignore a closed stdout, for example after the launcher was killed."""
+        """Print one line; ignore a closed stdout, which a killed launcher leaves behind."""
         with self._lock:
             for message in (*self._layers.take(), line):
                 self._print(Text(message, "bold yellow" if message.startswith(_WARNING) else ""))
 
     def table(self, rows: Sequence[tuple[str, str]], wrap: bool = True) -> None:
-        """Print rows with a name and a text in two columns.
+        """Print rows of a name and a text in two columns.
 
         Args:
             rows: the rows; a row without a name continues the one above it.
@@ -80,16 +80,16 @@ class Console:
             step: the step.
             doing: the part of the step.
             done: items of the part that are done, such as validation batches.
-            total: number of items, if known.
+            total: number of items; None if unknown.
         """
-        if not self._prints or doing == "waiting for data":  # a part of training or validation
+        if not self._prints or doing == "waiting for data":  # happens within training and validation
             return
-        is_part = doing in _PARTS_OF_A_STEP
-        part = f" {done:,}/{total:,}" if total else f" {done:,}" if done else ""
-        text = "training" if is_part else f"{doing}{part}"
+        is_training = doing in _TRAINING
+        count = f" {done:,}/{total:,}" if total else f" {done:,}" if done else ""
+        text = "training" if is_training else f"{doing}{count}"
         if self._is_terminal:
             self._status.show(steps, step, text)
-        elif not is_part and done and time.monotonic() - self._printed > _LONG_SECONDS:
+        elif not is_training and done and time.monotonic() - self._printed > _LONG_SECONDS:
             self.log(f"step {step:,}: {text}")
 
     @contextmanager
@@ -120,7 +120,7 @@ class Console:
             warnings.showwarning = self._warn
             if self._is_terminal:
                 self._live.start()
-                self._rich.show_cursor(True)  # a rank that is killed cannot restore it
+                self._rich.show_cursor(True)  # a killed rank could not restore it
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -132,7 +132,7 @@ class Console:
                 self._print(Text(message))
 
     def message(self, record: logging.LogRecord) -> None:
-        """Print a message of this package. Messages of several layers are collected until another line is printed."""
+        """Print a log message of this package; collect messages about layers until another line is printed."""
         line = record.getMessage()
         with self._lock:
             if record.levelno < logging.WARNING and self._layers.add(line):
@@ -149,7 +149,7 @@ class Console:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if Path(filename).is_relative_to(_OURS):
+        if Path(filename).is_relative_to(_PACKAGE):
             self.log(f"{_WARNING}{message}")
         else:
             self._show_warning(message, category, filename, lineno, file, line)
@@ -196,12 +196,12 @@ class _Status:
 
     def show(self, steps: int, step: int, text: str) -> None:
         """Set the position of the run."""
-        if self._first is None or step <= self._first[1]:  # not counted, because it is slower than the others
+        if self._first is None or step <= self._first[1]:  # slower than the others, so not counted
             self._first = (time.monotonic(), step)
         self._steps, self._step, self.text = steps, step, text
 
     def __rich__(self) -> Spinner | Text:
-        """Return the current line; empty without current work."""
+        """Return the current line; it is empty if no work is shown."""
         if not self.text:
             return Text("")
         parts = [self.text]
@@ -232,8 +232,8 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left:
     if memory is not None:
         parts.append(f"{memory:5.1f} GiB")
     if load_MN.numel():
-        even = load_MN.shape[1]  # 1 is the even share
-        parts.append(f"load {float(load_MN.min()) * even:.1f}-{float(load_MN.max()) * even:<4.1f}")
+        experts = load_MN.shape[1]  # scale the loads so that an even load is 1
+        parts.append(f"load {float(load_MN.min()) * experts:.1f}-{float(load_MN.max()) * experts:<4.1f}")
     parts.append(f"left {duration(seconds_left):>8}")
     return "  ".join(parts)
 

@@ -12,7 +12,7 @@ class CsvTable:
     """A CSV file with the columns `step`, `time` and one per metric; missing metrics are empty cells.
 
     Args:
-        path: where it is.
+        path: the CSV file.
     """
 
     def __init__(self, path: Path) -> None:

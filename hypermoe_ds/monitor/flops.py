@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 from hypermoe_ds.modeling import HyperMoEConfig
 
-_BACKWARD_AND_FORWARD = 3  # the backward pass takes twice the forward pass; recomputation is not counted
+_BACKWARD_AND_FORWARD = 3  # the backward pass takes twice the FLOPs of the forward pass
 
-# Dense peak TFLOP/s in 16 bits and in fp32 (TF32 is not used), from the vendors' data sheets. The longest key that is
-# part of the device name applies.
+# Dense peak TFLOP/s in 16 bits and in fp32 (TF32 is not used), from the vendors' data sheets. The longest key that
+# occurs in the device name applies.
 _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "V100": (125, 15.7),
@@ -27,7 +27,7 @@ _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "H200": (989.4, 66.9),
         "H200 NVL": (836, 60),
         "B200": (2250, 75),
-        "MI250X": (191.5, 23.9),  # each of its two devices
+        "MI250X": (191.5, 23.9),  # for one of its two devices
         "MI300X": (1307.4, 163.4),
     }
 )
@@ -64,8 +64,9 @@ class ModelFlops:
 def training_flops_per_token(config: HyperMoEConfig, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass.
 
-    Three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B): active parameters alone.
-    Neither recomputation nor generating HyperExperts, which the tokens of a selection share, is counted.
+    This is three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B), so only active
+    parameters count. Recomputation is not counted, nor is the generation of HyperExperts, which all tokens of a
+    selection share.
     """
     return _BACKWARD_AND_FORWARD * config.forward_flops_per_token(sequence_length)
 
@@ -74,7 +75,7 @@ def peak_tflops(device: str, precision: str) -> float | None:
     """Return the dense peak of a GPU in TFLOP/s; None if it is not in the table.
 
     Args:
-        device: its name, as of `torch.cuda.get_device_name`.
+        device: the name that `torch.cuda.get_device_name` returns.
         precision: "bf16", "fp16" or "fp32".
     """
     names = sorted((name for name in _PEAK_TFLOPS if re.search(rf"\b{name}\b", device)), key=len)

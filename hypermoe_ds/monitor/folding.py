@@ -1,28 +1,28 @@
-"""Join messages of several layers."""
+"""Join the log messages of several layers into one."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r"\d+")
-_OF_A_LAYER = re.compile(r"[^\d{}]*\blayer \d+\b[^{}]*")
+_LAYER_MESSAGE = re.compile(r"[^\d{}]*\blayer \d+\b[^{}]*")
 
 
 class LayerMessages:
-    """Collect messages that differ only in their numbers; the first number is the layer's."""
+    """Collect messages that differ only in their numbers; the first number is the layer index."""
 
     def __init__(self) -> None:
         self._messages: dict[str, list[list[int]]] = {}
 
     def add(self, message: str) -> bool:
         """Add a message and return whether it is about a layer (`... layer 3: ...`); others are not kept."""
-        if _OF_A_LAYER.fullmatch(message) is None:
+        if _LAYER_MESSAGE.fullmatch(message) is None:
             return False
         numbers = [int(number) for number in _NUMBER.findall(message)]
         self._messages.setdefault(_NUMBER.sub("{}", message), []).append(numbers)
         return True
 
     def take(self) -> list[str]:
-        """Return the joined messages and forget them."""
+        """Return the joined messages and clear the collection."""
         messages = [_fold(template, rows) for template, rows in self._messages.items()]
         self._messages.clear()
         return messages

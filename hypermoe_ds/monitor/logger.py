@@ -15,7 +15,7 @@ from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.tensorboard import TensorBoard
 from hypermoe_ds.monitor.weights_and_biases import WeightsAndBiases
 
-_VALIDATION = "valid_loss"  # in every record of a validation
+_VALIDATION_KEY = "valid_loss"  # in every validation record
 _LOAD_DIGITS = 5
 
 
@@ -23,13 +23,13 @@ class MetricLogger:
     """Log on rank 0 to metrics.jsonl and samples.jsonl, and to TensorBoard, CSV and Weights & Biases if configured.
 
     Args:
-        config: which destinations there are.
+        config: selects the destinations.
         run_dir: the run folder.
         rank: this rank; the others write nothing.
-        resumed_step: step of the checkpoint that the run continues from; what was logged after it is removed.
+        resumed_step: step of the checkpoint that the run continues from; records of later steps are removed.
 
     Raises:
-        UserError: what an earlier launch logged cannot be read or written.
+        UserError: the logs of an earlier launch cannot be read or written.
     """
 
     def __init__(self, config: MonitorConfig, run_dir: Path, rank: int, resumed_step: int) -> None:
@@ -69,7 +69,7 @@ class MetricLogger:
 
         Args:
             step: optimizer step, counted from 1.
-            values: values by the keys of `hypermoe_ds.monitor.metrics`; the time of day is added as `time`.
+            values: values by the keys of `hypermoe_ds.monitor.metrics`; the Unix time is added as `time`.
             load_MN: share of each MoE layer's routed rows that each expert received.
 
         Raises:
@@ -77,7 +77,7 @@ class MetricLogger:
         """
         if not self._writes:
             return
-        record, loads = {"step": step, "time": round(time.time(), 3), **values}, _lists(load_MN)
+        record, loads = {"step": step, "time": round(time.time(), 3), **values}, _load_lists(load_MN)
         with disk_errors(self._metrics.path):
             self._metrics.append({**record, **loads})
             if self._tensorboard is not None:
@@ -86,7 +86,7 @@ class MetricLogger:
                     self._tensorboard.loads(step, load_MN)
                 self._tensorboard.flush()
             if self._tables:
-                self._tables[_VALIDATION in values].append(record)
+                self._tables[_VALIDATION_KEY in values].append(record)
         if self._wandb is not None:
             self._wandb.metrics(step, values, loads)
 
@@ -125,7 +125,7 @@ class MetricLogger:
             self._wandb.settings({**settings, "versions": dict(versions)})
 
 
-def _lists(load_MN: Tensor | None) -> dict[str, list[float]]:
+def _load_lists(load_MN: Tensor | None) -> dict[str, list[float]]:
     loads = [] if load_MN is None else load_MN.tolist()
     rounded = [[round(load, _LOAD_DIGITS) for load in row] for row in loads]
     return {f"expert_load/moe_layer_{layer}": row for layer, row in enumerate(rounded)}

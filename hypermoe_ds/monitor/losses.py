@@ -28,7 +28,7 @@ class LossMeter:
     def read(self) -> dict[str, float]:
         """Return the means over micro-batches and ranks since the last call (collective); NaN without a finite loss."""
         if self._sums is None:
-            raise ValueError("no loss was added since the last reading")
+            raise ValueError("no loss was added since the last read")
         sums_2L, self._sums = self._sums, None
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums_2L)

@@ -1,4 +1,4 @@
-"""Measure memory in use."""
+"""Measure memory usage."""
 
 import resource
 
@@ -13,9 +13,10 @@ class MemoryMeter:
         self._peak = 0.0
 
     def read(self) -> dict[str, float]:
-        """Return the memory since the last call and its peak since the first one (collective).
+        """Return the peak memory since the last call and since the first one (collective).
 
-        With a GPU: memory allocated for tensors and reserved by PyTorch. Without: only the peak of resident memory.
+        With a GPU, this is the memory allocated for tensors and reserved by PyTorch; without one, only the peak of
+        resident memory since the process began.
         """
         if torch.cuda.is_available():
             names = ["memory_allocated_gib", "memory_reserved_gib"]

@@ -1,4 +1,4 @@
-"""All metrics of a run: name, unit, page, meaning, when a value is bad and what to do then."""
+"""Define all metrics of a run: name, unit, page, meaning, when a value is bad and what to do then."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -28,12 +28,12 @@ class Metric(NamedTuple):
 
     Attributes:
         name: key in metrics.jsonl; with `by`, one key per item: `NAME/moe_layer_0`, `NAME/DATASET`, `NAME/experts`.
-        unit: unit of the value; "" for a count or a ratio.
-        page: page of dashboards that shows it.
+        unit: unit of the value; "" for a ratio.
+        page: page of the dashboards that shows the metric.
         meaning: what it measures.
-        bad: completes "bad if it ..."; "" if no value is bad.
+        bad: when a value is bad, as the end of "bad if it ..."; "" if no value is bad.
         remedy: what to do in that case.
-        by: what has its own value: MoE layer, dataset, group of parameters or part of a step.
+        by: kind of the items that have their own value: MoE layer, dataset, group of parameters or part of a step.
         total: whether there is also a value over all items, under `name`.
     """
 
@@ -77,9 +77,9 @@ METRICS: tuple[Metric, ...] = (
         "valid_loss",
         "nats/token",
         "validation",
-        "cross-entropy of the validation tokens; in total the mean over all of them",
+        "cross-entropy of the validation tokens, by dataset and as the mean over the tokens of all datasets",
         "rises while the training loss falls",
-        "the data repeats: see epochs, and add data",
+        "the data repeats: check epochs and add data",
         by="dataset",
     ),
     Metric("valid_perplexity", "", "validation", "exp(valid_loss)", by="dataset"),
@@ -96,7 +96,7 @@ METRICS: tuple[Metric, ...] = (
         "",
         "optimization",
         "L2 norm of the gradient before clipping, in total and by group of parameters",
-        "stays far above train.clip_grad_norm, or comes from one group alone",
+        "stays far above train.clip_grad_norm, or is dominated by one group",
         "lower optimizer.lr or lengthen the warm-up",
         by="parameters",
     ),
@@ -115,7 +115,7 @@ METRICS: tuple[Metric, ...] = (
         "loss_scale",
         "",
         "optimization",
-        "factor of the fp16 loss; absent in bf16 and fp32",
+        "factor of the fp16 loss; missing in bf16 and fp32",
         "falls below 1",
         "use train.precision=bf16",
     ),
@@ -123,8 +123,8 @@ METRICS: tuple[Metric, ...] = (
         "skipped_steps",
         "steps",
         "optimization",
-        "steps of this run that were skipped for a NaN or Inf",
-        "grows outside the first steps of fp16",
+        "steps of this run that were skipped because of a NaN or Inf",
+        "grows, except in the first steps of fp16",
         "read the warnings; skip the samples that they name with train.skip_samples",
     ),
     Metric(
@@ -146,8 +146,8 @@ METRICS: tuple[Metric, ...] = (
         "mfu",
         "",
         "speed",
-        "model FLOPs utilisation: tflops_per_gpu / peak of the GPU (PaLM, arXiv 2204.02311); absent on CPU",
-        "is far below that of other runs of the model on such GPUs",
+        "model FLOPs utilisation: tflops_per_gpu / peak of the GPU (PaLM, arXiv 2204.02311); missing on CPU",
+        "is far below that of other runs of the same model on the same GPUs",
         "raise train.micro_batch_size; see step_seconds",
     ),
     Metric(
@@ -160,18 +160,24 @@ METRICS: tuple[Metric, ...] = (
         by="part",
     ),
     Metric(
-        "memory_allocated_gib", "GiB", "memory", "largest GPU memory in tensors since the last logged step, any rank"
+        "memory_allocated_gib",
+        "GiB",
+        "memory",
+        "peak GPU memory allocated for tensors since the last logged step, maximum over ranks",
     ),
     Metric(
         "memory_reserved_gib",
         "GiB",
         "memory",
-        "largest GPU memory held by PyTorch's allocator since the last logged step, any rank",
+        "peak GPU memory reserved by PyTorch's allocator since the last logged step, maximum over ranks",
         "is far above memory_allocated_gib (fragmentation)",
         "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     ),
     Metric(
-        "peak_memory_gib", "GiB", "memory", "largest memory since the launch, any rank: GPU, or resident without one"
+        "peak_memory_gib",
+        "GiB",
+        "memory",
+        "peak memory since the launch, maximum over ranks: of tensors on the GPU, or resident memory without a GPU",
     ),
     Metric(
         "consumed_samples",
@@ -183,7 +189,7 @@ METRICS: tuple[Metric, ...] = (
         "consumed_tokens",
         "tokens",
         "data",
-        "tokens of all steps, including steps skipped for a NaN; in total and by dataset",
+        "tokens of all steps, including steps skipped because of a NaN, in total and by dataset",
         by="dataset",
     ),
     Metric(
@@ -239,7 +245,7 @@ METRICS: tuple[Metric, ...] = (
         "nats",
         "routing",
         "entropy of the router's probabilities, mean over tokens; at most ln N",
-        "is near 0 early (collapsed), or near ln N late (undecided)",
+        "is near 0 early in training (collapsed), or near ln N late in training (undecided)",
         "near 0: raise model.z_loss_coef; near ln N: lower model.router_aux_loss_coef",
         by="layer",
         total=False,
@@ -266,8 +272,8 @@ METRICS: tuple[Metric, ...] = (
         "hyper_expert_similarity",
         "",
         "hyper_experts",
-        "mean cosine between the generated weights of different selections, on a sample",
-        "stays at 1: the hypernetwork ignores the selection",
+        "mean cosine similarity between the generated weights of a sample of selections",
+        "stays at 1, which means that the hypernetwork ignores the selection",
         "raise model.expert_embedding_size or model.selection_hidden_size",
         by="layer",
         total=False,

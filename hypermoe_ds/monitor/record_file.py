@@ -1,4 +1,4 @@
-"""Write files with one JSON object per line, each with a step: RUN_DIR/metrics.jsonl and RUN_DIR/samples.jsonl."""
+"""Write RUN_DIR/metrics.jsonl and RUN_DIR/samples.jsonl: one JSON object per line, each with a step."""
 
 import json
 import math
@@ -14,7 +14,7 @@ class RecordFile:
     """Append records, and drop those of steps that a resumed run repeats.
 
     Attributes:
-        path: where it is.
+        path: the file.
     """
 
     def __init__(self, path: Path) -> None:

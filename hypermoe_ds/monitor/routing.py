@@ -96,7 +96,7 @@ def count_distinct(selected_TK: Tensor, num_experts: int) -> Tensor:
         A scalar on the same device.
     """
     keys_WT = set_keys(selected_TK, num_experts).t()
-    # Radix sort by words, after which equal selections are neighbours.
+    # Radix sort, one word of the key at a time, so that equal selections become neighbours.
     order_T = keys_WT[0].argsort()
     for key_T in keys_WT[1:]:
         order_T = order_T[key_T[order_T].argsort(stable=True)]

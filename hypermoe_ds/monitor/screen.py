@@ -1,4 +1,4 @@
-"""Redirect the output of libraries to a log file per rank, so that the screen has only the run's own lines."""
+"""Redirect the output of libraries to a log file per rank, so that the terminal shows only the run's own lines."""
 
 import faulthandler
 import logging
@@ -35,17 +35,17 @@ class Screen:
 
 
 def take_launchers_screen() -> None:
-    """Print to the screen of launch/local.sh, which sends the output of DeepSpeed's launcher to a file."""
+    """Print to the terminal of launch/local.sh, which redirects the output of DeepSpeed's launcher to a file."""
     folder = os.environ.get("HYPERMOE_SCREEN")
     for number, kept in ((1, 3), (2, 4)) if folder else ():
-        with suppress(OSError):  # not a file, pipe or terminal: keep the launcher's file
+        with suppress(OSError):  # cannot be opened if it is a socket: keep the launcher's file
             screen = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
             os.dup2(screen, number)
             os.close(screen)
 
 
 def log_level(verbose: bool) -> str | None:
-    """Return the log level of libraries on the screen; None if they do not log there.
+    """Return the log level of libraries on the terminal; None if they log to a file.
 
     Args:
         verbose: whether `--verbose` is given; HYPERMOE_LOG_LEVEL takes precedence.
@@ -63,8 +63,8 @@ def open_screen(run_dir: Path, level: str | None) -> Screen:
     """Redirect stdout and stderr, also of C++ libraries, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
 
     Args:
-        run_dir: the run folder; made if it is missing.
-        level: log level of libraries on the screen, without redirection; None redirects them to the file.
+        run_dir: the run folder; created if it is missing.
+        level: log level of libraries on the terminal, without redirection; None redirects all output to the file.
 
     Raises:
         UserError: the file cannot be written.

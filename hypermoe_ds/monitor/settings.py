@@ -39,10 +39,10 @@ class MonitorConfig(Settings):
     memory_snapshot: bool = Field(False, description="write a CUDA memory snapshot of the profiled steps too")
 
     def check(self) -> None:
-        """Refuse settings that do not fit each other or what is installed.
+        """Check the settings against each other and against the installed packages.
 
         Raises:
-            UserError: Weights & Biases is not installed, or the profiled steps are none.
+            UserError: Weights & Biases is not installed, or the profiled steps are missing or in the wrong order.
         """
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
             raise UserError(f"monitor.profile_steps={self.profile_steps}", "ends before it begins", "give first, last")

@@ -1,4 +1,4 @@
-"""Where the time of the training steps goes."""
+"""Measure how long each part of a training step takes."""
 
 import time
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ _ON_DEVICE = ("forward", "backward", "optimizer")
 
 
 class StepClock:
-    """Measure the parts of all steps since the last reading, without a synchronisation until `read`.
+    """Time the parts of all steps since the last `read`; only `read` synchronises with the device.
 
-    On a GPU what runs there is timed by CUDA events, the rest by the host's clock.
+    CUDA events time the parts that run on a GPU; the host's clock times the others.
     """
 
     def __init__(self) -> None:
@@ -51,22 +51,22 @@ class StepClock:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave the time inside out, as that of a validation."""
+        """Exclude the time inside, for example of a validation."""
         began = time.perf_counter()
         yield
         self._excluded += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """Return tokens per second over all ranks, and seconds a step in total and by part; then start anew.
+        """Return tokens per second over all ranks and seconds per step, in total and by part; then reset.
 
-        The rate leaves out checkpoints. On a GPU it waits for the last step.
+        The rate excludes checkpoints. On a GPU this waits for the last step.
         """
         if self._events:
             self._events[-1][2].synchronize()
         wall = time.perf_counter() - self._began - self._excluded
         for part, begin, end in self._events:
             self._seconds[part] += begin.elapsed_time(end) / 1000
-        # Waiting for data overlaps with what the device still computes, so the parts may add up to more than the whole.
+        # Waiting for data overlaps with work on the device, so the parts may add up to more than the wall time.
         self._seconds["other"] = max(wall - sum(self._seconds.values()), 0.0)
         steps = max(self._steps, 1)
         values = {

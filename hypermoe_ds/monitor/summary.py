@@ -20,10 +20,10 @@ class RunSummary:
     """Result of a run.
 
     Attributes:
-        step: last optimizer step on record.
+        step: last logged optimizer step.
         consumed_samples: sequences trained on.
-        tokens_per_second: median over the records, all ranks together.
-        valid_loss: last validation loss in nats per token; NaN of a model that has diverged.
+        tokens_per_second: median over the records, for all ranks together.
+        valid_loss: last validation loss in nats per token; NaN if the model has diverged.
     """
 
     step: int
@@ -66,7 +66,7 @@ def summarize(metrics: Path) -> RunSummary:
     """Summarise a metrics.jsonl.
 
     Raises:
-        UserError: it is missing, or holds no validation or no step.
+        UserError: the file is missing, or has no training step or no validation.
     """
     if not metrics.is_file():
         raise UserError(str(metrics), "no such file", "give the folder of a run that has trained")

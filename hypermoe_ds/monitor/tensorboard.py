@@ -12,14 +12,14 @@ from hypermoe_ds.monitor.metrics import PAGES, metric_of
 
 _PIXELS = 8  # edge of an expert's square in the image of loads
 _OTHER = f"{len(PAGES) + 1}_other"
-_BRIGHTEST = 2.0  # load / mean load that is white; 1 is grey
+_BRIGHTEST = 2.0  # load / mean load shown as white; 1 is grey
 
 
 class TensorBoard:
     """Write event files in which TensorBoard shows the pages in order.
 
-    TensorBoard draws one line a run and sorts groups by name. So groups are numbered, and what a metric has one value
-    of, such as an MoE layer, is a run of its own: a sub-folder with its own event file.
+    TensorBoard sorts groups by name, so their names begin with a number. It draws one line per run, so each item of a
+    metric, such as an MoE layer, is a TensorBoard run: a subfolder with its own event file.
 
     Args:
         folder: RUN_DIR/tensorboard.
@@ -31,7 +31,7 @@ class TensorBoard:
         self._folder = folder / run
         self._purge_step = resumed_step + 1
         self._writers: dict[str, SummaryWriter] = {}
-        # Drop the steps after resumed_step in the files of all items, also of those that are no longer written.
+        # Drop the steps after resumed_step for all items, including those that this launch does not write.
         for path in sorted(self._folder.glob("*/events.*")):
             self._writer(path.parent.name)
         self._writer("")

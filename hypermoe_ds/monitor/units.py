@@ -20,5 +20,5 @@ def counted(number: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     """Format a time as hours, minutes and seconds: 3:25:45."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
+    total = round(seconds)
+    return f"{total // 3600}:{total % 3600 // 60:02}:{total % 60:02}"

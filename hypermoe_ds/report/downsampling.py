@@ -1,4 +1,4 @@
-"""Reduce points and bins without changing the picture."""
+"""Reduce the number of points of curves and of bins over time."""
 
 from itertools import pairwise
 
@@ -12,15 +12,15 @@ Ints = npt.NDArray[np.int64]
 def buckets(length: int, points: int) -> list[tuple[int, int]]:
     """Split `length` values into ranges that become two points each; the end of a range is excluded.
 
-    The first and the last value are stretches of their own, so that a curve keeps its ends. Up to `points` values are
-    all kept.
+    The first and the last value form ranges of one value each, so that a curve keeps its ends. If there are at most
+    `points` values, each value is a range.
     """
     if length <= max(points, 4):
         return [(index, index + 1) for index in range(length)]
     inner = max((points - 2) // 2, 1)
     edges = np.linspace(1, length - 1, inner + 1).astype(int)
-    stretches = [(int(first), int(end)) for first, end in pairwise(edges) if first < end]
-    return [(0, 1), *stretches, (length - 1, length)]
+    ranges = [(int(first), int(end)) for first, end in pairwise(edges) if first < end]
+    return [(0, 1), *ranges, (length - 1, length)]
 
 
 def kept_positions(length: int, points: int) -> Ints:
@@ -33,29 +33,29 @@ def extremes(values: Floats, points: int) -> Floats:
     """Return the smallest and largest value of each range in order of occurrence, so that no spike is lost.
 
     Args:
-        values: with NaN where there is none; a stretch of NaN alone stays NaN.
-        points: about how many to keep.
+        values: NaN marks a missing value; a range without values stays NaN.
+        points: approximate number of points to keep.
     """
     kept: list[float] = []
     for first, end in buckets(len(values), points):
-        stretch = values[first:end]
+        part = values[first:end]
         if end - first == 1:
-            kept.append(float(stretch[0]))
-        elif np.isnan(stretch).all():
+            kept.append(float(part[0]))
+        elif np.isnan(part).all():
             kept += [np.nan, np.nan]
         else:
-            low, high = int(np.nanargmin(stretch)), int(np.nanargmax(stretch))
-            kept += [float(stretch[place]) for place in sorted((low, high))]
+            low, high = int(np.nanargmin(part)), int(np.nanargmax(part))
+            kept += [float(part[index]) for index in sorted((low, high))]
     return np.array(kept)
 
 
 class Bins:
-    """Average arrays over equal ranges of records, whose number is not known in advance.
+    """Average arrays over bins of equally many records; the number of records need not be known in advance.
 
-    When there are twice as many as wanted, neighbours are merged: memory stays the same however long the run is.
+    When there are twice as many bins as wanted, neighbours are merged, so memory does not grow with the run.
 
     Args:
-        most: bins to end with, at most.
+        most: wanted number of bins; the result has less than twice as many.
     """
 
     def __init__(self, most: int) -> None:
@@ -84,7 +84,7 @@ class Bins:
         self._width *= 2
 
     def read(self) -> tuple[Ints, Floats]:
-        """Return the first step of each bin, and the means [bins, ...]."""
+        """Return the first step of each bin and the means [bins, ...]."""
         if len(self._counts) > self._most and len(self._counts) % 2 == 0:
             self._merge()
         means = [total / count for total, count in zip(self._sums, self._counts, strict=True)]

@@ -1,4 +1,4 @@
-"""Build the HTML page of a report, with its data as JSON."""
+"""Build the HTML page of a report, which contains its data as JSON."""
 
 import base64
 import html
@@ -27,12 +27,12 @@ _NOT_CURVES = ("time", "consumed_tokens")
 
 
 def bins_of(runs: int) -> int:
-    """Return the number of time bins for the loads of each run."""
+    """Return the number of bins over time for the expert loads of each run."""
     return max(_MOST_BINS // runs, 30)
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """Return the page as self-contained HTML."""
+    """Return the page as HTML that needs no other file."""
     assets = files("hypermoe_ds.report") / "assets"
     parts = {name: (assets / file).read_text(encoding="utf-8") for name, file in _ASSETS.items()}
     page = parts.pop("page")
@@ -64,7 +64,7 @@ def report_data(runs: Sequence[Run]) -> dict[str, Any]:
     points = min(_MOST_POINTS, max(_BYTES // (count * _BYTES_PER_VALUE), 40))
     described = ("unit", "page", "meaning", "bad")
     metrics = {metric.name: {part: getattr(metric, part) for part in described} for metric in METRICS}
-    every = [(key, [value]) for key, value in runs[0].settings.items()]
+    all_settings = [(key, [value]) for key, value in runs[0].settings.items()]
     rows = [summary(run) for run in runs]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {
@@ -73,7 +73,7 @@ def report_data(runs: Sequence[Run]) -> dict[str, Any]:
         "metrics": metrics,
         "order": [*STEP_PARTS, *PARAMETER_GROUPS],
         "summary": [[name, *(row.get(name, "") for row in rows)] for name in names],
-        "settings": differing_settings(runs) if len(runs) > 1 else every,
+        "settings": differing_settings(runs) if len(runs) > 1 else all_settings,
         "runs": [_run_data(run, points) for run in runs],
     }
 
@@ -112,7 +112,7 @@ def _groups(run: Run, points: int) -> Iterator[dict[str, Any]]:
 def _axis(
     series: Series | None, steps: Ints, kept: Ints, unit: float, from_zero: bool = False
 ) -> list[float | None] | None:
-    """Return the values of a metric at these steps as another x axis, linearly interpolated; None without it."""
+    """Return the values of a metric at these steps as another x axis, by interpolation; None if the run lacks it."""
     if series is None:
         return None
     values, at = series.numbers, np.frombuffer(series.steps, dtype=np.int64)
@@ -120,8 +120,8 @@ def _axis(
     if not finite.any():
         return None
     # A validation has the step of the record before it; use the later time.
-    found = np.interp(steps[kept], at[finite], np.maximum.accumulate(values[finite]))
-    return _rounded((found - (values[finite][0] if from_zero else 0)) / unit, digits=7)
+    interpolated = np.interp(steps[kept], at[finite], np.maximum.accumulate(values[finite]))
+    return _rounded((interpolated - (values[finite][0] if from_zero else 0)) / unit, digits=7)
 
 
 def _rounded(values: Floats, digits: int = 5) -> list[float | None]:

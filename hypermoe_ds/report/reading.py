@@ -46,7 +46,7 @@ class Series:
 
 @dataclass
 class Run:
-    """A run.
+    """Contents of a run folder.
 
     Attributes:
         name: label, distinct among the runs of a report.
@@ -69,7 +69,7 @@ class Run:
     settings: dict[str, str]
 
     def last(self, key: str) -> float | None:
-        """Return the last value of a metric that is a number."""
+        """Return the last finite value of a metric; None if it has none."""
         numbers = self.series[key].numbers if key in self.series else np.empty(0)
         finite = numbers[np.isfinite(numbers)]
         return float(finite[-1]) if len(finite) else None
@@ -80,19 +80,19 @@ def read_run(path: Path, name: str, bins: int) -> Run:
 
     Args:
         path: the run folder.
-        name: its label.
-        bins: most bins of the loads over time.
+        name: label of the run.
+        bins: wanted number of bins of the expert loads over time.
 
     Raises:
-        UserError: it has no metrics.
+        UserError: the folder has no metrics.
     """
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(str(path), "holds no metrics.jsonl", "give the run folder of a run that has trained (run.dir)")
+        raise UserError(str(path), "has no metrics.jsonl", "give the run folder of a run that has trained (run.dir)")
     series, loads = _read_metrics(metrics, bins)
     if not series:
-        raise UserError(str(metrics), "holds no record", "wait for the first logged step")
-    files = (path / name for name in _FILES)
+        raise UserError(str(metrics), "has no record", "wait for the first logged step")
+    files = (path / file_name for file_name in _FILES)
     launches, attempts, samples = (list(json_objects(file)) if file.is_file() else [] for file in files)
     return Run(name, path, series, loads, launches, attempts, samples, _settings(path / "resolved"))
 
@@ -103,7 +103,8 @@ def _read_metrics(metrics: Path, bins: int) -> tuple[dict[str, Series], tuple[In
     with Progress(f"reading {metrics}", "records") as progress:
         for record in iterate_records(metrics):
             step = record.pop("step")
-            rows = [record.pop(key) for key in [key for key in record if key.startswith(_LOAD)]]
+            load_keys = [key for key in record if key.startswith(_LOAD)]
+            rows = [record.pop(key) for key in load_keys]
             for key, value in record.items():
                 if value is None or type(value) in (int, float):
                     series.setdefault(key, Series()).add(step, value)
@@ -116,7 +117,7 @@ def _read_metrics(metrics: Path, bins: int) -> tuple[dict[str, Series], tuple[In
 
 
 def _relative_loads(rows: list[Any]) -> Floats | None:
-    """Return load / mean load [layers, experts]; None if the rows are not from one model."""
+    """Return load / mean load [layers, experts]; None if the rows do not form a matrix of finite numbers."""
     if not rows:
         return None
     with suppress(TypeError, ValueError):
@@ -137,15 +138,15 @@ def _settings(folder: Path) -> dict[str, str]:
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, str]:
-    """Return nested settings by dotted key, with the values as JSON."""
+    """Flatten nested settings into dotted keys with JSON values."""
     if not isinstance(settings, Mapping) or not settings:
-        return {prefix: json.dumps(settings, default=str)}  # YAML has dates, JSON does not
-    found: dict[str, str] = {}
+        return {prefix: json.dumps(settings, default=str)}  # YAML has dates, which JSON lacks
+    flattened: dict[str, str] = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        flattened |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flattened
 
 
 def labels(paths: Iterable[Path]) -> list[str]:
-    """Return a distinct label for each run folder: the shortest end of its path that no other run has, or a number."""
+    """Return a distinct label for each run folder: the shortest unique end of its path, numbered if paths are equal."""
     return distinct_names([path.resolve().parts for path in paths], "/", "{} ({})")

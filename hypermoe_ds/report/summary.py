@@ -10,12 +10,12 @@ from hypermoe_ds.monitor.units import duration, readable
 from hypermoe_ds.report.downsampling import Floats
 from hypermoe_ds.report.reading import Run
 
-_GAP = 10  # times the median interval between two records; a longer one counts as a pause
+_GAP = 10  # intervals longer than this many times the median interval between records are pauses
 
 
 def summary(run: Run) -> dict[str, str]:
     """Return the results of a run as text by name; unknown values are omitted."""
-    found = {
+    rows = {
         "step": _number(_last_step(run), ",.0f"),
         "tokens": _readable(run.last("consumed_tokens")),
         "validation loss, last": _number(run.last("valid_loss"), ".4f", " nats/token"),
@@ -25,37 +25,37 @@ def summary(run: Run) -> dict[str, str]:
         "HyperExperts contribute": _number(run.last("hyper_expert_contribution"), "+.4f", " nats/token"),
         "training loss, last": _number(run.last("loss"), ".4f"),
         "time trained": _time(trained_seconds(run)),
-        "time since the start": _time(_span(run)),
+        "time, first to last record": _time(_span(run)),
         "tokens/s, median": _number(_median(run, "tokens_per_second"), ",.0f"),
-        "TFLOP/s a GPU, median": _number(_median(run, "tflops_per_gpu"), ",.1f"),
+        "TFLOP/s per GPU, median": _number(_median(run, "tflops_per_gpu"), ",.1f"),
         "MFU, median": _number(_median(run, "mfu"), ".1%"),
         "parameters": _parameters(run),
         "ranks": _ranks(run),
         "skipped steps": _number(run.last("skipped_steps"), ",.0f"),
         "restarts": "; ".join(restarts(run)) or "none",
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in rows.items() if text}
 
 
 def restarts(run: Run) -> list[str]:
-    """Return a line for each launch after the first: its first step, and what ended the launch before."""
+    """Return a line for each launch after the first: its first step, and why the previous launch ended."""
     launches = [entry for entry in run.launches if "ended" not in entry and type(entry.get("step")) is int]
     lines = []
-    for before, launch in pairwise(launches):
-        cause = _cause(run, before.get("time", 0), launch.get("time", 0))
+    for previous, launch in pairwise(launches):
+        cause = _cause(run, previous.get("time", 0), launch.get("time", 0))
         lines.append(f"from step {launch['step']:,}{': ' * bool(cause)}{cause}")
     return lines
 
 
 def _cause(run: Run, begin: float, end: float) -> str:
-    """Return what ended the launch between the times `begin` and `end`; "" if unknown."""
+    """Return why a launch ended between the times `begin` and `end`; "" if unknown."""
     attempts = [
         f"{attempt.get('outcome')}, {attempt.get('what', '')}".rstrip(", ")
         for attempt in run.attempts
         if isinstance(attempt.get("began"), float | int) and isinstance(attempt.get("seconds"), float | int)
         if begin <= attempt["began"] + attempt["seconds"] <= end
     ]
-    own = [str(e["ended"]) for e in run.launches if "ended" in e and begin <= e.get("time", 0) <= end]
+    own = [str(entry["ended"]) for entry in run.launches if "ended" in entry and begin <= entry.get("time", 0) <= end]
     return (attempts or own or [""])[-1]
 
 
@@ -66,17 +66,17 @@ def resumes(run: Run) -> list[int]:
 
 
 def trained_seconds(run: Run) -> float | None:
-    """Return the time between the first and last record, without pauses."""
+    """Return the time between the first and the last record, with each pause shortened to the median interval."""
     gaps = np.diff(_times(run))
     gaps = gaps[gaps > 0]
     if not len(gaps):
         return None
-    usual = float(np.median(gaps))
-    return float(np.where(gaps > _GAP * usual, usual, gaps).sum())
+    median = float(np.median(gaps))
+    return float(np.where(gaps > _GAP * median, median, gaps).sum())
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings that differ between runs, with the value of each run; "" if it has none."""
+    """Return the settings that differ between runs, with the value of each run; "" if a run lacks the setting."""
     keys = sorted({key for run in runs for key in run.settings})
     rows = [(key, [run.settings.get(key, "") for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -109,8 +109,8 @@ def _median(run: Run, key: str) -> float | None:
     return float(np.nanmedian(run.series[key].numbers)) if run.last(key) is not None else None
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+def _number(value: float | None, spec: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{spec}}{unit}"
 
 
 def _readable(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Describe a launch in a table for the console."""
+"""Describe a launch in a table that the console prints."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from hypermoe_ds.parallel.topology import ParallelConfig, gradient_accumulation_
 from hypermoe_ds.training.launches import Launch
 from hypermoe_ds.training.settings import TrainConfig
 
-# Up to 4 epochs of repeated data lower the loss as new data do: Muennighoff et al., arXiv 2305.16264.
+# Up to 4 epochs of repeated data lower the loss almost as much as new data (Muennighoff et al., arXiv 2305.16264).
 _MOST_EPOCHS = 4
 
 
@@ -23,12 +23,12 @@ def banner(
     zero_stage: int,
     run_dir: str,
 ) -> list[tuple[str, str]]:
-    """Return the rows of the table: a name and a text each.
+    """Return the rows of the table, each with a name and a text.
 
     Args:
         launch: the launch.
         model: the model.
-        train: length and batch sizes.
+        train: length, batch sizes and precision.
         data: sequence length.
         parallel: expert parallelism.
         zero_stage: ZeRO stage.
@@ -37,7 +37,7 @@ def banner(
     counts = launch.parameters
     ranks, batch, length = launch.world_size, train.global_batch_size, data.sequence_length
     accumulation = gradient_accumulation_steps(batch, train.micro_batch_size, ranks)
-    began = f"resumed from step {launch.step:,}" if launch.step else "new run"
+    origin = f"resumed from step {launch.step:,}" if launch.step else "new run"
     return [
         (
             "model",
@@ -57,7 +57,7 @@ def banner(
         *zip(["data", *[""] * len(launch.datasets)], _datasets(launch.datasets), strict=False),
         ("length", f"{counted(train.steps, 'step')}, {readable(train.steps * batch * length)} tokens"),
         ("device", launch.device),
-        ("run", f"{run_dir}; {began}"),
+        ("run", f"{run_dir}; {origin}"),
     ]
 
 
@@ -69,7 +69,7 @@ def _datasets(datasets: Sequence[DatasetShare]) -> Iterator[str]:
 
 
 def repetition_warnings(datasets: Sequence[DatasetShare]) -> list[str]:
-    """Return a warning for each dataset that a run reads 4 times or more."""
+    """Return a warning for each dataset that the run reads at least 4 times."""
     return [
         f"warning: the run reads {dataset.name} {dataset.epochs:.1f} times ({readable(dataset.tokens)} tokens): "
         "repeated data adds little from 4 epochs on; add data, lower its weight in data.train, or shorten the run"

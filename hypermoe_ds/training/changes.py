@@ -1,4 +1,4 @@
-"""Report the settings that changed since the last launch, with the effect of each change."""
+"""Report the settings that changed since the last launch and the effect of each change."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,34 +16,34 @@ from hypermoe_ds.training.same_settings import flat
 from hypermoe_ds.training.settings import ScheduleConfig
 
 _NOT_IN_RESULTS = "results stay the same"
-_ROUNDING = "other memory and speed; results stay the same up to rounding"
+_ROUNDING = "memory and speed change; results stay the same up to rounding"
 
-# The longest prefix of a key applies.
+# The effect of a key is that of its longest prefix here.
 _EFFECTS: Mapping[str, str] = MappingProxyType(
     {
         "run.dir": _NOT_IN_RESULTS,
         "model": "the model is that of the run",
         "data.train": "the order of the training samples may change",
-        "data.sequence_length": "samples are cut differently: some text is seen twice, some never",
+        "data.sequence_length": "the text is split into other samples: some text is seen twice, some never",
         "data.valid": "validation losses are measured on other data",
         "data.tokenizer": "the run keeps its copy from the first launch",
         "data": _NOT_IN_RESULTS,
         "train": _NOT_IN_RESULTS,
         "train.steps": "the schedule spans the new number of steps",
         "train.stop_at_step": "this launch ends at another step",
-        "train.micro_batch_size": _ROUNDING + ", and the router's losses count other micro-batches",
+        "train.micro_batch_size": _ROUNDING + ", and the routing losses average over other micro-batches",
         "train.global_batch_size": "each step takes this many sequences from now on; the learning rate stays",
         "train.seed": "the order of the training samples changes; weights are kept",
         "train.precision": "continues from the fp32 weights; losses change by rounding",
         "train.clip_grad_norm": "gradients are clipped at the new norm",
         "train.activation_checkpointing": _ROUNDING,
         "train.skip_samples": "these samples are skipped from now on",
-        "optimizer.lr": "the schedule continues with the new largest rate",
+        "optimizer.lr": "the schedule continues with the new peak learning rate",
         "optimizer": "takes effect in the next step; the moments are kept",
-        "schedule": "the learning rate follows the new schedule from the next step on",
+        "schedule": "the learning rate follows the new schedule from the next step",
         "parallel": _ROUNDING,
         "checkpoint": _NOT_IN_RESULTS,
-        "evaluation": "validation happens at other steps or on other samples",
+        "evaluation": "validation runs at other steps or on other samples",
         "monitor": _NOT_IN_RESULTS,
         "deepspeed": _ROUNDING,
     }
@@ -60,23 +60,23 @@ def record_launch(
 ) -> None:
     """Write `resolved/`; on a resume, first print what changed since the last launch.
 
-    If the settings of the last launch cannot be read, for example after a power cut, one line says so instead.
+    If the settings of the last launch cannot be read, for example after a power cut, print a warning instead.
 
     Args:
         run: the run folder.
-        settings: the recipe as run.
-        ds_config: the configuration for DeepSpeed.
+        settings: the resolved recipe.
+        ds_config: the DeepSpeed configuration.
         model: the model.
-        step: optimizer steps taken.
+        step: optimizer steps that the run has taken.
         log: prints a line.
     """
     if step and run.settings.is_file() and run.ds_config.is_file():
         try:
-            former = json.loads(run.ds_config.read_text())
-            lines = setting_changes(run.read_settings(), settings, former, ds_config, step)
+            previous = json.loads(run.ds_config.read_text())
+            lines = setting_changes(run.read_settings(), settings, previous, ds_config, step)
         except (UserError, OSError, ValueError, TypeError, AttributeError, RecursionError):
             where = f"{run.settings} or {run.ds_config.name}"
-            lines = [f"warning: {where} is damaged: what changed since the last launch is unknown; both are replaced"]
+            lines = [f"warning: {where} is damaged: changes since the last launch are unknown; both files are replaced"]
         for line in lines:
             log(line)
     run.write_settings(settings, ds_config, model, Path(settings["data"]["tokenizer"]))
@@ -92,14 +92,14 @@ def setting_changes(
     """Describe each setting that differs from the last launch in one line, with its effect.
 
     Args:
-        old: the recipe as run by the last launch.
-        new: the recipe of this launch.
-        old_deepspeed: the configuration for DeepSpeed in the last launch.
-        new_deepspeed: the one of this launch.
-        step: optimizer steps taken.
+        old: the resolved recipe of the last launch.
+        new: the resolved recipe of this launch.
+        old_deepspeed: the DeepSpeed configuration of the last launch.
+        new_deepspeed: the DeepSpeed configuration of this launch.
+        step: optimizer steps that the run has taken.
 
     Returns:
-        The lines, and one more with the learning rates if they differ; none if nothing changed.
+        The lines, with one more if the learning rate of the next step differs; empty if nothing changed.
     """
     before = _settings(old, old_deepspeed)
     after = _settings(new, new_deepspeed)
@@ -108,20 +108,20 @@ def setting_changes(
         for key in {**before, **after}
         if before.get(key, "null") != after.get(key, "null")
     ]
-    with suppress(UserError, KeyError, TypeError, ValueError):  # a folder whose settings do not hold a schedule
+    with suppress(UserError, KeyError, TypeError, ValueError):  # the last launch recorded no valid schedule
         lines += _rate_line(_Rates(old), _Rates(new), step)
     return lines
 
 
 def _settings(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> dict[str, str]:
-    """Return all settings by dotted name, as JSON, except the tokens of the run, which follow from its steps."""
-    found = dict(flat(_without_nulls({**recipe, "deepspeed": without_owned_by_recipe(deepspeed)})))
-    found.pop("train.tokens", None)
-    return found
+    """Return all settings as JSON by dotted name, except `train.tokens`, which follows from `train.steps`."""
+    settings = dict(flat(_without_nulls({**recipe, "deepspeed": without_owned_by_recipe(deepspeed)})))
+    settings.pop("train.tokens", None)
+    return settings
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove nulls from items of lists: an older version of an item may lack the setting."""
+    """Remove nulls from the items of lists, because items from an older version may lack newer settings."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -145,27 +145,27 @@ def _short(value: str | None) -> str:
 
 
 class _Rates:
-    """Learning rates of a recipe."""
+    """Compute the learning rates of a recipe."""
 
     def __init__(self, recipe: Mapping[str, Any]) -> None:
-        self._largest = float(recipe["optimizer"]["lr"])
+        self._peak = float(recipe["optimizer"]["lr"])
         self._schedule = validate(ScheduleConfig, recipe["schedule"], "schedule")
         self._steps = int(recipe["train"]["steps"])
 
     def of(self, step: int) -> float:
         """Return the learning rate of an optimizer step, counted from 1."""
-        return self._largest * self._schedule.factor(step, self._steps)
+        return self._peak * self._schedule.factor(step, self._steps)
 
-    def falls_until(self, step: int) -> bool:
-        """Return whether the rate of this step is below that of an earlier step after the warm-up."""
-        return step > self._schedule.warmup_steps and self.of(step) < self._largest
+    def has_decayed(self, step: int) -> bool:
+        """Return whether the rate has started to decay by this step."""
+        return step > self._schedule.warmup_steps and self.of(step) < self._peak
 
 
 def _rate_line(old: _Rates, new: _Rates, step: int) -> Iterator[str]:
-    planned, now, last = old.of(step + 1), new.of(step + 1), old.of(step)
-    if planned == now:
+    planned, current, previous = old.of(step + 1), new.of(step + 1), old.of(step)
+    if planned == current:
         return
-    line = f"learning rate of step {step + 1}: {now:.3e} instead of {planned:.3e}; step {step} had {last:.3e}"
-    if old.falls_until(step) and now > last:
+    line = f"learning rate of step {step + 1}: {current:.3e} instead of {planned:.3e}; step {step} had {previous:.3e}"
+    if old.has_decayed(step) and current > previous:
         line = f"warning: the learning rate rises again after it had fallen, which can raise the loss; {line}"
     yield line

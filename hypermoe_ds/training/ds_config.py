@@ -1,4 +1,4 @@
-"""Merge the DeepSpeed JSON, which has DeepSpeed's own settings, with the settings that the recipe owns."""
+"""Merge the DeepSpeed JSON with the settings that the recipe owns."""
 
 import json
 from collections import Counter
@@ -82,17 +82,17 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
-# Smallest value if it is not 0. Below it DeepSpeed fails late or computes something else.
-_LEAST: Mapping[str, float] = MappingProxyType(
+# Smallest allowed values other than 0. With less, DeepSpeed fails late or computes something else.
+_MINIMUM: Mapping[str, float] = MappingProxyType(
     {
         "reduce_bucket_size": 1,
         "allgather_bucket_size": 1,
         "sub_group_size": 1,
         "gradient_predivide_factor": 1e-6,
-        "module_depth": -1,  # all
+        "module_depth": -1,  # all modules
     }
 )
-_MOST: Mapping[str, float] = MappingProxyType({"ratio": 1})
+_MAXIMUM: Mapping[str, float] = MappingProxyType({"ratio": 1})
 _LARGEST = 10**15
 
 
@@ -100,8 +100,8 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Read and check a file of ds_configs/.
 
     Raises:
-        UserError: unreadable, not JSON, nested too deeply, an unknown key, wrong type or number out of range at any
-            depth, or a key that the recipe owns.
+        UserError: the file is unreadable, not JSON or nested too deeply, or has an unknown key, a value of the wrong
+            type or out of range, or a key that the recipe owns.
     """
     try:
         return _load(path)
@@ -111,7 +111,7 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
 
 def _load(path: str | Path) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error.strerror})", "give a file of ds_configs/") from None
     except ValueError as error:
@@ -124,8 +124,8 @@ def _load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse repeated keys in a JSON object, of which Python's reader silently takes the last."""
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse duplicate keys in a JSON object; Python's parser would silently keep the last one."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = Counter(name for name, _ in pairs)
@@ -147,21 +147,21 @@ def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str,
             raise UserError(
                 f"{where}={value!r}", f"is not of type {kind.__name__}", f"give a value of type {kind.__name__}"
             )
-        elif kind in (int, float) and not _LEAST.get(key, 0) <= value <= _MOST.get(key, _LARGEST):  # NaN too
-            remedy = f"give {_LEAST.get(key, 0)} to {_MOST.get(key, _LARGEST):g}"
+        elif kind in (int, float) and not _MINIMUM.get(key, 0) <= value <= _MAXIMUM.get(key, _LARGEST):  # also NaN
+            remedy = f"give {_MINIMUM.get(key, 0)} to {_MAXIMUM.get(key, _LARGEST):g}"
             raise UserError(f"{where}={value!r}", "is out of range", remedy)
 
 
 def _fits(value: object, kind: type) -> bool:
     if kind is int and isinstance(value, float):
-        return value.is_integer()  # 5e8 is how JSON writes large buckets
+        return value.is_integer()  # JSON files often give bucket sizes as 5e8
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
 def without_owned_by_recipe(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a merged configuration that is not from the recipe or the model."""
+    """Remove the settings of the recipe and of the model from a merged configuration."""
     own = {key: value for key, value in merged.items() if key not in _OWNED_BY_RECIPE}
     zero = own.get("zero_optimization", {})
     return {**own, "zero_optimization": {key: value for key, value in zero.items() if key != "leaf_module"}}
@@ -183,7 +183,7 @@ def _check_data_types(ds_json: Mapping[str, Any], precision: str) -> None:
 
 
 def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
-    """Refuse settings on which DeepSpeed 0.19.8 raises a traceback, or which it ignores."""
+    """Refuse settings that DeepSpeed 0.19.8 ignores or fails on with a traceback."""
     zero = ds_json["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         device = zero.get(part, {}).get("device", "none")
@@ -213,14 +213,14 @@ def merge(
     expert_parallel_size: int,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return the configuration for DeepSpeed: the JSON and the settings that the recipe owns.
+    """Return the DeepSpeed configuration: the JSON plus the settings that the recipe owns.
 
     Raises:
-        UserError: batch sizes or expert parallelism that do not fit the ranks, an unknown stage or data type.
+        UserError: the batch sizes or expert parallelism do not fit the ranks, or a stage or data type is unknown.
     """
     stage = zero_stage(ds_json)
     if stage not in (1, 2, 3):
-        # Seen with DeepSpeed 0.19.8: without ZeRO the clip norm depends on EP (0.563 and 0.551).
+        # Measured with DeepSpeed 0.19.8: without ZeRO the norm for clipping depends on EP (0.563 and 0.551).
         raise UserError(f"zero_optimization.stage={stage}", "is not supported", "set it to 1, 2 or 3")
     _check_zero(ds_json, stage, bool(model.moe_layers))
     if model.moe_layers:
@@ -231,8 +231,8 @@ def merge(
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.clip_grad_norm,  # the default would be 1.0
-        "steps_per_print": 2**31 - 1,  # the loop prints
+        "gradient_clipping": train.clip_grad_norm,  # DeepSpeed's default is 1.0
+        "steps_per_print": 2**31 - 1,  # the training loop prints instead
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16"},
     }
@@ -247,7 +247,7 @@ def merge(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
         )
     if stage == 3:
-        # Its forward reads parameters of its submodules, so ZeRO 3 must gather the whole module.
+        # The hypernetwork's forward reads parameters of its submodules, so ZeRO 3 must gather the whole module.
         leaves = {"classes": ["HyperNetwork"]}
         merged["zero_optimization"] = {**merged["zero_optimization"], "leaf_module": leaves}
     return merged

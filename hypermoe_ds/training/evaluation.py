@@ -1,4 +1,4 @@
-"""Mean loss and perplexity over batches."""
+"""Compute the mean loss and perplexity over batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class Evaluation:
 
     Attributes:
         loss: mean cross-entropy in nats per token.
-        tokens: number of tokens.
+        tokens: number of tokens that have a label.
     """
 
     loss: float
@@ -24,13 +24,13 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite if the loss is above 709."""
+        """Return exp(loss), which is infinite for a loss above 709."""
         return torch.tensor(self.loss, dtype=torch.float64).exp().item()
 
 
 @contextmanager
 def without_hyper_experts(model: nn.Module) -> Iterator[None]:
-    """Switch off the HyperExperts of a model for the code inside."""
+    """Switch off the HyperExperts of a model inside the context."""
     modules = [module for module in model.modules() if hasattr(module, "skips_hyper_experts")]
     for module in modules:
         module.skips_hyper_experts = True  # type: ignore[assignment]
@@ -50,7 +50,7 @@ def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], de
         batches: `input_ids` and `labels` [B, S]; labels are the next tokens or -100.
         device: device of the model.
     """
-    # The sum is in fp64, because of millions of tokens, and stays on the device, so that no batch waits for the last.
+    # Sum in fp64, because there may be millions of tokens, and on the device, so that no batch waits for another.
     total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         labels = batch["labels"].to(device, non_blocking=True)

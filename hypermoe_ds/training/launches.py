@@ -1,4 +1,4 @@
-"""Write RUN_DIR/launches.jsonl, with an entry for each launch and for each end of one."""
+"""Write RUN_DIR/launches.jsonl: one entry when a launch begins and one when it ends."""
 
 import json
 import platform
@@ -28,11 +28,11 @@ class Launch:
     """A launch of a run.
 
     Attributes:
-        step: step that it starts from.
+        step: step that the launch starts from.
         world_size: number of ranks.
         hosts: number of hosts.
-        parameters: total, active, hypernetwork.
-        datasets: part of each training dataset in the run; known on rank 0.
+        parameters: number of parameters: total, active and hypernetwork.
+        datasets: share of each training dataset in the run; empty on ranks other than 0.
         device: name of rank 0's GPU, or "cpu".
     """
 
@@ -68,7 +68,7 @@ class Launch:
 
 
 def write_end(run_dir: Path, step: int, ended: Ended) -> None:
-    """Append how a launch ended to RUN_DIR/launches.jsonl.
+    """Append the end of a launch to RUN_DIR/launches.jsonl.
 
     Raises:
         MachineError: the file cannot be written.

@@ -1,7 +1,7 @@
-"""Norms of gradients, weights and updates, by group of parameters.
+"""Measure norms of gradients, weights and updates by group of parameters.
 
-Each rank reads the ranges whose optimizer state it owns, which cover every element once, and one sum over ranks gives
-the norms. No gradient and no weight is gathered.
+Each rank measures the ranges whose optimizer state it owns. Together they cover every element once, so a sum over ranks
+gives the norms, and no gradient or weight is gathered.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +19,8 @@ from hypermoe_ds.training.settings import OptimizerConfig
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter of the training model: experts, hypernetwork, routers or rest."""
-    if ".hyper_experts." in name or ".hypernetwork." in name:  # before the experts: an encoder has expert embeddings
+    """Return the group of a parameter by its name: experts, hypernetwork, routers or rest."""
+    if ".hyper_experts." in name or ".hypernetwork." in name:  # first, because the encoder has expert embeddings
         return "hypernetwork"
     if ".mlp.experts." in name:
         return "experts"
@@ -43,14 +43,14 @@ class ParameterNorms:
         self._gradients: Tensor | None = None
 
     def add_gradients(self) -> None:
-        """Measure this rank's gradients, between the last backward pass of a step and the step."""
+        """Measure this rank's gradients; call it between the last backward pass and the optimizer step."""
         scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
         self._gradients = self._squares(self._state.gradients()) / scale**2
 
     def gradients(self) -> dict[str, float]:
-        """Return the norm of each group's gradient as `grad_norm/GROUP` (collective).
+        """Return the gradient norm of each group as `grad_norm/GROUP` (collective).
 
-        The loss scale is divided out; the gradients are those before clipping.
+        The gradients are unscaled and not yet clipped.
         """
         squares, self._gradients = self._gradients, None
         if squares is None:
@@ -60,8 +60,8 @@ class ParameterNorms:
     def weights_and_updates(self, lr: float) -> dict[str, float]:
         """Return `parameter_norm/GROUP` and `update_ratio/GROUP` of the step just taken (collective).
 
-        The update is computed from AdamW's moments (arXiv 1711.05101, algorithm 2), so that no copy of the weights
-        before the step is kept.
+        The update is computed from AdamW's moments (arXiv 1711.05101, algorithm 2), so no copy of the
+        previous weights is needed.
 
         Args:
             lr: learning rate of the step.
@@ -89,7 +89,7 @@ class ParameterNorms:
             yield name, adam
 
     def _squares(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        """Return this rank's sum of squares for each group, on the device and without a synchronisation."""
+        """Return this rank's sum of squares for each group, on the device, without synchronising with it."""
         squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64, device=self._engine.device)
         for name, part in parts:
             norm = torch.linalg.vector_norm(part, dtype=torch.float32).to(squares.device, torch.float64)
@@ -97,7 +97,7 @@ class ParameterNorms:
         return squares
 
     def _by_group(self, metric: str, norms: Tensor) -> dict[str, float]:
-        """Return the values of the groups that have parameters."""
+        """Name the norms of the groups that have parameters."""
         present = set(self._groups.values())
         values = zip(PARAMETER_GROUPS, norms.tolist(), strict=True)
         return {f"{metric}/{group}": value for group, value in values if group in present}

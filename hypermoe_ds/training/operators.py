@@ -1,4 +1,4 @@
-"""Load operators that DeepSpeed compiles, even if an earlier process was killed while it loaded them."""
+"""Load the operators that DeepSpeed compiles, even if an earlier process was killed while loading them."""
 
 import fcntl
 import os
@@ -10,24 +10,24 @@ from torch.utils.cpp_extension import get_default_build_root
 
 
 def operators_folder() -> Path:
-    """Return the folder of the compiled operators; each has a subfolder."""
+    """Return the folder of the compiled operators, with one subfolder per operator."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 @contextmanager
 def without_stale_locks() -> Iterator[None]:
-    """Remove stale locks of killed processes, and protect the locks of this one while an operator is loaded inside.
+    """Remove the stale locks of killed processes before operators are loaded inside the context.
 
     torch creates a file `lock` in the operator's folder whenever a process loads it. If that process is killed, the
-    file stays and every later process waits for it forever. Each loading process therefore holds a shared file lock,
-    which the system releases when the process ends. If nobody else holds it, any file `lock` is stale.
+    file remains and every later process waits for it forever. Each loading process therefore holds a shared file lock,
+    which the system releases when the process ends. If no process holds it, every file `lock` is stale.
     """
     folder = operators_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".loading").open("w") as holders:
+    with (folder / ".loading").open("w") as shared_lock:
         if any(folder.glob("*/lock")):
-            fcntl.flock(holders, fcntl.LOCK_EX)
+            fcntl.flock(shared_lock, fcntl.LOCK_EX)
             for lock in folder.glob("*/lock"):
                 lock.unlink(missing_ok=True)
-        fcntl.flock(holders, fcntl.LOCK_SH)
+        fcntl.flock(shared_lock, fcntl.LOCK_SH)
         yield

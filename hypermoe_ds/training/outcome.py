@@ -20,7 +20,7 @@ _REASONS = {
 def outcome_rows(
     run_dir: Path, ended: Ended, step: int, tokens: int, seconds: float, data: str | None, resume: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return rows of a name and a text.
+    """Return the rows of the summary, each with a name and a text.
 
     Args:
         run_dir: the run folder.
@@ -28,11 +28,11 @@ def outcome_rows(
         step: last step of the launch.
         tokens: tokens consumed by the run.
         seconds: duration of the launch.
-        data: prefix of token files to evaluate on; None if there are none.
+        data: prefix of the token files to evaluate on; None without validation data.
         resume: the command that continues the run.
     """
-    script = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
-    root = "" if script == "." else f"{script}/"
+    repository = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
+    root = "" if repository == "." else f"{repository}/"
     folder = shlex.quote(str(run_dir))
     rows = [
         ("ended", f"{_REASONS[ended]}: step {step:,}, {readable(tokens)} tokens, after {duration(seconds)}"),
@@ -65,12 +65,12 @@ def resume_command(ranks: int, hosts: int, words: Sequence[str], ended: Ended) -
 
     Args:
         ranks: number of ranks.
-        hosts: number of hosts; on several, the command is that of the training script, for the same launcher as before.
-        words: the command line of this launch's training script, its name first.
-        ended: why the launch ended; the step that it stopped at is lifted.
+        hosts: number of hosts; on several, the command is the training script alone, for the same launcher as before.
+        words: command line of the training script in this launch, beginning with its name.
+        ended: why the launch ended; if at `train.stop_at_step`, the command resets that setting.
     """
-    script, *given = words
-    kept = [word for word in given if not word.startswith("--local_rank")]
-    lifted = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
+    script, *arguments = words
+    kept = [word for word in arguments if not word.startswith("--local_rank")]
+    reset = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
     launcher = ["deepspeed", "--log_level", "critical", "--num_gpus", str(ranks)] if hosts == 1 else []
-    return [*launcher, script, *kept, *lifted]
+    return [*launcher, script, *kept, *reset]

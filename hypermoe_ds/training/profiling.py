@@ -1,4 +1,4 @@
-"""Trace a few steps, with named regions for the parts of the model."""
+"""Trace some training steps, with named regions for the parts of the model."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,9 +22,9 @@ class Profiler:
 
     Args:
         config: steps and ranks.
-        folder: RUN_DIR/profile; made when a trace is written.
+        folder: RUN_DIR/profile; created when a trace is written.
         rank: this rank.
-        model: its parts get named regions while a step is traced.
+        model: the model; its parts are named regions of the trace.
         log: prints a line.
     """
 
@@ -32,8 +32,8 @@ class Profiler:
         self, config: MonitorConfig, folder: Path, rank: int, model: nn.Module, log: Callable[[str], None]
     ) -> None:
         first, last = config.profile_steps or (0, 0)
-        traces = config.profile_steps is not None and rank in config.profile_ranks
-        self._first, self._last = (first, last) if traces else (0, 0)
+        is_traced = config.profile_steps is not None and rank in config.profile_ranks
+        self._first, self._last = (first, last) if is_traced else (0, 0)
         self._keeps_memory = config.memory_snapshot and torch.cuda.is_available()
         if config.memory_snapshot and not torch.cuda.is_available():
             log("warning: monitor.memory_snapshot needs a GPU: no snapshot is written")
@@ -43,11 +43,11 @@ class Profiler:
         self._trace: profile | None = None
 
     def region(self, name: str) -> AbstractContextManager[Any]:
-        """Name the code inside in the trace, if a step is traced."""
+        """Name the code inside the context in the trace; do nothing if no step is traced."""
         return nullcontext() if self._trace is None else record_function(name)
 
     def before_step(self, step: int) -> None:
-        """Begin the trace before its first step."""
+        """Start the trace if this is its first step."""
         if step != self._first:
             return
         if self._keeps_memory:
@@ -58,7 +58,7 @@ class Profiler:
         self._trace.start()
 
     def after_step(self, step: int) -> None:
-        """Write the trace after its last step.
+        """Stop and write the trace if this was its last step.
 
         Raises:
             MachineError: the files cannot be written.
@@ -73,20 +73,20 @@ class Profiler:
             trace.export_chrome_trace(f"{self._path}.json.gz")
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             averages = trace.key_averages()
-            averages[:] = [event for event in averages if not event.is_user_annotation]  # the named parts
+            averages[:] = [event for event in averages if not event.is_user_annotation]  # the named regions
             table = averages.table(sort_by=by, row_limit=_OPERATORS, max_name_column_width=_NAME_WIDTH)
             Path(f"{self._path}_operators.txt").write_text(f"{table}\n", encoding="utf-8")
             if self._keeps_memory:
                 torch.cuda.memory._dump_snapshot(f"{self._path}_memory.pickle")  # type: ignore[no-untyped-call]
                 torch.cuda.memory._record_memory_history(enabled=None)
-        self._log(f"steps {self._first} to {self._last} are profiled: {self._path}.json.gz, and _operators.txt")
+        self._log(f"wrote the profile of steps {self._first} to {self._last}: {self._path}.json.gz and _operators.txt")
 
 
 class ModelRegions:
     """Name the parts of a model's forward passes in traces, until `remove` is called.
 
-    The region "dispatch" is between the router and the experts, "combine" between the experts and the end of the MoE
-    block; with expert parallelism they contain the all-to-all. HyperExperts start within "dispatch".
+    The region "dispatch" lasts from the router to the experts, "combine" from the experts to the end of the MoE block;
+    with expert parallelism they contain the all-to-all. HyperExperts start within "dispatch".
 
     Args:
         model: the training model, with or without AutoEP.

@@ -18,17 +18,17 @@ from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.state import TrainState
 
-if TYPE_CHECKING:  # they load megatron-core, which a benchmark of the steps does not need
+if TYPE_CHECKING:  # these modules load megatron-core, which the benchmark of training steps does not need
     from hypermoe_ds.data.consumption import Consumption
     from hypermoe_ds.training.validation import Validation
 
 
 class Recorder(StepObserver):
-    """Log some of the steps; the others do not wait for the device.
+    """Log some of the steps; the other steps do not wait for the device.
 
     Args:
         engine: the DeepSpeed engine.
-        config: when to log.
+        config: intervals of logging.
         steps: length of the run; the first and last step are logged too.
         logger: writes the metrics.
         console: prints the lines.
@@ -65,7 +65,7 @@ class Recorder(StepObserver):
         self._routing = StepMeter(engine.module.config.num_experts)
 
     def begin(self, step: int) -> None:
-        """Decide what to observe in a step."""
+        """Decide what to measure in a step."""
         self._measures_norms = self._config.norms_interval is not None and step % self._config.norms_interval == 0
         self._profiler.before_step(step)
         self.logs = self._measures_norms or step % self._config.interval == 0 or step in (1, self._steps)
@@ -77,7 +77,7 @@ class Recorder(StepObserver):
             yield
 
     def end(self, step: int, tokens: int) -> None:
-        """Count a step over `tokens` tokens of all ranks."""
+        """Count a step of `tokens` tokens over all ranks."""
         self.clock.count(tokens)
         self._profiler.after_step(step)
 
@@ -88,12 +88,12 @@ class Recorder(StepObserver):
             self._routing.add(output)
 
     def observe_gradients(self) -> None:
-        """Add the gradients of a logged step."""
+        """Measure the gradients if the step is logged."""
         if self.logs:
             self._norms.add_gradients()
 
     def record(self, state: TrainState, lr: float) -> None:
-        """Log the step that was just taken (collective).
+        """Log the step that has just ended (collective).
 
         Args:
             state: position of the run after the step.
@@ -136,5 +136,5 @@ class Recorder(StepObserver):
         model = self._engine.module.model
         if model.hypernetwork is None:
             return {}
-        branches = [layer.hyper_experts for layer in model.layers if layer.is_moe]
-        return hyper_expert_similarity(branches, model.hypernetwork, model.config.num_experts_per_tok)
+        layers = [layer.hyper_experts for layer in model.layers if layer.is_moe]
+        return hyper_expert_similarity(layers, model.hypernetwork, model.config.num_experts_per_tok)

@@ -1,4 +1,4 @@
-"""Refuse ranks that would train with different settings or sources."""
+"""Check that all ranks have the same settings and source code."""
 
 import json
 import socket
@@ -11,19 +11,19 @@ from hypermoe_ds.provenance import source_digest
 
 
 def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -> None:
-    """Refuse ranks whose settings or sources differ: each would train in its own way (collective).
+    """Check that all ranks have the same settings and source code (collective).
 
     Raises:
-        UserError: the first difference of a rank from rank 0, on every rank.
+        UserError: a rank differs from rank 0; every rank raises the same error, about the first difference.
     """
     own = dict(flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
     (_, first), *others = ControlGroup().gather((socket.gethostname(), own))
-    for rank, (host, given) in enumerate(others, start=1):
-        for key in {**first, **given}:
-            here, there = first.get(key, "missing"), given.get(key, "missing")
-            if here != there:
+    for rank, (host, settings) in enumerate(others, start=1):
+        for key in {**first, **settings}:
+            expected, found = first.get(key, "missing"), settings.get(key, "missing")
+            if expected != found:
                 remedy = f"give all ranks the same {'sources' if key == 'sources' else 'settings'}"
-                raise UserError(key, f"is {here} on rank 0 and {there} on rank {rank} ({host})", remedy)
+                raise UserError(key, f"is {expected} on rank 0 and {found} on rank {rank} ({host})", remedy)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Settings of a training run that the YAML recipe owns."""
+"""Define the settings of a recipe for training: length, optimizer, schedule and evaluation."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -9,11 +9,11 @@ from hypermoe_ds.config import LARGEST_COUNT, Settings
 
 
 def as_whole_number(value: Any) -> Any:
-    """Return a float such as YAML's 300e9 as an int if it has no fraction."""
+    """Convert a float without a fraction, such as 300e9 in YAML, to an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Stretch = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_COUNT**2)]], Field(min_length=2, max_length=2)]
+SampleRange = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_COUNT**2)]], Field(min_length=2, max_length=2)]
 
 
 class TrainConfig(Settings):
@@ -51,7 +51,7 @@ class TrainConfig(Settings):
         le=LARGEST_COUNT,
         description="tolerated number of steps in a row that are skipped for a NaN or Inf in loss or gradient",
     )
-    skip_samples: list[Stretch] = Field(
+    skip_samples: list[SampleRange] = Field(
         [], description="`[[first, last], ...]`, ranges of sample indices to skip, in the order of the training samples"
     )
     consistency_interval: int | None = Field(
@@ -78,7 +78,7 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """Learning rate over the steps, by formula."""
+    """Learning-rate schedule."""
 
     name: Literal["cosine", "warmup_stable_decay", "linear", "constant"] = Field(
         "cosine", description="shape after the warm-up; `warmup_stable_decay` decays by a cosine"
@@ -97,26 +97,26 @@ class ScheduleConfig(Settings):
     )
 
     def factor(self, step: int, steps: int) -> float:
-        """Return the learning rate of an optimizer step, as a factor of the largest.
+        """Return the learning rate of an optimizer step as a factor of the largest rate.
 
-        With W warm-up steps, the factor is `step / W` up to step W, 1 up to the turning step T, and falls from there
-        to `min_lr_ratio` at the last step. T is W, or for `warmup_stable_decay` the last step - `decay_steps`, but at
-        least 1, so that no run begins with a rate of 0.
+        With W warm-up steps, the factor is `step / W` until step W, 1 until step T, and then falls to `min_lr_ratio`
+        at the last step. T is W, or the last step - `decay_steps` for `warmup_stable_decay`, but at least 1, so that
+        the first rate is above 0.
 
         Args:
-            step: optimizer step, counted from 1; after the last one the factor stays.
+            step: optimizer step, counted from 1; after the last step the factor stays constant.
             steps: last step of the run.
         """
         step = min(step, steps)
         if step < self.warmup_steps:
             return step / self.warmup_steps
         decaying = self.decay_steps if self.name == "warmup_stable_decay" else steps - self.warmup_steps
-        turning = max(steps - decaying, 1)
-        if self.name == "constant" or step <= turning:
+        decay_start = max(steps - decaying, 1)
+        if self.name == "constant" or step <= decay_start:
             return 1.0
-        progress = (step - turning) / (steps - turning)
-        left = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left
+        progress = (step - decay_start) / (steps - decay_start)
+        remaining = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * remaining
 
 
 class EvaluationConfig(Settings):

@@ -1,4 +1,4 @@
-"""Validate a run: losses by dataset, contribution of the HyperExperts, samples of text."""
+"""Validate a run: losses by dataset, contribution of the HyperExperts, sample texts."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ class Validation:
     """Result of a validation.
 
     Attributes:
-        values: metrics by their keys.
+        values: metrics by key.
         samples: each prompt of `evaluation.prompts` with its greedy continuation.
     """
 
@@ -37,11 +37,11 @@ class Validator:
     Args:
         engine: the DeepSpeed engine.
         datasets: the validation datasets by name.
-        bytes_per_token: bytes of text per token, for the datasets that know it.
+        bytes_per_token: bytes of text per token, for the datasets for which it is known.
         config: what to measure.
         tokenizer: the run's tokenizer.
         micro_batch_size: sequences of one forward pass on one rank.
-        each: wraps the batches, given their number, for example to send heartbeats.
+        each: wraps the batches; it receives their number, for example to report progress.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Validator:
         return evaluate(self._engine, self._each(batches, total), self._engine.device)
 
     def _continue(self, ids: list[int]) -> str:
-        """Continue a prompt greedily, with the same number of forward passes on all ranks, which share the experts."""
+        """Continue a prompt greedily, with the same forward passes on all ranks, because they share the experts."""
         tokens = continue_greedily(self._engine, ids, self._prompt_tokens, self._engine.device)
         end = self._tokenizer.eos_token_id
         kept = tokens[: tokens.index(end)] if end in tokens else tokens
@@ -97,13 +97,13 @@ def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     """Return the token ids of a prompt.
 
     Raises:
-        UserError: it has no token, or more than `longest`.
+        UserError: the prompt has no token, or more than `longest`.
     """
     ids = encode_as_text(tokenizer, prompt)
     if not ids:
         raise UserError(f"evaluation.prompts: {prompt!r}", "has no token", "give a text or remove it")
     if len(ids) > longest:
-        problem = f"has {len(ids)} tokens, and with evaluation.prompt_tokens the model takes {max(longest, 0)}"
+        problem = f"has {len(ids)} tokens; with evaluation.prompt_tokens, the model allows {max(longest, 0)}"
         raise UserError(f"evaluation.prompts: {prompt[:80]!r}", problem, "shorten it or lower evaluation.prompt_tokens")
     return list(ids)
 
@@ -118,22 +118,22 @@ def continue_greedily(model: Callable[..., Any], ids: list[int], new_tokens: int
         new_tokens: number of tokens to add.
         device: device of the model.
     """
-    fed, cache, added = torch.tensor([ids], device=device), None, []
+    input_ids, cache, added = torch.tensor([ids], device=device), None, []
     for _ in range(new_tokens):
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, fed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-        added.append(fed)
+        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, input_ids = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        added.append(input_ids)
     return [int(token) for token in torch.cat(added, dim=1)[0].tolist()]
 
 
 def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mapping[str, float]) -> dict[str, float]:
-    """Return the loss, perplexity and bits per byte of each dataset, and over all of their tokens.
+    """Return the loss, perplexity and bits per byte of each dataset and of all datasets together.
 
     Bits per byte are loss / ln 2 * tokens / bytes (The Pile, arXiv 2101.00027, section 3.1).
 
     Args:
         results: results by dataset.
-        bytes_per_token: by dataset; the value over all datasets needs those of all.
+        bytes_per_token: bytes of text per token by dataset; the value of all datasets together needs each of them.
     """
     mean = _mean(results)
     values = {"valid_loss": mean.loss, "valid_perplexity": mean.perplexity}
@@ -148,16 +148,18 @@ def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mappin
 
 
 def contribution_values(values: Mapping[str, float], without: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return the losses without HyperExperts, and how far they are above those with them.
+    """Return the losses without HyperExperts and how much higher they are than those with HyperExperts.
 
     Args:
-        values: values of `validation_values`, with HyperExperts.
-        without: results without them, by dataset.
+        values: result of `validation_values` with HyperExperts.
+        without: results without HyperExperts, by dataset.
     """
     losses = {"": _mean(without).loss, **{f"/{name}": result.loss for name, result in without.items()}}
-    off = {f"valid_loss_without_hyper_experts{item}": loss for item, loss in losses.items()}
-    more = {f"hyper_expert_contribution{item}": loss - values[f"valid_loss{item}"] for item, loss in losses.items()}
-    return off | more
+    absolute = {f"valid_loss_without_hyper_experts{item}": loss for item, loss in losses.items()}
+    higher_by = {
+        f"hyper_expert_contribution{item}": loss - values[f"valid_loss{item}"] for item, loss in losses.items()
+    }
+    return absolute | higher_by
 
 
 def _mean(results: Mapping[str, Evaluation]) -> Evaluation:

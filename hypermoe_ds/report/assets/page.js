@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const several = data.runs.length > 1;
-// Okabe and Ito's palette, which colour-blind readers tell apart, and two more.
+// Okabe and Ito's palette for colour-blind readers, plus two colours.
 const COLOURS = ["#1F83C7", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6BB1", "#7F7F7F"];
 const DASHES = [[], [6, 4], [2, 3], [10, 3, 2, 3], [4, 2], [1, 2]];
 const AXES = { step: "step", tokens: "million tokens", hours: "hours" };
@@ -22,12 +22,12 @@ function shown(value) {
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
   return value.toLocaleString("en-US", { maximumSignificantDigits: 5 });
 }
-/** Parts of a step and groups of parameters in their usual order, everything else by name. */
+/** Sort parts of a step and groups of parameters in their usual order, everything else by name. */
 function natural(a, b) {
   const places = [data.order.indexOf(a), data.order.indexOf(b)];
   return places.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : places[0] - places[1];
 }
-/** A colour for each layer, from dark to bright, and the palette for everything else. */
+/** Return the colour of an item: layers go from dark to bright, everything else uses the palette. */
 function itemColour(item, index, count) {
   if (!item.startsWith("moe_layer_")) return COLOURS[index % COLOURS.length];
   const place = count > 1 ? index / (count - 1) : 0;
@@ -36,7 +36,7 @@ function itemColour(item, index, count) {
 
 // Curves of a metric
 
-/** Curves of one metric: [{run, item, group, values}], items in natural order, the total first. */
+/** Return the curves of a metric as [{run, item, group, values}]: the total first, then the items in natural order. */
 function curvesOf(metric) {
   const found = [];
   data.runs.forEach((run, number) => {
@@ -50,7 +50,7 @@ function curvesOf(metric) {
   });
   return found.sort((a, b) => a.run - b.run || natural(a.item, b.item));
 }
-/** With several runs the layers of each become one curve, their mean. */
+/** Replace the layers of each run by their mean if the page compares several runs. */
 function meansOverLayers(curves) {
   if (!several || !curves.some((curve) => curve.item.startsWith("moe_layer_"))) return curves;
   return data.runs.flatMap((_, run) => {
@@ -65,7 +65,7 @@ function meansOverLayers(curves) {
     return [{ run, item: "mean of layers", group, values }];
   });
 }
-/** Training and validation in one chart. */
+/** Return the training and validation losses for one chart. */
 function lossCurves() {
   const named = (name, curve) => ({ ...curve, item: [name, curve.item].filter(Boolean).join(" ") });
   const training = curvesOf("loss").map((curve) => named("training", curve));
@@ -123,7 +123,7 @@ class Chart {
     };
     return button;
   }
-  /** Rows for uPlot: one x axis for all curves. */
+  /** Return the rows for uPlot: one x axis for all curves. */
   rows() {
     const tables = this.curves.map((curve, index) => {
       const x = curve.group[state.axis] || curve.group.step;
@@ -157,12 +157,12 @@ class Chart {
     this.plot = new uPlot(options, rows, this.plotted);
     this.plot.over.append(this.tip);
   }
-  /** Fills between each curve that is shown and the next one below. */
+  /** Return the areas to fill between each visible curve and the next one below. */
   bands() {
     const shownOnes = this.curves.map((_, index) => index + 1).filter((series) => this.visible[series - 1]);
     return shownOnes.slice(1).map((series, i) => ({ series: [series, shownOnes[i]] }));
   }
-  /** Where a run was started again. */
+  /** Mark the steps at which a run was resumed. */
   marks(plot) {
     const runs = [...new Set(this.curves.map((curve) => curve.run))];
     for (const run of runs) {
@@ -210,7 +210,7 @@ class Chart {
     this.tip.style.top = `${Math.min(top + 10, Math.max(plot.over.clientHeight - this.tip.offsetHeight, 0))}px`;
   }
 }
-/** The value at a place, or the last one before it: curves with fewer points are joined to the others' x axis. */
+/** Return the value at an index, or the last one before it: curves with fewer points have gaps on the shared x axis. */
 function near(values, index) {
   for (let i = index; i >= 0; i--) if (values[i] !== null && values[i] !== undefined) return values[i];
   return null;
@@ -222,7 +222,7 @@ function label(value) {
   if (size >= 1e4) return `${+(value / 1e3).toPrecision(4)}K`;
   return size !== 0 && size < 1e-3 ? value.toExponential(0) : String(+value.toPrecision(4));
 }
-/** x must grow: of points at one place the last is kept, and x never goes back. */
+/** Make x strictly increasing: drop points at which x does not increase, and keep the last of their values. */
 function increasing(x, y) {
   const xs = [], ys = [];
   for (let i = 0; i < x.length; i++) {
@@ -251,7 +251,7 @@ function ramp(load) {
   return even.map((from, i) => Math.round(from + (end[i] - from) * part));
 }
 class HeatMap {
-  /** `cells(row, column)` gives load / mean load; `title(row, column)` what a cell is. */
+  /** Create an empty heat map; `fill` sets its cells. */
   constructor(parent, title, help) {
     this.canvas = element("canvas", { className: "heat" });
     this.tip = element("div", { className: "tip" });
@@ -303,13 +303,13 @@ function heatMaps(parent) {
     const packed = atob(run.loads.bytes);
     run.loads.at = (bin, layer, expert) => packed.charCodeAt((bin * run.loads.layers + layer) * run.loads.experts + expert) / run.loads.levels;
   }
-  const byStep = new HeatMap(parent, "expert load by layer and expert", "a row a layer, a column an expert; load / mean load: blue receives less, orange more than its share");
+  const byStep = new HeatMap(parent, "expert load by layer and expert", "one row per layer, one column per expert; load / mean load: blue is below the mean, orange above");
   const [runLabel, run] = choice("run", runs.map((each) => each.name), () => { reset(); });
   const slider = element("input", { type: "range", min: 0, step: 1 }), place = element("span");
   slider.oninput = () => drawStep();
   if (several) byStep.row.append(runLabel);
   byStep.row.append(element("label", {}, "time", slider), place, scaleBar());
-  const overTime = new HeatMap(parent, "expert load over time", "a row an expert of one layer, time from left to right; load / mean load");
+  const overTime = new HeatMap(parent, "expert load over time", "one row per expert of a layer, time from left to right; load / mean load");
   const layer = element("select");
   layer.onchange = () => drawLayer();
   const whose = element("span");
@@ -408,7 +408,7 @@ const watcher = new IntersectionObserver((entries) => {
     entry.target.chart.draw();
   }
 }, { rootMargin: "400px" });
-/** Charts are drawn when they come into view. */
+/** Draw the heat maps now and each chart when it scrolls into view. */
 function drawAll() {
   watcher.disconnect();
   for (const chart of charts) {

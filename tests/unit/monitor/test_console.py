@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""Test the console output of a run."""
 
 import io
 import logging
@@ -21,18 +21,18 @@ NO_LOAD = torch.empty(0, 2)
 
 
 class Terminal(io.StringIO):
-    """A file that is a terminal."""
+    """A text stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def visible(text: str) -> str:
-    """Without what moves the cursor and sets colours."""
+    """Remove the escape sequences for cursor and colours."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-def test_rank_zero_alone_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_zero_prints(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (0, 1):
         with Console(rank) as console:
             console.log("a line [of] text")
@@ -40,7 +40,7 @@ def test_rank_zero_alone_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "a line [of] text\nname  text\n"
 
 
-def test_the_line_of_a_step_tells_where_it_stands() -> None:
+def test_step_line_shows_step_metrics_and_time_left() -> None:
     load_MN = torch.tensor([[0.1, 0.9], [0.5, 0.5]])
     time, line = step_line(5, 100, SCALARS, 3725.4, load_MN).split("  ", maxsplit=1)
     assert re.fullmatch(r"\d\d:\d\d:\d\d", time)
@@ -50,7 +50,7 @@ def test_the_line_of_a_step_tells_where_it_stands() -> None:
     assert step_line(100, 100, SCALARS, 0, NO_LOAD).endswith(" tok/s  left  0:00:00")
 
 
-def test_the_columns_of_a_run_stay_where_they_are() -> None:
+def test_step_lines_of_a_run_have_aligned_columns() -> None:
     small = {**SCALARS, "consumed_tokens": 900, "mfu": 0.05, "memory_reserved_gib": 3.2}
     large = {
         "loss": float("nan"), "lr": 0.0, "grad_norm": 12345.6, "tokens_per_second": 9_999_999, "consumed_tokens": 3e11,
@@ -63,15 +63,15 @@ def test_the_columns_of_a_run_stay_where_they_are() -> None:
     assert len(lines[0]) == len(lines[1])
 
 
-def test_a_console_that_is_gone_does_not_end_the_run() -> None:
+def test_closed_stdout_does_not_end_the_run() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as gone, Console(0, gone) as console:
+    with os.fdopen(writer, "w") as closed, Console(0, closed) as console:
         for _ in range(3):
             console.log("step 1")
 
 
-def test_a_warning_stands_out_on_a_terminal_only() -> None:
+def test_warnings_are_highlighted_only_on_a_terminal() -> None:
     terminal, file = Terminal(), io.StringIO()
     for out in (terminal, file):
         Console(0, out).log("warning: beware")
@@ -79,7 +79,7 @@ def test_a_warning_stands_out_on_a_terminal_only() -> None:
     assert terminal.getvalue() == "\x1b[1;33mwarning: beware\x1b[0m\n"
 
 
-def test_a_file_gets_no_status_line_and_a_terminal_does() -> None:
+def test_only_a_terminal_shows_a_status_line() -> None:
     terminal, file = Terminal(), io.StringIO()
     for out in (terminal, file):
         with Console(0, out) as console, console.phase("building datasets"):
@@ -93,7 +93,7 @@ def test_a_file_gets_no_status_line_and_a_terminal_does() -> None:
     assert visible(terminal.getvalue()).count("a line\n") == 1
 
 
-def test_long_work_gets_a_line_now_and_then_where_there_is_no_status_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_work_is_logged_every_30_seconds_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     console, clock = Console(0, file), iter(range(0, 1000, 10))
     monkeypatch.setattr("hypermoe_ds.monitor.console.time.monotonic", lambda: next(clock))
@@ -106,7 +106,7 @@ def test_long_work_gets_a_line_now_and_then_where_there_is_no_status_line(monkey
 
 
 class DueTimer:
-    """A timer whose time has come when it is started."""
+    """A timer that calls its function as soon as it starts."""
 
     def __init__(self, seconds: float, function: Callable[[str], None], arguments: list[str]) -> None:
         self._call = lambda: function(f"{arguments[0]} {seconds} s")
@@ -119,7 +119,7 @@ class DueTimer:
 
 
 @pytest.mark.parametrize(("out", "lines"), [(io.StringIO(), ["building datasets ... 30 s"]), (Terminal(), [])])
-def test_a_long_phase_is_a_line_where_there_is_no_status_line(
+def test_long_phase_is_logged_without_a_terminal(
     out: io.StringIO, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hypermoe_ds.monitor.console.Timer", DueTimer)
@@ -129,17 +129,17 @@ def test_a_long_phase_is_a_line_where_there_is_no_status_line(
 
 
 @pytest.fixture
-def ours() -> Iterator[tuple[logging.Logger, io.StringIO]]:
-    """A logger of the package, and what a console prints of it."""
+def package_logger() -> Iterator[tuple[logging.Logger, io.StringIO]]:
+    """Return a logger of the package and the stream that the console prints to."""
     file = io.StringIO()
     with Console(0, file):
         yield logging.getLogger("hypermoe_ds.somewhere"), file
 
 
-def test_messages_of_layers_are_one_line(ours: tuple[logging.Logger, io.StringIO]) -> None:
-    logger, file = ours
-    for layer, sets in ((0, 12), (1, 9), (2, 10), (4, 12)):
-        logger.info("HyperExperts of MoE layer %d: factored, %d sets", layer, sets)
+def test_messages_of_several_layers_are_joined(package_logger: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, file = package_logger
+    for layer, count in ((0, 12), (1, 9), (2, 10), (4, 12)):
+        logger.info("HyperExperts of MoE layer %d: factored, %d sets", layer, count)
     logger.info("HyperExperts of MoE layer 3: per_set, 8 sets")
     assert file.getvalue() == ""
     logger.info("step 1")
@@ -150,7 +150,7 @@ def test_messages_of_layers_are_one_line(ours: tuple[logging.Logger, io.StringIO
     ]
 
 
-def test_a_message_of_a_layer_is_not_lost_at_the_end() -> None:
+def test_layer_messages_are_printed_when_the_console_closes() -> None:
     file = io.StringIO()
     with Console(0, file):
         logging.getLogger("hypermoe_ds.somewhere").info("layer 7: ready")
@@ -158,15 +158,15 @@ def test_a_message_of_a_layer_is_not_lost_at_the_end() -> None:
 
 
 @pytest.mark.parametrize("message", ["step 3 of layer 4", "layers", "layer x", "{} of layer 3"])
-def test_other_messages_are_not_folded(message: str) -> None:
+def test_messages_without_a_single_layer_are_not_joined(message: str) -> None:
     messages = LayerMessages()
     assert not messages.add(message)
     assert messages.take() == []
 
 
-def test_our_warnings_are_printed_and_those_of_libraries_are_not() -> None:
+def test_console_prints_warnings_of_the_package_but_not_of_libraries() -> None:
     file, package = io.StringIO(), Path(hypermoe_ds.__file__).parent
-    with warnings.catch_warnings(record=True) as left:
+    with warnings.catch_warnings(record=True) as other_warnings:
         warnings.simplefilter("always")
         with Console(0, file):
             logging.getLogger("hypermoe_ds.somewhere").warning("warning: marked")
@@ -174,10 +174,10 @@ def test_our_warnings_are_printed_and_those_of_libraries_are_not() -> None:
             warnings.warn_explicit("ours", UserWarning, str(package / "x.py"), 1)
             warnings.warn_explicit("theirs", UserWarning, "/lib/x.py", 1)
     assert file.getvalue().splitlines() == ["warning: marked", "warning: not marked", "warning: ours"]
-    assert [str(warning.message) for warning in left] == ["theirs"]
+    assert [str(warning.message) for warning in other_warnings] == ["theirs"]
 
 
-def test_a_table_in_a_file_has_no_trailing_space_and_120_columns() -> None:
+def test_tables_in_a_file_have_120_columns_and_no_trailing_spaces() -> None:
     file = io.StringIO()
     Console(0, file).table([("a", "word " * 50), ("longer", "text")])
     lines = file.getvalue().splitlines()
@@ -191,11 +191,11 @@ def test_a_table_in_a_file_has_no_trailing_space_and_120_columns() -> None:
     [(0, "0"), (999, "999"), (1000, "1.0K"), (46_868, "46.9K"), (999_949, "999.9K"), (999_950, "1.0M"),
      (10_310_000, "10.3M"), (6_953_900_000, "7.0B"), (3e11, "300.0B"), (2.5e15, "2,500.0T")],
 )  # fmt: skip
-def test_numbers_have_one_decimal_and_a_suffix(number: float, text: str) -> None:
+def test_readable_numbers_have_one_decimal_and_a_suffix(number: float, text: str) -> None:
     assert readable(number) == text
 
 
-def test_a_noun_and_a_time_are_written_out() -> None:
+def test_counts_and_durations_are_formatted() -> None:
     assert (counted(1, "rank"), counted(2, "rank"), counted(1000, "host")) == ("1 rank", "2 ranks", "1,000 hosts")
     assert (duration(0), duration(59.6), duration(3725.4), duration(360000)) == (
         "0:00:00",

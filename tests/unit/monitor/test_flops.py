@@ -1,4 +1,4 @@
-"""FLOPs and utilisation, by hand."""
+"""Test model FLOPs and MFU against a count by hand."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_per_token
 
 
-def test_the_utilisation_is_that_of_a_model_counted_by_hand() -> None:
+def test_flops_and_mfu_match_a_count_by_hand() -> None:
     config = HyperMoEConfig(
         vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, shared_expert_size=0, adapter_size=4,
@@ -16,7 +16,7 @@ def test_the_utilisation_is_that_of_a_model_counted_by_hand() -> None:
     hyper_expert = 2 * (64 * 4 + 4 * 64)
     forward = 2 * (attention + experts + hyper_expert) + 2 * 64 * 1000
     assert training_flops_per_token(config, sequence_length=128) == 3 * forward
-    # 4 GPUs at 8,000,000 tokens/s together, each with a peak of 10 TFLOP/s
+    # 4 GPUs, 8,000,000 tokens/s together, 10 TFLOP/s peak each
     rates = ModelFlops(3 * forward, 4, "some GPU", 10.0).rates(8e6)
     tflops = 2e6 * 3 * forward / 1e12
     assert rates == {
@@ -26,7 +26,7 @@ def test_the_utilisation_is_that_of_a_model_counted_by_hand() -> None:
     }
 
 
-def test_a_cpu_has_neither_flops_nor_utilisation_unless_its_peak_is_given() -> None:
+def test_cpu_reports_flops_and_mfu_only_with_a_given_peak() -> None:
     assert ModelFlops(1000, 2, None, None).rates(10.0) == {"tokens_per_second_per_gpu": 5.0}
     assert ModelFlops(1000, 2, "unknown", None).rates(10.0).keys() == {"tokens_per_second_per_gpu", "tflops_per_gpu"}
     assert "mfu" in ModelFlops(1000, 2, None, 0.1).rates(10.0)
@@ -46,5 +46,5 @@ def test_a_cpu_has_neither_flops_nor_utilisation_unless_its_peak_is_given() -> N
         ("Radeon", "bf16", None),
     ],
 )
-def test_the_peak_is_that_of_the_longest_name_in_the_table(device: str, precision: str, peak: float | None) -> None:
+def test_peak_is_that_of_the_longest_matching_name(device: str, precision: str, peak: float | None) -> None:
     assert peak_tflops(device, precision) == peak

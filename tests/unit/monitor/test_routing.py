@@ -1,4 +1,4 @@
-"""Routing statistics of a step, against NumPy, micro-batch by micro-batch and token by token."""
+"""Test the routing statistics of a step against NumPy."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -55,7 +55,7 @@ def read(step: Case, experts: int, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 2), (3, 3), (70, 3)])
-def test_statistics_are_the_means_over_the_micro_batches(experts: int, chosen: int) -> None:
+def test_statistics_are_means_over_micro_batches(experts: int, chosen: int) -> None:
     step = case(experts, chosen)
     statistics = read(step, experts)
     scalars = statistics.scalars
@@ -71,14 +71,14 @@ def test_statistics_are_the_means_over_the_micro_batches(experts: int, chosen: i
         assert scalars[f"expert_load_min_over_mean/moe_layer_{layer}"] == pytest.approx(min(load) * experts, rel=1e-5)
         assert scalars[f"experts_without_tokens/moe_layer_{layer}"] == load.count(0)
 
-        sets = [len({frozenset(token) for token in part[layer].tolist()}) for part in step.selected]
-        assert scalars[f"distinct_selections/moe_layer_{layer}"] == pytest.approx(np.mean(sets))
+        counts = [len({frozenset(token) for token in part[layer].tolist()}) for part in step.selected]
+        assert scalars[f"distinct_selections/moe_layer_{layer}"] == pytest.approx(np.mean(counts))
 
         ratio = (step.norms[:, layer, 1] / step.norms[:, layer, 0]).mean()
         assert scalars[f"hyper_expert_norm_ratio/moe_layer_{layer}"] == pytest.approx(ratio, rel=1e-5)
 
 
-def test_a_reading_starts_anew() -> None:
+def test_read_resets_the_meter() -> None:
     meter = StepMeter(4)
     for seed in (1, 2):
         step = case(4, 2, seed)
@@ -87,14 +87,14 @@ def test_a_reading_starts_anew() -> None:
         assert meter.read().scalars == read(step, 4).scalars
 
 
-def test_a_mixture_without_hyper_experts_has_no_ratio_of_them() -> None:
-    with_them, without = (read(case(4, 2), 4, branch_norms=has).scalars for has in (True, False))
+def test_moe_without_hyper_experts_has_no_norm_ratio() -> None:
+    with_them, without = (read(case(4, 2), 4, branch_norms=has_norms).scalars for has_norms in (True, False))
     ratios = {f"hyper_expert_norm_ratio/moe_layer_{layer}" for layer in range(LAYERS)}
     assert with_them.keys() - without.keys() == ratios
     assert without == pytest.approx({key: with_them[key] for key in without})
 
 
-def test_a_dense_model_has_no_routing() -> None:
+def test_dense_model_has_no_routing_statistics() -> None:
     meter = StepMeter(4)
     meter.add(SimpleNamespace(loss=torch.tensor(2.0), router_logits=(), selected_experts=(), branch_norms=None))
     statistics = meter.read()
@@ -103,7 +103,7 @@ def test_a_dense_model_has_no_routing() -> None:
 
 
 @pytest.mark.parametrize(("expert", "layer"), list(product((0, 3), (0, 1))))
-def test_a_collapsed_router_shows(expert: int, layer: int) -> None:
+def test_statistics_show_a_collapsed_router(expert: int, layer: int) -> None:
     step = case(4, 1)
     step.selected[:, layer] = expert
     step.logits[:, layer] = -50
@@ -118,12 +118,12 @@ def test_a_collapsed_router_shows(expert: int, layer: int) -> None:
     ("experts", "chosen"), [(1, 1), (8, 1), (8, 2), (62, 1), (63, 1), (64, 8), (100, 2), (125, 1), (128, 3), (128, 128)]
 )
 @pytest.mark.parametrize("tokens", [1, 500])
-def test_distinct_selections_are_counted_as_sets_are(experts: int, chosen: int, tokens: int) -> None:
+def test_count_distinct_matches_python_sets(experts: int, chosen: int, tokens: int) -> None:
     generator = np.random.default_rng(tokens)
     scores = generator.normal(size=(tokens, experts)).argsort(-1)
     selected = torch.tensor(scores[:, :chosen].copy())
-    few = selected[torch.tensor(generator.integers(0, max(1, tokens // 7), size=tokens))]  # each several times
-    # Sets that differ in a single far-off expert, in every word of the key.
+    few = selected[torch.tensor(generator.integers(0, max(1, tokens // 7), size=tokens))]  # repeated selections
+    # Sets that differ in one expert, which may be in any word of the key.
     near = torch.arange(chosen).repeat(experts - chosen + 1, 1)
     near[:, -1] = torch.arange(chosen - 1, experts)
     for rows in (selected, few, near, torch.cat([near, selected, near.flip(0).flip(1)])):
@@ -131,11 +131,11 @@ def test_distinct_selections_are_counted_as_sets_are(experts: int, chosen: int, 
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 2), (70, 3)])
-def test_taking_a_micro_batch_does_not_wait_for_the_device(experts: int, chosen: int) -> None:
+def test_adding_a_micro_batch_does_not_wait_for_the_device(experts: int, chosen: int) -> None:
     meter = StepMeter(experts)
     with Synchronisations() as waits:
         for output in outputs(case(experts, chosen)):
-            waits.seen.clear()  # of making the output
+            waits.seen.clear()  # ignore those that made the output
             meter.add(output)
             assert waits.seen == []
         meter.read()

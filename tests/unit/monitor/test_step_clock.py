@@ -1,4 +1,4 @@
-"""The clock of the training steps, with time itself faked."""
+"""Test the clock of the training steps with a fake time."""
 
 import time
 
@@ -23,10 +23,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def test_the_parts_are_means_over_the_steps_and_add_up_to_the_time_of_a_step(clock: Clock) -> None:
+def test_parts_are_means_over_steps_and_add_up_to_the_step_time(clock: Clock) -> None:
     steps = StepClock()
-    for waiting in (1, 3):
-        for part, seconds in (("data", waiting), ("forward", 2), ("backward", 4), ("optimizer", 0.5)):
+    for data_seconds in (1, 3):
+        for part, seconds in (("data", data_seconds), ("forward", 2), ("backward", 4), ("optimizer", 0.5)):
             with steps.measure(part):  # type: ignore[arg-type]
                 clock.now += seconds
         clock.now += 0.25
@@ -44,7 +44,7 @@ def test_the_parts_are_means_over_the_steps_and_add_up_to_the_time_of_a_step(clo
     assert sum(parts) == values["step_seconds"]
 
 
-def test_each_reading_starts_anew(clock: Clock) -> None:
+def test_read_resets_the_clock(clock: Clock) -> None:
     steps = StepClock()
     for seconds, tokens, rate in ((2, 1000, 500), (10, 50, 5)):
         clock.now += seconds
@@ -53,7 +53,7 @@ def test_each_reading_starts_anew(clock: Clock) -> None:
         assert (values["tokens_per_second"], values["step_seconds"]) == (rate, seconds)
 
 
-def test_validation_is_left_out(clock: Clock) -> None:
+def test_validation_time_is_excluded(clock: Clock) -> None:
     steps = StepClock()
     clock.now += 2
     steps.count(100)
@@ -67,7 +67,7 @@ def test_validation_is_left_out(clock: Clock) -> None:
     assert steps.read()["tokens_per_second"] == 25
 
 
-def test_the_peak_of_memory_never_falls() -> None:
+def test_peak_memory_never_falls() -> None:
     meter = MemoryMeter()
     before = meter.read()["peak_memory_gib"]
     held = bytearray(200 << 20)

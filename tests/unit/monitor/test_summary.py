@@ -1,4 +1,4 @@
-"""What a run reached, from its records."""
+"""Test the summary of a run from its records."""
 
 import json
 import math
@@ -23,14 +23,14 @@ def write(path: Path, records: list[dict[str, float]]) -> Path:
     return path
 
 
-def test_the_last_step_and_validation_and_the_median_rate_count(tmp_path: Path) -> None:
+def test_summary_has_last_step_last_validation_and_median_rate(tmp_path: Path) -> None:
     summary = summarize(write(tmp_path / "metrics.jsonl", RECORDS))
     assert (summary.step, summary.consumed_samples, summary.valid_loss) == (9, 72, 2.5)
     assert summary.tokens_per_second == 20
 
 
 @pytest.mark.parametrize("kept", ["valid_loss", "tokens_per_second", "nothing"])
-def test_a_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str) -> None:
+def test_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str) -> None:
     path = write(tmp_path / "metrics.jsonl", [record for record in RECORDS if kept in record])
     with pytest.raises(UserError, match="has no step or no validation"):
         summarize(path)
@@ -38,7 +38,7 @@ def test_a_run_without_steps_or_validation_is_refused(tmp_path: Path, kept: str)
         summarize(tmp_path / "none.jsonl")
 
 
-def test_the_last_validation_of_a_run_that_diverged_is_not_a_number(tmp_path: Path) -> None:
+def test_last_validation_of_a_diverged_run_is_nan(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     damaged = ['{"step": 9, "valid_loss": {}}', '{"step": 9, "tokens_per_second": 1}', '{"step": 9, "valid_loss": "x"}']
     last = ['{"step": 9, "valid_loss": null}', *damaged]
@@ -48,13 +48,13 @@ def test_the_last_validation_of_a_run_that_diverged_is_not_a_number(tmp_path: Pa
     assert math.isnan(summary.valid_loss)
 
 
-def test_a_step_has_the_loss_of_its_own_validation_or_none(tmp_path: Path) -> None:
+def test_validation_at_returns_the_loss_of_that_step_or_none(tmp_path: Path) -> None:
     path = write(tmp_path / "metrics.jsonl", RECORDS)
     assert [validation_at(path, step) for step in (1, 5, 6, 9)] == [None, 3.0, None, 2.5]
     assert validation_at(tmp_path / "none.jsonl", 9) is None
 
 
-def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+def test_lines_that_are_not_records_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
         b'{"step": 1, "name": "\xe2\x80\xa8"}',

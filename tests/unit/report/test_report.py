@@ -1,4 +1,4 @@
-"""The report of runs: its numbers, its page and its command."""
+"""Test the report of runs: its numbers, its page and its command."""
 
 import base64
 import hashlib
@@ -46,9 +46,9 @@ def data_of(page: str) -> Any:
     return json.loads(text)
 
 
-def test_the_summary_is_what_the_records_say(run_dir: Path) -> None:
-    every = records(run_dir)
-    valid = {record["step"]: record["valid_loss"] for record in every if "valid_loss" in record}
+def test_summary_matches_the_records(run_dir: Path) -> None:
+    all_records = records(run_dir)
+    valid = {record["step"]: record["valid_loss"] for record in all_records if "valid_loss" in record}
     best = min(valid, key=lambda step: valid[step])
     found = summary(read_run(run_dir, "first", 10))
     assert found["validation loss, last"] == f"{valid[2000]:.4f} nats/token"
@@ -56,19 +56,19 @@ def test_the_summary_is_what_the_records_say(run_dir: Path) -> None:
     assert found["step"] == "2,000"
     assert found["tokens"] == "2.0M"
     for name, key, form in (("tokens/s, median", "tokens_per_second", ",.0f"), ("MFU, median", "mfu", ".1%")):
-        assert found[name] == format(statistics.median(record[key] for record in every if key in record), form)
+        assert found[name] == format(statistics.median(record[key] for record in all_records if key in record), form)
     assert found["restarts"] == "from step 1,000: lost, rank 3 hung"
-    assert found["time since the start"] == "2:39:30"
+    assert found["time, first to last record"] == "2:39:30"
     assert found["ranks"] == "8 x NVIDIA H100"
 
 
-def test_the_time_trained_leaves_out_the_time_that_the_run_stood_still(run_dir: Path) -> None:
+def test_trained_time_excludes_pauses(run_dir: Path) -> None:
     assert trained_seconds(read_run(run_dir, "first", 10)) == pytest.approx(3 * (2000 - 10), rel=0.02)
 
 
-def test_each_restart_has_the_cause_that_ended_the_launch_before_it(run_dir: Path) -> None:
+def test_restarts_name_why_the_previous_launch_ended(run_dir: Path) -> None:
     run = read_run(run_dir, "first", 10)
-    times = {0: 0, 100: 0, 200: 20, 300: 20, 400: 30, 500: 40}  # launch: step that it starts from
+    times = {0: 0, 100: 0, 200: 20, 300: 20, 400: 30, 500: 40}  # time of a launch: its first step
     run.launches[:] = [{"time": time, "step": step} for time, step in times.items()]
     run.launches.insert(4, {"time": 390, "step": 30, "ended": "stop_at_step"})
     ends = {90: ("unmet", None), 190: ("lost", 25), 290: ("error", 25), 600: ("lost", 45)}
@@ -87,27 +87,27 @@ def test_each_restart_has_the_cause_that_ended_the_launch_before_it(run_dir: Pat
     assert restarts(run) == []
 
 
-def test_differing_settings_are_those_that_a_plain_comparison_finds(run_dir: Path, other_dir: Path) -> None:
+def test_differing_settings_match_a_plain_comparison(run_dir: Path, other_dir: Path) -> None:
     runs = [read_run(folder, folder.name, 10) for folder in (run_dir, other_dir)]
-    one, other = (run.settings for run in runs)
-    expected = [(key, [one[key], other[key]]) for key in sorted(one) if one[key] != other[key]]
+    first, second = (run.settings for run in runs)
+    expected = [(key, [first[key], second[key]]) for key in sorted(first) if first[key] != second[key]]
     assert differing_settings(runs) == expected
     assert [key for key, _ in expected] == ["optimizer.lr", "run.dir"]
-    del other["optimizer.beta1"]
+    del second["optimizer.beta1"]
     assert ("optimizer.beta1", ["0.9", ""]) in differing_settings(runs)
     assert flat({"a": {"b": [1, {"c": 2}]}, "d": {}}) == {"a.b": '[1, {"c": 2}]', "d": "{}"}
 
 
-def test_runs_of_the_same_name_have_labels_of_their_own() -> None:
+def test_runs_with_the_same_name_have_distinct_labels() -> None:
     assert labels([Path("/x/a/run"), Path("/x/b/run"), Path("/y/c")]) == ["a/run", "b/run", "c"]
     assert labels([Path("/x/a")] * 3) == ["a", "a (2)", "a (3)"]
 
 
-def test_the_page_holds_every_metric_under_its_page_and_needs_no_other_file(run_dir: Path, other_dir: Path) -> None:
+def test_page_has_every_metric_and_needs_no_other_file(run_dir: Path, other_dir: Path) -> None:
     page = build_page([read_run(folder, folder.name, bins_of(2)) for folder in (run_dir, other_dir)])
     assert re.findall(r"(?:src|href)=[\"'](?!#|data:)[^\"']+", page) == []
     assert re.findall(r"@import|url\((?!data:)", page) == []
-    assert len(re.findall(r"</script>", page)) == 3, "no text of a sample ends a script"
+    assert len(re.findall(r"</script>", page)) == 3, "a sample text ended a script"
     data = data_of(page)
     assert list(data["pages"])[:-1] == list(PAGES)
     for run in data["runs"]:
@@ -122,7 +122,7 @@ def test_the_page_holds_every_metric_under_its_page_and_needs_no_other_file(run_
     assert data["runs"][0]["resumed"] == [1000]
 
 
-def test_curves_and_loads_are_those_of_the_records(run_dir: Path) -> None:
+def test_curves_and_loads_match_the_records(run_dir: Path) -> None:
     [run] = data_of(build_page([read_run(run_dir, "first", 300)]))["runs"]
     training = [record for record in records(run_dir) if "loss" in record]
     [group] = [group for group in run["groups"] if "loss" in group["curves"]]
@@ -154,13 +154,13 @@ def test_long_samples_and_odd_settings_fit_into_a_page(tmp_path: Path) -> None:
     assert data_of(page)["settings"][:2] == [["day", ['"2026-11-26"']], ["number", ["NaN"]]]
 
 
-def test_four_runs_stay_below_three_megabytes(run_dir: Path, other_dir: Path) -> None:
+def test_page_of_four_runs_is_below_three_megabytes(run_dir: Path, other_dir: Path) -> None:
     runs = [read_run(folder, str(number), bins_of(4)) for number, folder in enumerate([run_dir, other_dir] * 2)]
     assert len(build_page(runs).encode()) < MOST_BYTES
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_logged_steps_stay_below_three_megabytes(tmp_path: Path) -> None:
+def test_page_of_100_000_logged_steps_is_below_three_megabytes(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "long", steps=640)
     templates = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     with (folder / "metrics.jsonl").open("w") as file:
@@ -174,7 +174,7 @@ def test_a_hundred_thousand_logged_steps_stay_below_three_megabytes(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["old", "dense", "damaged", "unknown"])
-def test_a_run_that_lacks_or_adds_something_is_shown(tmp_path: Path, kind: str) -> None:
+def test_unusual_runs_are_shown(tmp_path: Path, kind: str) -> None:
     lines = [json.dumps({"step": step, "loss": 3.0, "lr": 0.1}) for step in (1, 2)]
     if kind == "damaged":
         lines += [
@@ -189,11 +189,11 @@ def test_a_run_that_lacks_or_adds_something_is_shown(tmp_path: Path, kind: str) 
         (tmp_path / "resolved").mkdir()
         (tmp_path / "resolved" / "config.yaml").write_text("a: [")
     if kind == "unknown":
-        lines.append(json.dumps({"step": 3, "of_no_page/x": 1.5, "text": "x"}))
+        lines.append(json.dumps({"step": 3, "unknown_metric/x": 1.5, "text": "x"}))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     data = data_of(build_page([read_run(tmp_path, "run", 10)]))
     keys = set(chain.from_iterable(group["curves"] for group in data["runs"][0]["groups"]))
-    assert keys == {"loss", "lr"} | ({"of_no_page/x"} if kind == "unknown" else set())
+    assert keys == {"loss", "lr"} | ({"unknown_metric/x"} if kind == "unknown" else set())
     assert data["runs"][0]["loads"] is None
     assert all(group["hours"] is None for group in data["runs"][0]["groups"])
     assert math.isclose(data["runs"][0]["groups"][0]["curves"]["loss"][0], 3.0)
@@ -201,12 +201,12 @@ def test_a_run_that_lacks_or_adds_something_is_shown(tmp_path: Path, kind: str) 
 
 def report(*arguments: object, folder: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-X", "importtime", REPOSITORY / "tools/report.py", *arguments]
-    words = [str(word) for word in command]
+    arguments_as_text = [str(argument) for argument in command]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return subprocess.run(arguments_as_text, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
-def test_the_command_writes_the_page_without_loading_torch(run_dir: Path, other_dir: Path, tmp_path: Path) -> None:
+def test_command_writes_the_page_without_loading_torch(run_dir: Path, other_dir: Path, tmp_path: Path) -> None:
     done = report(run_dir, other_dir, "--output", "out.html", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"out\.html: 0\.\d MB, 2 runs\n", done.stdout)
@@ -218,30 +218,28 @@ def test_the_command_writes_the_page_without_loading_torch(run_dir: Path, other_
 @pytest.mark.parametrize(
     ("run", "output", "line"),
     [
-        ("missing", "out.html", "error: missing: holds no metrics.jsonl; give the run folder"),
+        ("missing", "out.html", "error: missing: has no metrics.jsonl; give the run folder"),
         ("", "no/out.html", "error: --output no/out.html: is in a folder that does not exist; make the folder first"),
         ("", ".", "error: --output .: is a folder; give a file such as report.html"),
     ],
 )
-def test_mistakes_on_the_command_line_end_in_one_line(
-    run_dir: Path, tmp_path: Path, run: str, output: str, line: str
-) -> None:
+def test_command_line_errors_are_one_line(run_dir: Path, tmp_path: Path, run: str, output: str, line: str) -> None:
     done = report(run or run_dir, "--output", output, folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(line)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no metrics\.jsonl; give the run folder"):
+def test_run_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl; give the run folder"):
         read_run(tmp_path, "run", 10)
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"metrics\.jsonl: holds no record"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: has no record"):
         read_run(tmp_path, "run", 10)
 
 
-def test_the_chart_library_is_the_release_that_is_named() -> None:
-    """uPlot 1.6.32, MIT: https://github.com/leeoniya/uPlot"""
+def test_chart_library_is_the_unmodified_release() -> None:
+    """Check uPlot 1.6.32, MIT: https://github.com/leeoniya/uPlot."""
     assets = files("hypermoe_ds.report") / "assets"
     library = (assets / "uPlot.iife.min.js").read_bytes()
     assert library.startswith(b"/*! https://github.com/leeoniya/uPlot (v1.6.32) */")

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: every number has one owner, and nothing is passed on that is not understood."""
+"""Test the DeepSpeed configuration: each setting has one owner, and unknown settings are refused."""
 
 import json
 import math
@@ -34,9 +34,9 @@ def read(tmp_path: Path, content: object) -> dict[str, Any]:
 
 
 def refusal(tmp_path: Path, content: object) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         read(tmp_path, content)
-    return str(refused.value).removeprefix(f"{tmp_path}/ds.json")
+    return str(error.value).removeprefix(f"{tmp_path}/ds.json")
 
 
 def leaves(known: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type]]:
@@ -60,13 +60,13 @@ LEAVES = dict(leaves(_KNOWN))
 
 
 @pytest.mark.parametrize("key", _OWNED_BY_RECIPE)
-def test_what_the_recipe_owns_is_refused_by_its_owners_name(key: str, tmp_path: Path) -> None:
+def test_keys_that_the_recipe_owns_are_refused_with_the_setting_to_use(key: str, tmp_path: Path) -> None:
     owner = _OWNED_BY_RECIPE[key]
     text = refusal(tmp_path, {"zero_optimization": {"stage": 1}, key: 1})
     assert text == f": {key}: belongs to the recipe; remove it and set {owner}"
 
 
-def test_the_owners_are_settings_of_a_recipe() -> None:
+def test_owners_of_keys_are_settings_of_a_recipe() -> None:
     from hypermoe_ds.run_config import RunConfig  # noqa: PLC0415
 
     for owner in _OWNED_BY_RECIPE.values():
@@ -77,9 +77,7 @@ def test_the_owners_are_settings_of_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=".".join)
-def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_known_one(
-    path: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_unknown_keys_are_refused_with_the_closest_known_key(path: tuple[str, ...], tmp_path: Path) -> None:
     *parents, key = path
     misspelt = f"{key[:-1]}x"
     expected = f": {'.'.join((*parents, misspelt))}: unknown key; did you mean '{key}'?"
@@ -87,7 +85,7 @@ def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_known_one(
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=".".join)
-def test_a_value_of_another_type_is_refused(path: tuple[str, ...], tmp_path: Path) -> None:
+def test_values_of_the_wrong_type_are_refused(path: tuple[str, ...], tmp_path: Path) -> None:
     kind = LEAVES[path]
     assert read(tmp_path, nested(path, EXAMPLES[kind])) == nested(path, EXAMPLES[kind])
     for other, value in EXAMPLES.items():
@@ -103,7 +101,7 @@ def test_a_value_of_another_type_is_refused(path: tuple[str, ...], tmp_path: Pat
 
 
 @pytest.mark.parametrize("path", [path for path, kind in LEAVES.items() if kind in (int, float)], ids=".".join)
-def test_a_number_out_of_range_is_refused(path: tuple[str, ...], tmp_path: Path) -> None:
+def test_numbers_out_of_range_are_refused(path: tuple[str, ...], tmp_path: Path) -> None:
     values: list[float] = [-2, 10**30, *([1.5] if path[-1] == "ratio" else [])]
     if LEAVES[path] is float:
         values += [math.nan, math.inf]
@@ -111,13 +109,13 @@ def test_a_number_out_of_range_is_refused(path: tuple[str, ...], tmp_path: Path)
         assert f"{path[-1]}={value!r}: is out of range; give " in refusal(tmp_path, nested(path, value))
 
 
-def test_a_value_where_a_section_belongs_is_refused(tmp_path: Path) -> None:
+def test_value_instead_of_a_section_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, {"zero_optimization": 2}).startswith(
         ": zero_optimization=2: is not an object; give one of "
     )
 
 
-def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+def test_integers_may_have_an_exponent(tmp_path: Path) -> None:
     assert read(tmp_path, '{"zero_optimization": {"reduce_bucket_size": 5e8}}') == {
         "zero_optimization": {"reduce_bucket_size": 5e8}
     }
@@ -125,7 +123,7 @@ def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{", "is not JSON"),
         ('{"zero_optimization": {"stage": 1, "stage": 3}}', "key 'stage' is given twice"),
@@ -133,8 +131,8 @@ def test_large_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
         ('"a"', "is not a JSON object"),
     ],
 )
-def test_what_is_no_json_object_is_refused(text: str, says: str, tmp_path: Path) -> None:
-    assert says in refusal(tmp_path, text)
+def test_invalid_json_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, text)
     assert "ds_configs/zero1.json" in refusal(tmp_path, text)
 
 
@@ -148,7 +146,7 @@ def test_deep_nesting_is_refused(depth: int, tmp_path: Path) -> None:
         load_deepspeed_json(path)
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             load_deepspeed_json(path)
@@ -162,7 +160,7 @@ def names(model: Any) -> set[str]:
     return set(fields) | {field.alias for field in fields.values() if field.alias}
 
 
-def test_the_known_keys_of_zero_are_deepspeeds() -> None:
+def test_known_zero_keys_exist_in_deepspeed() -> None:
     known = _KNOWN["zero_optimization"]
     assert set(known) <= names(DeepSpeedZeroConfig)
     assert set(known["offload_optimizer"]) <= names(DeepSpeedZeroOffloadOptimizerConfig)
@@ -174,23 +172,23 @@ def test_the_known_keys_of_zero_are_deepspeeds() -> None:
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.name)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_deepspeed_understands_every_file_of_the_repository_once_merged(path: Path, precision: str) -> None:
+def test_deepspeed_accepts_every_merged_file_of_the_repository(path: Path, precision: str) -> None:
     content = load_deepspeed_json(path)
     merged = merge(content, train(precision=precision, clip_grad_norm=0.7), MODEL, 1, world_size=1)
-    understood = DeepSpeedConfig(json.loads(json.dumps(merged)))
-    assert understood.zero_optimization_stage == zero_stage(content) == int(path.stem[4])
-    assert understood.train_batch_size == 16
-    assert understood.train_micro_batch_size_per_gpu == 2
-    assert understood.gradient_accumulation_steps == 8
-    assert understood.gradient_clipping == 0.7
-    assert understood.bfloat16_config.enabled == (precision == "bf16")
-    assert understood.float16_config.enabled == (precision == "fp16")
-    offload = understood.zero_config.offload_optimizer
+    config = DeepSpeedConfig(json.loads(json.dumps(merged)))
+    assert config.zero_optimization_stage == zero_stage(content) == int(path.stem[4])
+    assert config.train_batch_size == 16
+    assert config.train_micro_batch_size_per_gpu == 2
+    assert config.gradient_accumulation_steps == 8
+    assert config.gradient_clipping == 0.7
+    assert config.bfloat16_config.enabled == (precision == "bf16")
+    assert config.float16_config.enabled == (precision == "fp16")
+    offload = config.zero_config.offload_optimizer
     assert (offload is not None and offload.device == "cpu") == ("offload" in path.name)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1.0])
-def test_clipping_is_always_stated(clip: float) -> None:
+def test_gradient_clipping_is_always_set(clip: float) -> None:
     assert (
         merge({"zero_optimization": {"stage": 1}}, train(clip_grad_norm=clip), MODEL, 1, world_size=1)[
             "gradient_clipping"
@@ -199,7 +197,7 @@ def test_clipping_is_always_stated(clip: float) -> None:
     )
 
 
-def test_merging_adds_the_recipes_numbers_once_and_leaves_the_rest_alone() -> None:
+def test_merge_adds_the_settings_of_the_recipe_and_keeps_the_json() -> None:
     content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     before = json.dumps(content)
     merged = merge(content, train(), MODEL, 2, world_size=4)
@@ -213,7 +211,7 @@ def test_merging_adds_the_recipes_numbers_once_and_leaves_the_rest_alone() -> No
     assert merged["steps_per_print"] > 10**9
 
 
-def test_under_zero_3_the_hypernetwork_is_gathered_whole() -> None:
+def test_zero_3_gathers_the_whole_hypernetwork() -> None:
     from hypermoe_ds.modeling import hyper_experts  # noqa: PLC0415
 
     content = {"zero_optimization": {"stage": 3, "sub_group_size": 7}}
@@ -227,7 +225,7 @@ def test_under_zero_3_the_hypernetwork_is_gathered_whole() -> None:
         assert merged["zero_optimization"] == {"stage": stage}
 
 
-def test_a_model_without_a_mixture_needs_no_expert_parallelism() -> None:
+def test_dense_model_has_no_expert_parallelism() -> None:
     merged = merge({"zero_optimization": {"stage": 1}}, train(), DENSE, 1, world_size=4)
     assert "expert_parallel" not in merged
 
@@ -241,7 +239,7 @@ def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("zero", "others", "says"),
+    ("zero", "others", "message"),
     [
         ({"offload_optimizer": {"device": "cuda:7"}}, {}, "zero_optimization.offload_optimizer.device=cuda:7: is unk"),
         ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: cannot be saved"),
@@ -256,10 +254,10 @@ def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> Non
         ({"stage": 3}, {"prescale_gradients": True}, "is not supported with zero_optimization.reduce_scatter"),
     ],
 )
-def test_what_deepspeed_ignores_or_ends_in_a_traceback_for_is_refused(
-    zero: dict[str, Any], others: dict[str, Any], says: str
+def test_settings_that_deepspeed_ignores_or_fails_on_are_refused(
+    zero: dict[str, Any], others: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(message)):
         merge({"zero_optimization": {"stage": 2, **zero}, **others}, train(), MODEL, 1, world_size=1)
 
 
@@ -267,14 +265,14 @@ def test_what_deepspeed_ignores_or_ends_in_a_traceback_for_is_refused(
     ("precision", "micro_batch", "given", "expected"),
     [
         ("bf16", 2, {}, "fp32"),
-        ("bf16", 4, {}, None),  # one micro-batch a step
+        ("bf16", 4, {}, None),  # one micro-batch per step
         ("bf16", 2, {"grad_accum_dtype": "bf16"}, "bf16"),
         ("bf16", 4, {"grad_accum_dtype": "fp32"}, "fp32"),
         ("fp32", 2, {}, None),
         ("fp16", 2, {}, None),
     ],
 )
-def test_gradients_of_several_bf16_micro_batches_are_added_up_in_fp32_unless_told(
+def test_bf16_gradients_accumulate_in_fp32_by_default(
     precision: str, micro_batch: int, given: dict[str, str], expected: str | None
 ) -> None:
     content = {"zero_optimization": {"stage": 1}, **({"data_types": given} if given else {})}
@@ -284,7 +282,7 @@ def test_gradients_of_several_bf16_micro_batches_are_added_up_in_fp32_unless_tol
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (
             {"data_types": {"grad_accum_dtype": "fp16"}},
@@ -294,6 +292,6 @@ def test_gradients_of_several_bf16_micro_batches_are_added_up_in_fp32_unless_tol
         ({"communication_data_type": "int8"}, "communication_data_type=int8: is unknown; set it to fp32, bf16 or fp16"),
     ],
 )
-def test_data_types_that_deepspeed_does_not_take_are_refused(content: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=re.escape(says)):
+def test_data_types_that_deepspeed_lacks_are_refused(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         merge({"zero_optimization": {"stage": 1}, **content}, train(precision="bf16"), MODEL, 1, world_size=1)

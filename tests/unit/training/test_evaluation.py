@@ -1,4 +1,4 @@
-"""Validation: the mean over tokens, whatever the batches and their padding."""
+"""Test that the validation loss is the mean over tokens, for any batches and padding."""
 
 import math
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(1)).to(torch.b
 
 
 def model(input_ids: Tensor, shift_labels: Tensor, use_cache: bool, output_logits: bool) -> Any:
-    """Logits that depend on the token alone; it only gives their loss, NaN without a label."""
+    """Return only the loss of logits that depend on the token; NaN without labels."""
     assert not use_cache
     assert not output_logits
     loss = F.cross_entropy(TABLE[input_ids].float().flatten(0, 1), shift_labels.flatten())
@@ -34,12 +34,12 @@ def batch(seed: int, sequences: int, ignored: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def test_the_loss_is_the_mean_over_all_labelled_tokens() -> None:
+def test_loss_is_the_mean_over_labelled_tokens() -> None:
     batches = [batch(1, 2, 0), batch(2, 3, 5), batch(3, 1, 6)]
     losses = []
-    for one in batches:
-        logits = TABLE[one["input_ids"]].double()
-        for row, labels in zip(logits, one["labels"], strict=True):
+    for each in batches:
+        logits = TABLE[each["input_ids"]].double()
+        for row, labels in zip(logits, each["labels"], strict=True):
             for scores, label in zip(row.tolist(), labels.tolist(), strict=True):
                 if label != -100:
                     losses.append(math.log(math.fsum(map(math.exp, scores))) - scores[label])
@@ -49,14 +49,14 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens() -> None:
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
-def test_batches_without_a_label_add_nothing() -> None:
+def test_batches_without_labels_do_not_count() -> None:
     alone = evaluate(model, [batch(1, 2, 0)], torch.device("cpu"))
     padded = evaluate(model, [batch(2, 2, 12), batch(1, 2, 0), batch(3, 1, 6)], torch.device("cpu"))
     assert padded == alone
     assert math.isfinite(padded.loss)
 
 
-def test_evaluation_keeps_no_gradients() -> None:
+def test_evaluation_computes_no_gradients() -> None:
     weight = torch.ones(V, requires_grad=True)
     seen = []
 
@@ -69,7 +69,7 @@ def test_evaluation_keeps_no_gradients() -> None:
     assert seen == [False]
 
 
-def test_many_tokens_keep_the_digits_of_the_sum() -> None:
+def test_loss_is_exact_over_many_tokens() -> None:
     assert Evaluation(loss=0.0, tokens=1).perplexity == 1.0
     flat = SimpleNamespace(lm_loss=torch.tensor(math.log(V)))
     labels = {"input_ids": torch.zeros(1, 1000, dtype=torch.long), "labels": torch.zeros(1, 1000, dtype=torch.long)}
@@ -77,15 +77,15 @@ def test_many_tokens_keep_the_digits_of_the_sum() -> None:
     assert result.loss == pytest.approx(math.log(V), rel=1e-7)
 
 
-def test_the_host_waits_for_the_device_once_whatever_the_number_of_batches() -> None:
-    waits = []
+def test_host_waits_for_the_device_only_once() -> None:
+    synchronisations = []
     for count in (1, 5):
         with Synchronisations() as seen:
             evaluate(model, [batch(number, 2, 3) for number in range(count)], torch.device("cpu"))
-        waits.append(seen.seen.count("_local_scalar_dense"))
-    assert waits[0] == waits[1] <= 2  # two numbers of one tensor
+        synchronisations.append(seen.seen.count("_local_scalar_dense"))
+    assert synchronisations[0] == synchronisations[1] <= 2  # two numbers of one tensor
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(0.5, math.exp(0.5)), (1e4, math.inf), (math.nan, math.nan)])
-def test_a_diverged_loss_has_a_perplexity(loss: float, perplexity: float) -> None:
+def test_perplexity_of_a_diverged_loss_is_infinite_or_nan(loss: float, perplexity: float) -> None:
     assert Evaluation(loss, 1).perplexity == pytest.approx(perplexity, nan_ok=True)

@@ -1,4 +1,4 @@
-"""What a launch prints when it begins and when it ends, and what RUN_DIR/launches.jsonl holds of it."""
+"""Test what a launch prints and records when it begins and when it ends."""
 
 import io
 import json
@@ -33,14 +33,14 @@ def printed(rows: list[tuple[str, str]]) -> str:
     return file.getvalue()
 
 
-def table(given: Launch) -> str:
+def banner_text(of_launch: Launch) -> str:
     train = TrainConfig(steps=1000, micro_batch_size=8, global_batch_size=64, precision="fp32")
     data = DataConfig.model_validate({"train": [{"prefix": "a"}], "sequence_length": 256, "tokenizer": "t"})
-    return printed(banner(given, MODEL, train, data, ParallelConfig(expert=2), 1, "runs/first"))
+    return printed(banner(of_launch, MODEL, train, data, ParallelConfig(expert=2), 1, "runs/first"))
 
 
-def test_a_launch_begins_with_the_sizes_of_everything() -> None:
-    assert table(launch()) == (
+def test_banner_shows_model_layout_batch_data_and_length() -> None:
+    assert banner_text(launch()) == (
         "model   10.3M parameters, 3.4M active, 590.3K in the hypernetwork; vocabulary 4,096\n"
         "layout  2 ranks on 1 host; expert parallel 2, data parallel 2; ZeRO 1; fp32\n"
         "batch   micro 8 x 2 ranks x 4 accumulated = global 64 sequences of 256 tokens; 16,384 tokens per step\n"
@@ -52,19 +52,19 @@ def test_a_launch_begins_with_the_sizes_of_everything() -> None:
     )
 
 
-def test_a_resumed_launch_on_one_rank_says_so() -> None:
-    text = table(launch(step=1200, world_size=2))
+def test_banner_of_a_resumed_launch_shows_its_step() -> None:
+    text = banner_text(launch(step=1200, world_size=2))
     assert "run     runs/first; resumed from step 1,200\n" in text
 
 
-def test_a_dataset_read_four_times_is_warned_of() -> None:
+def test_dataset_read_four_times_is_warned_about() -> None:
     [warning] = repetition_warnings(DATASETS)
     assert warning.startswith("warning: the run reads books 4.1 times (1.0M tokens): ")
     assert repetition_warnings(shares(["a"], [1000], [1.0], 3999)) == []
     assert len(repetition_warnings(shares(["a"], [1000], [1.0], 4000))) == 1
 
 
-def test_a_launch_and_its_end_are_an_object_each(tmp_path: Path) -> None:
+def test_launch_and_its_end_are_recorded(tmp_path: Path) -> None:
     launch(step=3).write(tmp_path)
     write_end(tmp_path, 9, "signal")
     first, second = map(json.loads, (tmp_path / "launches.jsonl").read_text().splitlines())
@@ -81,7 +81,7 @@ def test_a_launch_and_its_end_are_an_object_each(tmp_path: Path) -> None:
         write_end(tmp_path / "none", 9, "finished")
 
 
-def test_a_finished_run_names_its_best_validation_and_the_commands_that_come_next(tmp_path: Path) -> None:
+def test_finished_run_shows_best_validation_and_next_commands(tmp_path: Path) -> None:
     run = tmp_path / "my run"
     run.mkdir()
     records = [{"step": 5, "valid_loss": 2.5}, {"step": 9, "loss": 1.0}, {"step": 10, "valid_loss": 2.75}]
@@ -101,13 +101,13 @@ def test_a_finished_run_names_its_best_validation_and_the_commands_that_come_nex
 
 
 @pytest.mark.parametrize("ended", ["signal", "stop_at_step"])
-def test_a_run_that_is_not_finished_names_the_command_that_resumes_it(tmp_path: Path, ended: str) -> None:
+def test_unfinished_run_shows_the_resume_command(tmp_path: Path, ended: str) -> None:
     words = ["pretrain/train.py", "--local_rank=0", "--config=r.yaml", "data.train=[{prefix: a b}]"]
     command = resume_command(2, 1, words, ended)  # type: ignore[arg-type]
     rows = dict(outcome_rows(tmp_path, ended, 3, 768, 9, None, command))  # type: ignore[arg-type]
     assert "evaluate" not in rows
-    lifted = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
+    reset = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
     assert shlex.split(rows["resume"]) == [
         "deepspeed", "--log_level", "critical", "--num_gpus", "2",
-        "pretrain/train.py", "--config=r.yaml", "data.train=[{prefix: a b}]", *lifted,
+        "pretrain/train.py", "--config=r.yaml", "data.train=[{prefix: a b}]", *reset,
     ]  # fmt: skip

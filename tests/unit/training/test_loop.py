@@ -1,4 +1,4 @@
-"""The loop: what is due when, and what an optimizer step hands on, with everything around it faked."""
+"""Test the training loop and the recorder with fakes for everything around them."""
 
 import json
 from collections.abc import Container, Iterator
@@ -27,7 +27,7 @@ B, S, ACCUMULATION, RANKS = 2, 5, 3, 4
 
 
 class Engine:
-    """Notes in which order it is called."""
+    """Fake engine that records its calls."""
 
     device = torch.device("cpu")
     dp_world_size = RANKS
@@ -84,8 +84,8 @@ def batches() -> Iterator[dict[str, Tensor]]:
         number += 1
 
 
-class Notes:
-    """Recorder, clock, checkpoints and validation in one: a list of what happened."""
+class EventLog:
+    """Fake recorder, clock and validation that list the events of a run."""
 
     def __init__(self, logged: set[int], saved: set[int]) -> None:
         self.events: list[Any] = []
@@ -132,23 +132,23 @@ class Notes:
 
 
 class Checkpoints:
-    def __init__(self, notes: Notes, due: set[int]) -> None:
-        self._notes, self._due = notes, due
+    def __init__(self, event_log: EventLog, due: set[int]) -> None:
+        self._event_log, self._due = event_log, due
 
     def is_due(self, step: int) -> bool:
         return step in self._due
 
     def save(self, step: int, state: dict[str, Any], prune: bool) -> None:
-        assert self._notes.part == "checkpoint"
+        assert self._event_log.part == "checkpoint"
         assert state["step"] == step
-        self._notes.events.append(f"saved {step}" + ", none removed" * (not prune))
+        self._event_log.events.append(f"saved {step}" + ", none removed" * (not prune))
 
     def finish(self) -> None:
-        self._notes.events.append("on disk")
+        self._event_log.events.append("on disk")
 
 
 class StepMonitor:
-    """Asks for the end after a step, and knows of a checkpoint that was not written."""
+    """Fake step monitor with a stop signal, an unsaved checkpoint and skipped steps at given steps."""
 
     def __init__(
         self, step: int, signal_in: int | None = None, unsaved_in: int | None = None, skipped: Container[int] = ()
@@ -191,27 +191,27 @@ def run(
     signal_in: int | None = None,
     unsaved_in: int | None = None,
     skipped: Container[int] = (),
-) -> tuple[Notes, TrainState, Engine]:
-    notes, engine = Notes(logged={1, 4}, saved=set()), Engine()
+) -> tuple[EventLog, TrainState, Engine]:
+    event_log, engine = EventLog(logged={1, 4}, saved=set()), Engine()
     samples = B * ACCUMULATION * RANKS
     state = TrainState(step=first, consumed_samples=first * samples)
     watchdog = Watchdog()
     stopped = train(
-        engine=engine, batches=batches(), state=state, last_step=last, recorder=notes,  # type: ignore[arg-type]
-        checkpoints=Checkpoints(notes, {3}), validate=notes.validate if validates else None,  # type: ignore[arg-type]
+        engine=engine, batches=batches(), state=state, last_step=last, recorder=event_log,  # type: ignore[arg-type]
+        checkpoints=Checkpoints(event_log, {3}), validate=event_log.validate if validates else None,  # type: ignore[arg-type]
         validation_interval=2, skipped_samples=SkippedSamples(),
         step_monitor=StepMonitor(first, signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
     assert stopped == watchdog.saved == (state.step < last)
     forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
     assert forwards == list(range(first + 1, state.step + 1))
-    return notes, state, engine
+    return event_log, state, engine
 
 
 def test_steps_are_logged_validated_and_saved_when_due_and_at_the_end() -> None:
-    notes, state, _ = run(0, 5)
+    event_log, state, _ = run(0, 5)
     samples = B * ACCUMULATION * RANKS
-    assert [event for event in notes.events if event not in ("observed", "gradients")] == [
+    assert [event for event in event_log.events if event not in ("observed", "gradients")] == [
         (1, samples, 0.0),
         "validated 2",
         "saved 3",
@@ -222,27 +222,27 @@ def test_steps_are_logged_validated_and_saved_when_due_and_at_the_end() -> None:
         "on disk",
     ]
     assert (state.step, state.consumed_samples) == (5, 5 * samples)
-    assert notes.tokens == [B * S * ACCUMULATION * RANKS] * 5
+    assert event_log.tokens == [B * S * ACCUMULATION * RANKS] * 5
 
 
-def test_a_resumed_run_goes_on_from_its_step_and_a_finished_one_does_nothing() -> None:
-    notes, state, engine = run(3, 4, validates=False)
-    assert notes.events[-2:] == ["saved 4", "on disk"]
-    assert not any("validated" in str(event) for event in notes.events)
+def test_resumed_run_continues_from_its_step_and_finished_run_does_nothing() -> None:
+    event_log, state, engine = run(3, 4, validates=False)
+    assert event_log.events[-2:] == ["saved 4", "on disk"]
+    assert not any("validated" in str(event) for event in event_log.events)
     assert (state.step, engine.steps) == (4, ACCUMULATION)
-    notes, state, engine = run(4, 4)
-    assert (notes.events, state.step, engine.calls) == (["on disk"], 4, [])
+    event_log, state, engine = run(4, 4)
+    assert (event_log.events, state.step, engine.calls) == (["on disk"], 4, [])
 
 
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_without_a_validation() -> None:
-    notes, state, _ = run(0, 5, signal_in=2)
-    assert [event for event in notes.events if event not in ("observed", "gradients")][1:] == ["saved 2", "on disk"]
+def test_signal_ends_the_run_after_the_step_with_a_checkpoint_but_no_validation() -> None:
+    event_log, state, _ = run(0, 5, signal_in=2)
+    assert [event for event in event_log.events if event not in ("observed", "gradients")][1:] == ["saved 2", "on disk"]
     assert state.step == 2
 
 
-def test_a_checkpoint_that_was_not_written_is_written_after_the_next_step() -> None:
-    notes, _, _ = run(0, 5, validates=False, unsaved_in=4)
-    assert [event for event in notes.events if "saved" in str(event)] == ["saved 3", "saved 4", "saved 5"]
+def test_failed_checkpoint_is_written_after_the_next_step() -> None:
+    event_log, _, _ = run(0, 5, validates=False, unsaved_in=4)
+    assert [event for event in event_log.events if "saved" in str(event)] == ["saved 3", "saved 4", "saved 5"]
 
 
 @pytest.mark.parametrize(
@@ -255,31 +255,31 @@ def test_a_checkpoint_that_was_not_written_is_written_after_the_next_step() -> N
         ({3, 4, 5}, None, ["saved 5, none removed"]),
     ],
 )
-def test_a_checkpoint_due_in_a_row_of_bad_steps_is_written_after_it_and_none_removed_before(
+def test_checkpoint_due_during_bad_steps_is_written_after_the_next_good_step(
     skipped: set[int], unsaved_in: int | None, saved: list[str]
 ) -> None:
-    notes, _, _ = run(0, 5, validates=False, unsaved_in=unsaved_in, skipped=skipped)
-    assert [event for event in notes.events if "saved" in str(event)] == saved
+    event_log, _, _ = run(0, 5, validates=False, unsaved_in=unsaved_in, skipped=skipped)
+    assert [event for event in event_log.events if "saved" in str(event)] == saved
 
 
-def test_a_signal_in_the_last_step_changes_nothing() -> None:
+def test_signal_in_the_last_step_changes_nothing() -> None:
     assert run(0, 5, signal_in=5)[0].events == run(0, 5)[0].events
 
 
 @pytest.mark.parametrize("observed", [False, True])
-def test_each_micro_batch_is_run_back_and_stepped_once_and_observed_only_when_asked(observed: bool) -> None:
-    engine, notes = Engine(), Notes({1}, set())
-    notes.begin(1 if observed else 2)
-    tokens = optimizer_step(engine, batches(), notes, StepMonitor(0).watch)  # type: ignore[arg-type]
+def test_each_micro_batch_has_one_forward_backward_and_step(observed: bool) -> None:
+    engine, event_log = Engine(), EventLog({1}, set())
+    event_log.begin(1 if observed else 2)
+    tokens = optimizer_step(engine, batches(), event_log, StepMonitor(0).watch)  # type: ignore[arg-type]
     forward = "forward, observed" if observed else "forward"
     assert engine.calls == [forward, "backward of watched loss", "step"] * ACCUMULATION
     assert [int(batch[0, 0]) for batch in engine.batches] == [0, 1, 2]
     expected = ["observed"] * (ACCUMULATION - 1) + ["gradients", "observed"]
-    assert notes.events == expected * observed
+    assert event_log.events == expected * observed
     assert tokens == B * S * ACCUMULATION * RANKS
 
 
-class Quiet(Console):
+class RecordingConsole(Console):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -288,7 +288,7 @@ class Quiet(Console):
 
 
 class StepEngine:
-    """What a recorder asks of an engine, in the second of three steps that are skipped or not."""
+    """Fake engine with the attributes that the recorder reads."""
 
     module = SimpleNamespace(
         config=SimpleNamespace(num_experts=2), model=SimpleNamespace(hypernetwork=None, layers=[], config=None)
@@ -307,7 +307,7 @@ class StepEngine:
 
 
 class Norms:
-    """Stands for the norms of gradients, weights and updates."""
+    """Fake of the norms of gradients, weights and updates."""
 
     def add_gradients(self) -> None:
         self.added = True
@@ -320,8 +320,8 @@ class Norms:
         return {"update_ratio/experts": lr}
 
 
-def recorder_of(folder: Path, fp16: bool = False, **config: Any) -> tuple[Recorder, Quiet]:
-    settings, console = MonitorConfig(**config), Quiet()
+def recorder_of(folder: Path, fp16: bool = False, **config: Any) -> tuple[Recorder, RecordingConsole]:
+    settings, console = MonitorConfig(**config), RecordingConsole()
     logger = MetricLogger(settings, folder, 0, 0)
     consumption = SimpleNamespace(at=lambda samples: {"consumed_tokens": 10 * samples})
     flops = ModelFlops(1000, 2, None, None)
@@ -353,7 +353,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("norms_interval", "logged"), [(None, [1, 4, 8, 10]), (3, [1, 3, 4, 6, 8, 9, 10])])
-def test_the_first_and_last_step_and_those_of_both_intervals_are_logged(
+def test_first_and_last_steps_and_both_intervals_are_logged(
     tmp_path: Path, norms_interval: int | None, logged: list[int]
 ) -> None:
     recorder, console = recorder_of(tmp_path, interval=4, norms_interval=norms_interval, tensorboard=False)
@@ -365,14 +365,14 @@ def test_the_first_and_last_step_and_those_of_both_intervals_are_logged(
     assert measured == ([] if norms_interval is None else [3, 6, 9])
 
 
-def test_a_record_holds_the_mean_loss_of_all_steps_since_the_last_one(tmp_path: Path) -> None:
+def test_record_has_the_mean_loss_since_the_previous_record(tmp_path: Path) -> None:
     recorder, _ = recorder_of(tmp_path, interval=3, norms_interval=None, tensorboard=False)
     for step in range(1, 7):
         take(recorder, step, float(step), step + 1.0)
     assert [record["loss"] for record in records(tmp_path)] == [1.5, (2.5 + 3.5) / 2, (4.5 + 5.5 + 6.5) / 3]
 
 
-def test_a_record_holds_what_every_meter_shows(tmp_path: Path) -> None:
+def test_record_has_the_values_of_all_meters(tmp_path: Path) -> None:
     recorder, _ = recorder_of(tmp_path, fp16=True, interval=1, norms_interval=2)
     take(recorder, 1, 2.0)
     take(recorder, 2, 2.0, bad_steps=1)
@@ -387,7 +387,7 @@ def test_a_record_holds_what_every_meter_shows(tmp_path: Path) -> None:
     assert "update_ratio/experts" not in skipped, "a skipped step has no update"
 
 
-def test_a_validation_is_a_record_a_line_for_each_dataset_and_samples(tmp_path: Path) -> None:
+def test_validation_is_logged_as_a_record_lines_and_samples(tmp_path: Path) -> None:
     recorder, console = recorder_of(tmp_path, tensorboard=False)
     values = {
         "valid_loss": 2.0, "valid_perplexity": 7.389, "valid_loss/a": 1.5, "valid_perplexity/a": 4.48,
@@ -408,7 +408,7 @@ def test_a_validation_is_a_record_a_line_for_each_dataset_and_samples(tmp_path: 
 # The position of a run
 
 
-def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
+def test_position_survives_saving_and_older_checkpoints_load() -> None:
     state = TrainState()
     for step in range(3):
         state.advance(8 * (step + 1), skipped=step > 0)
@@ -418,9 +418,9 @@ def test_the_position_comes_back_from_a_checkpoint_that_holds_more() -> None:
     assert TrainState.from_dict(saved) == state
     del saved["good_samples"]
     assert TrainState.from_dict({}) == TrainState()
-    assert TrainState.from_dict(saved).good_samples == 24, "of a checkpoint that does not say so, what it has consumed"
+    assert TrainState.from_dict(saved).good_samples == 24, "older checkpoints lack it: use the consumed samples"
 
 
-def test_another_order_of_the_data_is_noticed_and_taken_up() -> None:
+def test_changed_data_order_is_noticed_once() -> None:
     state = TrainState()
     assert [state.use_data_order(key) for key in ("a", "a", "b", "b", "a")] == [False, False, True, False, True]

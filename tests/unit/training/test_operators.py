@@ -1,3 +1,5 @@
+"""Test that stale locks of compiled operators do not block a launch."""
+
 import os
 import shutil
 import socket
@@ -15,7 +17,7 @@ OPERATOR = "deepspeed_shm_comm"
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The lock of an operator whose loading was cut off."""
+    """Create the lock of an operator whose loading process was killed."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / OPERATOR / "lock"
     lock.parent.mkdir()
@@ -23,17 +25,17 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return lock
 
 
-def test_a_lock_that_nobody_holds_is_removed_before_an_operator_is_loaded(lock: Path) -> None:
+def test_stale_lock_is_removed_before_an_operator_is_loaded(lock: Path) -> None:
     with without_stale_locks():
         assert not lock.exists()
 
 
-def test_the_lock_of_a_process_that_loads_an_operator_is_left_to_it(lock: Path) -> None:
-    seen = []
+def test_lock_of_a_loading_process_is_kept(lock: Path) -> None:
+    exists = []
 
     def load_too() -> None:
         with without_stale_locks():
-            seen.append(lock.exists())
+            exists.append(lock.exists())
 
     other = Thread(target=load_too)
     with without_stale_locks():
@@ -41,19 +43,19 @@ def test_the_lock_of_a_process_that_loads_an_operator_is_left_to_it(lock: Path) 
         other.start()
         other.join(timeout=0.5)
         assert lock.exists()
-        assert seen == []
+        assert exists == []
         lock.unlink()
     other.join()
-    assert seen == [False]
+    assert exists == [False]
 
 
-def test_two_processes_load_at_the_same_time(lock: Path) -> None:
+def test_two_processes_can_load_at_the_same_time(lock: Path) -> None:
     with without_stale_locks(), without_stale_locks():
         assert not lock.exists()
 
 
 @pytest.mark.skipif(os.environ.get("DS_ACCELERATOR") != "cpu", reason="a GPU's process groups load no such operator")
-def test_a_launch_does_not_wait_for_the_lock_of_a_killed_one(tmp_path: Path) -> None:
+def test_launch_does_not_wait_for_the_lock_of_a_killed_process(tmp_path: Path) -> None:
     shutil.copytree(operators_folder_of_this_environment() / OPERATOR, tmp_path / OPERATOR)
     (tmp_path / OPERATOR / "lock").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,4 +1,4 @@
-"""Parameter groups by name, learning rates against their closed formulas."""
+"""Test the parameter groups by name and the learning rates against their formulas."""
 
 import math
 import re
@@ -23,7 +23,7 @@ NO_DECAY = re.compile(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_norms_biases_and_expert_and_layer_embeddings_alone_do_not_decay(tied: bool) -> None:
+def test_only_norms_biases_and_expert_and_layer_embeddings_do_not_decay(tied: bool) -> None:
     model = HyperMoEForCausalLM(
         HyperMoEConfig(
             vocab_size=16, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
@@ -33,19 +33,19 @@ def test_norms_biases_and_expert_and_layer_embeddings_alone_do_not_decay(tied: b
         )
     )  # fmt: skip
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay, free = parameter_groups(model, 0.3)
-    assert (decay["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-    assert {names[p] for p in free["params"]} == {name for name in names.values() if NO_DECAY.fullmatch(name)}
-    assert len(free["params"]) == 1 + 3 * 4 + 2 * 3 + 1 + 5
-    both = [*decay["params"], *free["params"]]
+    decay, no_decay = parameter_groups(model, 0.3)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.3, 0.0)
+    assert {names[p] for p in no_decay["params"]} == {name for name in names.values() if NO_DECAY.fullmatch(name)}
+    assert len(no_decay["params"]) == 1 + 3 * 4 + 2 * 3 + 1 + 5
+    both = [*decay["params"], *no_decay["params"]]
     assert len(both) == len(set(both)) == len(names)
     assert set(both) == set(model.parameters())
 
 
-def test_the_bias_heads_of_the_hypernetwork_are_weight_matrices() -> None:
+def test_bias_heads_of_the_hypernetwork_decay_as_weight_matrices() -> None:
     head = nn.ModuleDict({"up_bias": nn.Linear(2, 3)})
-    decay, free = parameter_groups(head, 0.1)
-    assert (len(decay["params"]), len(free["params"])) == (1, 1)
+    decay, no_decay = parameter_groups(head, 0.1)
+    assert (len(decay["params"]), len(no_decay["params"])) == (1, 1)
 
 
 STEPS, WARMUP, DECAY, FLOOR = 20, 4, 6, 0.1
@@ -66,20 +66,20 @@ FORMULAS: dict[str, Callable[[int], float]] = {
 
 
 def rates(schedule: ScheduleConfig, steps: int = STEPS) -> list[float]:
-    """The learning rates with which the optimizer takes its steps, the largest being 0.5."""
+    """Return the learning rate of each optimizer step; the peak is 0.5."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.5)
     scheduler = build_schedule(optimizer, schedule, steps)
-    taken = []
+    rates_of_steps = []
     for _ in range(steps):
-        taken.append(optimizer.param_groups[0]["lr"])
+        rates_of_steps.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return taken
+    return rates_of_steps
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_rate_of_each_step_follows_its_formula(name: str) -> None:
+def test_learning_rate_of_each_step_follows_the_formula(name: str) -> None:
     schedule = ScheduleConfig(name=name, warmup_steps=WARMUP, decay_steps=DECAY, min_lr_ratio=FLOOR)
     expected = [0.5 * (s / WARMUP if s < WARMUP else FORMULAS[name](s)) for s in range(1, STEPS + 1)]
     assert rates(schedule) == pytest.approx(expected, rel=1e-12)
@@ -87,28 +87,28 @@ def test_the_rate_of_each_step_follows_its_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("warmup", [0, 1, 4, 14])
-def test_the_rate_at_the_first_turning_and_last_step(name: str, warmup: int) -> None:
+def test_learning_rate_starts_peaks_and_ends_as_configured(name: str, warmup: int) -> None:
     schedule = ScheduleConfig(name=name, warmup_steps=warmup, decay_steps=DECAY, min_lr_ratio=FLOOR)
-    taken = rates(schedule)
-    assert taken[0] == 0.5 / max(warmup, 1)
-    assert taken[max(warmup, 1) - 1] == 0.5
-    assert taken[-1] == (0.5 if name == "constant" else 0.5 * FLOOR)
+    lrs = rates(schedule)
+    assert lrs[0] == 0.5 / max(warmup, 1)
+    assert lrs[max(warmup, 1) - 1] == 0.5
+    assert lrs[-1] == (0.5 if name == "constant" else 0.5 * FLOOR)
     stable = 0 if name in ("cosine", "linear") else STEPS - DECAY - max(warmup, 1)
-    assert taken.count(0.5) == 1 + stable + (DECAY if name == "constant" else 0)
+    assert lrs.count(0.5) == 1 + stable + (DECAY if name == "constant" else 0)
 
 
 @pytest.mark.parametrize(("decay", "last"), [(1, [1, 1, 0.1]), (2, [1, 0.55, 0.1]), (20, [0.1])])
-def test_warmup_stable_decay_ends_at_the_smallest_rate_however_short_its_decay(decay: int, last: list[float]) -> None:
-    taken = rates(ScheduleConfig(name="warmup_stable_decay", decay_steps=decay, min_lr_ratio=FLOOR))
-    assert taken[-len(last) :] == pytest.approx([0.5 * factor for factor in last], rel=1e-12)
-    assert taken[0] == 0.5
+def test_warmup_stable_decay_ends_at_the_minimum_rate(decay: int, last: list[float]) -> None:
+    lrs = rates(ScheduleConfig(name="warmup_stable_decay", decay_steps=decay, min_lr_ratio=FLOOR))
+    assert lrs[-len(last) :] == pytest.approx([0.5 * factor for factor in last], rel=1e-12)
+    assert lrs[0] == 0.5
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_first_rate_of_the_shortest_runs_is_above_zero(name: str, steps: int) -> None:
+def test_first_learning_rate_of_short_runs_is_above_zero(name: str, steps: int) -> None:
     for warmup in range(steps + 1):
         decay = steps - warmup
-        taken = rates(ScheduleConfig(name=name, warmup_steps=warmup, decay_steps=decay), steps)
-        assert taken[0] == 0.5 / max(warmup, 1)
-        assert taken[-1] == (0 if name != "constant" and max(warmup, 1) < steps else 0.5)
+        lrs = rates(ScheduleConfig(name=name, warmup_steps=warmup, decay_steps=decay), steps)
+        assert lrs[0] == 0.5 / max(warmup, 1)
+        assert lrs[-1] == (0 if name != "constant" and max(warmup, 1) < steps else 0.5)

@@ -1,4 +1,4 @@
-"""The position of a run comes back from a checkpoint as it was, or not at all."""
+"""Test that a checkpoint restores the position of a run or refuses an invalid one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.training.state import TrainState
 
 
-def test_a_state_comes_back_as_it_was_and_none_is_empty() -> None:
+def test_state_survives_saving_and_an_empty_one_is_new() -> None:
     state = TrainState(3, 24, "key", 1, 16)
     assert TrainState.from_dict(state.to_dict()) == state
     assert TrainState.from_dict({}) == TrainState()
@@ -18,7 +18,7 @@ def test_a_state_comes_back_as_it_was_and_none_is_empty() -> None:
 @pytest.mark.parametrize(
     "saved", [{"step": -1}, {"step": "3"}, {"step": 1.5}, {"consumed_samples": None}, {"data_order": 3}, {"stop": 3}]
 )
-def test_what_no_run_has_saved_is_refused(saved: dict[str, Any]) -> None:
+def test_invalid_saved_state_is_refused(saved: dict[str, Any]) -> None:
     [key] = saved
     with pytest.raises(UserError, match=rf"^state.run.{key} of the checkpoint: .*; choose another checkpoint$"):
         TrainState.from_dict(saved)

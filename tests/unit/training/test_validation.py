@@ -1,4 +1,4 @@
-"""The metrics of a validation, from the losses of its datasets."""
+"""Test the metrics of a validation from the losses of its datasets."""
 
 import math
 
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenisedCorpus:
     return tokenised_corpus(tmp_path_factory.mktemp("corpus"), vocab_size=500)
 
 
-def test_the_total_is_the_mean_over_all_tokens_and_bits_over_all_bytes() -> None:
+def test_total_loss_is_per_token_and_total_bits_are_per_byte() -> None:
     values = validation_values(WITH, {"a": 4.0, "b": 2.5})
     bits = (2.0 * 300 + 3.0 * 100) / math.log(2)
     assert values == pytest.approx(
@@ -38,12 +38,12 @@ def test_the_total_is_the_mean_over_all_tokens_and_bits_over_all_bytes() -> None
     )
 
 
-def test_a_dataset_that_does_not_know_its_text_has_no_bits_per_byte_and_nor_has_the_total() -> None:
+def test_bits_per_byte_need_the_text_size_of_the_dataset() -> None:
     values = validation_values(WITH, {"a": 4.0})
     assert [key for key in values if key.startswith("valid_bits_per_byte")] == ["valid_bits_per_byte/a"]
 
 
-def test_the_contribution_is_the_loss_without_them_less_the_loss() -> None:
+def test_contribution_is_the_increase_of_the_loss_without_hyper_experts() -> None:
     assert contribution_values(validation_values(WITH, {}), WITHOUT) == pytest.approx(
         {
             "valid_loss_without_hyper_experts": 2.6,
@@ -56,19 +56,19 @@ def test_the_contribution_is_the_loss_without_them_less_the_loss() -> None:
     )
 
 
-def test_the_bytes_of_a_token_are_those_of_the_text_that_was_encoded(corpus: TokenisedCorpus) -> None:
+def test_bytes_per_token_match_the_encoded_text(corpus: TokenisedCorpus) -> None:
     metadata = read_metadata(corpus.valid)
     assert metadata is not None
     assert metadata.bytes_per_token == metadata.text_bytes / metadata.tokens
     assert 1 < metadata.bytes_per_token < 8
 
 
-def test_a_prompt_without_a_token_or_with_too_many_is_refused(corpus: TokenisedCorpus) -> None:
+def test_empty_or_too_long_prompt_is_refused(corpus: TokenisedCorpus) -> None:
     tokenizer = load_tokenizer(str(corpus.tokenizer))
     ids = encode_prompt(tokenizer, "import os", 100)
     assert tokenizer.decode(ids) == "import os"
     assert encode_prompt(tokenizer, "import os", len(ids)) == ids
     with pytest.raises(UserError, match=r"evaluation\.prompts: '': has no token; give a text or remove it"):
         encode_prompt(tokenizer, "", 100)
-    with pytest.raises(UserError, match=rf"has {len(ids)} tokens, and with evaluation\.prompt_tokens the model takes"):
+    with pytest.raises(UserError, match=rf"has {len(ids)} tokens; with evaluation\.prompt_tokens, the model allows"):
         encode_prompt(tokenizer, "import os", len(ids) - 1)
