@@ -1,5 +1,5 @@
-"""How long training stands still for a checkpoint, written in the background or while it waits, in turn; what a step
-costs meanwhile; how long a resume takes with each `checkpoint.verify`, in turn too.
+"""Measure how long a checkpoint blocks training, written in the background or while training waits; how long the step
+after it takes; and how long a resume takes with each value of `checkpoint.verify`. The sides alternate.
 
     deepspeed --num_gpus 2 benchmarks/checkpoints.py [--preset P] [--folder DIR] [key=value ...]
 
@@ -10,6 +10,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -26,45 +27,74 @@ from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
-from results import check_arguments, machine
+from results import check_arguments, machine_line
 
 _TOKENS = 256
 
 
+@dataclass(frozen=True)
+class Save:
+    """Seconds that training waited for a save, and seconds of the step after it."""
+
+    waited: float
+    step_after: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """All results.
+
+    Attributes:
+        saves: saves of each kind.
+        step: median seconds of a step without a save.
+        resumes: seconds of each resume, by `checkpoint.verify`.
+        bytes: size of one checkpoint.
+    """
+
+    saves: dict[str, list[Save]]
+    step: float
+    resumes: dict[str, list[float]]
+    bytes: int
+
+
 def main() -> None:
-    """Arguments and wiring."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
-    parser.add_argument("--folder", type=Path, help="where to write; removed again (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the checkpoints, removed at the end (default: a temporary folder)"
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="saves of each kind (default: 5)")
-    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args()
-    check_arguments(given, {"repeats": 1})
+    arguments = parser.parse_intermixed_args()
+    check_arguments(arguments, {"repeats": 1})
 
     rank, ranks = start_ranks()
-    engine = build(HyperMoEConfig(**apply_overrides(dict(PRESETS[given.preset]), given.overrides)), ranks)
-    place = [tempfile.mkdtemp(dir=given.folder)] if rank == 0 else [None]
-    torch.distributed.broadcast_object_list(place)
-    folder = Path(str(place[0]))
+    engine = build(HyperMoEConfig(**apply_overrides(dict(PRESETS[arguments.preset]), arguments.overrides)), ranks)
+    name = [tempfile.mkdtemp(dir=arguments.folder)] if rank == 0 else [None]
+    torch.distributed.broadcast_object_list(name)
+    folder = Path(str(name[0]))
     try:
-        found = measure(engine, folder, given.repeats)
+        results = measure(engine, folder, arguments.repeats)
     finally:
         torch.distributed.barrier()
         if rank == 0:
             shutil.rmtree(folder)
     if rank == 0:
         print("| written | training waited, s | the step after it, s |\n| --- | ---: | ---: |")
-        for name, times in found["saves"].items():
-            print(f"| {name} | " + " | ".join(f"{median(column):.3f}" for column in zip(*times, strict=True)) + " |")
-        resumes = ", ".join(f"verify={verify} {median(times):.3f} s" for verify, times in found["resumes"].items())
-        print(f"\na step without a save {found['step']:.3f} s, a resume with {resumes}", end=" | ")
-        print(f"{found['bytes'] / 2**30:.2f} GiB, ranks {ranks}, {given.preset} {' '.join(given.overrides)}", end=" | ")
-        print(" | ".join(f"{key} {value}" for key, value in machine(str(engine.device)).items()))
+        for kind, saves in results.saves.items():
+            waited, after = median(save.waited for save in saves), median(save.step_after for save in saves)
+            print(f"| {kind} | {waited:.3f} | {after:.3f} |")
+        resumes = ", ".join(f"verify={verify} {median(times):.3f} s" for verify, times in results.resumes.items())
+        print(f"\na step without a save {results.step:.3f} s, a resume with {resumes}", end=" | ")
+        model = " ".join([arguments.preset, *arguments.overrides])
+        print(f"{results.bytes / 2**30:.2f} GiB, ranks {ranks}, {model}", end=" | ")
+        print(machine_line(str(engine.device)))
 
 
 def build(config: HyperMoEConfig, ranks: int) -> Any:
-    """An engine in fp32 whose optimizer has taken a step."""
+    """Build an engine in fp32 whose optimizer has taken a step."""
     train = TrainConfig(steps=1000, micro_batch_size=1, global_batch_size=ranks, precision="fp32")
     ds_config = merge({"zero_optimization": {"stage": 1}}, train, config, 1, ranks)
     engine = build_engine(config, ds_config, OptimizerConfig(lr=1e-4), ScheduleConfig(), train, ParallelConfig())
@@ -73,7 +103,7 @@ def build(config: HyperMoEConfig, ranks: int) -> Any:
 
 
 def step(engine: Any) -> float:
-    """Seconds of one step on random tokens."""
+    """Run one step on random tokens, and return its seconds."""
     began = time.perf_counter()
     ids = torch.randint(engine.module.config.vocab_size, (1, _TOKENS + 1), device=engine.device)
     engine.backward(
@@ -84,25 +114,26 @@ def step(engine: Any) -> float:
     return time.perf_counter() - began
 
 
-def measure(engine: Any, folder: Path, repeats: int) -> dict[str, Any]:
-    """Seconds of saves in turn, of steps with and without one, of resumes in turn; bytes of a checkpoint."""
+def measure(engine: Any, folder: Path, repeats: int) -> Results:
+    """Measure saves and resumes; the kinds alternate."""
+    checkpoints = folder / "checkpoints"
     managers = {
-        name: CheckpointManager(engine, folder / "checkpoints", CheckpointConfig(asynchronous=beside, keep_last=1), {})
-        for name, beside in (("in the background", True), ("while it waits", False))
+        kind: CheckpointManager(engine, checkpoints, CheckpointConfig(asynchronous=asynchronous, keep_last=1), {})
+        for kind, asynchronous in (("in the background", True), ("while training waits", False))
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in managers}
-    alone = []
+    saves: dict[str, list[Save]] = {kind: [] for kind in managers}
+    steps = []
     for number in range(1, repeats + 1):
-        for name, manager in managers.items():
-            alone.append(step(engine))
+        for kind, manager in managers.items():
+            steps.append(step(engine))
             began = time.perf_counter()
             manager.save(number, {})
             waited = time.perf_counter() - began
-            times[name].append((waited, step(engine)))
+            saves[kind].append(Save(waited, step(engine)))
             manager.finish()
-    size = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in checkpoints.rglob("*.safetensors"))
     readers = {
-        verify: CheckpointManager(engine, folder / "checkpoints", CheckpointConfig(verify=verify), {})
+        verify: CheckpointManager(engine, checkpoints, CheckpointConfig(verify=verify), {})
         for verify in get_args(Verify)
     }
     resumes: dict[str, list[float]] = {verify: [] for verify in readers}
@@ -111,7 +142,7 @@ def measure(engine: Any, folder: Path, repeats: int) -> dict[str, Any]:
             began = time.perf_counter()
             reader.resume()
             resumes[verify].append(time.perf_counter() - began)
-    return {"saves": times, "step": median(alone), "resumes": resumes, "bytes": size}
+    return Results(saves, median(steps), resumes, size)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compare the losses that one side had in two runs of train_step.py --repeat-batch, such as fp32 and bf16."""
+"""Compare the losses of one side in two runs of train_step.py --repeat-batch, such as fp32 and bf16."""
 
 import argparse
 import json
@@ -9,9 +9,9 @@ from hypermoe_ds.process import one_line_errors
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Compare and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="FILE", help="what train_step.py --json wrote")
+    parser.add_argument("runs", nargs=2, type=Path, metavar="FILE", help="JSON file of train_step.py --json")
     parser.add_argument("--side", default="hypermoe", help="default: hypermoe")
     parser.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference (default: 0.01)")
     arguments = parser.parse_args()
@@ -25,14 +25,14 @@ def main() -> None:
     print("| step | loss, nats per token | loss, nats per token | relative difference |\n| ---: | ---: | ---: | ---: |")
     for step, (a, b, difference) in enumerate(zip(first, second, differences, strict=True), 1):
         print(f"| {step} | {a:.4f} | {b:.4f} | {difference:.5f} |")
-    if not all(difference <= arguments.tolerance for difference in differences):  # what is not a number fails too
+    if not all(difference <= arguments.tolerance for difference in differences):  # NaN fails too
         raise UserError(
             f"largest relative difference {max(differences):.5f}", f"above {arguments.tolerance}", "look for the cause"
         )
 
 
 def losses(path: Path, side: str) -> list[float]:
-    """Losses of the measured steps, nats per token."""
+    """Read the losses of the measured steps, nats per token."""
     try:
         found: list[float] = json.loads(path.read_text(encoding="utf-8"))["sides"][side]["losses"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,5 +1,5 @@
-"""Tokens a second of generation: HyperMoE with its hypernetwork, the same with baked HyperExperts, and the plain
-Mixture of Experts. The sides take turns; weights are random and the text is of random tokens."""
+"""Compare the speed of generation: HyperMoE with its hypernetwork, with baked HyperExperts, and the plain Mixture of
+Experts. The sides alternate. Weights and prompts are random."""
 
 import argparse
 import json
@@ -14,55 +14,55 @@ import torch
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.process import one_line_errors
-from results import check_arguments, device_name, machine
+from results import check_arguments, device_name, machine, machine_line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
     parser.add_argument("--dtype", default="fp32", choices=list(_DTYPES), help="default: fp32")
     parser.add_argument("--prompt", type=int, default=64, metavar="TOKENS", help="default: 64")
     parser.add_argument("--new", type=int, default=64, metavar="TOKENS", help="tokens to generate (default: 64)")
     parser.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="default: 1")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="counted runs of each side (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured runs of each side (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of every run")
-    given = parser.parse_args()
-    check_arguments(given, dict.fromkeys(("prompt", "new", "batch", "repeats"), 1), given.json)
+    arguments = parser.parse_args()
+    check_arguments(arguments, dict.fromkeys(("prompt", "new", "batch", "repeats"), 1), arguments.json)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sides = models(given.preset, device, _DTYPES[given.dtype])
-    vocabulary = sides["moe"].config.vocab_size
-    prompt = torch.randint(0, vocabulary, (given.batch, given.prompt), device=device)
+    sides = build_sides(arguments.preset, device, _DTYPES[arguments.dtype])
+    vocab_size = sides["moe"].config.vocab_size
+    prompt = torch.randint(0, vocab_size, (arguments.batch, arguments.prompt), device=device)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
-    for repeat in range(given.repeats + 1):
+    for repeat in range(arguments.repeats + 1):
         order.append(order.pop(0))
         for name, model in order:
-            taken = generate(model, prompt, given.new)
-            if repeat:
-                seconds[name].append(taken)
-    print(table(seconds, given.batch * given.new))
-    where = machine(device_name())
+            elapsed = generate(model, prompt, arguments.new)
+            if repeat:  # the first run warms up
+                seconds[name].append(elapsed)
+    print(as_table(seconds, arguments.batch * arguments.new))
     print(
-        f"{given.preset}, {given.dtype}, batch {given.batch}, prompt {given.prompt}, {given.new} new tokens, ", end=""
+        f"{arguments.preset}, {arguments.dtype}, batch {arguments.batch}, prompt {arguments.prompt}, "
+        f"{arguments.new} new tokens, threads {torch.get_num_threads()} | {machine_line(device_name())}"
     )
-    print(f"threads {torch.get_num_threads()} | " + " | ".join(f"{key} {value}" for key, value in where.items()))
-    if given.json:
-        given.json.write_text(json.dumps({"seconds": seconds, "machine": where}, indent=1) + "\n", encoding="utf-8")
+    if arguments.json:
+        content = {"seconds": seconds, "machine": machine(device_name())}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def models(preset: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The three sides, in evaluation mode."""
+def build_sides(preset: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Build the three models, in evaluation mode."""
     hypermoe = HyperMoEForCausalLM(HyperMoEConfig(**PRESETS[preset])).to(device, dtype).eval()
     plain = HyperMoEForCausalLM(HyperMoEConfig(**{**PRESETS[preset], "hypernetwork": False})).to(device, dtype).eval()
     return {"hypermoe": hypermoe, "baked": bake(hypermoe), "moe": plain}
 
 
 def generate(model: Any, prompt: torch.Tensor, new: int) -> float:
-    """Seconds of one greedy continuation, with a cache of keys and values."""
+    """Return the seconds of one greedy generation with a KV cache."""
     began = time.perf_counter()
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
@@ -73,8 +73,8 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> float:
     return time.perf_counter() - began
 
 
-def table(seconds: Mapping[str, list[float]], tokens: int) -> str:
-    """Ratios first."""
+def as_table(seconds: Mapping[str, list[float]], tokens: int) -> str:
+    """Return the table, ratios first."""
     base = median(seconds["moe"])
     rows = ["| side | time / moe | tokens/s | median s (min, max) |", "| --- |" + " ---: |" * 3]
     for name, runs in seconds.items():

@@ -1,9 +1,9 @@
-"""HyperExperts beside one expert of the same model, and their exact forms beside each other: time and memory, forward
-and backward. Both sides of a ratio run in turn in one process; memory is that of a process of its own.
+"""Compare HyperExperts with one expert of the same model, and their exact forms with each other: time and memory,
+forward and backward. Both sides of a ratio alternate in one process. Memory is measured in a separate process per side.
 
     python benchmarks/hyper_experts.py [--dtype bf16] [--json FILE] [--plot FILE.png]
 
-A quarter of an hour on 2 cores in fp32, two minutes with --skip-grid.
+Takes 15 minutes on 2 cores in fp32, 2 minutes with --skip-grid.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,124 +30,194 @@ from hypermoe_ds.modeling.generated import HyperExpertWeights
 from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, cost_factored, cost_per_set
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from hypermoe_ds.process import one_line_errors
-from results import check_arguments, device_name, machine
+from results import check_arguments, device_name, machine, machine_line
 
-PUBLISHED, SMALL = Sizes(768, 64, 128), Sizes(256, 16, 64)  # at GPT-2 small's width, and those of tiny-10m
+PUBLISHED, SMALL = Sizes(768, 64, 128), Sizes(256, 16, 64)  # D, A, B at GPT-2 small's width, and of tiny-10m
 D, LAYERS, WIDTH = PUBLISHED.hidden, 12, 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = [(PUBLISHED, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4, 8) for T in (512, 4096)]
 GRID += [(SMALL, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4) for T in (512, 4096)]
-_UNCOUNTED = 2  # runs of each side before those that count
-_NEAR_SECONDS = 3.0  # of the fastest form's runs, when forms near to each other are told apart
+_WARMUP = 2  # runs of each side before the measured ones
+_CLOSE_FORMS_SECONDS = 3.0  # time for repeated runs of the fastest form, to rank forms of almost equal cost
+
+
+class Target(NamedTuple):
+    """Device and dtype of all tensors of a measurement."""
+
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """Median seconds of one layer, for N experts, K experts per token and T tokens.
+
+    Attributes:
+        published: seconds of the published form; None if it needs too much memory.
+    """
+
+    N: int
+    K: int
+    T: int
+    expert: float
+    hyper_expert: float
+    published: float | None
+
+
+@dataclass(frozen=True)
+class FormCase:
+    """Median seconds of each exact form in one layer.
+
+    Attributes:
+        sizes: D, A and B of the hypernetwork.
+        selections: number of different selections that HyperExperts are generated for.
+        predicted: the form that the cost model takes for the cheaper one.
+        seconds: of "per_set", "factored" and "auto".
+    """
+
+    sizes: Sizes
+    N: int
+    K: int
+    T: int
+    selections: int
+    predicted: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All results; `per_token` holds the seconds of the published form by number of tokens."""
+
+    machine: dict[str, Any]
+    dtype: str
+    threads: int
+    experts: list[ExpertCase]
+    memory: dict[str, int]
+    forms: list[FormCase]
+    per_token: dict[int, float]
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Measure and report."""
+    arguments = parse_arguments()
+    target = Target(arguments.device, DTYPES[arguments.dtype])
+    if arguments.memory_of:
+        print(added_memory(arguments.memory_of, target))
+        return
+    results = measure(arguments, target)
+    if arguments.calibrate:
+        print(calibration(results.forms, target.dtype))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot(results, arguments.plot)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="default: fp32")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="counted runs of each side (default: 7)")
-    parser.add_argument("--skip-grid", action="store_true", help="leave out the comparison of the forms")
-    parser.add_argument("--calibrate", action="store_true", help="print the device's rates for the cost model")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, seconds and bytes")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the forms' cost (needs matplotlib)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measured runs of each side (default: 7)")
+    parser.add_argument("--skip-grid", action="store_true", help="skip the comparison of the forms")
+    parser.add_argument("--calibrate", action="store_true", help="print the rates of this device for the cost model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results: seconds and bytes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the cost of the forms (needs matplotlib)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    check_arguments(given, {"repeats": 1}, given.json, given.plot)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda", "there is no GPU", "leave it out")
+    arguments = parser.parse_args()
+    check_arguments(arguments, {"repeats": 1}, arguments.json, arguments.plot)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda", "there is no GPU", "omit it")
     for name in ("plot", "calibrate"):
-        if given.skip_grid and getattr(given, name):
-            raise UserError(f"--{name}", "needs the comparison of the forms", "leave out --skip-grid")
-    if given.plot and find_spec("matplotlib") is None:
+        if arguments.skip_grid and getattr(arguments, name):
+            raise UserError(f"--{name}", "needs the comparison of the forms", "omit --skip-grid")
+    if arguments.plot and find_spec("matplotlib") is None:
         raise UserError("--plot", "matplotlib is not installed", "bash launch/setup.sh bench")
-    where = {"device": given.device, "dtype": DTYPES[given.dtype]}
-    if given.memory_of:
-        print(added_memory(given.memory_of, where))
-        return
+    return arguments
 
-    device = device_name() if given.device == "cuda" else "cpu"
-    found: dict[str, Any] = {"machine": machine(device), "dtype": given.dtype, "threads": torch.get_num_threads()}
-    shapes = tqdm(shapes_of(given.dtype), "beside an expert", unit="shape", leave=False)
-    found["branch"] = [beside_an_expert(N, K, T, given.repeats, where) for N, K, T in shapes]
-    found["memory"] = memory_ratio(given.device, given.dtype)
-    print(branch_table(found))
-    if not given.skip_grid:
+
+def measure(arguments: argparse.Namespace, target: Target) -> Results:
+    """Measure everything that the arguments ask for, and print each table as soon as it is complete."""
+    repeats = arguments.repeats
+    device = device_name() if target.device == "cuda" else "cpu"
+    shapes = tqdm(expert_shapes(arguments.dtype), "experts", unit="shape", leave=False)
+    experts = [compare_with_expert(N, K, T, repeats, target) for N, K, T in shapes]
+    memory = memory_of_both(arguments.device, arguments.dtype)
+    print(expert_table(experts, memory, arguments.dtype, device))
+    forms: list[FormCase] = []
+    published: dict[int, float] = {}
+    if not arguments.skip_grid:
         grid = tqdm(GRID, "forms", unit="shape", leave=False)
-        found["forms"] = [forms_of(sizes, N, K, T, given.repeats, where) for sizes, N, K, T in grid]
-        # The published form makes weights for each token: neither N nor K changes what it costs.
-        found["per_token"] = {T: per_token(T, given.repeats, where) for T in sorted({T for *_, T in GRID})}
-        print(forms_table(found["forms"], found["per_token"]))
-    if given.calibrate:
-        print(calibration(found["forms"], where["dtype"]))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if given.plot:
-        plot(found, given.plot)
+        forms = [compare_forms(sizes, N, K, T, repeats, target) for sizes, N, K, T in grid]
+        # The published form generates weights for each token, so its cost depends on neither N nor K.
+        published = {T: per_token(T, repeats, target) for T in sorted({T for *_, T in GRID})}
+        print(forms_table(forms, published))
+    threads = torch.get_num_threads()
+    return Results(machine(device), arguments.dtype, threads, experts, memory, forms, published)
 
 
-def shapes_of(dtype: str) -> list[tuple[int, int, int]]:
-    """N, K and T of the comparisons with an expert; the published form takes gigabytes beyond them."""
+def expert_shapes(dtype: str) -> list[tuple[int, int, int]]:
+    """Return N, K and T of the comparisons with an expert."""
     return [(8, 1, 2048), (8, 1, 8192), (8, 2, 2048)] if dtype == "fp32" else [(8, 1, 2048), (8, 1, 8192)]
 
 
 def build(
-    num_experts: int, layers: int, where: Mapping[str, Any], sizes: Sizes = PUBLISHED
+    num_experts: int, layers: int, target: Target, sizes: Sizes = PUBLISHED
 ) -> tuple[list[HyperExperts], HyperNetwork]:
-    """The HyperExperts of some layers and the hypernetwork they share."""
+    """Build the HyperExperts of some layers and the hypernetwork that they share."""
     hypernetwork = HyperNetwork(sizes.hidden, WIDTH, layers, 10, sizes.bottleneck, sizes.adapter)
-    branches = [HyperExperts(SelectionEncoder(num_experts, WIDTH, WIDTH, WIDTH), layer) for layer in range(layers)]
-    for module in (hypernetwork, *branches):
-        module.to(**where)
-    return branches, hypernetwork
+    layers_of = [HyperExperts(SelectionEncoder(num_experts, WIDTH, WIDTH, WIDTH), layer) for layer in range(layers)]
+    for module in (hypernetwork, *layers_of):
+        module.to(**target._asdict())
+    return layers_of, hypernetwork
 
 
 def selections(passes: int, layers: int, tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
-    """Evenly spread selections [passes, layers, T, K]: in training too an expert has other tokens each time."""
+    """Draw uniform selections [passes, layers, T, K]: in training too, the tokens of an expert change each time."""
     return torch.rand(passes, layers, tokens, num_experts, device=device).argsort(dim=-1)[..., :top_k]
 
 
 def all_layers(
-    branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, passes: Tensor, form: str
+    layers: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, passes: Tensor, form: str
 ) -> Callable[[], None]:
-    """Forward and backward of the HyperExperts of all layers, as in one pass of a model, with the next selections."""
+    """Return a function that runs the HyperExperts of all layers forward and backward, with the next selections."""
     endless = itertools.cycle(passes)
 
     def run() -> None:
         selected = next(endless)
-        modules_of: Sequence[HyperExpertWeights | None] = [None] * len(branches)
+        weights_of: Sequence[HyperExpertWeights | None] = [None] * len(layers)
         if form == "auto":
-            modules_of = generate_ahead(branches, hypernetwork, x_TD, selected.shape[-1]) or modules_of
+            weights_of = generate_ahead(layers, hypernetwork, x_TD, selected.shape[-1]) or weights_of
         y_TD = x_TD
-        for branch, selected_TK, modules in zip(branches, selected, modules_of, strict=True):
-            y_TD = y_TD + branch(x_TD, selected_TK, hypernetwork, form, generated=modules)
+        for layer, selected_TK, weights in zip(layers, selected, weights_of, strict=True):
+            y_TD = y_TD + layer(x_TD, selected_TK, hypernetwork, form, generated=weights)
         y_TD.backward(x_TD.detach())
 
-    return without_gradients(run, hypernetwork, *branches)
+    return without_gradients(run, hypernetwork, *layers)
 
 
-def expert(where: Mapping[str, Any]) -> nn.Module:
-    """One GELU expert of width 4D, as the published model's."""
-    return nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)).to(**where)
+def expert(target: Target) -> nn.Module:
+    """Build one GELU expert of width 4D, as in the published model."""
+    return nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)).to(**target._asdict())
 
 
 def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each side; the sides run in turn, after two runs each that do not count."""
+    """Return the median seconds of each side. The sides alternate, after two warm-up runs each."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
-    for _ in range(repeats + _UNCOUNTED):
-        order.reverse()  # else the same side always follows a large one, and finds what that left of the caches
+    for _ in range(repeats + _WARMUP):
+        order.reverse()  # otherwise one side would always find the caches as the same other side left them
         for name, run in order:
             began = time.perf_counter()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - began)
-    return {name: median(seconds[_UNCOUNTED:]) for name, seconds in times.items()}
+    return {name: median(seconds[_WARMUP:]) for name, seconds in times.items()}
 
 
 def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[[], None]:
-    """`run` with the gradients of the time before let go, as after an optimizer step."""
+    """Return `run` preceded by freeing the gradients of the last run, as after an optimizer step."""
 
     def clean() -> None:
         for module in modules:
@@ -157,145 +227,149 @@ def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[
     return clean
 
 
-def beside_an_expert(N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The branch of a layer, the hypernetwork shared by 12, beside one expert and the published form."""
-    x_TD = torch.randn(T, D, **where).requires_grad_()
-    passes = selections(repeats + _UNCOUNTED, LAYERS, T, N, K, where["device"])
-    single = expert(where)
-    branches, hypernetwork = build(N, LAYERS, where)
+def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) -> ExpertCase:
+    """Compare the HyperExperts of a layer with one expert and the published form. 12 layers share the hypernetwork."""
+    x_TD = torch.randn(T, D, **target._asdict()).requires_grad_()
+    passes = selections(repeats + _WARMUP, LAYERS, T, N, K, target.device)
+    single = expert(target)
+    layers, hypernetwork = build(N, LAYERS, target)
     sides = {
         "expert": without_gradients(lambda: single(x_TD).backward(x_TD.detach()), single),
-        "branch": all_layers(branches, hypernetwork, x_TD, passes, "auto"),
+        "hyper_expert": all_layers(layers, hypernetwork, x_TD, passes, "auto"),
     }
-    if T <= 2048:
-        sides["per_token"] = all_layers(branches[:1], hypernetwork, x_TD, passes[:, :1], "per_token")
-    seconds = medians(sides, repeats, where["device"])
-    seconds["branch"] /= LAYERS
-    return {"N": N, "K": K, "T": T, "seconds": seconds}
+    if T <= 2048:  # the published form needs gigabytes for more tokens
+        sides["published"] = all_layers(layers[:1], hypernetwork, x_TD, passes[:, :1], "per_token")
+    seconds = medians(sides, repeats, target.device)
+    return ExpertCase(N, K, T, seconds["expert"], seconds["hyper_expert"] / LAYERS, seconds.get("published"))
 
 
-def forms_of(sizes: Sizes, N: int, K: int, T: int, repeats: int, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The forms and `auto` in one layer by itself; those near the fastest run again, and more often."""
-    x_TD = torch.randn(T, sizes.hidden, **where).requires_grad_()
-    branches, hypernetwork = build(N, 1, where, sizes)
+def compare_forms(sizes: Sizes, N: int, K: int, T: int, repeats: int, target: Target) -> FormCase:
+    """Compare the exact forms and `auto` in one layer. Forms close to the fastest run again, with more repeats."""
+    x_TD = torch.randn(T, sizes.hidden, **target._asdict()).requires_grad_()
+    layers, hypernetwork = build(N, 1, target, sizes)
 
-    def timed(forms: Iterable[str], runs: int) -> dict[str, float]:
-        # Each form has its own: the first to see a selection would pay for what the library makes for its shapes.
-        passes = {form: selections(runs + _UNCOUNTED, 1, T, N, K, where["device"]) for form in forms}
-        sides = {form: all_layers(branches, hypernetwork, x_TD, passes[form], form) for form in passes}
-        return medians(sides, runs, where["device"])
+    def measure_forms(forms: Iterable[str], runs: int) -> dict[str, float]:
+        # Each form gets its own selections: the first use of a shape makes the library compile or allocate for it.
+        passes = {form: selections(runs + _WARMUP, 1, T, N, K, target.device) for form in forms}
+        sides = {form: all_layers(layers, hypernetwork, x_TD, passes[form], form) for form in passes}
+        return medians(sides, runs, target.device)
 
-    seconds = timed(("per_set", "factored", "auto"), max(3, repeats // 2))
+    seconds = measure_forms(("per_set", "factored", "auto"), max(3, repeats // 2))
     fastest = min(seconds.values())
-    near = [form for form in seconds if seconds[form] < 2 * fastest]
-    seconds |= timed(near, min(5 * repeats, max(3, round(_NEAR_SECONDS / fastest))))
-    sets = len({frozenset(row) for row in selections(1, 1, T, N, K, "cpu")[0, 0].tolist()})
-    sets = math.comb(N, K) if branches[0].knows_selections(T, K, hypernetwork.sizes) else sets
-    taken = cheaper_form(T, sets, sizes, x_TD.device.type, x_TD.dtype)
-    return {"sizes": astuple(sizes), "N": N, "K": K, "T": T, "sets": sets, "taken": taken, "seconds": seconds}
+    close = [form for form in seconds if seconds[form] < 2 * fastest]
+    seconds |= measure_forms(close, min(5 * repeats, max(3, round(_CLOSE_FORMS_SECONDS / fastest))))
+    count = len({frozenset(row) for row in selections(1, 1, T, N, K, "cpu")[0, 0].tolist()})
+    if layers[0].knows_selections(T, K, hypernetwork.sizes):
+        count = math.comb(N, K)
+    predicted = cheaper_form(T, count, sizes, x_TD.device.type, x_TD.dtype)
+    return FormCase(sizes, N, K, T, count, predicted, seconds)
 
 
-def per_token(T: int, repeats: int, where: Mapping[str, Any]) -> float:
-    """Median seconds of the published form in one layer by itself."""
-    x_TD, passes = torch.randn(T, D, **where).requires_grad_(), selections(1, 1, T, 8, 1, where["device"])
-    branches, hypernetwork = build(8, 1, where)
-    run = all_layers(branches, hypernetwork, x_TD, passes, "per_token")
-    return medians({"per_token": run}, max(3, repeats // 2), where["device"])["per_token"]
+def per_token(T: int, repeats: int, target: Target) -> float:
+    """Return the median seconds of the published form in one layer."""
+    x_TD = torch.randn(T, D, **target._asdict()).requires_grad_()
+    layers, hypernetwork = build(8, 1, target)
+    run = all_layers(layers, hypernetwork, x_TD, selections(1, 1, T, 8, 1, target.device), "per_token")
+    return medians({"per_token": run}, max(3, repeats // 2), target.device)["per_token"]
 
 
-def added_memory(side: str, where: Mapping[str, Any]) -> int:
-    """Most bytes that a side of 12 layers holds beside its parameters and input, N=8, K=1, T=2048."""
-    x_TD, passes = torch.randn(2048, D, **where).requires_grad_(), selections(1, LAYERS, 2048, 8, 1, where["device"])
-    torch.autograd.backward([expert(where)(x_TD[:64])], [x_TD[:64].detach()])  # what libraries allocate once
-    if side == "branch":
-        branches, hypernetwork = build(8, LAYERS, where)
-        base = held(where["device"])
-        all_layers(branches, hypernetwork, x_TD, passes, "auto")()
+def added_memory(side: str, target: Target) -> int:
+    """Return the peak bytes of 12 layers, parameters and input not counted, for N=8, K=1, T=2048."""
+    x_TD = torch.randn(2048, D, **target._asdict()).requires_grad_()
+    passes = selections(1, LAYERS, 2048, 8, 1, target.device)
+    torch.autograd.backward([expert(target)(x_TD[:64])], [x_TD[:64].detach()])  # one-time allocations of libraries
+    if side == "hyper_expert":
+        layers, hypernetwork = build(8, LAYERS, target)
+        base = peak_bytes(target.device)
+        all_layers(layers, hypernetwork, x_TD, passes, "auto")()
     else:
-        experts = [expert(where) for _ in range(LAYERS)]
-        base = held(where["device"])
+        experts = [expert(target) for _ in range(LAYERS)]
+        base = peak_bytes(target.device)
         y_TD = x_TD
         for each in experts:
             y_TD = y_TD + each(x_TD)
         y_TD.backward(x_TD.detach())
-    return held(where["device"]) - base
+    return peak_bytes(target.device) - base
 
 
-def held(device: str) -> int:
-    """Most bytes held so far."""
+def peak_bytes(device: str) -> int:
+    """Return the peak memory of this process, or of the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()  # not getrusage, which counts the parent's peak too
+    status = Path("/proc/self/status").read_text()  # getrusage would count the peak of the parent process too
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def memory_ratio(device: str, dtype: str) -> dict[str, int]:
-    """`added_memory` of both sides, each in a process of its own.
+def memory_of_both(device: str, dtype: str) -> dict[str, int]:
+    """Return `added_memory` of both sides, each measured in its own process.
 
-    There every tensor is mapped by itself, so that live tensors are counted and not the holes of a heap.
+    The processes map every large tensor separately. Peak memory then counts live tensors and not the holes of a heap.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of"]
-    return {side: int(subprocess.check_output([*command, side], env=environment)) for side in ("expert", "branch")}
+    return {
+        side: int(subprocess.check_output([*command, side], env=environment)) for side in ("expert", "hyper_expert")
+    }
 
 
-def branch_table(found: Mapping[str, Any]) -> str:
-    """Ratios first."""
+def expert_table(cases: list[ExpertCase], memory: Mapping[str, int], dtype: str, device: str) -> str:
+    """Return the table of HyperExperts and one expert, ratios first."""
     rows = [
-        "| N, K, T | branch / expert | published / branch | expert, ms | branch, ms | published, ms |",
+        "| N, K, T | HyperExpert / expert | published / HyperExpert | expert, ms | HyperExpert, ms | published, ms |",
         "| --- |" + " ---: |" * 5,
     ]
-    for case in found["branch"]:
-        t = case["seconds"]
-        numbers = [t["branch"] / t["expert"], math.nan, t["expert"] * 1e3, t["branch"] * 1e3, math.nan]
-        if "per_token" in t:
-            numbers[1], numbers[4] = t["per_token"] / t["branch"], t["per_token"] * 1e3
-        shown = [form.format(number) for form, number in zip(("{:.3f}", *["{:.1f}"] * 4), numbers, strict=True)]
-        rows.append(f"| {case['N']}, {case['K']}, {case['T']} | {' | '.join(shown)} |".replace("nan", "-"))
-    memory = found["memory"]
+    for case in cases:
+        ratio, published = "-", "-"
+        if case.published is not None:
+            ratio, published = f"{case.published / case.hyper_expert:.1f}", f"{case.published * 1e3:.1f}"
+        rows.append(
+            f"| {case.N}, {case.K}, {case.T} | {case.hyper_expert / case.expert:.3f} | {ratio} | "
+            f"{case.expert * 1e3:.1f} | {case.hyper_expert * 1e3:.1f} | {published} |"
+        )
     rows += [
         "",
-        f"memory added, branch / expert: {memory['branch'] / memory['expert']:.3f} "
-        f"({memory['branch'] / 2**20:.0f} / {memory['expert'] / 2**20:.0f} MiB for {LAYERS} layers)",
-        f"{found['dtype']}, D, A, B = {astuple(PUBLISHED)}, generation shared by {LAYERS} layers, "
-        f"threads {found['threads']} | " + " | ".join(f"{key} {value}" for key, value in found["machine"].items()),
+        f"added memory, HyperExpert / expert: {memory['hyper_expert'] / memory['expert']:.3f} "
+        f"({memory['hyper_expert'] / 2**20:.0f} / {memory['expert'] / 2**20:.0f} MiB for {LAYERS} layers)",
+        f"{dtype}, D, A, B = {astuple(PUBLISHED)}, generation shared by {LAYERS} layers, "
+        f"threads {torch.get_num_threads()} | {machine_line(device)}",
     ]
     return "\n".join(rows) + "\n"
 
 
-def forms_table(forms: list[dict[str, Any]], published: Mapping[int, float]) -> str:
-    """`auto` beside the best form for each shape."""
+def forms_table(forms: list[FormCase], published: Mapping[int, float]) -> str:
+    """Return the table of `auto` and the best form for each shape."""
     rows = [
-        "| D, A, B | N | K | T | sets | taken | auto / best | auto, ms | per_set, ms | factored, ms | per_token, ms |",
+        "| D, A, B | N | K | T | selections | predicted | auto / best | auto, ms | per_set, ms | factored, ms "
+        "| per_token, ms |",
         "| --- |" + " ---: |" * 4 + " --- |" + " ---: |" * 5,
     ]
     for case in forms:
-        t = case["seconds"]
-        known = f"{published[case['T']] * 1e3:.0f}" if case["sizes"] == astuple(PUBLISHED) else "-"
+        t = case.seconds
+        known = f"{published[case.T] * 1e3:.0f}" if case.sizes == PUBLISHED else "-"
         rows.append(
-            f"| {', '.join(map(str, case['sizes']))} | {case['N']} | {case['K']} | {case['T']} | {case['sets']} | "
-            f"{case['taken']} | {t['auto'] / min(t['per_set'], t['factored']):.2f} | "
+            f"| {', '.join(map(str, astuple(case.sizes)))} | {case.N} | {case.K} | {case.T} | {case.selections} | "
+            f"{case.predicted} | {t['auto'] / min(t['per_set'], t['factored']):.2f} | "
             + " | ".join(f"{t[form] * 1e3:.1f}" for form in ("auto", "per_set", "factored"))
             + f" | {known} |"
         )
     return "\n".join(rows) + "\n"
 
 
-def calibration(forms: list[dict[str, Any]], dtype: torch.dtype) -> str:
-    """Rates that fit the forms' times best, by least squares of the relative error, none negative.
+def calibration(forms: list[FormCase], dtype: torch.dtype) -> str:
+    """Fit the rates of the cost model to the measured times.
 
-    Errors count the more, the more alike both forms are: far from there they change no choice.
+    Least squares of the relative error; no rate is negative. A case weighs more if its forms take similar times,
+    because there an error changes the choice.
     """
     rows, times, weights = [], [], []
     for case in forms:
-        sizes = Sizes(*case["sizes"])
         for form, cost in (
-            ("per_set", cost_per_set(case["T"], case["sets"], sizes)),
-            ("factored", cost_factored(case["T"], sizes)),
+            ("per_set", cost_per_set(case.T, case.selections, case.sizes)),
+            ("factored", cost_factored(case.T, case.sizes)),
         ):
             rows.append([cost.flops, cost.elements * dtype.itemsize, cost.products])
-            times.append(case["seconds"][form])
-            both = (case["seconds"]["per_set"], case["seconds"]["factored"])
+            times.append(case.seconds[form])
+            both = (case.seconds["per_set"], case.seconds["factored"])
             weights.append(min(both) / max(both))
     seconds = torch.tensor(times, dtype=torch.float64)
     weight = torch.tensor(weights, dtype=torch.float64)
@@ -303,31 +377,30 @@ def calibration(forms: list[dict[str, Any]], dtype: torch.dtype) -> str:
     size = scaled.norm(dim=0)
     share = torch.zeros(3, dtype=torch.float64)
     step = 1 / torch.linalg.matrix_norm(scaled / size, 2) ** 2
-    for _ in range(20000):  # projected gradient
+    for _ in range(20000):  # projected gradient descent
         share = (share - step * (scaled / size).T @ (scaled / size @ share - weight)).clamp_min(0)
     flops, moved, start = (share / size).tolist()
     return f"flops {1 / max(flops, 1e-30):.3g}/s, bytes {1 / max(moved, 1e-30):.3g}/s, start {start:.3g} s"
 
 
-def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Seconds of each form against the number of sets, one picture for each T."""
+def plot(results: Results, path: Path) -> None:
+    """Plot the time of each form against the number of selections, one chart for each T."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    published = [case for case in found["forms"] if case["sizes"] == astuple(PUBLISHED)]
-    lengths = sorted({case["T"] for case in published})
+    published = [case for case in results.forms if case.sizes == PUBLISHED]
+    lengths = sorted({case.T for case in published})
     for axes, length in zip(figure.subplots(1, len(lengths)), lengths, strict=True):
-        cases = sorted((case for case in published if case["T"] == length), key=lambda case: case["sets"])
+        cases = sorted((case for case in published if length == case.T), key=lambda case: case.selections)
         for form, style in (("per_set", "o-"), ("factored", "s-"), ("auto", "k--")):
-            milliseconds = [case["seconds"][form] * 1e3 for case in cases]
-            axes.plot([case["sets"] for case in cases], milliseconds, style, label=form)
-        axes.axhline(found["per_token"][length] * 1e3, color="tab:red", label="per_token")
-        for case in cases:
-            axes.annotate(
-                f"{case['N']}/{case['K']}", (case["sets"], case["seconds"]["auto"] * 1e3), fontsize=7, rotation=45
+            axes.plot(
+                [case.selections for case in cases], [case.seconds[form] * 1e3 for case in cases], style, label=form
             )
-        axes.set(xscale="log", yscale="log", xlabel="sets generated", ylabel="forward and backward, ms")
-        axes.set_title(f"T = {length}, {found['dtype']} (labels: N/K)")
+        axes.axhline(results.per_token[length] * 1e3, color="tab:red", label="per_token")
+        for case in cases:
+            axes.annotate(f"{case.N}/{case.K}", (case.selections, case.seconds["auto"] * 1e3), fontsize=7, rotation=45)
+        axes.set(xscale="log", yscale="log", xlabel="selections", ylabel="forward and backward, ms")
+        axes.set_title(f"T = {length}, {results.dtype} (labels: N/K)")
         axes.legend()
     figure.savefig(path, dpi=110)
 

@@ -1,8 +1,9 @@
-"""What the metrics of a run cost: steps without any, and steps as a run measures and logs them, in turn on one rank.
+"""Measure what the metrics of a run cost, on one rank. Steps with and without metrics alternate.
 
-Three kinds of steps are measured: between two records, logged, and logged with norms. Of each it reports the seconds
-spent in the metrics' own calls, waiting for the device before and after each, and the whole step over one without
-metrics, which has the noise of whole steps. The kinds' shares in a run with the default intervals give the cost.
+There are three kinds of steps with metrics: not logged, logged, and logged with norms. For each kind the table has the
+seconds spent in the calls of the metrics (the device is synchronized before and after each call), and the time of the
+whole step divided by that of a step without metrics, which is noisier. The cost weighs the kinds by their shares in a
+run with the default intervals.
 A key=value changes a field of the preset's model, such as num_hidden_layers=2.
 """
 
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +37,39 @@ from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 from hypermoe_ds.training.state import TrainState
-from results import check_arguments, machine
+from results import check_arguments, machine_line
 
 _ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"
 _DEFAULTS = MonitorConfig()
 # Step numbers of each kind, under the default intervals.
-_KINDS = {"between": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norms_interval or 0}
+_KINDS = {"not logged": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norms_interval or 0}
 
 
-def time_own_calls(recorder: Recorder) -> list[float]:
-    """Have a recorder note the seconds of each of its calls that observe or record, in the list that is returned."""
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of each step of one kind: of the whole step, and of the calls of the metrics in it."""
+
+    whole: list[float]
+    metrics: list[float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Seconds of each step without metrics, and of the steps with metrics by kind."""
+
+    without: list[float]
+    with_metrics: dict[str, StepTimes]
+
+
+def time_metric_calls(recorder: Recorder) -> list[float]:
+    """Time the calls of a recorder that observe or record. The returned list grows by the seconds of each call."""
     seconds: list[float] = []
 
     def timed(call: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: Any, **named: Any) -> None:
+        def run(*args: Any, **kwargs: Any) -> None:
             wait_for_device()
             began = time.perf_counter()
-            call(*arguments, **named)
+            call(*args, **kwargs)
             wait_for_device()
             seconds.append(time.perf_counter() - began)
 
@@ -63,89 +81,84 @@ def time_own_calls(recorder: Recorder) -> list[float]:
 
 
 def main() -> None:
-    """Arguments and wiring."""
-    given = parse_arguments()
-    check_arguments(given, {"rounds": 1, "sequence_length": 1, "micro_batch_size": 1, "threads": 1}, given.json)
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
-    os.environ.update(alone)
-    torch.set_num_threads(given.threads)
+    """Measure and report."""
+    arguments = parse_arguments()
+    check_arguments(arguments, {"rounds": 1, "sequence_length": 1, "micro_batch_size": 1, "threads": 1}, arguments.json)
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    os.environ.update(one_rank)
+    torch.set_num_threads(arguments.threads)
     start_ranks()
-    found = measure(given)
-    report(found)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    results = measure(arguments)
+    report(results, arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(asdict(results), indent=1) + "\n", "utf-8")
     torch.distributed.destroy_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
     parser.add_argument("--rounds", type=int, default=8, metavar="N", help="steps of each kind (default: 8)")
     parser.add_argument("--sequence-length", type=int, default=1024, metavar="TOKENS", help="default: 1024")
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="SEQUENCES", help="default: 1")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="default: bf16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process on CPU (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, seconds of each step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of each step")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the preset's model")
     return parser.parse_args()
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of steps without metrics and of each kind of step with them, by name."""
-    model = HyperMoEConfig(**apply_overrides(dict(PRESETS[given.preset]), given.overrides))
+def measure(arguments: argparse.Namespace) -> Results:
+    """Measure steps without metrics and each kind of step with metrics."""
+    model = HyperMoEConfig(**apply_overrides(dict(PRESETS[arguments.preset]), arguments.overrides))
     train = TrainConfig(
         steps=10**6,
-        micro_batch_size=given.micro_batch_size,
-        global_batch_size=given.micro_batch_size,
-        precision=given.precision,
+        micro_batch_size=arguments.micro_batch_size,
+        global_batch_size=arguments.micro_batch_size,
+        precision=arguments.precision,
     )
-    optimizer = OptimizerConfig(lr=1e-12)  # routers that learn would change what a step takes
+    optimizer = OptimizerConfig(lr=1e-12)  # routers that learn would change the step time
     ds_config = merge(load_deepspeed_json(_ZERO), train, model, 1, 1)
     engine = build_engine(model, ds_config, optimizer, ScheduleConfig(name="constant"), train, ParallelConfig())
-    seconds: dict[str, list[float]] = {"off": [], **{kind: [] for kind in _KINDS}}
-    own: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    results = Results([], {kind: StepTimes([], []) for kind in _KINDS})
     with tempfile.TemporaryDirectory() as folder:
-        recorder = recorder_of(engine, given, model, optimizer, Path(folder))
-        calls = time_own_calls(recorder)
-        batches = random_batches(model.vocab_size, given)
-        for number in tqdm(range(given.rounds + 1), unit="round", leave=False):
+        recorder = recorder_of(engine, arguments, model, optimizer, Path(folder))
+        calls = time_metric_calls(recorder)
+        batches = random_batches(model.vocab_size, arguments)
+        for number in tqdm(range(arguments.rounds + 1), unit="round", leave=False):
             for kind, step in _KINDS.items():
                 calls.clear()
-                pair = time_of(engine, batches, None, 0), time_of(engine, batches, recorder, step)
-                if number:  # the first one warms up
-                    seconds["off"].append(pair[0])
-                    seconds[kind].append(pair[1])
-                    own[kind].append(sum(calls))
-    return {
-        "seconds": seconds,
-        "own": own,
-        "preset": given.preset,
-        "tokens": given.micro_batch_size * given.sequence_length,
-    }
+                without = time_of(engine, batches, None, 0)
+                whole = time_of(engine, batches, recorder, step)
+                if number:  # the first round warms up
+                    results.without.append(without)
+                    results.with_metrics[kind].whole.append(whole)
+                    results.with_metrics[kind].metrics.append(sum(calls))
+    return results
 
 
 def recorder_of(
-    engine: Any, given: argparse.Namespace, model: HyperMoEConfig, optimizer: OptimizerConfig, folder: Path
+    engine: Any, arguments: argparse.Namespace, model: HyperMoEConfig, optimizer: OptimizerConfig, folder: Path
 ) -> Recorder:
-    """What logs a run with the defaults."""
+    """Build the recorder of a run with the default settings."""
     console = Console(rank=1)  # prints nothing
-    flops = ModelFlops(training_flops_per_token(model, given.sequence_length), 1, None, None)
+    flops = ModelFlops(training_flops_per_token(model, arguments.sequence_length), 1, None, None)
     profiler = Profiler(_DEFAULTS, folder, 0, engine.module, console.log)
     logger = MetricLogger(_DEFAULTS, folder, 0, 0)
     norms = ParameterNorms(engine, optimizer)
     return Recorder(engine, _DEFAULTS, 10**6, logger, console, flops, norms, None, profiler)
 
 
-def random_batches(vocabulary: int, given: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
-    """The same micro-batch again and again."""
-    ids = torch.randint(0, vocabulary, (given.micro_batch_size, given.sequence_length + 1))
+def random_batches(vocabulary: int, arguments: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the same random micro-batch forever."""
+    ids = torch.randint(0, vocabulary, (arguments.micro_batch_size, arguments.sequence_length + 1))
     while True:
         yield {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
 
 def time_of(engine: Any, batches: Iterator[dict[str, torch.Tensor]], recorder: Recorder | None, step: int) -> float:
-    """Seconds of one step, with a recorder or without."""
+    """Return the seconds of one step, with a recorder or without."""
     wait_for_device()
     began = time.perf_counter()
     if recorder is None:
@@ -161,26 +174,27 @@ def time_of(engine: Any, batches: Iterator[dict[str, torch.Tensor]], recorder: R
 
 
 def wait_for_device() -> None:
-    """Wait until a GPU has done what it was given."""
+    """Synchronize with the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def report(found: dict[str, Any]) -> None:
+def report(results: Results, arguments: argparse.Namespace) -> None:
     """Print medians, ratios and the cost at the default intervals."""
-    off = statistics.median(found["seconds"]["off"])
-    own = {kind: statistics.median(found["own"][kind]) for kind in _KINDS}
+    without = statistics.median(results.without)
     logged, norms = 1 / _DEFAULTS.interval, 1 / (_DEFAULTS.norms_interval or 1)
-    shares = {"between": 1 - logged, "logged": logged - norms, "norms": norms}
-    found["cost"] = sum(shares[kind] * own[kind] for kind in _KINDS) / off
-    print("| step | of all steps | metrics, s | metrics / step without | whole step / step without |")
+    shares = {"not logged": 1 - logged, "logged": logged - norms, "norms": norms}
+    print("| step | share of all steps | metrics, s | metrics / step without | whole step / step without |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for kind in _KINDS:
-        whole = statistics.median(found["seconds"][kind]) / off
-        print(f"| {kind} | {shares[kind]:.0%} | {own[kind]:.4f} | {own[kind] / off:.2%} | {whole:.3f} |")
-    print(f"\nwithout metrics {off:.3f} s; cost at the default intervals: {found['cost']:.2%} of a step")
-    about = machine("cuda" if torch.cuda.is_available() else "cpu")
-    print(" | ".join([found["preset"], f"{found['tokens']} tokens a step", *(f"{k} {v}" for k, v in about.items())]))
+    cost = 0.0
+    for kind, times in results.with_metrics.items():
+        metrics, whole = statistics.median(times.metrics), statistics.median(times.whole)
+        cost += shares[kind] * metrics / without
+        print(f"| {kind} | {shares[kind]:.0%} | {metrics:.4f} | {metrics / without:.2%} | {whole / without:.3f} |")
+    print(f"\na step without metrics {without:.3f} s; cost at the default intervals: {cost:.2%} of a step")
+    tokens = arguments.micro_batch_size * arguments.sequence_length
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{arguments.preset} | {tokens} tokens per step | {machine_line(device)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Puts profiled operators into categories."""
+"""Sum the profiled time of operators by category."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-# The first pattern that occurs in a name decides; names are those of operators on a CPU, of kernels on a GPU.
+# The first pattern found in a name decides. Names are those of operators on CPU and of kernels on GPU.
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("communication", r"gloo|nccl|c10d|all_?reduce|all_?to_?all|all_?gather|reduce_?scatter|broadcast_|allreduce"),
     ("optimizer", r"adam|optimizer|multi_tensor|foreach"),
@@ -15,34 +15,34 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("GEMM", r"::mm|addmm|bmm|matmul|grouped_mm|mkldnn_linear|::linear|gemm|cutlass|cublas|nvjet|xmma"),
 )
 OTHER = "elementwise and other"
-_LARGEST = 8  # operators of it that are named
+_NAMED = 8  # operators of the category `OTHER` that get a row of their own
 CATEGORIES = (*(name for name, _ in _PATTERNS), OTHER)
 HOW = (
-    "Self times of one profiled rank, summed by name: operators on a CPU, kernels on a GPU. "
+    "Self times of one profiled rank, summed by name: operators on CPU, kernels on GPU. "
     + "; ".join(f"{name}: `{pattern}`" for name, pattern in _PATTERNS).replace("|", "\\|")
-    + f"; {OTHER}: what is left, copies and routing too. The first match in this order counts. Communication runs "
-    "beside other work and its time includes waiting, so the sum can exceed a step."
+    + f"; {OTHER}: all others, including copies and routing. The first match in this order counts. Communication "
+    "overlaps other work and its time includes waiting, so the sum can exceed the step time."
 )
 
 
 def category(name: str) -> str:
-    """The category of an operator or kernel."""
+    """Return the category of an operator or kernel."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
-    """Milliseconds of each category in one step, and of each operator that is in none.
+    """Return milliseconds per step of each category, and of each operator of the category `OTHER`.
 
     Args:
         events: `profiler.key_averages()`.
-        steps: steps that were profiled.
+        steps: number of profiled steps.
     """
     on_cpu = [(event.key, event.self_cpu_time_total) for event in events if event.device_type == DeviceType.CPU]
     kernels = [
         (event.key, event.self_device_time_total)
         for event in events
         if event.device_type == DeviceType.CUDA and not event.key.startswith(("Optimizer.", "nccl:", "ProfilerStep"))
-    ]  # those left out are annotations, which span kernels that count themselves
+    ]  # the excluded events are annotations that span other kernels
     sums = dict.fromkeys(CATEGORIES, 0.0)
     named: dict[str, float] = {}
     for name, microseconds in kernels or on_cpu:
@@ -54,12 +54,12 @@ def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
 
 
 def markdown(milliseconds_of_sides: Mapping[str, Mapping[str, float]]) -> str:
-    """A table: for each side the share and the milliseconds a step of each category."""
+    """Return a table with the share and the milliseconds per step of each category, for each side."""
     sides = list(milliseconds_of_sides)
     totals = {side: sum(milliseconds_of_sides[side][kind] for kind in CATEGORIES) or 1.0 for side in sides}
     named = {name for side in sides for name in milliseconds_of_sides[side]} - set(CATEGORIES)
     longest = {name: max(side.get(name, 0.0) for side in milliseconds_of_sides.values()) for name in named}
-    largest = sorted(named, key=lambda name: -longest[name])[:_LARGEST]
+    largest = sorted(named, key=lambda name: -longest[name])[:_NAMED]
     lines = [
         "| category | " + " | ".join(f"{side}, share | {side}, ms" for side in sides) + " |",
         "| --- |" + " ---: |" * (2 * len(sides)),

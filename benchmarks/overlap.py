@@ -1,6 +1,6 @@
-"""How much of a layer's HyperExperts is hidden beside its experts on one GPU; a kernel that only waits stands in for
-the experts and their all-to-all. Times forward and backward of one MoE layer with and without the overlap, compares
-what both give, and writes traces."""
+"""Measure on one GPU how much of a layer's HyperExperts runs in parallel with its experts. A kernel that only waits
+replaces the experts and their all-to-all. The script times forward and backward of one MoE layer with and without the
+overlap, checks that both give the same results, and writes traces."""
 
 import argparse
 import json
@@ -25,47 +25,53 @@ _OVERLAP = {"with": True, "without": False}
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the pass (default: 8192)")
-    parser.add_argument("--wait", type=float, default=3.0, metavar="MS", help="the experts' side each way (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times, ms")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (default: 8192)")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=3.0,
+        metavar="MS",
+        help="time of the experts, forward and again backward (default: 3)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times in ms")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write traces for chrome://tracing")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise UserError("no GPU", "the overlap is one of CUDA streams", "run it on a machine with an NVIDIA GPU")
+        raise UserError("no GPU", "the overlap needs CUDA streams", "run it on a machine with an NVIDIA GPU")
 
     from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 
-    model, hidden_BSD = one_layer(given.preset, given.tokens)
-    cycles = int(_CALIBRATION_CYCLES * given.wait / milliseconds(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES)))
+    model, hidden_BSD = one_layer(arguments.preset, arguments.tokens)
+    cycles = int(_CALIBRATION_CYCLES * arguments.wait / milliseconds(lambda: torch.cuda._sleep(_CALIBRATION_CYCLES)))
     experts_only_wait(model, cycles)
 
     found: dict[str, float] = {}
     values = {}
     for name, enabled in _OVERLAP.items():
         overlap_hyper_experts(model, enabled)
-        with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention adds up its gradients in another order each time
+        with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention sums its gradients in varying order
             values[name] = value_and_gradients(model, hidden_BSD)
         found[f"{name}_overlap_ms"] = milliseconds(lambda: value_and_gradients(model, hidden_BSD))
     if not all(map(torch.equal, values["with"], values["without"])):
         raise UserError("with and without overlap", "results differ", "set parallel.overlap_hyper_experts=false")
-    found["wait_ms"] = 2 * given.wait
+    found["wait_ms"] = 2 * arguments.wait
     found["hyper_experts_ms"] = hyper_experts_alone(model, hidden_BSD)
     found["hidden_share"] = (found["without_overlap_ms"] - found["with_overlap_ms"]) / found["hyper_experts_ms"]
     print("| " + " | ".join(found) + " |\n|" + " ---: |" * len(found))
     print("| " + " | ".join(f"{value:.3f}" for value in found.values()) + " |")
-    print("\nResults with and without the overlap are the same bit for bit, gradients too.")
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, enabled in _OVERLAP.items() if given.trace is not None else ():
+    print("\nOutputs and gradients with and without the overlap are bitwise identical.")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, enabled in _OVERLAP.items() if arguments.trace is not None else ():
         overlap_hyper_experts(model, enabled)
-        write_trace(model, hidden_BSD, given.trace.with_suffix(f".{name}_overlap.json"))
+        write_trace(model, hidden_BSD, arguments.trace.with_suffix(f".{name}_overlap.json"))
 
 
 def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
-    """A model of one MoE layer in bf16 on the GPU, and the input of that layer."""
+    """Build a model of one MoE layer in bf16 on the GPU, and the input of the layer."""
     fields = {**PRESETS[preset], "num_hidden_layers": 1, "first_dense_layers": 0}
     model = HyperMoEForCausalLM(HyperMoEConfig(**fields)).to("cuda", torch.bfloat16)
     hidden_BSD = torch.randn(1, tokens, fields["hidden_size"], device="cuda", dtype=torch.bfloat16)
@@ -73,7 +79,7 @@ def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
 
 
 def experts_only_wait(model: Any, cycles: int) -> None:
-    """Have the experts wait so many cycles of the GPU, forward and again backward, and give back what they got."""
+    """Replace the experts by the identity, which waits for `cycles` GPU cycles in forward and in backward."""
 
     def wait(x_RD: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         torch.cuda._sleep(cycles)
@@ -85,14 +91,14 @@ def experts_only_wait(model: Any, cycles: int) -> None:
 
 
 def value_and_gradients(model: Any, hidden_BSD: Tensor) -> list[Tensor]:
-    """A pass of the layer: its output and the gradients of its input and of the hypernetwork."""
+    """Run the layer; return its output and the gradients of its input and of the hypernetwork."""
     y_BSD = model.model(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
     inputs = (hidden_BSD, *model.model.hypernetwork.parameters())
     return [y_BSD, *torch.autograd.grad(y_BSD, inputs, hidden_BSD.detach())]
 
 
 def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
-    """Milliseconds of what can be hidden: the HyperExperts, generated before, on evenly spread selections."""
+    """Return the milliseconds that can overlap: the HyperExperts on uniform selections, without their generation."""
     config, branch, hypernetwork = model.config, model.model.layers[0].hyper_experts, model.model.hypernetwork
     x_TD = hidden_BSD.detach().flatten(0, 1).requires_grad_()
     first_T = torch.arange(x_TD.shape[0], device=x_TD.device) % config.num_experts
@@ -100,7 +106,7 @@ def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
     selected_TK = (first_T.unsqueeze(1) + offset_K) % config.num_experts
     ahead = generate_ahead([branch], hypernetwork, x_TD, config.num_experts_per_tok)
     if ahead is None:
-        raise UserError(f"--tokens {len(x_TD)}", "too few for modules to be generated before routing", "give more")
+        raise UserError(f"--tokens {len(x_TD)}", "too few to generate HyperExperts before routing", "give more")
     weights = HyperExpertWeights(*(weight.detach().requires_grad_() for weight in ahead[0]))
 
     def run() -> None:
@@ -111,7 +117,7 @@ def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """Median GPU time of `work`, after as many runs that do not count."""
+    """Return the median GPU time of `work`, after as many warm-up runs."""
     times: list[float] = []
     for _ in range(2 * _REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -124,7 +130,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def write_trace(model: Any, hidden_BSD: Tensor, path: Path) -> None:
-    """One pass as a Chrome trace: the waiting kernels and the HyperExperts', on their streams."""
+    """Write a Chrome trace of one pass, with the waiting kernels and the HyperExperts on their streams."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         value_and_gradients(model, hidden_BSD)
         torch.cuda.synchronize()

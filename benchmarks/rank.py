@@ -1,7 +1,7 @@
-"""One rank of one side: builds it, then does what is written to its stdin, a JSON object a line, and answers likewise.
+"""One rank of one side: build its model, then execute the commands on stdin and answer each, one JSON object per line.
 
-Started by train_step.py with the environment that DeepSpeed's launcher gives. It answers on a pipe of its own, for what
-libraries print goes to stdout.
+train_step.py starts it with the environment of DeepSpeed's launcher. The answers go through a separate pipe, because
+libraries print to stdout.
 """
 
 import json
@@ -21,26 +21,27 @@ from hypermoe_ds.training.engine import start_ranks
 from op_shares import shares
 from results import device_name
 from sides import Batch, Step, build, global_parameters
+from step_settings import StepSettings
 
 
 def main() -> None:
-    """Build, then answer until stdin ends."""
-    side, settings, answers = sys.argv[1], json.loads(sys.argv[2]), os.fdopen(int(sys.argv[3]), "w")
-    rank, world_size = start_ranks()
-    module, step = build(side, settings, world_size)
+    """Build the side, then answer until stdin ends."""
+    side, settings, answers = sys.argv[1], StepSettings.from_json(sys.argv[2]), os.fdopen(int(sys.argv[3]), "w")
+    rank, _ = start_ranks()
+    module, step = build(side, settings)
     _reset_peak()
-    first = {"parameters": global_parameters(module, settings["expert_parallel"]), "device": device_name()}
-    _answer(answers, first)
+    built = {"parameters": global_parameters(module, settings.expert_parallel), "device": device_name()}
+    _answer(answers, built)
     batches = _batches(settings, rank)
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            _answer(answers, _obey(command, step, batches, settings["sequence_length"], rank))
+            _answer(answers, _execute(command, step, batches, settings.sequence_length, rank))
         except torch.OutOfMemoryError:
             _answer(answers, {"out_of_memory": True})
 
 
-def _obey(command: dict[str, Any], step: Step, batches: Iterator[Batch], length: int, rank: int) -> dict[str, Any]:
+def _execute(command: dict[str, Any], step: Step, batches: Iterator[Batch], length: int, rank: int) -> dict[str, Any]:
     if command["do"] == "peak":
         return {"peak_memory_gib": _peak_gib()}
     steps, size = command["steps"], command["micro_batch_size"]
@@ -57,7 +58,7 @@ def _obey(command: dict[str, Any], step: Step, batches: Iterator[Batch], length:
 
 
 def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
-    """Milliseconds of each category a step, on rank 0; the other ranks only keep it company."""
+    """Return milliseconds per step of each category. Only rank 0 is profiled; the other ranks step along."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with profile(activities=activities) if rank == 0 else nullcontext() as profiler:
         for batch in batches:
@@ -66,15 +67,15 @@ def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
     return {"milliseconds": shares(profiler.key_averages(), len(batches)) if profiler is not None else {}}
 
 
-def _batches(settings: dict[str, Any], rank: int) -> Iterator[Batch]:
-    """Random token ids, other ones on each rank, the same for every side."""
-    generator = torch.Generator().manual_seed(settings["seed"] + rank)
-    shape = (settings["largest_micro_batch_size"], settings["sequence_length"] + 1)
+def _batches(settings: StepSettings, rank: int) -> Iterator[Batch]:
+    """Yield random token ids, different on each rank and the same for every side."""
+    generator = torch.Generator().manual_seed(settings.seed + rank)
+    shape = (settings.largest_micro_batch_size, settings.sequence_length + 1)
     while True:
-        ids_BS = torch.randint(settings["model"]["vocab_size"], shape, generator=generator)
+        ids_BS = torch.randint(settings.model["vocab_size"], shape, generator=generator)
         batch = {"input_ids": ids_BS[:, :-1], "labels": ids_BS[:, 1:]}
         yield batch
-        while settings["repeat_batch"]:
+        while settings.repeat_batch:
             yield batch
 
 
@@ -89,7 +90,7 @@ def _synchronize() -> None:
 
 
 def _reset_peak() -> None:
-    """Forget the peak of building, which every side has alike: each rank builds the whole model first."""
+    """Forget the peak memory of building, which is the same for every side: each rank builds the whole model first."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -97,7 +98,7 @@ def _reset_peak() -> None:
 
 
 def _peak_gib() -> float:
-    """Most memory held since: allocated on the GPU, else resident."""
+    """Return the peak memory since the last reset: allocated on the GPU, or resident on CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()

@@ -1,4 +1,4 @@
-"""Starts the rank processes of a side, sends them commands and collects their answers, one JSON object a line."""
+"""Start the rank processes of a side, send them commands and collect their answers, one JSON object per line."""
 
 import json
 import os
@@ -6,99 +6,114 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-Ranks = list[tuple[subprocess.Popen[str], TextIO, Path]]  # each with its answers and the file of what it prints
-Answers = list[dict[str, Any]]
+from step_settings import StepSettings
 
 _RANK = Path(__file__).with_name("rank.py")
 
 
-@contextmanager
-def started(side: str, settings: Mapping[str, Any], ranks: int, threads: int) -> Iterator[Ranks]:
-    """The ranks of one side, building; they are ended on leaving.
+@dataclass(frozen=True)
+class Rank:
+    """A running rank process.
 
-    Args:
-        side: what they build.
-        settings: as `sides.build` and rank.py read them.
-        ranks: how many.
-        threads: CPU threads of each.
+    Attributes:
+        process: commands go to its stdin.
+        answers: the pipe of its answers.
+        log: the file with its stdout and stderr.
     """
+
+    process: subprocess.Popen[str]
+    answers: TextIO
+    log: Path
+
+    def failure(self) -> RuntimeError:
+        """Wait for the process to end, and return an error with its exit code and the end of its log."""
+        code = self.process.wait()
+        return RuntimeError(f"a rank ended with exit code {code}:\n{self.log.read_text(errors='replace')[-4000:]}")
+
+
+@contextmanager
+def start_side(side: str, settings: StepSettings) -> Iterator[list[Rank]]:
+    """Start the ranks of one side, which build their models; kill them on exit."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        # The store holds its port from the start, so that sides beside each other never meet.
+        # The store binds its port before the ranks start, so sides that run at the same time use different ports.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja
-            "OMP_NUM_THREADS": str(threads),
-            "WORLD_SIZE": str(ranks),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # finds ninja
+            "OMP_NUM_THREADS": str(settings.threads),
+            "WORLD_SIZE": str(settings.ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        started_ranks: Ranks = []
-        stack.callback(_end, started_ranks)
-        for rank in range(ranks):
-            log = folder / f"rank{rank}"
-            ours, theirs = os.pipe()
-            command = [sys.executable, str(_RANK), side, json.dumps(settings), str(theirs)]
+        ranks: list[Rank] = []
+        stack.callback(_kill, ranks)
+        for rank in range(settings.ranks):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as printed:
-                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": printed, "stderr": printed}
-                process = subprocess.Popen(command, env=environment, text=True, pass_fds=(theirs,), **pipes)
-            os.close(theirs)  # or its end would not be seen
-            started_ranks.append((process, os.fdopen(ours), log))
-        yield started_ranks
+            ranks.append(_start_rank(side, settings, environment, folder / f"rank{rank}"))
+        yield ranks
 
 
-def ask(ranks: Ranks, **command: Any) -> Answers:
-    """Send a command to all ranks and wait for every answer.
+def _start_rank(side: str, settings: StepSettings, environment: dict[str, str], log: Path) -> Rank:
+    read_end, write_end = os.pipe()
+    command = [sys.executable, str(_RANK), side, settings.to_json(), str(write_end)]
+    with log.open("w") as output:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
+        process = subprocess.Popen(command, env=environment, text=True, pass_fds=(write_end,), **pipes)
+    os.close(write_end)  # while this process holds it open, the end of the rank would go unnoticed
+    return Rank(process, os.fdopen(read_end), log)
+
+
+def ask(ranks: list[Rank], **command: Any) -> list[dict[str, Any]]:
+    """Send a command to all ranks and return their answers.
 
     Raises:
-        RuntimeError: a rank ended; the message is the end of what it said.
-        MemoryError: the device's memory did not suffice.
+        RuntimeError: a rank ended; the message is the end of its log.
+        MemoryError: the memory of the device does not suffice.
     """
-    for process, _, log in ranks:
+    for rank in ranks:
         try:
-            process.stdin.write(json.dumps(command) + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
+            rank.process.stdin.write(json.dumps(command) + "\n")  # type: ignore[union-attr]
+            rank.process.stdin.flush()  # type: ignore[union-attr]
         except BrokenPipeError:
-            raise _failure(process, log) from None
-    return answers_of(ranks)
+            raise rank.failure() from None
+    return read_answers(ranks)
 
 
-def answers_of(ranks: Ranks) -> Answers:
-    """One answer of every rank, in their order; also the first, which tells that a rank has been built."""
+def read_answers(ranks: list[Rank]) -> list[dict[str, Any]]:
+    """Read one answer of every rank, in their order. The first answer reports that the rank has built its model.
+
+    Raises:
+        RuntimeError: as `ask`.
+        MemoryError: as `ask`.
+    """
     answers: dict[int, dict[str, Any]] = {}
-    waiting = {stream: number for number, (_, stream, _) in enumerate(ranks)}
+    waiting = {rank.answers: number for number, rank in enumerate(ranks)}
     while waiting:
         ready, _, _ = select.select(list(waiting), [], [])
         for stream in ready:
             number = waiting.pop(stream)
             line = stream.readline()
             if not line:
-                process, _, log = ranks[number]
-                raise _failure(process, log)
+                raise ranks[number].failure()
             answers[number] = json.loads(line)
             if "out_of_memory" in answers[number]:
-                raise MemoryError  # at once: the other ranks may wait for this one
+                raise MemoryError  # without waiting for the other ranks, which may wait for this one
     return [answers[number] for number in range(len(ranks))]
 
 
-def _failure(process: subprocess.Popen[str], log: Path) -> RuntimeError:
-    code = process.wait()
-    return RuntimeError(f"a rank ended with exit code {code}:\n{log.read_text(errors='replace')[-4000:]}")
-
-
-def _end(ranks: Ranks) -> None:
-    for process, _, _ in ranks:
-        process.kill()
-    for process, answers, _ in ranks:
-        process.communicate()
-        answers.close()
+def _kill(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        rank.process.kill()
+    for rank in ranks:
+        rank.process.communicate()
+        rank.answers.close()

@@ -1,112 +1,132 @@
-"""What it costs to generate HyperExperts again in the backward pass, and what keeping them would: time in turn in one
-process, memory in a process of its own each. Below the line are sets whose modules are kept in training."""
+"""Compare generating HyperExperts again in the backward pass with saving their weights. Both sides alternate in one
+process; memory is measured in a separate process per side. The line in the table separates the numbers of selections
+whose weights training saves (above it) from those whose weights it generates again."""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from hyper_experts import DTYPES, LAYERS, D, added_memory, build, held, medians, without_gradients
+from hyper_experts import DTYPES, LAYERS, D, Target, added_memory, build, medians, peak_bytes, without_gradients
 from hypermoe_ds.modeling.generated import Assignment
 from hypermoe_ds.modeling.hyper_costs import generated_weights_fit
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork
 from hypermoe_ds.process import one_line_errors
-from results import check_arguments, machine
+from results import check_arguments, machine, machine_line
 
-_TOKENS, _SETS = 2048, (8, 16, 31, 64, 128, 256)
+_TOKENS, _SELECTIONS = 2048, (8, 16, 31, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one layer and added bytes of all layers, forward and backward."""
+
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """Cost of saving the generated weights and of generating them again, by number of selections."""
+
+    selections: int
+    saved: Cost
+    recomputed: Cost
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="default: fp32")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="counted runs of each side (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, seconds and bytes")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measured runs of each side (default: 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results: seconds and bytes")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    check_arguments(given, {"repeats": 1}, given.json)
-    where = {"device": "cpu", "dtype": DTYPES[given.dtype]}
-    if given.memory_of == "expert":
-        print(added_memory("expert", where))
-    elif given.memory_of:
-        sets, recompute = map(int, given.memory_of.split(","))
-        branches, hypernetwork, x_TD = parts(sets, where)
-        base = held("cpu")
-        one_pass(branches, hypernetwork, x_TD, recompute=bool(recompute))
-        print(held("cpu") - base)
+    arguments = parser.parse_args()
+    check_arguments(arguments, {"repeats": 1}, arguments.json)
+    target = Target("cpu", DTYPES[arguments.dtype])
+    if arguments.memory_of == "expert":
+        print(added_memory("expert", target))
+    elif arguments.memory_of:
+        selections, recompute = map(int, arguments.memory_of.split(","))
+        layers, hypernetwork, x_TD = build_layers(selections, target)
+        base = peak_bytes("cpu")
+        one_pass(layers, hypernetwork, x_TD, recompute=bool(recompute))
+        print(peak_bytes("cpu") - base)
     else:
-        report(given.dtype, given.repeats, where, given.json)
+        report(arguments.dtype, arguments.repeats, target, arguments.json)
 
 
-def report(dtype: str, repeats: int, where: dict[str, Any], path: Path | None) -> None:
-    """Measures and prints; writes JSON if asked to."""
-    expert = memory("expert", dtype)
-    found = [compare(sets, repeats, dtype, where) for sets in tqdm(_SETS, unit="shape", leave=False)]
+def report(dtype: str, repeats: int, target: Target, path: Path | None) -> None:
+    """Measure, print the table and write JSON to `path`."""
+    expert_bytes = measure_memory("expert", dtype)
+    cases = [compare(count, repeats, dtype, target) for count in tqdm(_SELECTIONS, unit="shape", leave=False)]
     print(
-        "| sets | time recomputed / kept | kept, ms | recomputed, ms | memory kept / expert's | recomputed / expert's |"
+        "| selections | time recomputed / saved | saved, ms | recomputed, ms "
+        "| memory saved / expert's | recomputed / expert's |"
     )
     print("| ---: |" + " ---: |" * 5)
-    line = False
-    for case in found:
-        kept, again = case["kept"], case["recomputed"]
-        if not line and not generated_weights_fit(_TOKENS, case["sets"], build(2, 1, where)[1].sizes):
-            line = True
+    sizes = build(2, 1, target)[1].sizes
+    saves_weights = True
+    for case in cases:
+        if saves_weights and not generated_weights_fit(_TOKENS, case.selections, sizes):
+            saves_weights = False
             print("| *generated again* | | | | | |")
         print(
-            f"| {case['sets']} | {again['seconds'] / kept['seconds']:.2f} | {kept['seconds'] * 1e3:.1f} | "
-            f"{again['seconds'] * 1e3:.1f} | {kept['bytes'] / expert:.2f} | {again['bytes'] / expert:.2f} |"
+            f"| {case.selections} | {case.recomputed.seconds / case.saved.seconds:.2f} "
+            f"| {case.saved.seconds * 1e3:.1f} | {case.recomputed.seconds * 1e3:.1f} "
+            f"| {case.saved.bytes / expert_bytes:.2f} | {case.recomputed.bytes / expert_bytes:.2f} |"
         )
-    about = machine("cpu")
-    print(f"\n{dtype}, T={_TOKENS}, {LAYERS} layers | " + " | ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"\n{dtype}, T={_TOKENS}, {LAYERS} layers | {machine_line('cpu')}")
     if path:
-        path.write_text(json.dumps({"cases": found, "expert": expert, "machine": about}, indent=1) + "\n", "utf-8")
+        content = {"cases": [asdict(case) for case in cases], "expert_bytes": expert_bytes, "machine": machine("cpu")}
+        path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
-def parts(sets: int, where: dict[str, Any]) -> tuple[list[HyperExperts], HyperNetwork, torch.Tensor]:
-    """The HyperExperts of all layers with that many sets of one expert, and the input of each."""
-    return *build(sets, LAYERS, where), torch.randn(_TOKENS, D, **where).requires_grad_()
+def build_layers(selections: int, target: Target) -> tuple[list[HyperExperts], HyperNetwork, torch.Tensor]:
+    """Build the HyperExperts of all layers, with so many experts that K=1 gives `selections`, and their input."""
+    return *build(selections, LAYERS, target), torch.randn(_TOKENS, D, **target._asdict()).requires_grad_()
 
 
-def one_pass(branches: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: torch.Tensor, *, recompute: bool) -> None:
-    """Forward and backward of all layers; each generates its own modules."""
+def one_pass(layers: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: torch.Tensor, *, recompute: bool) -> None:
+    """Run all layers forward and backward; each layer generates its own HyperExperts."""
     y_TD = x_TD
-    for branch in branches:
-        z_UH = branch.encode_all(1, x_TD.device)
-        taken = Assignment((torch.arange(_TOKENS) % len(z_UH)).unsqueeze(1))
-        layer_U = torch.full((len(z_UH),), branch.layer_index)
-        y_TD = y_TD + hypernetwork(z_UH, layer_U, x_TD, taken, "per_set", recompute)
+    for layer in layers:
+        z_UH = layer.encode_all(1, x_TD.device)
+        assignment = Assignment((torch.arange(_TOKENS) % len(z_UH)).unsqueeze(1))
+        layer_U = torch.full((len(z_UH),), layer.layer_index)
+        y_TD = y_TD + hypernetwork(z_UH, layer_U, x_TD, assignment, "per_set", recompute)
     y_TD.backward(x_TD.detach())
 
 
-def compare(sets: int, repeats: int, dtype: str, where: dict[str, Any]) -> dict[str, Any]:
-    """Seconds a layer and bytes of all layers, kept and generated again."""
-    branches, hypernetwork, x_TD = parts(sets, where)
+def compare(selections: int, repeats: int, dtype: str, target: Target) -> Case:
+    """Measure both sides."""
+    layers, hypernetwork, x_TD = build_layers(selections, target)
     sides = {
         name: without_gradients(
-            partial(one_pass, branches, hypernetwork, x_TD, recompute=again), hypernetwork, *branches
+            partial(one_pass, layers, hypernetwork, x_TD, recompute=recompute), hypernetwork, *layers
         )
-        for name, again in (("kept", False), ("recomputed", True))
+        for name, recompute in (("saved", False), ("recomputed", True))
     }
     seconds = medians(sides, repeats, "cpu")
-    return {"sets": sets} | {
-        name: {"seconds": seconds[name] / LAYERS, "bytes": memory(f"{sets},{int(name == 'recomputed')}", dtype)}
-        for name in sides
-    }
-
-
-def memory(of: str, dtype: str) -> int:
-    """Most bytes added by one pass in a process of its own, each tensor mapped by itself."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return int(
-        subprocess.check_output([sys.executable, __file__, "--dtype", dtype, "--memory-of", of], env=environment)
+    saved, recomputed = (
+        Cost(seconds[name] / LAYERS, measure_memory(f"{selections},{int(name == 'recomputed')}", dtype))
+        for name in ("saved", "recomputed")
     )
+    return Case(selections, saved, recomputed)
+
+
+def measure_memory(side: str, dtype: str) -> int:
+    """Return the peak bytes that one pass adds, in a process that maps every large tensor separately."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--dtype", dtype, "--memory-of", side]
+    return int(subprocess.check_output(command, env=environment))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a comparison of training steps found: medians, ratios, the machine, as a JSON object and as text."""
+"""Results of a comparison of training steps: medians, ratios and the machine, as JSON and as a table."""
 
 import os
 import platform
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,89 +14,144 @@ from typing import Any
 import torch
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.flops import peak_tflops
+from step_settings import StepSettings
 
 
-def check_arguments(given: Namespace, at_least: Mapping[str, int], *outputs: Path | None) -> None:
-    """Refuse before anything is measured.
+@dataclass
+class Measurement:
+    """What the ranks of one side measured.
+
+    Attributes:
+        device: name of the GPU, or "cpu".
+        parameters: parameters of the whole model.
+        seconds: time of each step, that of the slowest rank.
+        losses: mean loss over the ranks of each step, nats per token.
+        peak_memory_gib: peak memory of each rank.
+        profile: milliseconds per step of each category of operators; empty without a profile.
+    """
+
+    device: str = ""
+    parameters: int = 0
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_memory_gib: list[float] = field(default_factory=list)
+    profile: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SideSummary:
+    """Summary of one side. `mfu` is None if the peak FLOP/s of the device is unknown."""
+
+    parameters: int
+    median_seconds: float
+    min_seconds: float
+    max_seconds: float
+    tokens_per_second: float
+    peak_memory_gib: list[float]
+    mfu: float | None
+    step_seconds: list[float]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Median step time and largest peak memory of a rank, divided by those of the baseline."""
+
+    step_time: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results of one comparison; `asdict` of it is the JSON file."""
+
+    baseline: str
+    ratios: dict[str, Ratios]
+    sides: dict[str, SideSummary]
+    settings: StepSettings
+    machine: dict[str, Any]
+    profile_milliseconds: dict[str, dict[str, float]]
+
+
+def check_arguments(arguments: Namespace, minimum: Mapping[str, int], *outputs: Path | None) -> None:
+    """Refuse unusable arguments before anything is measured.
 
     Raises:
-        UserError: a number is less than `at_least` says for its name, or an output's folder does not exist.
+        UserError: a number is less than its entry of `minimum`, or the folder of an output does not exist.
     """
-    for name, least in at_least.items():
-        value = getattr(given, name)
-        if isinstance(value, int) and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {least}")
+    for name, smallest in minimum.items():
+        value = getattr(arguments, name)
+        if isinstance(value, int) and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {smallest}")
     for path in outputs:
         if path is not None and not path.parent.is_dir():
             raise UserError(str(path), "its folder does not exist", "make the folder")
 
 
-def baseline_of(sides: Sequence[str]) -> str:
-    """The side that the others are divided by: the plain Mixture of Experts where it takes part, else the last."""
+def choose_baseline(sides: Sequence[str]) -> str:
+    """Return the side that the others are divided by: the plain Mixture of Experts if it takes part, else the last."""
     return "moe" if "moe" in sides else sides[-1]
 
 
-def summary(side: Mapping[str, Any], tokens: int, flops_per_token: int, peak: float | None) -> dict[str, Any]:
-    """Numbers of one side.
+def summarize(side: Measurement, tokens: int, flops_per_token: int, peak: float | None) -> SideSummary:
+    """Summarize one side.
 
     Args:
-        side: `seconds` of each step, `losses`, `peak_memory_gib` of each rank, `parameters`.
+        side: its measurement.
         tokens: tokens of a step over all ranks.
         flops_per_token: FLOPs of one token's forward, backward and update; recomputation is not counted.
-        peak: FLOP/s of all devices together.
+        peak: FLOP/s of all devices together; None if unknown.
     """
-    middle = median(side["seconds"])
-    return {
-        "parameters": side["parameters"],
-        "median_seconds": middle,
-        "min_seconds": min(side["seconds"]),
-        "max_seconds": max(side["seconds"]),
-        "tokens_per_second": tokens / middle,
-        "peak_memory_gib": side["peak_memory_gib"],
-        "mfu": flops_per_token * tokens / middle / peak if peak else None,
-        "step_seconds": side["seconds"],
-        "losses": side["losses"],
-    }
+    seconds = median(side.seconds)
+    return SideSummary(
+        parameters=side.parameters,
+        median_seconds=seconds,
+        min_seconds=min(side.seconds),
+        max_seconds=max(side.seconds),
+        tokens_per_second=tokens / seconds,
+        peak_memory_gib=side.peak_memory_gib,
+        mfu=flops_per_token * tokens / seconds / peak if peak else None,
+        step_seconds=side.seconds,
+        losses=side.losses,
+    )
 
 
-def result(measured: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """Everything of one comparison, ready for JSON."""
-    device = next(iter(measured.values()))["device"]
-    tokens = ranks * settings["accumulation"] * settings["micro_batch_size"] * settings["sequence_length"]
-    tflops = peak_tflops(device, settings["precision"])
-    peak = None if tflops is None else tflops * 1e12
+def compare(measured: Mapping[str, Measurement], settings: StepSettings) -> Comparison:
+    """Compare the measured sides, by name."""
+    device = next(iter(measured.values())).device
+    tflops = peak_tflops(device, settings.precision)
+    peak = None if tflops is None else tflops * 1e12 * settings.ranks
     sides = {}
     for name, side in measured.items():
-        config = HyperMoEConfig(**{**settings["model"], "hypernetwork": name in ("hypermoe", "per_token")})
-        flops = 3 * config.forward_flops_per_token(settings["sequence_length"])
-        sides[name] = summary(side, tokens, flops, peak * ranks if peak else None)
-    baseline = baseline_of(list(sides))
-    return {
-        "baseline": baseline,
-        "ratios": {name: ratios(side, sides[baseline]) for name, side in sides.items()},
-        "sides": sides,
-        "settings": {**settings, "ranks": ranks},
-        "machine": machine(device),
-    }
+        flops = 3 * settings.model_config(name).forward_flops_per_token(settings.sequence_length)
+        sides[name] = summarize(side, settings.tokens_per_step, flops, peak)
+    baseline = choose_baseline(list(sides))
+    return Comparison(
+        baseline=baseline,
+        ratios={name: divide(side, sides[baseline]) for name, side in sides.items()},
+        sides=sides,
+        settings=settings,
+        machine=machine(device),
+        profile_milliseconds={name: side.profile for name, side in measured.items() if side.profile},
+    )
 
 
-def ratios(side: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
-    """Median step time and peak memory (of the fullest rank) over those of the baseline."""
-    return {
-        "step_time": side["median_seconds"] / baseline["median_seconds"],
-        "peak_memory": max(side["peak_memory_gib"]) / max(baseline["peak_memory_gib"]),
-    }
+def divide(side: SideSummary, baseline: SideSummary) -> Ratios:
+    """Divide a side's time and memory by the baseline's."""
+    return Ratios(
+        step_time=side.median_seconds / baseline.median_seconds,
+        peak_memory=max(side.peak_memory_gib) / max(baseline.peak_memory_gib),
+    )
 
 
 def device_name() -> str:
-    """The GPU's name, or cpu where there is none."""
+    """Return the name of the GPU, or "cpu" without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """Describe the machine and the versions of the libraries."""
     names = ("torch", "deepspeed", "transformers")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -108,29 +164,40 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The table, ratios first, and below it what it was measured on."""
-    head = f"| side | time / {found['baseline']} | memory / {found['baseline']} | step, s: median (min, max) "
+def machine_line(device: str) -> str:
+    """Describe the machine in one line, to print below a table."""
+    return " | ".join(f"{key} {value}" for key, value in machine(device).items())
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison as plain data."""
+    return asdict(comparison)
+
+
+def as_table(comparison: Comparison) -> str:
+    """Return the table, ratios first, followed by the settings and the machine."""
+    baseline = comparison.baseline
+    head = f"| side | time / {baseline} | memory / {baseline} | step, s: median (min, max) "
     lines = [head + "| tokens/s | peak memory, GiB a rank | MFU | parameters |", "| --- |" + " ---: |" * 7]
-    for name, side in found["sides"].items():
-        ratio = found["ratios"][name]
-        peaks = ", ".join(f"{gib:.2f}" for gib in side["peak_memory_gib"])
+    for name, side in comparison.sides.items():
+        ratio = comparison.ratios[name]
+        peaks = ", ".join(f"{gib:.2f}" for gib in side.peak_memory_gib)
         lines.append(
-            f"| {name} | {ratio['step_time']:.3f} | {ratio['peak_memory']:.3f} "
-            f"| {side['median_seconds']:.3f} ({side['min_seconds']:.3f}, {side['max_seconds']:.3f}) "
-            f"| {side['tokens_per_second']:,.0f} | {peaks} | {_percent(side['mfu'])} "
-            f"| {side['parameters'] / 1e6:,.1f} M |"
+            f"| {name} | {ratio.step_time:.3f} | {ratio.peak_memory:.3f} "
+            f"| {side.median_seconds:.3f} ({side.min_seconds:.3f}, {side.max_seconds:.3f}) "
+            f"| {side.tokens_per_second:,.0f} | {peaks} | {_percent(side.mfu)} "
+            f"| {side.parameters / 1e6:,.1f} M |"
         )
-    s = found["settings"]
-    model = ", ".join([s["preset"], *s["overrides"]])
-    order = f"a side at a time, rounds: {s['in_turns']}" if s["in_turns"] else "sides alternate"
+    s = comparison.settings
+    order = f"one side at a time, rounds: {s.in_turns}" if s.in_turns else "sides alternate"
     lines += [
         "",
-        f"{model} | ranks {s['ranks']}, expert parallelism {s['expert_parallel']}, CPU threads a rank {s['threads']} | "
-        f"{s['precision']}, {s['micro_batch_size']} sequences a rank of {s['sequence_length']} tokens, "
-        f"micro-batches a step: {s['accumulation']}{', recomputed layers' if s['activation_checkpointing'] else ''} | "
-        f"{s['steps']} steps after {s['warmup']}, {order}",
-        " | ".join(f"{key} {value}" for key, value in found["machine"].items()),
+        f"{', '.join([s.preset, *s.overrides])} | ranks {s.ranks}, expert parallelism {s.expert_parallel}, "
+        f"CPU threads per rank {s.threads} | {s.precision}, sequences per rank {s.micro_batch_size} of "
+        f"{s.sequence_length} tokens, micro-batches per step {s.accumulation}"
+        f"{', activation checkpointing' if s.activation_checkpointing else ''} | "
+        f"{s.steps} steps after {s.warmup}, {order}",
+        " | ".join(f"{key} {value}" for key, value in comparison.machine.items()),
     ]
     return "\n".join(lines) + "\n"
 

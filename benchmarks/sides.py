@@ -1,10 +1,10 @@
-"""The contestants: each builds a model at the same shape and returns how it takes one training step.
+"""Build the sides of a comparison: models of the same shape, each with its training step.
 
-A step is `step(batch) -> loss`: forward, backward, clipping and AdamW over one micro-batch on each rank; `batch` holds
-`input_ids` [B, S] and `labels` [B, S], the next tokens. The loss is the side's own, a tensor in nats per token.
+A step is `step(batch) -> loss`: forward, backward, clipping and AdamW. `batch` holds `input_ids` [B, S] and `labels`
+[B, S], the next tokens; each micro-batch of the step uses it. The loss is a tensor in nats per token.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hypermoe_ds.training.engine import build_engine, fused_cross_entropy
 from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.optimizer import parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from step_settings import StepSettings
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], Tensor]
@@ -34,37 +35,34 @@ Step = Callable[[Batch], Tensor]
 _ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"
 
 
-def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.Module, Step]:
-    """Build one side on this rank, in a process group already joined.
+def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
+    """Build one side on this rank. The process group must exist.
 
     Args:
         side: one of the names that train_step.py lists.
-        settings: `model` (fields of HyperMoEConfig), `micro_batch_size`, `accumulation` (micro-batches of a step),
-            `activation_checkpointing`, `precision`, `expert_parallel`, `seed`, `repeat_batch` (a side learns only then:
-            routers that learn share the tokens out unlike on each side).
-        world_size: ranks of this side.
+        settings: the settings of the comparison.
 
     Returns:
-        The module, as it trains, and its step.
+        The training module and its step.
     """
-    config = HyperMoEConfig(**{**settings["model"], "hypernetwork": side in ("hypermoe", "per_token")})
+    config = settings.model_config(side)
     train = TrainConfig(
         steps=LARGEST_COUNT,
-        micro_batch_size=settings["micro_batch_size"],
-        global_batch_size=settings["micro_batch_size"] * settings["accumulation"] * world_size,
-        precision=settings["precision"],
-        activation_checkpointing=settings["activation_checkpointing"],
-        seed=settings["seed"],
+        micro_batch_size=settings.micro_batch_size,
+        global_batch_size=settings.micro_batch_size * settings.accumulation * settings.ranks,
+        precision=settings.precision,  # type: ignore[arg-type] # pydantic checks it
+        activation_checkpointing=settings.activation_checkpointing,
+        seed=settings.seed,
     )
-    optimizer = OptimizerConfig(lr=1e-4 if settings["repeat_batch"] else 1e-12)
+    optimizer = OptimizerConfig(lr=1e-4 if settings.repeat_batch else 1e-12)
     if side == "mixtral":
-        return _mixtral(config, train, optimizer, world_size, settings["accumulation"])
-    ds_config = merge(load_deepspeed_json(_ZERO), train, config, settings["expert_parallel"], world_size)
+        return _mixtral(config, train, optimizer, settings)
+    ds_config = merge(load_deepspeed_json(_ZERO), train, config, settings.expert_parallel, settings.ranks)
     if side == "deepspeed_moe":
-        engine = _deepspeed_moe(config, ds_config, train, optimizer, settings["expert_parallel"])
+        engine = _deepspeed_moe(config, ds_config, train, optimizer, settings.expert_parallel)
     else:
-        model = _plain_moe if side == "moe" else HyperMoEForCausalLM
-        with patch("hypermoe_ds.training.engine.HyperMoEForCausalLM", model):
+        model_class = _plain_moe if side == "moe" else HyperMoEForCausalLM
+        with patch("hypermoe_ds.training.engine.HyperMoEForCausalLM", model_class):
             schedule = ScheduleConfig(name="constant")
             engine = build_engine(config, ds_config, optimizer, schedule, train, ParallelConfig())
     if side == "per_token":
@@ -73,9 +71,9 @@ def build(side: str, settings: Mapping[str, Any], world_size: int) -> tuple[nn.M
 
 
 def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
-    """The model without HyperExperts, with the weights that HyperMoE starts with.
+    """Build the model without HyperExperts, with the initial weights of HyperMoE.
 
-    From random numbers of its own it would route other shares of the tokens to each rank, and so take another time.
+    With other random weights it would route other shares of the tokens to each rank, which changes the step time.
     """
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None
@@ -86,12 +84,12 @@ def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
 
 
 def global_parameters(module: nn.Module, expert_parallel: int) -> int:
-    """Parameters of the whole model, with the experts that other ranks hold."""
+    """Count the parameters of the whole model, including the experts of other ranks."""
     return sum(p.numel() * (1 if getattr(p, "allreduce", True) else expert_parallel) for p in module.parameters())
 
 
 def _engine_step(engine: Any) -> Step:
-    """A step as the training loop takes it; the loss is read off the model's output on its way."""
+    """Return a step of the training loop; a forward hook captures the loss."""
     losses: list[Tensor] = []
     engine.module.register_forward_hook(lambda _module, _inputs, output: losses.append(output.lm_loss.detach()))
 
@@ -109,33 +107,34 @@ def _endless(batch: Batch) -> Iterator[Batch]:
 
 
 def _force_per_token(model: Any) -> None:
-    """The published form: each token's HyperExpert is generated for it alone."""
+    """Use the published form, which generates a HyperExpert for each token."""
     for layer in model.model.layers:
         if layer.hyper_experts is not None:
             layer.hyper_experts.forward = partial(layer.hyper_experts.forward, form="per_token")
 
 
 def _mixtral(
-    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int, accumulation: int
+    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, settings: StepSettings
 ) -> tuple[nn.Module, Step]:
-    """Transformers' Mixtral in a plain loop; with more than one rank under DistributedDataParallel.
+    """Build Transformers' Mixtral with a plain training loop; several ranks use DistributedDataParallel.
 
-    In bf16 weights and moments are bf16 without fp32 copies: less memory and work than the engine's optimizer takes.
+    In bf16 its weights and moments are bf16 without fp32 copies, so its optimizer needs less memory and work than the
+    engine's.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(train.seed)
     model: Any = MixtralForCausalLM(mixtral_config(config))
     model = model.to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32).train()
     adamw = _adamw(parameter_groups(model, optimizer.weight_decay), optimizer)
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    parallel = DistributedDataParallel(model) if settings.ranks > 1 else model
 
     def step(batch: Batch) -> Tensor:
         moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        for _ in range(accumulation):
+        for _ in range(settings.accumulation):
             output = parallel(
                 input_ids=moved["input_ids"], labels=moved["labels"], shift_labels=moved["labels"], use_cache=False
             )
-            (output.loss / accumulation).backward()
+            (output.loss / settings.accumulation).backward()
         nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
@@ -146,7 +145,7 @@ def _mixtral(
 
 
 def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
-    """Mixtral at our shape. It has neither dense layers, shared experts nor QK-norm: these it leaves out."""
+    """Return Mixtral's configuration at our shape. Mixtral has no dense layers, shared experts or QK-norm."""
     same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
     same += "router_aux_loss_coef"
@@ -155,7 +154,7 @@ def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
         intermediate_size=config.moe_intermediate_size,
         num_local_experts=config.num_experts,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        output_router_logits=True,  # its load-balancing loss is part of the step, as ours is
+        output_router_logits=True,  # the load-balancing loss is part of our step too
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -168,17 +167,17 @@ def _deepspeed_moe(
     optimizer: OptimizerConfig,
     expert_parallel: int,
 ) -> Any:
-    """Our decoder with DeepSpeed's older MoE layer in the place of each block, in a DeepSpeed engine.
+    """Build our decoder with DeepSpeed's older MoE layer instead of our MoE blocks, in a DeepSpeed engine.
 
-    Dropless, so that it computes what our blocks do: every expert is padded to the fullest one's load. Its router has
-    no z-loss, and no shared expert is carried over.
+    The layer is dropless, as our blocks are: it pads every expert to the load of the fullest one. Its router has no
+    z-loss, and shared experts are omitted.
     """
     torch.manual_seed(train.seed)
     model = _plain_moe(config)
     first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
     for layer in (model.model.layers[index] for index in config.moe_layers):
         layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)
-        layer.is_moe = False  # type: ignore[assignment] # the decoder then takes it for a plain MLP: its routing losses are added below
+        layer.is_moe = False  # type: ignore[assignment] # the decoder treats it as a plain MLP; the hook below adds the routing loss
     blocks = [module for module in model.modules() if isinstance(module, MoE)]
 
     def add_balancing_loss(_module: nn.Module, _inputs: object, output: Any) -> None:
@@ -198,7 +197,7 @@ def _deepspeed_moe(
 
 @torch.no_grad()
 def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
-    """DeepSpeed's layer with the weights of our block; this rank's experts begin with number `first`."""
+    """Build DeepSpeed's layer with the weights of our block. `first` is the number of this rank's first expert."""
     layer = MoE(
         config.hidden_size,
         SwiGLU(config.hidden_size, config.moe_intermediate_size),
@@ -206,7 +205,7 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
         ep_size=expert_parallel,
         k=config.num_experts_per_tok,
         drop_tokens=False,
-        top2_2nd_expert_sampling=False,  # the two likeliest experts, as our router takes them
+        top2_2nd_expert_sampling=False,  # selects the two most likely experts, as our router does
     )
     layer.deepspeed_moe.gate.wg.weight.copy_(block.router.gate.weight)
     for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, first):
@@ -219,6 +218,6 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
 
 
 def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """The engine's AdamW, for the peers."""
+    """Build the AdamW of our engine for the other sides."""
     betas = (optimizer.beta1, optimizer.beta2)
     return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)

@@ -1,8 +1,8 @@
-"""Compare whole training steps: the sides step in turn, each in processes of its own, on random token ids.
+"""Compare whole training steps on random token ids. Each side runs in processes of its own, and the sides alternate.
 
-Sides: hypermoe; moe (the same model without HyperExperts); per_token (HyperMoE with a HyperExpert generated for each
-token, the published form); mixtral (Transformers' Mixtral at the same shape in a plain torch loop); deepspeed_moe (the
-same decoder with DeepSpeed's older, dropless MoE layer). Ratios are to moe where it takes part, else to the last side.
+Sides: hypermoe; moe (the same model without HyperExperts); per_token (the published form, which generates a HyperExpert
+for each token); mixtral (Transformers' Mixtral at the same shape in a plain torch loop); deepspeed_moe (the same
+decoder with DeepSpeed's older, dropless MoE layer). Ratios are to moe if it takes part, else to the last side.
 A key=value changes a field of the preset's model, such as num_hidden_layers=2.
 """
 
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,98 +25,94 @@ from hypermoe_ds.modeling import PRESETS, ConfigurationError, HyperMoEConfig
 from hypermoe_ds.parallel.topology import check_expert_parallel
 from hypermoe_ds.process import one_line_errors
 from op_shares import markdown
-from rank_processes import Ranks, answers_of, ask, started
-from results import check_arguments, result, text
+from rank_processes import Rank, ask, read_answers, start_side
+from results import Measurement, as_json, as_table, check_arguments, compare
+from step_settings import StepSettings
 
 SIDES = ("hypermoe", "moe", "mixtral", "deepspeed_moe", "per_token")
-_AT_LEAST = dict.fromkeys(("ranks", "expert_parallel", "sequence_length", "steps", "threads", "micro_batch_size"), 1)
-_AT_LEAST |= {"warmup": 0, "in_turns": 0, "accumulation": 1}
-_RECOMPUTE = ("hypermoe", "moe", "per_token")
+_MINIMUM = dict.fromkeys(("ranks", "expert_parallel", "sequence_length", "steps", "threads", "micro_batch_size"), 1)
+_MINIMUM |= {"warmup": 0, "in_turns": 0, "accumulation": 1}
+_CAN_RECOMPUTE = ("hypermoe", "moe", "per_token")
 _PROFILED_STEPS, _LARGEST_MICRO_BATCH, _ROUNDS = 3, 64, 2
 
 
 def main() -> None:
-    """Check, measure, report."""
+    """Check the arguments, measure and report."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks' too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # inherited by the ranks
     arguments = parse_arguments()
     settings = settings_of(arguments)
-    sides, ranks, threads = arguments.sides.split(","), arguments.ranks, arguments.threads
-    config = HyperMoEConfig(**settings["model"])
-    check(sides, config, settings, arguments)
-    if arguments.in_turns is None:
-        automatic = arguments.micro_batch_size == "auto"  # then what fits is tried, not estimated
-        settings["in_turns"] = 0 if automatic else rounds_that_fit(config, settings, len(sides), ranks)
-    rounds = max(settings["in_turns"], 1)
-    groups = [[side] for side in sides] if settings["in_turns"] else [sides]
+    sides = arguments.sides.split(",")
+    check(sides, settings, arguments)
+    if arguments.in_turns is None and arguments.micro_batch_size != "auto":  # auto finds by trial what fits
+        settings = replace(settings, in_turns=rounds_that_fit(settings, len(sides)))
+    groups = [[side] for side in sides] if settings.in_turns else [sides]
     if arguments.micro_batch_size == "auto":
-        settings["micro_batch_size"] = largest_micro_batch(groups, settings, threads)
+        settings = replace(settings, micro_batch_size=largest_micro_batch(groups, settings))
 
-    measured: dict[str, dict[str, Any]] = {side: {"seconds": [], "losses": [], "profile": {}} for side in sides}
+    comparison = compare(measure_all(groups, settings, bool(arguments.profile)), settings)
+    print(as_table(comparison), end="", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(as_json(comparison), indent=1) + "\n", encoding="utf-8")
+    if arguments.profile:
+        arguments.profile.write_text(markdown(comparison.profile_milliseconds), encoding="utf-8")
+
+
+def measure_all(groups: Sequence[Sequence[str]], settings: StepSettings, profiled: bool) -> dict[str, Measurement]:
+    """Measure all groups in each round; the sides of one group are in memory together."""
+    measured = {side: Measurement() for group in groups for side in group}
+    rounds = max(settings.in_turns, 1)
     for number in range(rounds):
-        steps = (arguments.steps + number) // rounds
+        steps = (settings.steps + number) // rounds
         for group in groups:
             try:
-                measure(group, settings, ranks, threads, steps, bool(arguments.profile), measured)
+                measure({side: measured[side] for side in group}, settings, steps, profiled)
             except MemoryError:
-                where = f"--micro-batch-size {settings['micro_batch_size']}"
+                where = f"--micro-batch-size {settings.micro_batch_size}"
                 raise UserError(where, "the GPU's memory does not suffice", "lower it, or give --in-turns 1") from None
-
-    found = result(measured, settings, ranks)
-    found["profile_milliseconds"] = {side: measured[side]["profile"] for side in sides if measured[side]["profile"]}
-    print(text(found), end="", flush=True)
-    write(arguments.json, json.dumps(found, indent=1) + "\n")
-    if arguments.profile:
-        write(arguments.profile, markdown(found["profile_milliseconds"]))
+    return measured
 
 
-def measure(
-    sides: Sequence[str],
-    settings: Mapping[str, Any],
-    ranks: int,
-    threads: int,
-    steps: int,
-    profiled: bool,
-    measured: Mapping[str, dict[str, Any]],
-) -> None:
-    """Build these sides, warm them up, and let them step in turn; what is found is added to `measured`."""
-    size = settings["micro_batch_size"]
+def measure(measured: Mapping[str, Measurement], settings: StepSettings, steps: int, profiled: bool) -> None:
+    """Build the sides, warm them up, let them step in turn, and add the results to `measured`."""
+    size = settings.micro_batch_size
     with ExitStack() as stack:
-        running: dict[str, Ranks] = {}
-        for side in sides:  # built one after the other: only one side computes at a time
-            running[side] = stack.enter_context(started(side, settings, ranks, threads))
-            measured[side].update(answers_of(running[side])[0])
-        for count, kept in ((settings["warmup"], False), (steps, True)):
+        running: dict[str, list[Rank]] = {}
+        for side, result in measured.items():  # one after the other: only one side computes at a time
+            running[side] = stack.enter_context(start_side(side, settings))
+            built = read_answers(running[side])[0]
+            result.parameters, result.device = built["parameters"], built["device"]
+        for count, is_measured in ((settings.warmup, False), (steps, True)):
             for _ in range(count):
-                for side, processes in running.items():
-                    answers = ask(processes, do="step", steps=1, micro_batch_size=size)
-                    if kept:
-                        measured[side]["seconds"].append(max(answer["seconds"] for answer in answers))
-                        measured[side]["losses"].append(sum(answer["loss"] for answer in answers) / ranks)
-        for side, processes in running.items():
-            peaks = [answer["peak_memory_gib"] for answer in ask(processes, do="peak")]
-            earlier = measured[side].get("peak_memory_gib", peaks)
-            measured[side]["peak_memory_gib"] = [max(pair) for pair in zip(peaks, earlier, strict=True)]
-        for side, processes in running.items() if profiled else ():
-            [shares, *_] = ask(processes, do="profile", steps=_PROFILED_STEPS, micro_batch_size=size)
-            measured[side]["profile"] = shares["milliseconds"]
+                for side, ranks in running.items():
+                    answers = ask(ranks, do="step", steps=1, micro_batch_size=size)
+                    if is_measured:
+                        measured[side].seconds.append(max(answer["seconds"] for answer in answers))
+                        measured[side].losses.append(sum(answer["loss"] for answer in answers) / len(ranks))
+        for side, ranks in running.items():
+            peaks = [answer["peak_memory_gib"] for answer in ask(ranks, do="peak")]
+            earlier = measured[side].peak_memory_gib or peaks
+            measured[side].peak_memory_gib = [max(pair) for pair in zip(peaks, earlier, strict=True)]
+        for side, ranks in running.items() if profiled else ():
+            rank0, *_ = ask(ranks, do="profile", steps=_PROFILED_STEPS, micro_batch_size=size)
+            measured[side].profile = rank0["milliseconds"]
 
 
-def largest_micro_batch(groups: Sequence[Sequence[str]], settings: Mapping[str, Any], threads: int) -> int:
-    """The largest power of two sequences that all sides of a group take, in memory together; for one rank."""
+def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings) -> int:
+    """Return the largest power of two that fits as `micro_batch_size` for every group, on one rank."""
     fits = _LARGEST_MICRO_BATCH
     for group in groups:
         reached = 0
         with ExitStack() as stack:
             try:
-                running = [stack.enter_context(started(side, settings, 1, threads)) for side in group]
-                for processes in running:
-                    answers_of(processes)
+                running = [stack.enter_context(start_side(side, settings)) for side in group]
+                for ranks in running:
+                    read_answers(ranks)
                 while 2 * reached <= fits and reached < fits:
                     size = max(1, 2 * reached)
-                    for _ in range(2):  # the optimizer's state is made in the first step
-                        for processes in running:
-                            ask(processes, do="step", steps=1, micro_batch_size=size)
+                    for _ in range(2):  # the first step allocates the state of the optimizer
+                        for ranks in running:
+                            ask(ranks, do="step", steps=1, micro_batch_size=size)
                     reached = size
             except MemoryError:
                 pass
@@ -127,45 +124,54 @@ def largest_micro_batch(groups: Sequence[Sequence[str]], settings: Mapping[str, 
     return fits
 
 
-def check(sides: Sequence[str], config: HyperMoEConfig, settings: Mapping[str, Any], given: argparse.Namespace) -> None:
-    """Refuse what cannot be run before anything is started."""
+def check(sides: Sequence[str], settings: StepSettings, arguments: argparse.Namespace) -> None:
+    """Refuse arguments that cannot be run, before anything starts."""
     for side in sides:
         if side not in SIDES:
             raise UserError(f"--sides {side}", "no such side", closest(side, SIDES))
     if len(set(sides)) < len(sides):
         raise UserError(f"--sides {','.join(sides)}", "a side is named twice", "name each once")
-    check_arguments(given, _AT_LEAST, given.json, given.profile)
-    rounds = given.in_turns if given.in_turns is not None else _ROUNDS
-    if given.steps < rounds:
-        raise UserError(f"--steps {given.steps}", f"fewer than --in-turns {rounds}", "give more steps")
-    if given.activation_checkpointing and not set(sides) <= set(_RECOMPUTE):
-        raise UserError("--activation-checkpointing", f"only of {', '.join(_RECOMPUTE)}", "leave the others out")
-    check_expert_parallel(settings["expert_parallel"], config.num_experts, given.ranks)
+    check_arguments(arguments, _MINIMUM, arguments.json, arguments.profile)
+    rounds = arguments.in_turns if arguments.in_turns is not None else _ROUNDS
+    if settings.steps < rounds:
+        raise UserError(f"--steps {settings.steps}", f"fewer than --in-turns {rounds}", "give more steps")
+    if settings.activation_checkpointing and not set(sides) <= set(_CAN_RECOMPUTE):
+        raise UserError("--activation-checkpointing", f"only of {', '.join(_CAN_RECOMPUTE)}", "omit the other sides")
+    check_expert_parallel(settings.expert_parallel, HyperMoEConfig(**settings.model).num_experts, settings.ranks)
     gpus = torch.cuda.device_count()
-    if gpus and given.ranks > gpus:
-        raise UserError(f"--ranks {given.ranks}", f"this machine has {gpus} GPUs", f"give at most {gpus}")
-    if given.micro_batch_size == "auto" and (not gpus or given.ranks > 1):
-        raise UserError("--micro-batch-size auto", "is found on one GPU rank alone", "give a number of sequences")
+    if gpus and settings.ranks > gpus:
+        raise UserError(f"--ranks {settings.ranks}", f"this machine has {gpus} GPUs", f"give at most {gpus}")
+    if arguments.micro_batch_size == "auto" and (not gpus or settings.ranks > 1):
+        raise UserError("--micro-batch-size auto", "needs a GPU and --ranks 1", "give a number of sequences")
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    """What the ranks are told, as plain data."""
-    automatic = given.micro_batch_size == "auto"
-    size = 1 if automatic else given.micro_batch_size
-    return {
-        "preset": given.preset,
-        "overrides": given.overrides,
-        "model": model_fields(given.preset, given.overrides),
-        "micro_batch_size": size,
-        "largest_micro_batch_size": _LARGEST_MICRO_BATCH if automatic else size,
-        **{name: getattr(given, name) for name in ("precision", "sequence_length", "expert_parallel", "seed")},
-        **{name: getattr(given, name) for name in ("steps", "warmup", "threads", "repeat_batch", "in_turns")},
-        **{name: getattr(given, name) for name in ("accumulation", "activation_checkpointing")},
-    }
+def settings_of(arguments: argparse.Namespace) -> StepSettings:
+    """Return the settings that the arguments ask for."""
+    automatic = arguments.micro_batch_size == "auto"
+    size = 1 if automatic else arguments.micro_batch_size
+    return StepSettings(
+        preset=arguments.preset,
+        overrides=arguments.overrides,
+        model=model_fields(arguments.preset, arguments.overrides),
+        micro_batch_size=size,
+        largest_micro_batch_size=_LARGEST_MICRO_BATCH if automatic else size,
+        precision=arguments.precision,
+        sequence_length=arguments.sequence_length,
+        expert_parallel=arguments.expert_parallel,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        warmup=arguments.warmup,
+        threads=arguments.threads,
+        repeat_batch=arguments.repeat_batch,
+        in_turns=arguments.in_turns or 0,
+        accumulation=arguments.accumulation,
+        activation_checkpointing=arguments.activation_checkpointing,
+        ranks=arguments.ranks,
+    )
 
 
 def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The preset's fields with the overrides over them, all known and of the right type."""
+    """Return the preset's fields after the overrides. Unknown fields and values of the wrong type are refused."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}", "no such preset", closest(preset, PRESETS))
     fields = apply_overrides({**PRESETS[preset]}, overrides)
@@ -181,72 +187,58 @@ def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(error.where, error.problem, error.remedy) from None
 
 
-def rounds_that_fit(config: HyperMoEConfig, settings: Mapping[str, Any], sides: int, ranks: int) -> int:
-    """0 where all sides fit into memory together, else 2 rounds of one side at a time, told in a line.
+def rounds_that_fit(settings: StepSettings, sides: int) -> int:
+    """Return 0 if all sides fit into memory together; otherwise print a note and return the default number of rounds.
 
-    A bound from what was seen of the engine under ZeRO 1: a parameter takes 28 bytes in fp32 and 22 in bf16 (weights,
-    gradients twice, fp32 gradients, master weights and moments), and activations 16 D and 4 K F numbers a layer and
+    The estimate follows what the engine used under ZeRO 1. A parameter takes 28 bytes in fp32 and 22 in bf16: weights,
+    gradients twice, fp32 gradients, master weights and moments. Activations take 16 D + 4 K F numbers per layer and
     three times the logits, in the precision of the weights.
     """
+    config = HyperMoEConfig(**settings.model)
     width = 16 * config.hidden_size + 4 * config.num_experts_per_tok * config.moe_intermediate_size
     numbers = config.num_hidden_layers * width + 3 * config.vocab_size
-    bytes_of_number, bytes_of_parameter = (4, 28) if settings["precision"] == "fp32" else (2, 22)
-    activations = bytes_of_number * numbers * settings["micro_batch_size"] * settings["sequence_length"]
-    state = bytes_of_parameter * config.parameter_counts().total
-    needed, free = sides * (state + ranks * activations), psutil.virtual_memory().available
+    bytes_per_number, bytes_per_parameter = (4, 28) if settings.precision == "fp32" else (2, 22)
+    activations = bytes_per_number * numbers * settings.micro_batch_size * settings.sequence_length
+    state = bytes_per_parameter * config.parameter_counts().total
+    needed, free = sides * (state + settings.ranks * activations), psutil.virtual_memory().available
     if torch.cuda.is_available():
-        free = ranks * torch.cuda.mem_get_info()[0]
+        free = settings.ranks * torch.cuda.mem_get_info()[0]
     if needed <= free:
         return 0
-    print(
-        f"note: {sides} sides need about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free",
-        f"{f'; one at a time, {_ROUNDS} rounds (--in-turns 0: all at once)' if sides > 1 else ''}",
-        sep="",
-        file=sys.stderr,
-    )
+    note = f"note: {sides} sides need about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    if sides > 1:
+        note += f"; running one at a time, in {_ROUNDS} rounds (--in-turns 0: all at once)"
+    print(note, file=sys.stderr)
     return _ROUNDS if sides > 1 else 0
 
 
-def write(path: Path | None, content: str) -> None:
-    """Write a result where one is asked for."""
-    if path is not None:
-        path.write_text(content, encoding="utf-8")
-
-
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--preset", default="gpt2-small-8e", help=f"one of {', '.join(PRESETS)} (default: gpt2-small-8e)")
     add("--sides", default="hypermoe,moe", help=f"of {','.join(SIDES)} (default: hypermoe,moe)")
-    add(
-        "--ranks",
-        type=int,
-        default=1 if on_gpu else 2,
-        help="processes of each side, a GPU each (default: 1 on GPU, else 2)",
-    )
+    ranks = 1 if on_gpu else 2
+    add("--ranks", type=int, default=ranks, help="processes of each side, one per GPU (default: 1 on GPU, else 2)")
     add("--expert-parallel", type=int, help="ranks that share one copy of the experts (default: all)")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="bf16" if on_gpu else "fp32",
-        help="default: bf16 on GPU, else fp32",
-    )
-    add("--micro-batch-size", type=sequences, default=2, help="sequences a rank; auto: most that fit (default: 2)")
-    add("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step, all the same (default: 1)")
-    add("--activation-checkpointing", action="store_true", help=f"recompute layers; of {', '.join(_RECOMPUTE)}")
-    add("--sequence-length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    precision = "bf16" if on_gpu else "fp32"
+    add("--precision", choices=("fp32", "bf16"), default=precision, help="default: bf16 on GPU, else fp32")
+    size = "sequences per rank; auto: the largest number that fits (default: 2)"
+    add("--micro-batch-size", type=sequences, default=2, metavar="N", help=size)
+    add("--accumulation", type=int, default=1, metavar="N", help="micro-batches per step, all the same (default: 1)")
+    add("--activation-checkpointing", action="store_true", help=f"recompute layers; of {', '.join(_CAN_RECOMPUTE)}")
+    add("--sequence-length", type=int, default=512, metavar="TOKENS", help="default: 512")
     add("--steps", type=int, default=6, help="measured steps of each side (default: 6)")
-    add("--warmup", type=int, default=2, help="steps before them (default: 2)")
-    add("--threads", type=int, help="CPU threads of a rank (default: its share of the cores)")
-    add("--seed", type=int, default=1234, help="of weights and token ids (default: 1234)")
-    add("--repeat-batch", action="store_true", help="the same token ids in every step, so that the loss falls")
-    turns = "keep one side in memory at a time: a share of its steps, then the next side's, so many times; 0 keeps all "
-    turns += f"in memory and alternates step by step (default: 0 where they look like fitting, else {_ROUNDS})"
+    add("--warmup", type=int, default=2, help="steps before the measured ones (default: 2)")
+    add("--threads", type=int, help="CPU threads per rank (default: its share of the cores)")
+    add("--seed", type=int, default=1234, help="seed of weights and token ids (default: 1234)")
+    add("--repeat-batch", action="store_true", help="use the same token ids in every step, so that the loss falls")
+    turns = "keep one side in memory at a time, in so many rounds; 0 keeps all sides in memory and alternates step by "
+    turns += f"step (default: 0 if they seem to fit, else {_ROUNDS})"
     add("--in-turns", type=int, metavar="ROUNDS", help=turns)
-    add("--json", type=Path, metavar="FILE", help="write everything: seconds, GiB, nats per token")
-    add("--profile", type=Path, metavar="FILE.md", help=f"profile {_PROFILED_STEPS} more steps, in ms a step")
+    add("--json", type=Path, metavar="FILE", help="write all results: seconds, GiB, nats per token")
+    add("--profile", type=Path, metavar="FILE.md", help=f"profile {_PROFILED_STEPS} more steps, in ms per step")
     add("overrides", nargs="*", metavar="key=value", help="a field of the model")
     arguments = parser.parse_intermixed_args()
     arguments.expert_parallel = arguments.expert_parallel if arguments.expert_parallel is not None else arguments.ranks
@@ -256,7 +248,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sequences(value: str) -> int | str:
-    """A number of sequences, or auto."""
+    """Parse a number of sequences, or "auto"."""
     return value if value == "auto" else int(value)
 
 
