@@ -64,7 +64,7 @@ def unit_of_file(path: Path, root: Path) -> str:
 
 
 def unit_of_name(dotted: str) -> str | None:
-    """Return the package or module of hypermoe_ds, or the scripts folder, of an imported name; None for other packages."""
+    """Return the unit of an imported name: package, module or scripts folder; None for other libraries."""
     first, *rest = dotted.split(".")
     if first in SCRIPTS:
         return first

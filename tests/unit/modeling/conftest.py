@@ -5,8 +5,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed() -> Iterator[None]:
-    """Small tensors are faster on one thread, and a fixed number of threads keeps bit-identity checks honest."""
+def _one_thread_and_fixed_seed() -> Iterator[None]:
+    """Fix the seed, and use one thread: small tensors are faster, and results do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(1234)

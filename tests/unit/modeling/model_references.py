@@ -1,7 +1,7 @@
-"""The method written out plainly, one token at a time, as what the model is compared with.
+"""Reference implementation of HyperMoE, one token at a time.
 
-Everything here reads a module's parameters and computes in their dtype with elementary operations;
-nothing calls the code under test.
+It reads the parameters of a module and computes in their dtype with elementary operations. It does not call the code
+under test.
 """
 
 import math
@@ -32,7 +32,7 @@ SMALL = {
     "adapter_size": 8,
 }
 
-# Shapes that between them take every branch of the decoder.
+# Together these configurations reach every branch of the decoder.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-1": {"num_experts_per_tok": 1, "norm_topk_prob": True},
@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no hypernetwork": {"hypernetwork": False},
     "all experts": {"num_experts_per_tok": 4},
 }
-# Variants whose attention, blocks and branch between them take every path.
+# A subset that still reaches every code path of attention, MoE block and HyperExperts.
 PATHS = [
     "plain",
     "top-1",
@@ -62,22 +62,22 @@ PATHS = [
 
 
 def tokens(*shape: int) -> Tensor:
-    """Random token ids."""
+    """Return random token ids."""
     return torch.randint(0, SMALL["vocab_size"], shape)
 
 
 def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
-    """A small model in which every part matters: weights and generated weights of order one."""
+    """Build a small model in which every part affects the output: all weights, also generated ones, are of order one."""
     torch.manual_seed(seed)
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, "initializer_range": 0.2, **overrides}))
     if model.model.hypernetwork is not None:
-        wake(model.model.hypernetwork)
+        scale_up_generated_weights(model.model.hypernetwork)
     return model.eval()
 
 
 @torch.no_grad()
-def wake(hypernetwork: HyperNetwork) -> None:
-    """Give HyperExperts outputs of order one, biases that count and a ReLU that is open about half the time."""
+def scale_up_generated_weights(hypernetwork: HyperNetwork) -> None:
+    """Scale the weights so that HyperExperts have outputs and biases of order one and about half of the ReLUs are open."""
     heads = (hypernetwork.down_weight, hypernetwork.down_bias, hypernetwork.up_weight, hypernetwork.up_bias)
     for head in heads:
         head.weight.mul_(1000)
@@ -87,7 +87,7 @@ def wake(hypernetwork: HyperNetwork) -> None:
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
-    """Relative distance in the norm."""
+    """Return |value - reference| / |reference|, or |value| if the reference is zero."""
     value, reference = value.detach().double(), reference.detach().double()
     norm = reference.norm().item()
     return (value - reference).norm().item() / norm if norm else value.norm().item()
@@ -100,7 +100,7 @@ def random_selection(tokens: int, num_experts: int, top_k: int) -> Tensor:
 def hyper_experts(
     x_TD: Tensor, selected_TK: Tensor, encoder: SelectionEncoder, hypernetwork: HyperNetwork, layer_index: int
 ) -> Tensor:
-    """Steps 2 to 6, token by token, each unselected expert's embedding added by itself."""
+    """Compute HyperExpert(x) token by token (steps 2 to 6), adding the embeddings of the unselected experts in a loop."""
     D, A = hypernetwork.hidden_size, hypernetwork.adapter_size
     first, _, second = encoder.mlp
     rows = []
@@ -128,7 +128,7 @@ def swiglu(x_D: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tens
 
 
 def route(x_D: Tensor, gate_ND: Tensor, top_k: int, renormalise: bool) -> tuple[list[int], list[Tensor]]:
-    """The K most probable experts of one token and their gates."""
+    """Return the K most probable experts of one token and their gates."""
     score_N = torch.exp(gate_ND @ x_D)
     probability_N = score_N / score_N.sum()
     selected = sorted(range(len(probability_N)), key=lambda expert: -probability_N[expert].item())[:top_k]
@@ -140,7 +140,7 @@ def route(x_D: Tensor, gate_ND: Tensor, top_k: int, renormalise: bool) -> tuple[
 
 
 def moe_block(block: MoEBlock, x_TD: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """The Mixture of Experts, token by token; also the selection [T, K]."""
+    """Compute the MoE block token by token. Also return the selections [T, K]."""
     rows, selections = [], []
     experts, shared = block.experts, block.shared_experts
     for x_D in x_TD:
@@ -158,12 +158,12 @@ def moe_block(block: MoEBlock, x_TD: Tensor, top_k: int, renormalise: bool) -> t
 
 
 def rotate_as_complex(x_d: Tensor, position: int, base: float) -> Tensor:
-    """RoFormer's rotation of one vector: pair (i, i + d/2) times exp(i * position * base^(-2i/d))."""
+    """Rotate one vector as RoFormer does: multiply the complex pair (k, k + d/2) by exp(i * position * base^(-2k/d))."""
     half = x_d.shape[0] // 2
     exponent = torch.arange(half, dtype=torch.float64) * 2 / x_d.shape[0]
-    turn = torch.polar(torch.ones(half, dtype=torch.float64), position * base**-exponent)
-    turned = torch.complex(x_d[:half].double(), x_d[half:].double()) * turn
-    return torch.cat([turned.real, turned.imag]).to(x_d.dtype)
+    rotation = torch.polar(torch.ones(half, dtype=torch.float64), position * base**-exponent)
+    rotated = torch.complex(x_d[:half].double(), x_d[half:].double()) * rotation
+    return torch.cat([rotated.real, rotated.imag]).to(x_d.dtype)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -171,7 +171,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def attention(model: HyperMoEForCausalLM, layer: int, x_SD: Tensor) -> Tensor:
-    """Causal attention, query by query and head by head, for one sequence."""
+    """Compute causal attention for one sequence, one query and head at a time."""
     config, attn = model.config, model.model.layers[layer].self_attn
     d, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     queries, keys, values = (x_SD @ linear.weight.T for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -195,7 +195,7 @@ def attention(model: HyperMoEForCausalLM, layer: int, x_SD: Tensor) -> Tensor:
 
 
 def logits(model: HyperMoEForCausalLM, ids_S: Tensor) -> Tensor:
-    """The whole decoder for one sequence."""
+    """Compute the logits of one sequence."""
     config, decoder = model.config, model.model
     x_SD = decoder.embed_tokens.weight[ids_S]
     for index, layer in enumerate(decoder.layers):
@@ -209,17 +209,17 @@ def logits(model: HyperMoEForCausalLM, ids_S: Tensor) -> Tensor:
             continue
         y_SD, selected = moe_block(layer.mlp, hidden_SD, config.num_experts_per_tok, config.norm_topk_prob)
         if config.hypernetwork:
-            branch: HyperExperts = layer.hyper_experts
+            layer_hyper_experts: HyperExperts = layer.hyper_experts
             earlier = range(config.first_dense_layers, index)
-            row = sum((i - config.first_dense_layers + 1) % config.moe_every == 0 for i in earlier)
-            y_SD = y_SD + hyper_experts(hidden_SD, selected, branch.encoder, decoder.hypernetwork, row)
+            layer_index = sum((i - config.first_dense_layers + 1) % config.moe_every == 0 for i in earlier)
+            y_SD = y_SD + hyper_experts(hidden_SD, selected, layer_hyper_experts.encoder, decoder.hypernetwork, layer_index)
         x_SD = x_SD + y_SD
     output = decoder.embed_tokens if config.tie_word_embeddings else model.lm_head
     return rms_norm(x_SD, decoder.norm.weight, config.rms_norm_eps) @ output.weight.T
 
 
 def switch_loss(logits_TN: Tensor, selected_TK: Tensor) -> Tensor:
-    """Switch Transformers, equation 4: N * sum_i f_i P_i, a term for each expert by counting."""
+    """Return N * sum_i f_i P_i (Switch Transformers, equation 4), with f_i from counting tokens."""
     tokens, N = logits_TN.shape
     chosen = [expert for row in selected_TK.tolist() for expert in row]
     loss = torch.zeros((), dtype=logits_TN.dtype)
@@ -231,5 +231,5 @@ def switch_loss(logits_TN: Tensor, selected_TK: Tensor) -> Tensor:
 
 
 def z_loss(logits_TN: Tensor) -> Tensor:
-    """ST-MoE, equation 5: the mean over tokens of (log sum_j exp(logit_j))^2."""
+    """Return the mean over tokens of (log sum_j exp(logit_j))^2 (ST-MoE, equation 5)."""
     return sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits_TN) / logits_TN.shape[0]

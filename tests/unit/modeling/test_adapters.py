@@ -1,4 +1,4 @@
-"""A forward pass computes what its modules compute now: adapters, hooks, swaps and writes take effect at once."""
+"""Adapters, hooks, replaced modules and changed weights take effect in the next forward pass."""
 
 import copy
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_references import VARIANTS, build, distance, tokens, wake
+from model_references import VARIANTS, build, distance, tokens, scale_up_generated_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -22,7 +22,7 @@ KINDS = {
     "top-1": VARIANTS["top-1"],
     "top-2": VARIANTS["plain"],
     "route": {"hyper_conditioning": "route"},
-    "top-2 of 16": {"num_experts": 16},  # more sets than are kept
+    "top-2 of 16": {"num_experts": 16},  # more selections than the cache keeps
 }
 LORA = LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4)
 
@@ -33,25 +33,25 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def adapted(model: HyperMoEForCausalLM) -> PeftModel:
-    """With adapters on every linear map, so also on the hypernetwork and the encoders."""
+def with_lora(model: HyperMoEForCausalLM) -> PeftModel:
+    """Add LoRA to every linear layer, including those of the hypernetwork and the encoders."""
     return get_peft_model(model, LORA).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_switched_off_is_off_in_the_next_pass(kind: str) -> None:
+def test_disabling_an_adapter_takes_effect_in_the_next_forward_pass(kind: str) -> None:
     model, ids = build(**KINDS[kind]), tokens(2, 9)
     base = logits_of(model, ids)
-    peft = adapted(model)
-    on = logits_of(peft, ids)
-    assert distance(on, base) > 0.1
+    peft = with_lora(model)
+    with_adapter = logits_of(peft, ids)
+    assert distance(with_adapter, base) > 0.1
     with peft.disable_adapter():
         assert distance(logits_of(peft, ids), base) < 1e-5
-    assert torch.equal(logits_of(peft, ids), on)
+    assert torch.equal(logits_of(peft, ids), with_adapter)
 
 
-def test_the_adapter_set_last_is_the_one_that_computes() -> None:
-    peft, ids = adapted(build()), tokens(2, 9)
+def test_the_forward_pass_uses_the_active_adapter() -> None:
+    peft, ids = with_lora(build()), tokens(2, 9)
     first = logits_of(peft, ids)
     peft.add_adapter("second", LORA)
     peft.set_adapter("second")
@@ -64,9 +64,9 @@ def test_the_adapter_set_last_is_the_one_that_computes() -> None:
 
 
 @pytest.mark.parametrize("form", ["per_set", "factored", "per_token"])
-def test_every_form_applies_an_adapter_of_the_generated_weights(form: Form) -> None:
+def test_every_form_applies_adapters_on_the_weight_generating_layers(form: Form) -> None:
     hypernetwork = HyperNetwork(24, 14, 3, 5, 16, 10)
-    wake(hypernetwork)
+    scale_up_generated_weights(hypernetwork)
     lora = LoraConfig(target_modules=["down_weight", "up_weight"], init_lora_weights=False)
     peft = get_peft_model(copy.deepcopy(hypernetwork), lora)
     x, z, layers = torch.randn(40, 24), torch.randn(40, 14), torch.full((40,), 1)
@@ -122,7 +122,7 @@ CHANGES = [_write_data, _parametrize, _hook, _assign, _swap]
 
 @pytest.mark.parametrize("form", ["per_set", "factored"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_of_the_hypernetwork_counts_from_the_next_pass_on(
+def test_changes_of_the_hypernetwork_take_effect_in_the_next_forward_pass(
     change: Callable[[HyperNetwork], None], form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module_under_test, "cheaper_form", lambda *_: form)
@@ -132,81 +132,81 @@ def test_a_change_of_the_hypernetwork_counts_from_the_next_pass_on(
     used.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
     for model in (used, fresh):
         change(model.model.hypernetwork)
-    for layer in fresh.model.layers:  # the reference: each token's weights by calling the maps
+    for layer in fresh.model.layers:  # Reference: generate weights per token by calling the linear layers.
         layer.hyper_experts.forward = _per_token(layer.hyper_experts)
     after = logits_of(used, ids)
     assert distance(after, before) > 0.05
     assert distance(after, logits_of(fresh, ids)) < 1e-5
 
 
-def _per_token(branch: nn.Module) -> Callable[..., Tensor]:
-    plain = branch.forward
+def _per_token(hyper_experts: nn.Module) -> Callable[..., Tensor]:
+    original = hyper_experts.forward
 
     def forward(x: Tensor, selected: Tensor, hypernetwork: HyperNetwork, **kwargs: Any) -> Tensor:
         kwargs.pop("generated")
-        output: Tensor = plain(x, selected, hypernetwork, "per_token", **kwargs)
+        output: Tensor = original(x, selected, hypernetwork, "per_token", **kwargs)
         return output
 
     return forward
 
 
-def test_weights_lent_for_one_call_are_used_in_that_call_alone() -> None:
+def test_functional_call_uses_its_weights_only_in_that_call() -> None:
     model, ids = build(**KINDS["top-1"]), tokens(2, 9)
     before = logits_of(model, ids)
-    lent = {name: 2 * value for name, value in model.state_dict().items() if "hypernetwork" in name}
+    temporary = {name: 2 * value for name, value in model.state_dict().items() if "hypernetwork" in name}
     with torch.no_grad():
-        during = torch.func.functional_call(model, lent, (ids,)).logits
+        during = torch.func.functional_call(model, temporary, (ids,)).logits
     expected = copy.deepcopy(model)
-    expected.load_state_dict(lent, strict=False)
+    expected.load_state_dict(temporary, strict=False)
     assert distance(during, logits_of(expected, ids)) < 1e-6
     assert torch.equal(logits_of(model, ids), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generate_follows_the_adapter_between_calls_and_inside_of_one(kind: str) -> None:
+def test_generate_uses_the_active_adapter_between_and_within_calls(kind: str) -> None:
     model, ids = build(**KINDS[kind], tie_word_embeddings=False), tokens(1, 9)
-    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    base = model.generate(ids, **how)
-    peft = adapted(model)
-    on = peft.generate(input_ids=ids, **how)
-    assert not torch.equal(on, base)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    base = model.generate(ids, **options)
+    peft = with_lora(model)
+    with_adapter = peft.generate(input_ids=ids, **options)
+    assert not torch.equal(with_adapter, base)
     with peft.disable_adapter():
-        assert torch.equal(peft.generate(input_ids=ids, **how), base)
+        assert torch.equal(peft.generate(input_ids=ids, **options), base)
 
     class Base(LogitsProcessor):
-        """Decode with the base model's logits, as contrastive methods ask for them inside of `generate`."""
+        """Logits of the base model, which contrastive decoding also computes within `generate`."""
 
         def __call__(self, input_ids: Tensor, _scores: Tensor) -> Tensor:
             with peft.disable_adapter():
                 return logits_of(peft, input_ids)[:, -1]
 
-    assert torch.equal(peft.generate(input_ids=ids, logits_processor=[Base()], **how), base)
-    assert torch.equal(peft.generate(input_ids=ids, **how), on)
+    assert torch.equal(peft.generate(input_ids=ids, logits_processor=[Base()], **options), base)
+    assert torch.equal(peft.generate(input_ids=ids, **options), with_adapter)
 
 
 @pytest.mark.parametrize("kind", ["top-1", "route"])
-def test_generate_generates_all_hyper_experts_once(kind: str) -> None:
+def test_generate_calls_the_hypernetwork_only_once(kind: str) -> None:
     model, ids = build(**KINDS[kind]), tokens(1, 9)
-    made: list[int] = []
-    model.model.hypernetwork.register_forward_hook(lambda *_: made.append(1))
+    calls: list[int] = []
+    model.model.hypernetwork.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):
-        made.clear()
+        calls.clear()
         model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
-        assert len(made) == 1
+        assert len(calls) == 1
 
 
-def test_a_loop_written_by_hand_gets_nothing_that_generate_kept() -> None:
+def test_a_custom_decoding_loop_does_not_use_the_cache_of_generate() -> None:
     model, ids = build(**KINDS["top-1"]), tokens(1, 9)
     model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
     _write_data(model.model.hypernetwork)
     with torch.no_grad():
-        by_hand = model(**model.prepare_inputs_for_generation(ids, use_cache=False)).logits
-    assert distance(by_hand[:, -1], logits_of(model, ids)[:, -1]) < 1e-6
+        custom = model(**model.prepare_inputs_for_generation(ids, use_cache=False)).logits
+    assert distance(custom[:, -1], logits_of(model, ids)[:, -1]) < 1e-6
 
 
-def test_modules_generated_again_in_the_backward_pass_drop_what_they_dropped_in_the_forward_pass() -> None:
+def test_recomputing_weights_in_backward_repeats_the_dropout_of_forward() -> None:
     hypernetwork = HyperNetwork(24, 14, 3, 5, 16, 10)
-    wake(hypernetwork)
+    scale_up_generated_weights(hypernetwork)
     lora = LoraConfig(target_modules=["down_weight", "up_weight"], init_lora_weights=False, lora_dropout=0.5)
     peft = get_peft_model(hypernetwork, lora)
     x, z, layers = torch.randn(40, 24), torch.randn(8, 14), torch.full((8,), 1)

@@ -14,7 +14,7 @@ from hypermoe_ds.modeling import hyper_experts as hyper_experts_module
 
 ODD_SHAPES: dict[str, dict[str, Any]] = {
     "small": {},
-    "moe every 2": {"moe_every": 2, "num_hidden_layers": 5},
+    "MoE every 2": {"moe_every": 2, "num_hidden_layers": 5},
     "first dense": {"first_dense_layers": 2, "num_hidden_layers": 4},
     "first dense and every 3": {"first_dense_layers": 1, "moe_every": 3, "num_hidden_layers": 8},
     "all dense": {"first_dense_layers": 3},
@@ -23,13 +23,13 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
     "qk-norm over all heads": {"qk_norm": True, "qk_norm_scope": "all_heads", "head_dim": 6},
     "untied": {"tie_word_embeddings": False},
     "plain": {"hypernetwork": False, "num_experts_per_tok": 1},
-    "one key head": {"num_key_value_heads": 1},
-    "no sharing of heads": {"num_key_value_heads": 4},
+    "multi-query": {"num_key_value_heads": 1},
+    "no grouped queries": {"num_key_value_heads": 4},
     "wide heads": {"head_dim": 22},
     "one expert": {"num_experts": 1, "num_experts_per_tok": 1},
     "all experts": {"num_experts_per_tok": 4},
-    "default width": {"intermediate_size": 0, "moe_every": 2},
-    "together": {
+    "derived width": {"intermediate_size": 0, "moe_every": 2},
+    "combined": {
         "first_dense_layers": 1,
         "moe_every": 2,
         "num_hidden_layers": 6,
@@ -49,7 +49,7 @@ def parameters(model: HyperMoEForCausalLM) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parameter_counts_are_those_of_the_model(name: str) -> None:
+def test_parameter_counts_match_the_model(name: str) -> None:
     config = HyperMoEConfig(**MODELS[name])
     with torch.device("meta"):
         model = HyperMoEForCausalLM(config)
@@ -63,7 +63,7 @@ def test_parameter_counts_are_those_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ODD_SHAPES)
-def test_active_parameters_are_those_that_one_token_passes_through(name: str) -> None:
+def test_active_parameters_are_those_that_one_token_uses(name: str) -> None:
     model = build(**ODD_SHAPES[name])
     output = model(input_ids=torch.tensor([[3]]), shift_labels=torch.tensor([[5]]))
     output.lm_loss.backward()
@@ -86,7 +86,7 @@ def test_active_parameters_are_those_that_one_token_passes_through(name: str) ->
         ("7b-a1b", (6.5e9, 7.5e9), (0.9e9, 1.6e9), 64),
     ],
 )
-def test_a_preset_has_the_size_in_its_name(
+def test_presets_have_the_size_in_their_name(
     name: str, total: tuple[float, float], active: tuple[float, float], experts: int
 ) -> None:
     config = HyperMoEConfig(**PRESETS[name])
@@ -97,7 +97,7 @@ def test_a_preset_has_the_size_in_its_name(
     assert config.hypernetwork
 
 
-def test_the_gpt2_preset_is_gpt2_smalls_shape() -> None:
+def test_the_gpt2_preset_has_the_shape_of_gpt2_small() -> None:
     config = HyperMoEConfig(**PRESETS["gpt2-small-8e"])
     shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.head_dim)
     assert shape == (768, 12, 12, 64)
@@ -125,21 +125,21 @@ def test_the_gpt2_preset_is_gpt2_smalls_shape() -> None:
     ],
     ids=str,
 )
-def test_flops_by_formula_are_the_matrix_products_that_a_forward_pass_does(
+def test_flops_formula_counts_the_matrix_products_of_a_forward_pass(
     overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hyper_experts_module, "cheaper_form", lambda *_: "per_set")
     model = build(**overrides)
     config, B, S = model.config, 3, 10
-    sets: list[int] = []
-    branches = [layer.hyper_experts for layer in model.model.layers if layer.hyper_experts is not None]
-    for branch in branches:
-        branch.encoder.register_forward_hook(lambda _module, inputs, _output: sets.append(len(inputs[0])))
-    # The counter knows attention by its matrix products only.
+    selections: list[int] = []
+    hyper_experts = [layer.hyper_experts for layer in model.model.layers if layer.hyper_experts is not None]
+    for part in hyper_experts:
+        part.encoder.register_forward_hook(lambda _module, inputs, _output: selections.append(len(inputs[0])))
+    # FlopCounterMode counts attention only if separate matrix products compute it.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.randint(0, 61, (B, S)))
-    assert len(sets) == (len(config.moe_layers) if config.hypernetwork else 0)
-    by_formula = B * S * config.forward_flops_per_token(S) + sum(config.generation_flops(count) for count in sets)
+    assert len(selections) == (len(config.moe_layers) if config.hypernetwork else 0)
+    by_formula = B * S * config.forward_flops_per_token(S) + sum(config.generation_flops(count) for count in selections)
     assert counter.get_total_flops() == by_formula
 
 
@@ -163,7 +163,7 @@ def test_flops_by_formula_are_the_matrix_products_that_a_forward_pass_does(
         ("qk_norm_scope", "layer", {}),
     ],
 )
-def test_a_value_that_does_not_fit_is_named_with_its_remedy(key: str, value: Any, others: dict[str, Any]) -> None:
+def test_invalid_values_are_refused_with_a_remedy(key: str, value: Any, others: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{key}={re.escape(str(value))}: [^;\n]+; [^;\n]+$"):
         HyperMoEConfig(**{**SMALL, **others, key: value})
 
@@ -172,18 +172,18 @@ NUMBERS = {key: kind for key, kind in HyperMoEConfig.__annotations__.items() if 
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_every_number_is_finite_of_its_type_and_within_limits(key: str) -> None:
+def test_numbers_must_be_finite_of_their_type_and_within_limits(key: str) -> None:
     for value in (math.nan, math.inf, -math.inf, -1, 1e300, 10**30, "8", True, None):
         with pytest.raises(ValueError, match=rf"^{key}='?{re.escape(str(value))}'?: [^;\n]+; give [^;\n]+$"):
             HyperMoEConfig(**{**SMALL, key: value})
 
 
-def test_a_switch_is_true_or_false() -> None:
+def test_booleans_must_be_true_or_false() -> None:
     with pytest.raises(ValueError, match=r"^qk_norm=1: neither true nor false; give one of them$"):
         HyperMoEConfig(**{**SMALL, "qk_norm": 1})
 
 
-def test_errors_name_the_other_value_that_they_depend_on() -> None:
+def test_errors_quote_the_setting_that_sets_the_limit() -> None:
     for overrides, other in (
         ({"num_experts_per_tok": 5}, "num_experts=4"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4"),
@@ -207,7 +207,7 @@ def test_errors_name_the_other_value_that_they_depend_on() -> None:
         (1, 0, 1, [0]),
     ],
 )
-def test_of_the_layers_after_the_dense_ones_each_nth_is_sparse(
+def test_every_nth_layer_after_the_dense_ones_is_an_moe_layer(
     layers: int, first_dense: int, every: int, expected: list[int]
 ) -> None:
     overrides = {"num_hidden_layers": layers, "first_dense_layers": first_dense, "moe_every": every}
@@ -220,7 +220,7 @@ def test_of_the_layers_after_the_dense_ones_each_nth_is_sparse(
     assert [i for i in range(layers) if f"model.layers.{i}.hyper_experts" in names] == expected
 
 
-def test_sizes_left_out_are_derived_and_survive_a_round_trip(tmp_path: Any) -> None:
+def test_derived_sizes_are_saved_and_loaded(tmp_path: Any) -> None:
     config = HyperMoEConfig(**{**SMALL, "intermediate_size": 0})
     assert (config.head_dim, config.intermediate_size) == (8, 128)
     config.save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_sizes_left_out_are_derived_and_survive_a_round_trip(tmp_path: Any) -> N
 
 
 def test_gates_are_never_renormalised_for_one_expert_per_token() -> None:
-    for top_k, asked, expected in ((1, True, False), (1, False, False), (2, True, True), (2, False, False)):
-        config = HyperMoEConfig(**{**SMALL, "num_experts_per_tok": top_k, "norm_topk_prob": asked})
+    for top_k, requested, expected in ((1, True, False), (1, False, False), (2, True, True), (2, False, False)):
+        config = HyperMoEConfig(**{**SMALL, "num_experts_per_tok": top_k, "norm_topk_prob": requested})
         assert config.renormalises_gates is expected
-        assert config.norm_topk_prob is asked
+        assert config.norm_topk_prob is requested

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_references import distance, random_selection, wake
+from model_references import distance, random_selection, scale_up_generated_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,54 +16,54 @@ D, A = 24, 10
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("tokens", "J"), [(1, 1), (4, 1), (1, 3), (2, 2), (5, 1)])
-def test_the_few_rows_of_a_step_of_generation_get_what_many_get(tokens: int, J: int, gated: bool) -> None:
+def test_applying_hyper_experts_row_by_row_matches_the_batched_product(tokens: int, J: int, gated: bool) -> None:
     weights = HyperExpertWeights(*(torch.randn(6, *shape) for shape in ((16, 8), (8,), (8, 16), (16,))))
-    x, sets, gates = torch.randn(9, 16), torch.randint(0, 6, (9, J)), torch.rand(9, J)
-    everything = generated.apply_generated(x.requires_grad_(), Assignment(sets, gates if gated else None), weights)
+    x, ids, gates = torch.randn(9, 16), torch.randint(0, 6, (9, J)), torch.rand(9, J)
+    expected = generated.apply_generated(x.requires_grad_(), Assignment(ids, gates if gated else None), weights)
     with torch.no_grad():
-        assignment = Assignment(sets[:tokens], gates[:tokens] if gated else None)
-        assert distance(generated.apply_generated(x[:tokens], assignment, weights), everything[:tokens]) < 1e-6
+        assignment = Assignment(ids[:tokens], gates[:tokens] if gated else None)
+        assert distance(generated.apply_generated(x[:tokens], assignment, weights), expected[:tokens]) < 1e-6
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 6])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("J", [1, 3])
-def test_grouped_products_of_any_number_of_groups_and_a_loop_over_sets_give_the_same(
+def test_grouped_products_match_the_loop_for_any_number_of_groups(
     J: int, gated: bool, groups: int, monkeypatch: Any
 ) -> None:
-    width, adapter, sets = 16, 8, 6
+    D, A, U = 16, 8, 6
     weights = HyperExpertWeights(
-        *(torch.randn(sets, *shape) for shape in ((width, adapter), (adapter,), (adapter, width), (width,)))
+        *(torch.randn(U, *shape) for shape in ((D, A), (A,), (A, D), (D,)))
     )
-    x, assignment = torch.randn(40, width), torch.randint(0, sets - 1, (40, J))  # one set without rows
+    x, ids = torch.randn(40, D), torch.randint(0, U - 1, (40, J))  # the last HyperExpert has no rows
     gates = torch.rand(40, J) if gated else None
     arguments = [x, *weights, *([gates] if gated else [])]
     for tensor in arguments:
         tensor.requires_grad_()
 
     def run() -> list[Tensor]:
-        y = generated.apply_generated(x, Assignment(assignment, gates), weights)
+        y = generated.apply_generated(x, Assignment(ids, gates), weights)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), arguments)]
 
     looped = run()
     monkeypatch.setattr(generated, "LoopedRows", generated.GroupedRows)
     monkeypatch.setattr(generated, "_MOST_GROUPS", groups)
-    for grouped, by_loop in zip(run(), looped, strict=True):
-        assert distance(grouped, by_loop) < 1e-5
+    for grouped, from_loop in zip(run(), looped, strict=True):
+        assert distance(grouped, from_loop) < 1e-5
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows", [(1, 0, 70, 33, 200, 5), (0, 0, 0, 100), (31, 32, 33, 64, 65, 1)])
-def test_sets_that_reach_over_the_rows_of_others_in_bfloat16_leave_them_alone(
+def test_padded_bfloat16_products_do_not_change_rows_of_other_hyper_experts(
     rows: tuple[int, ...], gated: bool
 ) -> None:
-    of_set = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))[torch.randperm(sum(rows))]
+    ids_R = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))[torch.randperm(sum(rows))]
     shapes = (len(rows), D, A), (len(rows), A), (len(rows), A, D), (len(rows), D), (sum(rows), D), (sum(rows), 1)
     numbers = [torch.randn(shape).bfloat16() for shape in shapes]
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         *weights, x, gates = (tensor.to(dtype).requires_grad_() for tensor in numbers)
-        assignment = Assignment(of_set.unsqueeze(1), gates if gated else None)
+        assignment = Assignment(ids_R.unsqueeze(1), gates if gated else None)
         y = generated.apply_generated(x, assignment, HyperExpertWeights(*weights))
         return [y.detach(), *torch.autograd.grad(y.sum(), [*weights, x, *([gates] if gated else [])])]
 
@@ -72,7 +72,7 @@ def test_sets_that_reach_over_the_rows_of_others_in_bfloat16_leave_them_alone(
 
 
 class ProductShapes(TorchDispatchMode):
-    """Notes the shapes of all matrix products."""
+    """Recorder of the shapes of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ProductShapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_few_shapes_of_products_occur_in_bfloat16_however_the_tokens_are_spread() -> None:
+def test_bfloat16_products_have_few_different_shapes_for_any_load() -> None:
     shapes = (N := 8, D, A), (N, A), (N, A, D), (N, D)
     weights = HyperExpertWeights(*(torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes))
     x = torch.randn(2048, D, dtype=torch.bfloat16)
@@ -92,48 +92,48 @@ def test_few_shapes_of_products_occur_in_bfloat16_however_the_tokens_are_spread(
         for spread in torch.rand(50, N):
             y = generated.apply_generated(x, Assignment(torch.multinomial(spread, len(x), True).unsqueeze(1)), weights)
             y.sum().backward()
-    last = 5 * 50  # the last set, whose rows end with the others', takes as many as it has
-    assert last < len(products.seen) < last + 5 * 30, "and not 5 products of 8 sets 50 times"
+    last = 5 * 50  # The rows of the last HyperExpert cannot be padded, so their number varies.
+    assert last < len(products.seen) < last + 5 * 30, "unpadded: 5 products of 8 HyperExperts in each of 50 steps"
 
 
-def branches_of(num_experts: int, conditioning: Any, monkeypatch: Any) -> tuple[list[HyperExperts], HyperNetwork]:
-    """Two layers whose products are grouped, as on a GPU."""
+def two_layers(num_experts: int, conditioning: Any, monkeypatch: Any) -> tuple[list[HyperExperts], HyperNetwork]:
+    """Return HyperExperts of two layers, and their hypernetwork, that use grouped products as on a GPU."""
     monkeypatch.setattr(generated, "LoopedRows", generated.GroupedRows)
     monkeypatch.setattr(hyper_experts, "cheaper_form", lambda *_: "per_set")
     hypernetwork = HyperNetwork(32, 16, 2, 10, 16, 8)
-    wake(hypernetwork)
+    scale_up_generated_weights(hypernetwork)
     encoders = [SelectionEncoder(num_experts, 16, 16, 16) for _ in range(2)]
     return [HyperExperts(encoder, layer, conditioning) for layer, encoder in enumerate(encoders)], hypernetwork
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("conditioning", "K"), [("selection", 1), ("selection", 2), ("route", 2)])
-def test_with_grouped_products_and_sets_known_before_routing_nothing_waits_for_the_host(
+def test_grouped_products_of_known_selections_need_no_synchronisation(
     conditioning: str, K: int, ahead: bool, monkeypatch: Any
 ) -> None:
     tokens = 800
-    branches, hypernetwork = branches_of(8, conditioning, monkeypatch)
+    layers, hypernetwork = two_layers(8, conditioning, monkeypatch)
     x, gates = torch.randn(tokens, 32, requires_grad=True), torch.rand(tokens, K)
     selected = random_selection(tokens, 8, K)
-    with Synchronisations() as waits:
-        modules = generate_ahead(branches, hypernetwork, x, K) if ahead else None
-        for layer, branch in enumerate(branches):
-            each = modules[layer] if modules else None
-            branch(x, selected, hypernetwork, gates_TK=gates, generated=each).square().sum().backward(retain_graph=True)
-    assert waits.seen == []
-    assert (modules is not None) == ahead
+    with Synchronisations() as synchronisations:
+        weights = generate_ahead(layers, hypernetwork, x, K) if ahead else None
+        for index, layer in enumerate(layers):
+            layer_weights = weights[index] if weights else None
+            layer(x, selected, hypernetwork, gates_TK=gates, generated=layer_weights).square().sum().backward(retain_graph=True)
+    assert synchronisations.seen == []
+    assert (weights is not None) == ahead
 
 
-def test_sets_not_known_before_routing_are_waited_for_once(monkeypatch: Any) -> None:
-    branches, hypernetwork = branches_of(16, "selection", monkeypatch)
+def test_unknown_selections_need_one_synchronisation(monkeypatch: Any) -> None:
+    layers, hypernetwork = two_layers(16, "selection", monkeypatch)
     x, selected = torch.randn(60, 32, requires_grad=True), random_selection(60, 16, 4)
-    with Synchronisations() as waits:
-        branches[0](x, selected, hypernetwork).square().sum().backward()
-    assert len(waits.seen) == 1
+    with Synchronisations() as synchronisations:
+        layers[0](x, selected, hypernetwork).square().sum().backward()
+    assert len(synchronisations.seen) == 1
 
 
 class Sorts(TorchDispatchMode):
-    """Counts sorts."""
+    """Counter of sorts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,12 +144,12 @@ class Sorts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_rows_are_sorted_once_even_where_modules_are_generated_again_in_the_backward_pass(monkeypatch: Any) -> None:
-    branches, hypernetwork = branches_of(64, "selection", monkeypatch)
+def test_rows_are_sorted_only_once_if_backward_generates_the_weights_again(monkeypatch: Any) -> None:
+    layers, hypernetwork = two_layers(64, "selection", monkeypatch)
     x, selected = torch.randn(20, 32, requires_grad=True), random_selection(20, 64, 1)
     generations: list[int] = []
     hypernetwork.up_weight.register_forward_hook(lambda *_: generations.append(1))
     with Sorts() as sorts:
-        branches[0](x, selected, hypernetwork, "per_set").sum().backward()
+        layers[0](x, selected, hypernetwork, "per_set").sum().backward()
     assert len(generations) == 2
     assert sorts.count == 1

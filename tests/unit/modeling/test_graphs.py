@@ -1,4 +1,4 @@
-"""torch.compile and torch.export take a forward pass as one graph, which computes what the modules compute."""
+"""torch.compile and torch.export capture a forward pass as one graph with the same results."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _no_graph_of_another_test() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -33,15 +33,15 @@ def model_of(kind: str, baked: bool = False) -> HyperMoEForCausalLM:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As one graph, whose operators run as they stand."""
-    whole: Callable[..., Any] = torch.compile(function, fullgraph=True, backend="eager")
-    return whole
+    """Compile into one graph and run its operators without code generation."""
+    graph: Callable[..., Any] = torch.compile(function, fullgraph=True, backend="eager")
+    return graph
 
 
 @pytest.mark.parametrize(
     ("kind", "baked"), [("top-1", False), ("top-2 of 8, shared", False), ("top-1", True), ("route", True)]
 )
-def test_an_exported_program_has_the_models_logits_at_every_length(kind: str, baked: bool) -> None:
+def test_an_exported_program_gives_the_models_logits_at_every_length(kind: str, baked: bool) -> None:
     model = model_of(kind, baked)
     length = torch.export.Dim("length", min=2, max=60)
     program = torch.export.export(
@@ -56,10 +56,10 @@ def test_an_exported_program_has_the_models_logits_at_every_length(kind: str, ba
 
 
 @pytest.mark.parametrize("baked", [False, True])
-def test_one_graph_prefills_and_one_decodes(baked: bool) -> None:
+def test_prefill_and_decoding_compile_without_graph_breaks(baked: bool) -> None:
     model, ids = model_of("top-1", baked), tokens(2, 9)
 
-    def logits_of_each(run: Callable[..., Any]) -> Tensor:
+    def logits_by_chunk(run: Callable[..., Any]) -> Tensor:
         cache = StaticCache(config=model.config, max_cache_len=9)
         seen = []
         with torch.no_grad():
@@ -68,29 +68,29 @@ def test_one_graph_prefills_and_one_decodes(baked: bool) -> None:
                 seen.append(run(input_ids=ids[:, part], position_ids=positions, past_key_values=cache).logits)
         return torch.cat(seen, dim=1)
 
-    whole, each = logits_of_each(compiled(model)), logits_of_each(model)
-    assert distance(whole, each) < 1e-5
+    compiled_logits, eager_logits = logits_by_chunk(compiled(model)), logits_by_chunk(model)
+    assert distance(compiled_logits, eager_logits) < 1e-5
     with torch.no_grad():
-        assert distance(each, model(input_ids=ids).logits) < 1e-5
+        assert distance(eager_logits, model(input_ids=ids).logits) < 1e-5
 
 
-def test_generate_decodes_with_one_graph_that_uses_the_hyper_experts_of_its_first_pass(
+def test_generate_decodes_with_one_graph_and_the_cached_hyper_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, ids, how = model_of("top-1"), tokens(2, 7), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    model, ids, options = model_of("top-1"), tokens(2, 7), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     monkeypatch.setattr(HyperMoEForCausalLM, "_can_compile_fullgraph", True)
-    with_graph = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    with_graph._compile_all_devices = True
-    plain = model.generate(ids, **how)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    plain = model.generate(ids, **options)
     torch._dynamo.utils.counters.clear()
     for _ in range(2):
-        text = model.generate(ids, cache_implementation="static", compile_config=with_graph, **how)
+        text = model.generate(ids, cache_implementation="static", compile_config=compile_config, **options)
         assert torch.equal(text, plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", ["top-2 of 8, shared", "route"])
-def test_a_graph_has_the_models_loss_and_gradients(kind: str) -> None:
+def test_a_compiled_model_has_the_same_loss_and_gradients(kind: str) -> None:
     model, ids = model_of(kind), tokens(2, 9)
 
     def loss_and_gradient(run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
@@ -104,8 +104,8 @@ def test_a_graph_has_the_models_loss_and_gradients(kind: str) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_through_all_hyper_experts_is_exact(gated: bool) -> None:
-    """In fp64, so that no difference passes for rounding."""
+def test_compiled_hyper_experts_are_exact(gated: bool) -> None:
+    """Compare in fp64, because rounding could hide a small error."""
     U, D, A, J = 6, 12, 5, 3 if gated else 1
     shapes = {"down_weight": (U, D, A), "down_bias": (U, A), "up_weight": (U, A, D), "up_bias": (U, D)}
     weights = HyperExpertWeights(**{name: torch.randn(shape).double() for name, shape in shapes.items()})

@@ -9,7 +9,7 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:
-    """Of many draws from U(-bound, bound) none is outside, some are near both ends, the deviation is bound/sqrt(3)."""
+    """Check for U(-bound, bound): no value outside, some near both ends, and a standard deviation of bound / sqrt(3)."""
     assert tensor.numel() >= 100
     assert tensor.abs().max() <= bound
     assert tensor.max() > 0.9 * bound
@@ -58,7 +58,7 @@ def published_model(**overrides: object) -> HyperMoEForCausalLM:
     return HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **sizes, **overrides}))
 
 
-def test_a_built_model_starts_as_published(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_new_and_loaded_models_have_the_published_initialisation(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = published_model()
     assert_published_initialisation(model)
     folder = tmp_path_factory.mktemp("model")
@@ -69,14 +69,14 @@ def test_a_built_model_starts_as_published(tmp_path_factory: pytest.TempPathFact
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_layers_do_not_start_as_copies_of_each_other() -> None:
+def test_layers_are_initialised_differently() -> None:
     first, second, third = (layer.hyper_experts.encoder for layer in published_model().model.layers)
     for name, parameter in first.named_parameters():
         assert not torch.equal(parameter, second.get_parameter(name))
         assert not torch.equal(parameter, third.get_parameter(name))
 
 
-def test_the_branch_is_about_zero_at_the_start() -> None:
+def test_hyper_experts_are_initially_close_to_zero() -> None:
     config = HyperMoEConfig(hidden_size=768, num_hidden_layers=1, vocab_size=64, moe_intermediate_size=64)
     model = HyperMoEForCausalLM(config)
     x, selected = torch.randn(64, 768), random_selection(64, 8, 1)

@@ -1,4 +1,4 @@
-"""The loss without logits, against `F.cross_entropy` on all of them."""
+"""Compare the chunked loss of `LMHead` with `F.cross_entropy` on all logits."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,10 +16,10 @@ from hypermoe_ds.modeling import lm_head
 from hypermoe_ds.modeling.lm_head import LMHead
 
 V, D, T = 101, 16, 37
-ROWS = 5  # of a chunk; T is not a multiple of it
+ROWS = 5  # per chunk; T is not a multiple
 
-Case = tuple[LMHead, Tensor, Tensor]
-IGNORED = {"none": slice(0, 0), "some": slice(3, 20), "all but one": slice(1, T), "all": slice(0, T)}
+Inputs = tuple[LMHead, Tensor, Tensor]
+IGNORED = {"none": slice(0, 0), "some": slice(3, 20), "all but inputs": slice(1, T), "all": slice(0, T)}
 
 
 @pytest.fixture(autouse=True)
@@ -27,88 +27,88 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "_CHUNK_BYTES", ROWS * V * 4)
 
 
-def case(ignored: str = "none", dtype: torch.dtype = torch.float32) -> Case:
+def make_inputs(ignored: str = "none", dtype: torch.dtype = torch.float32) -> Inputs:
     head = LMHead(D, V).to(dtype)
     labels = torch.randint(0, V, (T,))
     labels[IGNORED[ignored]] = -100
     return head, torch.randn(T, D).to(dtype).requires_grad_(), labels
 
 
-def on_all_logits(head: LMHead, x: Tensor, labels: Tensor) -> Tensor:
+def reference_loss(head: LMHead, x: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, head.weight).float(), labels)
 
 
 def results(loss: Callable[..., Tensor], head: LMHead, x: Tensor, labels: Tensor, factor: float = 1.0) -> list[Tensor]:
-    """Value, and gradients of `factor` times it."""
+    """Return the loss and the gradients of factor * loss."""
     value = loss(head, x, labels)
     return [value, *torch.autograd.grad(value * factor, [x, head.weight])]
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25, 2.0**16])
 @pytest.mark.parametrize("ignored", IGNORED)
-def test_value_and_gradients_are_those_on_all_logits(ignored: str, factor: float) -> None:
-    one = case(ignored)
-    seen, expected = (results(loss, *one, factor) for loss in (LMHead.__call__, on_all_logits))
+def test_loss_and_gradients_match_cross_entropy(ignored: str, factor: float) -> None:
+    inputs = make_inputs(ignored)
+    seen, expected = (results(loss, *inputs, factor) for loss in (LMHead.__call__, reference_loss))
     assert torch.isnan(expected[0]) == (ignored == "all")
-    for mine, theirs in zip(seen, expected, strict=True):
-        assert mine.dtype is torch.float32
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours.dtype is torch.float32
         largest = theirs.nan_to_num().abs().max().item()
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6 * largest, equal_nan=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * largest, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_gradients_are_nearly_as_exact_as_those_on_all_logits(dtype: torch.dtype) -> None:
-    head, x, labels = case("some", dtype)
+def test_half_precision_is_about_as_exact_as_cross_entropy(dtype: torch.dtype) -> None:
+    head, x, labels = make_inputs("some", dtype)
     exact_head = LMHead(D, V).double()
     exact_head.weight.data.copy_(head.weight.detach())
     exact_x = x.detach().double().requires_grad_()
     exact = results(lambda h, x, y: F.cross_entropy(h(x), y), exact_head, exact_x, labels)
-    seen, usual = (results(loss, head, x, labels) for loss in (LMHead.__call__, on_all_logits))
+    seen, with_logits = (results(loss, head, x, labels) for loss in (LMHead.__call__, reference_loss))
     assert [value.dtype for value in seen] == [torch.float32, dtype, dtype]
-    for mine, theirs, truth in zip(seen, usual, exact, strict=True):
-        # Rounded twice, before and after the incoming gradient: sqrt(2) of the error.
-        assert distance(mine, truth) < 1.5 * distance(theirs, truth) + 1e-6
+    for ours, theirs, truth in zip(seen, with_logits, exact, strict=True):
+        # Our gradient is rounded twice, before and after scaling, which gives an error sqrt(2) times as large.
+        assert distance(ours, truth) < 1.5 * distance(theirs, truth) + 1e-6
 
 
-def test_gradients_too_small_for_half_precision_arrive_when_the_loss_is_scaled() -> None:
-    head, x, labels = case(dtype=torch.float16)
+def test_loss_scaling_prevents_underflow_of_fp16_gradients() -> None:
+    head, x, labels = make_inputs(dtype=torch.float16)
     with torch.no_grad():
         x.mul_(1e-3)
     scale = 2.0**10
     seen = results(LMHead.__call__, head, x, labels, scale)[2]
-    wide = LMHead(D, V)
-    wide.weight.data.copy_(head.weight)
-    expected = results(on_all_logits, wide, x.detach().float().requires_grad_(), labels, scale)[2]
-    assert (expected / scale).abs().median() < 2.0**-19, "unscaled it would lose its digits in fp16"
+    fp32_head = LMHead(D, V)
+    fp32_head.weight.data.copy_(head.weight)
+    expected = results(reference_loss, fp32_head, x.detach().float().requires_grad_(), labels, scale)[2]
+    assert (expected / scale).abs().median() < 2.0**-19, "without scaling, fp16 would lose digits"
     assert distance(seen, expected) < 5e-3
 
 
-def test_under_autocast_products_are_in_bfloat16_and_gradients_in_the_parameters_precision() -> None:
-    one = case("some")
+def test_under_autocast_products_are_bfloat16_and_gradients_fp32() -> None:
+    inputs = make_inputs("some")
     with torch.autocast("cpu", torch.bfloat16):
-        seen = LMHead.__call__(*one)
-        logits = F.linear(one[1], one[0].weight)
+        seen = LMHead.__call__(*inputs)
+        logits = F.linear(inputs[1], inputs[0].weight)
     assert logits.dtype is torch.bfloat16
-    assert torch.allclose(seen, F.cross_entropy(logits.float(), one[2]), rtol=1e-6)
-    gradients = torch.autograd.grad(seen, [one[1], one[0].weight])
-    for mine, theirs in zip(gradients, results(on_all_logits, *one)[1:], strict=True):
-        assert mine.dtype is torch.float32
-        assert distance(mine, theirs) < 2e-2
+    assert torch.allclose(seen, F.cross_entropy(logits.float(), inputs[2]), rtol=1e-6)
+    gradients = torch.autograd.grad(seen, [inputs[1], inputs[0].weight])
+    for ours, theirs in zip(gradients, results(reference_loss, *inputs)[1:], strict=True):
+        assert ours.dtype is torch.float32
+        assert distance(ours, theirs) < 2e-2
 
 
-def test_gradients_add_up_over_calls() -> None:
-    head, x, labels = case("some")
+def test_gradients_accumulate_over_calls() -> None:
+    head, x, labels = make_inputs("some")
     for _ in range(3):
         (head(x, labels) / 3).backward()
-    _, x_grad, weight_grad = results(on_all_logits, head, x, labels)
+    _, x_grad, weight_grad = results(reference_loss, head, x, labels)
     assert torch.allclose(x.grad, x_grad, atol=1e-7)
     assert torch.allclose(head.weight.grad, weight_grad, atol=1e-7)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_what_is_frozen_has_no_gradient_and_the_other_the_same(frozen: str) -> None:
-    head, x, labels = case()
-    _, x_grad, weight_grad = results(on_all_logits, head, x, labels)
+def test_freezing_one_input_does_not_change_the_gradient_of_the_other(frozen: str) -> None:
+    head, x, labels = make_inputs()
+    _, x_grad, weight_grad = results(reference_loss, head, x, labels)
     (x if frozen == "x" else head.weight).requires_grad_(False)
     head(x, labels).backward()
     assert (x.grad is None) == (frozen == "x")
@@ -118,7 +118,7 @@ def test_what_is_frozen_has_no_gradient_and_the_other_the_same(frozen: str) -> N
 
 
 class _Shapes(TorchDispatchMode):
-    """Shapes of all that is computed, and how many matrix products."""
+    """Recorder of the largest number of logit rows and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,37 +127,36 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if (
-            isinstance(result, Tensor) and result.shape[-1:] == (V,) and result.shape != (D, V)
-        ):  # the weight's transpose
+        transposed_weight = (D, V)
+        if isinstance(result, Tensor) and result.shape[-1:] == (V,) and result.shape != transposed_weight:
             self.largest = max(self.largest, result.numel() // V)
         self.products += function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
         return result
 
 
-@pytest.mark.parametrize("learning", [True, False])
-def test_no_more_logits_than_a_chunk_exist_and_no_product_is_done_twice(learning: bool) -> None:
-    head, x, labels = case()
+@pytest.mark.parametrize("training", [True, False])
+def test_only_one_chunk_of_logits_exists_and_no_product_runs_twice(training: bool) -> None:
+    head, x, labels = make_inputs()
     chunks = -(-T // ROWS)
-    with _Shapes() as seen, nullcontext() if learning else torch.no_grad():
+    with _Shapes() as seen, nullcontext() if training else torch.no_grad():
         loss = head(x, labels)
-        if learning:
+        if training:
             loss.backward()
-    assert torch.allclose(loss, on_all_logits(head, x, labels))
+    assert torch.allclose(loss, reference_loss(head, x, labels))
     assert seen.largest == ROWS
-    assert seen.products == chunks * (3 if learning else 1)
+    assert seen.products == chunks * (3 if training else 1)
 
 
-def test_another_number_of_labels_than_tokens_is_refused() -> None:
-    head, x, labels = case()
+def test_a_wrong_number_of_labels_is_refused() -> None:
+    head, x, labels = make_inputs()
     for wrong in (labels[:-1], labels.repeat(2)):
         with pytest.raises(RuntimeError):
             head(x, wrong)
 
 
 @pytest.mark.parametrize("ignored", ["some", "all"])
-def test_a_fused_kernel_takes_the_place_of_the_chunks(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, x, labels = case(ignored)
+def test_a_fused_kernel_replaces_the_chunked_loss(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x, labels = make_inputs(ignored)
     expected = results(LMHead.__call__, head, x, labels)
 
     def kernel(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -166,15 +165,15 @@ def test_a_fused_kernel_takes_the_place_of_the_chunks(ignored: str, monkeypatch:
 
     monkeypatch.delattr(lm_head, "_ChunkedCrossEntropy")
     head.fused_cross_entropy = kernel
-    for mine, theirs in zip(results(LMHead.__call__, head, x, labels), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)
+    for ours, theirs in zip(results(LMHead.__call__, head, x, labels), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
-# In the model
+# LMHead in the model
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_without_logits_has_the_loss_and_gradients_of_one_with_them(tied: bool) -> None:
+def test_the_model_has_the_same_loss_and_gradients_without_logits(tied: bool) -> None:
     model, ids = build(tie_word_embeddings=tied), tokens(3, 12)
     seen = []
     for output_logits in (True, False):
@@ -191,7 +190,7 @@ def test_a_model_without_logits_has_the_loss_and_gradients_of_one_with_them(tied
 
 
 @pytest.mark.parametrize("head", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
-def test_the_loss_of_an_adapted_projection_is_the_same_without_logits(head: dict[str, list[str]]) -> None:
+def test_a_projection_with_lora_has_the_same_loss_without_logits(head: dict[str, list[str]]) -> None:
     lora = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False, **head})
     model, ids = get_peft_model(build(tie_word_embeddings=False), lora), tokens(2, 9)
     expected, output = (model(input_ids=ids, labels=ids, output_logits=given) for given in (True, False))
@@ -199,6 +198,6 @@ def test_the_loss_of_an_adapted_projection_is_the_same_without_logits(head: dict
     torch.testing.assert_close(output.loss, expected.loss)
 
 
-def test_logits_are_given_where_there_is_no_label() -> None:
+def test_logits_are_returned_if_there_are_no_labels() -> None:
     model, ids = build(), tokens(2, 5)
     assert torch.equal(model(input_ids=ids, output_logits=False).logits, model(input_ids=ids).logits)

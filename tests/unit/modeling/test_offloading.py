@@ -1,4 +1,4 @@
-"""accelerate keeps weights in host memory or on disk, and brings each to its module for that module's forward pass."""
+"""accelerate can offload weights to host memory or disk and load them for the forward pass of their module."""
 
 import copy
 from pathlib import Path
@@ -16,64 +16,64 @@ from hypermoe_ds.modeling import HyperMoEForCausalLM
 KINDS = {
     "top-1": VARIANTS["top-1"],
     "route": {"hyper_conditioning": "route"},
-    "top-2 of 16": {"num_experts": 16},  # more sets than are known before routing
+    "top-2 of 16": {"num_experts": 16},  # too many selections to generate before routing
     "dense and shared": VARIANTS["dense and shared"],
 }
 ON_DISK = {
     "a layer": ["model.layers.1"],
     "the hypernetwork": ["model.hypernetwork"],
-    "maps of the hypernetwork": ["model.hypernetwork.down_weight", "model.hypernetwork.up_weight"],
+    "linear layers of the hypernetwork": ["model.hypernetwork.down_weight", "model.hypernetwork.up_weight"],
     "all layers": ["model.layers.0", "model.layers.1", "model.layers.2", "model.hypernetwork", "model.norm"],
 }
 
 
 def device_map(model: HyperMoEForCausalLM, on_disk: list[str]) -> dict[str, str]:
-    """Every module of `on_disk` there, every other in memory."""
-    elsewhere = {}
+    """Map the modules in `on_disk` to disk and all others to memory."""
+    in_memory = {}
     for name, _ in model.named_parameters():
         module = name.rpartition(".")[0]
         if not any(f"{module}.".startswith(f"{part}.") for part in on_disk):
-            elsewhere[module] = "cpu"
-    return {**elsewhere, "lm_head": "cpu", **dict.fromkeys(on_disk, "disk")}
+            in_memory[module] = "cpu"
+    return {**in_memory, "lm_head": "cpu", **dict.fromkeys(on_disk, "disk")}
 
 
 def check(offloaded: Any, model: HyperMoEForCausalLM) -> None:
-    """Logits with and without gradients, and text, are those of the plain model."""
-    ids, how = tokens(2, 9), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    """Compare logits, with and without gradients, and generated text with those of the plain model."""
+    ids, options = tokens(2, 9), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         expected: Tensor = model(input_ids=ids).logits
         assert distance(offloaded(input_ids=ids).logits, expected) < 1e-5
     assert distance(offloaded(input_ids=ids).logits, expected) < 1e-5
-    assert torch.equal(offloaded.generate(ids, **how), model.generate(ids, **how))
+    assert torch.equal(offloaded.generate(ids, **options), model.generate(ids, **options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_in_host_memory_computes_what_it_computes_on_its_device(kind: str) -> None:
+def test_cpu_offload_does_not_change_the_results(kind: str) -> None:
     model = build(**KINDS[kind])
     check(cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu")), model)
 
 
-@pytest.mark.parametrize("where", ON_DISK)
+@pytest.mark.parametrize("offloaded", ON_DISK)
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_parts_on_disk_a_model_computes_what_it_computes_in_memory(kind: str, where: str, tmp_path: Path) -> None:
+def test_disk_offload_does_not_change_the_results(kind: str, offloaded: str, tmp_path: Path) -> None:
     model = build(**KINDS[kind])
-    places = device_map(model, ON_DISK[where])
-    check(dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path), model)
+    module_devices = device_map(model, ON_DISK[offloaded])
+    check(dispatch_model(copy.deepcopy(model), module_devices, main_device="cpu", offload_dir=tmp_path), model)
 
 
-def test_baked_hyper_experts_may_be_offloaded_too(tmp_path: Path) -> None:
+def test_baked_hyper_experts_can_be_offloaded(tmp_path: Path) -> None:
     model = bake(build(**KINDS["top-1"]))
     check(cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu")), model)
-    places = device_map(model, ["model.layers.0", "model.layers.1", "model.layers.2"])
-    check(dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path), model)
+    module_devices = device_map(model, ["model.layers.0", "model.layers.1", "model.layers.2"])
+    check(dispatch_model(copy.deepcopy(model), module_devices, main_device="cpu", offload_dir=tmp_path), model)
 
 
-def test_a_folder_loads_with_its_hypernetwork_on_disk(tmp_path: Path) -> None:
+def test_a_folder_loads_with_the_hypernetwork_offloaded_to_disk(tmp_path: Path) -> None:
     model = build(**KINDS["top-1"])
     model.save_pretrained(tmp_path / "model")
-    places = device_map(model, ["model.hypernetwork", "model.layers.2"])
+    module_devices = device_map(model, ["model.hypernetwork", "model.layers.2"])
     loaded = HyperMoEForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+        tmp_path / "model", device_map=module_devices, offload_folder=tmp_path / "offloaded"
     )
     assert loaded.model.hypernetwork.up_weight.weight.is_meta
     check(loaded, model)

@@ -1,4 +1,3 @@
-"""Spikes: what stands out from the losses before it."""
 
 import math
 import random
@@ -7,18 +6,18 @@ from hypermoe_ds.resilience.loss_spikes import SpikeDetector
 
 
 def noisy(seed: int, steps: int) -> list[float]:
-    """A loss that falls from 10 to 3 with the noise of batches."""
-    drawn = random.Random(seed)
-    return [3 + 7 * math.exp(-step / 80) + drawn.gauss(0, 0.05) for step in range(steps)]
+    """Return losses that fall from 10 to 3, with the noise of single batches."""
+    generator = random.Random(seed)
+    return [3 + 7 * math.exp(-step / 80) + generator.gauss(0, 0.05) for step in range(steps)]
 
 
-def test_a_run_that_learns_has_no_spike() -> None:
+def test_a_steadily_falling_loss_has_no_spikes() -> None:
     for seed in range(10):
         detector = SpikeDetector()
         assert [detector.deviations(loss) for loss in noisy(seed, 600)] == [None] * 600
 
 
-def test_a_spike_is_told_in_robust_deviations_and_does_not_hide_the_next() -> None:
+def test_a_spike_is_measured_in_robust_deviations_and_does_not_hide_the_next() -> None:
     detector = SpikeDetector()
     losses = noisy(0, 600)
     for loss in losses:
@@ -28,7 +27,7 @@ def test_a_spike_is_told_in_robust_deviations_and_does_not_hide_the_next() -> No
     assert detector.deviations(losses[-1]) is None
 
 
-def test_the_first_losses_and_those_that_are_not_finite_are_no_spikes() -> None:
+def test_the_first_16_losses_and_non_finite_losses_are_not_spikes() -> None:
     detector = SpikeDetector()
     assert [detector.deviations(loss) for loss in [1.0] * 15 + [1e6]] == [None] * 16
     assert [detector.deviations(loss) for loss in (math.nan, math.inf)] == [None, None]

@@ -1,4 +1,3 @@
-"""Which signals ask a run to save and end."""
 
 import signal
 from collections.abc import Iterator
@@ -11,21 +10,21 @@ from hypermoe_ds.resilience.stop_signals import StopSignals
 
 @pytest.fixture(params=STOP_SIGNALS, ids=lambda number: number.name)
 def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
-    """One of them; what is done at it is put back at the end."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    """Yield each stop signal, and restore all handlers afterwards."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield request.param
-    for stop, handler in before.items():
+    for stop, handler in handlers.items():
         signal.signal(stop, handler)
 
 
-def test_each_is_noted_and_lets_the_step_end(number: signal.Signals) -> None:
+def test_a_stop_signal_is_recorded_and_does_not_end_the_process(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_DFL)
     signals = StopSignals()
     signal.raise_signal(number)
     assert signals.seen
 
 
-def test_one_that_is_ignored_where_the_job_was_started_stays_so(number: signal.Signals) -> None:
+def test_a_signal_that_was_ignored_at_launch_stays_ignored(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)
     signals = StopSignals()
     signal.raise_signal(number)

@@ -1,4 +1,3 @@
-"""How a rank finds out which other is lost, from the signs of life alone."""
 
 import os
 import signal
@@ -12,7 +11,7 @@ from hypermoe_ds.resilience.heartbeat import Heartbeat
 from hypermoe_ds.resilience.watchdog import _END_WITH_REPORT, Watchdog, start_time
 
 
-def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
+def test_a_process_that_dies_during_the_check_is_reported_as_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
@@ -30,7 +29,7 @@ def test_a_process_that_still_ends_while_it_is_looked_at_has_died(
         )
 
 
-# A process that ends in the seconds before it would be killed; what would be killed then is printed.
+# Replaces `sleep` and `kill`: the process ends during the grace period, and `kill` prints its arguments.
 ENDS_IN_TIME = """
 command sleep 1000 & process=$!
 sleep() { command kill -KILL $process; wait $process; } 2>/dev/null
@@ -39,15 +38,15 @@ set -- $process $(sed 's/.*) //' /proc/$process/stat | cut -d ' ' -f 20) .
 """
 
 
-def test_a_process_that_ended_before_it_was_killed_leaves_its_number_to_others() -> None:
+def test_the_id_of_a_process_that_already_ended_is_not_killed() -> None:
     script = ENDS_IN_TIME + _END_WITH_REPORT
     assert subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=False, timeout=60).stdout == b""
 
 
-def test_a_process_that_began_at_another_time_is_not_ended(tmp_path: Path) -> None:
+def test_a_process_with_another_start_time_is_not_killed(tmp_path: Path) -> None:
     (tmp_path / "verdict").touch()
     with subprocess.Popen(["sleep", "1000"]) as other:
-        words = ["sh", "-c", _END_WITH_REPORT, "sh", str(other.pid), start_time() + "0", str(tmp_path / "verdict")]
-        subprocess.run(words, check=False, timeout=5)
+        command = ["sh", "-c", _END_WITH_REPORT, "sh", str(other.pid), start_time() + "0", str(tmp_path / "verdict")]
+        subprocess.run(command, check=False, timeout=5)
         assert other.poll() is None
         other.kill()
