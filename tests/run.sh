@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up and runs every check: linters, types, scripts, tests. Reports all that fail, not only the first.
+# Set up the environment and run every check: linters, types, scripts, tests. A failing check does not stop the others.
 #
 #   bash tests/run.sh [PYTEST ARGUMENT ...]     e.g. tests/unit, -k routing, -m slow
 set -uo pipefail
@@ -9,13 +9,13 @@ bash launch/setup.sh dev mpi || exit 1
 venv=${HYPERMOE_VENV:-$PWD/.venv}
 PATH=$(cd "$venv/bin" && pwd):$PATH
 export PATH
-export OMP_NUM_THREADS=1 # ranks share the cores
-export HF_HUB_OFFLINE=1  # no test needs a network
+export OMP_NUM_THREADS=1 # the ranks share the cores
+export HF_HUB_OFFLINE=1  # no test needs the network
 [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]] || export DS_ACCELERATOR=cpu
 
 failed=()
 
-# check NAME COMMAND...: one stage, its time and whether it held.
+# check NAME COMMAND...: run one check, print its time and result, and remember a failure.
 check() {
     local name=$1 started=$SECONDS
     shift
@@ -36,7 +36,7 @@ parse_scripts() {
     return "$status"
 }
 
-# Files not yet added count too; names of files already removed do not.
+# Include untracked files, and exclude deleted files that git still lists.
 mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' '*.sbatch' .ci/run |
     while read -r file; do if [ -f "$file" ]; then echo "$file"; fi; done)
 
@@ -46,7 +46,7 @@ check "mypy" mypy
 check "bash -n" parse_scripts
 check "shellcheck" shellcheck "${scripts[@]}"
 check "hadolint" hadolint Dockerfile
-check "pytest" python -m pytest "$@" # last: its closing line ends the output
+check "pytest" python -m pytest "$@" # last, so that its summary ends the output
 
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2

@@ -1,1 +1,1 @@
-"""Save, find, load and prune checkpoints."""
+"""Save, find, load and delete checkpoints."""

@@ -1,7 +1,7 @@
-"""State of a DeepSpeed engine for checkpoints: for each parameter, the range of optimizer state that this rank owns.
+"""Read and write the state of a DeepSpeed engine: for each parameter, the range of optimizer state that a rank owns.
 
-ZeRO partitions each flattened parameter among the ranks that share it, after expert parallelism has split the experts.
-A range of the flattened parameter identifies a part in any of these layouts, so that any other layout can load it.
+Expert parallelism splits the experts; then ZeRO partitions each flattened parameter among the ranks that share it. In
+every layout, a rank therefore owns a range of the flattened parameter, which any other layout can load.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ class LocalSlice(NamedTuple):
     """The part of a parameter whose optimizer state a rank owns.
 
     Attributes:
-        shape: shape of the whole parameter, with the experts of all ranks.
-        start: first element of the part in the flattened parameter.
+        shape: shape of the full parameter, with the experts of all ranks.
+        start: offset of the part in the flattened parameter.
         numel: number of elements; 0 if the rank owns none.
     """
 
@@ -42,10 +42,10 @@ class Counters:
     """Counters of an engine.
 
     Attributes:
-        optimizer_steps: steps in AdamW's bias correction.
+        optimizer_steps: AdamW's step count, used in its bias correction.
         schedule_steps: steps of the learning-rate schedule.
-        global_steps: DeepSpeed's counter of steps.
-        global_samples: DeepSpeed's counter of samples.
+        global_steps: DeepSpeed's step counter.
+        global_samples: DeepSpeed's sample counter.
         skipped_steps: DeepSpeed's counter of skipped steps.
         loss_scaler: state of the fp16 loss scaler.
     """
@@ -79,16 +79,16 @@ class EngineState:
         return model_fields(self._engine.module.config)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield this rank's parts by `KIND/NAME`, in fp32 and flat; if possible as views of the engine's memory."""
+        """Yield this rank's parts by `KIND/NAME`, flattened, in fp32; views of the engine's memory where possible."""
         kinds = (WEIGHT, *MOMENTS) if self.optimizer_steps else (WEIGHT,)
         for name, parameter in self._parameters.items():
             for kind in kinds if self.slices[name].numel else ():
                 yield f"{kind}/{name}", self._part(parameter, kind)[: self.slices[name].numel]
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield this rank's parts of the averaged gradients by parameter name, flat.
+        """Yield this rank's parts of the averaged gradients by parameter name, flattened.
 
-        They exist between the last backward pass and the step, and are still multiplied by the fp16 loss scale.
+        Call it after the last backward pass and before the step. In fp16 the loss scale is not yet divided out.
         """
         for name, parameter in self._parameters.items():
             numel = self.slices[name].numel
@@ -98,7 +98,7 @@ class EngineState:
                 part = safe_get_local_grad(parameter).flatten()[:numel]
             else:
                 part = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-                if part.numel() > numel:  # with fp32 accumulation each rank has the gradient of the whole parameter
+                if part.numel() > numel:  # with fp32 accumulation, each rank has the full parameter's gradient
                     part = part.narrow(0, parameter._hp_mapping.lp_fragment_address.start, numel)
             yield name, part.detach()
 
@@ -112,11 +112,11 @@ class EngineState:
         }
 
     def load(self, reader: CheckpointReader, counters: dict[str, Any]) -> None:
-        """Load a checkpoint of any layout before the first step (collective).
+        """Load a checkpoint written under any layout; call it before the first step (collective).
 
         Args:
-            reader: the checkpoint; without moments the optimizer starts from zero.
-            counters: result of `counters` in the checkpoint; {} for a model that has not trained.
+            reader: the checkpoint; if it has no moments, they start at zero.
+            counters: the checkpoint's `counters()`; {} for a model that has not been trained.
         """
         optimizer = self._engine.optimizer
         if self._partitioned:
@@ -141,7 +141,7 @@ class EngineState:
             rank = torch.distributed.get_rank(parameter.ds_process_group)
             size = parameter.ds_tensor.numel()
             start = min(rank * size, numel)
-            length = min(size, numel - start)  # the last ranks have padding at the end
+            length = min(size, numel - start)  # the partitions of the last ranks are padded
         elif parameter._hp_mapping is None:
             start, length = 0, 0
         else:
@@ -156,13 +156,13 @@ class EngineState:
         )
 
     def _part(self, parameter: Any, kind: str) -> Tensor:
-        """Return this rank's part in fp32, flat."""
+        """Return this rank's part, flattened, in fp32."""
         if self._partitioned and kind == WEIGHT:
             part: Tensor = safe_get_local_fp32_param(parameter)
         elif self._partitioned:
             part = safe_get_local_optimizer_state(parameter, kind)
         else:
-            # DeepSpeed 0.19.8 links fragments of the moments only for the first group, so they are not used here.
+            # DeepSpeed 0.19.8 links moment fragments only for the first parameter group, so they are not used here.
             flat = self._flat()[parameter._hp_mapping.param_group_index]
             address = parameter._hp_mapping.hp_fragment_address
             whole = flat if kind == WEIGHT else self._engine.optimizer.optimizer.state[flat][kind]
@@ -170,7 +170,7 @@ class EngineState:
         return part.detach()
 
     def _flat(self) -> list[Tensor]:
-        """Return the flat tensors of the optimizer, one per group (one per subgroup with ZeRO 3)."""
+        """Return the optimizer's flat tensors, one per parameter group (ZeRO 3: one per subgroup)."""
         optimizer = self._engine.optimizer
         if self._partitioned:
             return list(optimizer.fp32_partitioned_groups_flat)
@@ -178,12 +178,12 @@ class EngineState:
 
     @property
     def optimizer_steps(self) -> int:
-        """Number of steps in AdamW's bias correction."""
+        """AdamW's step count, used in its bias correction."""
         state = self._engine.optimizer.optimizer.state
         return max((int(state[flat]["step"]) for flat in self._flat() if state.get(flat)), default=0)
 
     def _make_moments(self, steps: int) -> None:
-        """Create zero moments with a step count, which AdamW itself would create in its first step."""
+        """Create zero moments and the step count; AdamW itself creates them only in its first step."""
         adamw = self._engine.optimizer.optimizer
         for flat in self._flat():
             on_device = isinstance(adamw, torch.optim.AdamW)
@@ -191,7 +191,7 @@ class EngineState:
             adamw.state[flat] = {"step": step} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
 
     def _update_model_weights(self) -> None:
-        """Copy the fp32 master weights to the weights of the model, as after a step."""
+        """Copy the fp32 master weights to the model's weights, as an optimizer step does."""
         optimizer = self._engine.optimizer
         if self._partitioned:
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -200,7 +200,7 @@ class EngineState:
             optimizer.update_lp_params()
 
     def _loss_scale(self) -> dict[str, float]:
-        """Return the state of the loss scaler; {} without one (as with bf16, ZeRO 1 and fp32 accumulation)."""
+        """Return the state of the loss scaler, or {} if there is none, e.g. with bf16, ZeRO 1 and fp32 accumulation."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return {} if scaler is None else {key: v for key, v in vars(scaler).items() if type(v) in (int, float)}
 
@@ -208,12 +208,12 @@ class EngineState:
         engine = self._engine
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, counters[name])
-        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # otherwise it is from another precision
+        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # different keys: another precision
             for key, value in counters["loss_scaler"].items():
                 setattr(engine.optimizer.loss_scaler, key, value)
         steps = counters["schedule_steps"]
         if steps:
             scheduler = engine.lr_scheduler
-            # Set the step before and take one, so that each parameter group gets the learning rate of the recipe.
+            # Set the previous step and advance, so that each parameter group gets the recipe's learning rate.
             scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps - 1, "_step_count": steps + 1})
             scheduler.step()

@@ -1,7 +1,7 @@
-"""Map the expert weights of the Transformers model to those of the training model, and back.
+"""Convert expert weights between the layouts of the Transformers model and the training model.
 
-`BLOCK.experts.gate_up_proj` [N, 2F, D] is w1 (gate) and w3 (up), each [N, F, D]; `BLOCK.experts.down_proj` [N, D, F] is
-w2. All other tensors have the same name and shape in both.
+`BLOCK.experts.gate_up_proj` [N, 2F, D] holds w1 (gate) and w3 (up), each [N, F, D]; `BLOCK.experts.down_proj` [N, D, F]
+is w2. All other tensors have the same name and shape in both models.
 
 Shape legend: N experts, F expert width, D hidden size.
 """
@@ -15,7 +15,7 @@ _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
 
 def training_shapes(name: str, shape: torch.Size) -> dict[str, torch.Size]:
-    """Return the names and shapes that a tensor of the Transformers model has in the training model."""
+    """Return the training model's names and shapes for a tensor of the Transformers model."""
     if name.endswith(_GATE_UP) and len(shape) == 3 and shape[1] % 2 == 0:
         half = torch.Size((shape[0], shape[1] // 2, shape[2]))
         return {name.removesuffix("gate_up_proj") + part: half for part in ("w1", "w3")}
@@ -25,7 +25,7 @@ def training_shapes(name: str, shape: torch.Size) -> dict[str, torch.Size]:
 
 
 def training_view(tensor: Tensor, name: str) -> Tensor:
-    """Return the part of a Transformers model's tensor with this name in the training model, as a view."""
+    """Return a view of the part of a Transformers tensor that the training model calls `name`."""
     if name.endswith((".experts.w1", ".experts.w3")):
         gate_NFD, up_NFD = tensor.chunk(2, dim=1)
         return gate_NFD if name.endswith("w1") else up_NFD
@@ -33,7 +33,7 @@ def training_view(tensor: Tensor, name: str) -> Tensor:
 
 
 def training_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Rename and split the Transformers model's tensors into those of the training model, as checkpoints hold them."""
+    """Rename and split the Transformers model's tensors into those of the training model, which checkpoints store."""
     for name, tensor in weights:
         for part in training_shapes(name, tensor.shape):
             yield part, training_view(tensor, part)

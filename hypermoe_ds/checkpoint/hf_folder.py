@@ -1,7 +1,7 @@
-"""Read the files of a Hugging Face folder, without running its code and without following links out of it.
+"""Read the files of a Hugging Face folder without running its code or following symbolic links out of it.
 
-Its content is checked before anything is built from it: numbers in its JSON are bounded, and only regular files of the
-folder are opened.
+The content is checked before it is used: numbers in JSON files are bounded, and only regular files inside the folder
+are opened.
 """
 
 import json
@@ -18,20 +18,20 @@ from hypermoe_ds.files import file_of
 from hypermoe_ds.modeling import ConfigurationError, HyperMoEConfig, state_dict_shapes
 
 CONFIG = "config.json"
-_LARGEST_JSON = 2**26  # bytes; the index of 100,000 tensors takes 10 MB
+_LARGEST_JSON = 2**26  # bytes; an index of 100,000 tensors is 10 MB
 FETCH_AGAIN = "export or fetch the folder again"
 
-# Far above any model, and small enough that nothing built from them takes long.
+# Far more than any model has, but small enough that nothing built from these numbers takes long.
 _LARGEST_NUMBER = 2**40
 _LIMITS = {"num_hidden_layers": 10_000, "num_experts": 65_536, "num_local_experts": 65_536}
 
 _types: dict[str, Any] = {name: (kind, None) for name, kind in HyperMoEConfig.__annotations__.items()}
-_types["eos_token_id"] = (int | list[int] | None, None)  # chat models have several
+_types["eos_token_id"] = (int | list[int] | None, None)  # chat models have several end-of-sequence tokens
 _Fields = create_model("_Fields", __config__=ConfigDict(strict=True, allow_inf_nan=False), **_types)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object from a file of a folder.
+    """Read a JSON object from a file in the folder.
 
     Raises:
         UserError: the file is missing, larger than 64 MiB, damaged or not a JSON object.
@@ -54,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a folder.
 
     Raises:
-        UserError: it is missing or damaged, or a number is larger than that of any model.
+        UserError: the file is missing or damaged, or contains an implausibly large number.
     """
     if not (folder / CONFIG).exists():
         raise UserError(str(folder / CONFIG), "is missing", "give a Hugging Face folder")
@@ -67,11 +67,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
-    """Read the config.json of a HyperMoE model; unknown keys are ignored.
+    """Read the config.json of a HyperMoE model; ignore unknown keys.
 
     Raises:
-        UserError: as `read_config`; or it is of another model, or a value has the wrong type or does not fit the
-            others.
+        UserError: `read_config` refuses the file, it does not describe a HyperMoE model, or a value has the wrong type
+            or does not match the others.
     """
     content, path = read_config(folder), folder / CONFIG
     kind = content.get("model_type")
@@ -81,10 +81,10 @@ def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
 
 
 def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
-    """Build the configuration of a folder's model; unknown fields are ignored.
+    """Build the configuration of a folder's model; ignore unknown fields.
 
     Raises:
-        UserError: a value has the wrong type or does not fit the others.
+        UserError: a value has the wrong type or does not match the others.
     """
     path = folder / CONFIG
     try:
@@ -101,21 +101,21 @@ def hypermoe_config(folder: Path, fields: Mapping[str, Any]) -> HyperMoEConfig:
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of a library's error message, cut to 200 characters."""
+    """Return the last line of a library's error message, truncated to 200 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()[:200]
 
 
 def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors, after checking that stored weights can belong to it.
+    """Return the shapes of a model's tensors, after checking that the stored weights have enough layers.
 
     Args:
-        folder: the folder of the weights.
+        folder: the folder with the weights.
         config: configuration of the model.
         stored: names of the stored tensors; their layers are counted before a model with `num_hidden_layers` is built.
 
     Raises:
-        UserError: the weights have fewer layers, or a tensor is larger than any memory.
+        UserError: the weights have fewer layers than the configuration, or a tensor is too large to address.
     """
     layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
     if layers < config.num_hidden_layers:
@@ -129,6 +129,6 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
 
 
 def short(value: object) -> str:
-    """Format a value for a message, cut to 80 characters."""
+    """Format a value for a message, truncated to 80 characters."""
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,4 +1,4 @@
-"""Write the run folder of a new run that starts from given weights."""
+"""Write the run folder of a new run that starts from existing weights."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from hypermoe_ds.data.tokenizer import copy_tokenizer
 from hypermoe_ds.files import check_output, check_room, scratch_beside
 from hypermoe_ds.modeling import HyperMoEConfig
 
-_SHARD_BYTES = 10**8  # in memory while it is written
+_SHARD_BYTES = 10**8  # held in memory while a shard is written
 
 
 def init_from_weights(
@@ -26,18 +26,18 @@ def init_from_weights(
     settings: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> RunFolder:
-    """Write a run folder from which training continues at step 0, atomically.
+    """Write a run folder with a checkpoint of step 0, atomically.
 
     Args:
-        output: the run folder, which must not exist or be empty.
+        output: the run folder; it must be empty or not exist.
         config: configuration of the model.
         weights: tensors of the Transformers model.
-        tokenizer: folder of its tokenizer.
-        settings: the known part of the recipe: `model` and `train.precision`.
-        state: position of a run before its first step.
+        tokenizer: folder of the model's tokenizer.
+        settings: the known settings of the recipe: `model` and `train.precision`.
+        state: training state before the first step.
 
     Raises:
-        UserError: the output exists, the disk is too full, or there is no tokenizer.
+        UserError: the output exists and is not empty, the disk is too full, or the folder has no tokenizer.
     """
     check_output(output)
     with scratch_beside(output) as scratch:

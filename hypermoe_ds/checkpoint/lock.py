@@ -1,4 +1,4 @@
-"""Lock a run folder, so that only one job trains in it."""
+"""Lock a run folder so that only one job trains in it."""
 
 import errno
 import fcntl
@@ -16,16 +16,16 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Lock a run folder for this process.
+    """A lock on a run folder, held by this process.
 
-    The system releases the lock when the process ends for any reason, also on another host of a shared file system.
-    Child processes do not inherit it.
+    The operating system releases the lock when the process ends for any reason, even if other hosts share the file
+    system. Child processes do not inherit the lock.
 
     Args:
-        folder: the run folder; made if it is missing.
+        folder: the run folder; created if it does not exist.
 
     Raises:
-        UserError: another process has the lock, or the folder cannot be written.
+        UserError: another process holds the lock, or the folder is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,10 +56,10 @@ class RunLock:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a run folder for all ranks of this job (collective); make it if it is missing.
+    """Lock a run folder for this job (collective); create the folder if it does not exist.
 
     Raises:
-        UserError: another job trains in it, or it cannot be written.
+        UserError: another job is training in the folder, or it is not writable.
     """
     locks = []
     ControlGroup().run_on_rank0(lambda: locks.append(RunLock(folder)))

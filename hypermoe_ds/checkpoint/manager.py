@@ -1,4 +1,4 @@
-"""Save and resume a run on all ranks together, atomically and in the background."""
+"""Save and resume a run (collective). Saves are atomic and run in the background."""
 
 import logging
 import os
@@ -51,13 +51,13 @@ Value = TypeVar("Value")
 
 
 class CheckpointManager:
-    """Checkpoints of one run. The constructor, saving and resuming are collective.
+    """The checkpoints of one run. The constructor, saving and resuming are collective.
 
     Args:
         engine: the DeepSpeed engine to save and load.
-        checkpoints: RUN_DIR/checkpoints; RUN_DIR exists.
+        checkpoints: RUN_DIR/checkpoints; RUN_DIR must exist.
         config: when to save and what to keep.
-        settings: the recipe as run, which each checkpoint stores.
+        settings: the resolved recipe, which each checkpoint stores.
     """
 
     def __init__(self, engine: Any, checkpoints: Path, config: CheckpointConfig, settings: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class CheckpointManager:
         return step % self._config.interval == 0
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest good checkpoint, for any layout that wrote it.
+        """Load the newest intact checkpoint, whatever layout wrote it.
 
         Damaged checkpoints are reported and renamed.
 
@@ -86,8 +86,8 @@ class CheckpointManager:
             The state of the run in the checkpoint; None if there is no checkpoint.
 
         Raises:
-            UserError: there are checkpoints, but `checkpoint.resume` is "none", none of them is good, or the newest
-                good one is of another model.
+            UserError: checkpoints exist, but `checkpoint.resume` is "none", all of them are damaged, or the newest
+                intact one belongs to a different model.
         """
         if self._folder.is_dir():
             self._first(lambda: store.remove_unfinished(self._folder))
@@ -109,16 +109,16 @@ class CheckpointManager:
         return run
 
     def save(self, step: int, state: dict[str, Any], prune: bool = True) -> None:
-        """Write a checkpoint after `step`, then remove old ones. Training may continue before it is on disk.
+        """Save a checkpoint, then delete old ones. With `checkpoint.asynchronous`, return before it is on disk.
 
         Args:
             step: optimizer steps taken.
-            state: position of the run, as JSON.
-            prune: whether to remove old ones.
+            state: training state, as JSON.
+            prune: whether to delete old checkpoints.
 
         Raises:
-            MachineError: the disk is full, fails or is missing, or a weight or moment is not finite. A background save
-                logs such an error, and the next checkpoint is then written while training waits.
+            MachineError: the disk is full, fails or is missing, or a weight or moment is NaN or infinite. If this
+                happens in a background save, the error is logged and the next save blocks training.
         """
         began = time.perf_counter()
         self._join()
@@ -150,10 +150,10 @@ class CheckpointManager:
                 _LOGGER.info("checkpoint of step %d: written in %.2f s", step, time.perf_counter() - began)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is written.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            MachineError: it could not be written.
+            MachineError: the checkpoint could not be written.
         """
         self._join()
         with _as_machine_errors():
@@ -162,13 +162,13 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether the background save of this rank has failed; other ranks may notice it a moment later."""
+        """Whether this rank's background save has failed. Other ranks may notice the failure slightly later."""
         return self._failure is not None
 
     def last_good(self) -> Path | None:
-        """Find the newest intact checkpoint without NaN from before the current row of bad steps (collective).
+        """Return the newest intact checkpoint from before the current run of bad steps, or None (collective).
 
-        Checkpoints are read in full for any `checkpoint.verify`. None if there is no such checkpoint.
+        Candidates are verified in full, including a search for NaN, whatever `checkpoint.verify` is.
         """
         self._join()
         named = self._first(lambda: store.named_step(self._folder))
@@ -179,18 +179,18 @@ class CheckpointManager:
         return None
 
     def newest(self) -> Path | None:
-        """Return the checkpoint that `latest` names; None if it names none."""
+        """Return the checkpoint that `latest` names, or None if it names none."""
         step = store.named_step(self._folder)
         return None if step is None else self._folder / store.step_name(step)
 
     def check_room(self) -> None:
-        """Refuse to start a checkpoint that the disk cannot hold. Writes nothing.
+        """Check that the disk has room for a checkpoint, without writing anything.
 
         Raises:
-            UserError: a checkpoint needs more than the free space, the folder cannot be written, or another folder is
-                mounted in its place on some host.
+            UserError: a checkpoint needs more than the free space, the folder is not writable, or on some host the
+                path now points to a different folder.
         """
-        # The minimum over the ranks, before any of them writes, so that all continue or none does.
+        # All ranks compare the same minimum before any of them writes, so either all continue or none does.
         free = min(self._ranks.gather_or_raise(self._free_bytes))
         if free < self._size:
             raise UserError(
@@ -209,7 +209,7 @@ class CheckpointManager:
         return shutil.disk_usage(run).free
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to the host, because training changes it before it is on disk."""
+        """Copy a tensor to host memory, because training may change it before it is on disk."""
         return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
     def _write_in_background(
@@ -236,7 +236,7 @@ class CheckpointManager:
             )
             self._first(lambda: self._publish(step, saved, entries, prune))
         except UserError:
-            if rank == 0:  # free the space: the disk may be full
+            if rank == 0:  # the disk may be full: free the space
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -257,7 +257,7 @@ class CheckpointManager:
             store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
 
     def _newest_good(self, newest: int) -> int:
-        """Find the newest intact checkpoint up to step `newest` and name it in `latest`."""
+        """Find the newest intact checkpoint up to step `newest`, and update `latest`."""
         damage: list[UserError] = []
         while True:
             steps = self._first(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
@@ -284,12 +284,14 @@ class CheckpointManager:
             store.name_latest(self._folder, step)
 
     def _damage(self, step: int, verify: Verify, before_bad_steps: bool = False) -> UserError | None:
-        """Check a checkpoint and return what is wrong with it (collective); each rank checks a part of the files.
+        """Verify a checkpoint and return the first error found, or None (collective).
+
+        Each rank checks part of the files.
 
         Args:
             step: step of the checkpoint.
             verify: what to compare; "full" also checks for NaN and Inf.
-            before_bad_steps: treat a checkpoint that was written in a row of bad steps as damaged.
+            before_bad_steps: treat a checkpoint written during consecutive bad steps as damaged.
 
         Raises:
             UserError: the disk fails.
@@ -301,7 +303,7 @@ class CheckpointManager:
                 with CheckpointReader(folder, verify=None) as reader:
                     self._check(reader, verify)
                     if before_bad_steps and reader.manifest.state["run"].get("bad_steps"):
-                        raise UserError(str(folder), "was written in a row of bad steps", "choose another checkpoint")
+                        raise UserError(str(folder), "was written during bad steps", "choose another checkpoint")
             except UserError as error:
                 return [error]
             return []
@@ -320,10 +322,10 @@ class CheckpointManager:
             raise UserError(str(folder), f"has NaN or Inf in {name}", "choose another checkpoint")
 
     def _refuse_other_model(self, manifest: Manifest) -> None:
-        """Compare the model, including names and shapes of parameters, with that of a checkpoint before loading it.
+        """Check that a checkpoint has the same model configuration, parameter names and shapes.
 
         Raises:
-            UserError: they differ.
+            UserError: the models differ.
         """
         if "model" in manifest.state:
             refuse_other_model(self._state.model(), manifest.state["model"], self._folder.parent)
@@ -354,7 +356,7 @@ class CheckpointManager:
         return self._ranks.run_on_rank0(lambda: self._as_user_error(action))
 
     def _as_user_error(self, action: Callable[[], Value], done: str = "written") -> Value:
-        """Run `action` and turn a disk failure into a `UserError`."""
+        """Run `action` and convert a disk failure to a `UserError`."""
         try:
             return action()
         except (OSError, SafetensorError) as error:
@@ -365,7 +367,7 @@ class CheckpointManager:
 
 @contextmanager
 def _as_machine_errors() -> Iterator[None]:
-    """Turn user errors into machine errors: a disk failure during training is not a user error."""
+    """Convert user errors to machine errors: a disk failure during training is not the user's mistake."""
     try:
         yield
     except UserError as error:
@@ -373,7 +375,7 @@ def _as_machine_errors() -> Iterator[None]:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return device and inode of a folder; None if it does not exist."""
+    """Return the device and inode of a folder, or None if it does not exist."""
     with suppress(OSError):
         status = folder.stat()
         return status.st_dev, status.st_ino
@@ -381,7 +383,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _has_state(manifest: Manifest) -> bool:
-    """Return whether a checkpoint has all that a resume needs."""
+    """Return whether a checkpoint contains everything that a resume needs."""
     counters = manifest.state.get("engine")
     try:
         trained = bool(counters) and _COUNTERS.validate_python(counters).optimizer_steps > 0

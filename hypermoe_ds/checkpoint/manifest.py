@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: read it and check it against the files before reading anything else.
+"""The manifest of a checkpoint. It is read first and checked against the other files.
 
-A manifest may come from an untrusted source. All its numbers are checked against each other, and sizes against the
-files, before memory is allocated.
+A manifest may come from an untrusted source. Its numbers are checked for consistency, and its sizes against the files,
+before memory is allocated.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Verify = Literal["sizes", "full"]
 MANIFEST = "manifest.json"
 FORMAT = 1
 BYTES_OF_ELEMENT = 4  # fp32
-_LARGEST_MANIFEST = 2**30  # bytes; one of 1,000 tensors in 1,000 shards has 0.1 GiB
+_LARGEST_MANIFEST = 2**30  # bytes; a manifest of 1,000 tensors in 1,000 shards is 0.1 GiB
 _HASHING_THREADS = 8
 _REMEDY = "choose another checkpoint"
 
@@ -46,8 +46,8 @@ class SliceEntry(NamedTuple):
     """A range of a flattened tensor.
 
     Attributes:
-        shard: number of the file that has it.
-        start: its first element in the whole tensor.
+        shard: index of the file that contains it.
+        start: offset in the flattened tensor.
         numel: number of elements.
     """
 
@@ -61,7 +61,7 @@ class TensorEntry:
     """Location of a tensor in the shards.
 
     Attributes:
-        shape: shape of the whole tensor.
+        shape: shape of the full tensor.
         pieces: ranges that cover the tensor, in order.
     """
 
@@ -70,7 +70,7 @@ class TensorEntry:
 
     @property
     def numel(self) -> int:
-        """Number of elements of the whole tensor."""
+        """Number of elements of the full tensor."""
         return prod(self.shape)
 
 
@@ -79,8 +79,8 @@ class FileEntry:
     """Size and hash of a file.
 
     Attributes:
-        bytes: its size.
-        sha256: SHA-256 of its content, hexadecimal.
+        bytes: size of the file.
+        sha256: SHA-256 of its content, in hexadecimal.
     """
 
     bytes: Count
@@ -93,12 +93,12 @@ class Manifest:
 
     Attributes:
         step: optimizer steps taken.
-        state: position of the run and of the schedule, as JSON.
-        settings: the recipe as run.
-        tensors: parameters by the training model's names.
-        kinds: what is stored of each: "weight" and, after the first step, the optimizer's moments.
+        state: state of the run, the engine and the schedule, as JSON.
+        settings: the resolved recipe.
+        tensors: parameters by their names in the training model.
+        kinds: what is stored per parameter: "weight" and, after the first step, the optimizer's moments.
         files: all other files of the folder.
-        written_by: git commit and versions of packages.
+        written_by: git commit and package versions.
     """
 
     step: Count
@@ -110,25 +110,25 @@ class Manifest:
     written_by: dict[str, str] = field(default_factory=versions_now)
 
     def write(self, folder: Path) -> None:
-        """Write it to the folder, durably."""
+        """Write the manifest to the folder and sync it to disk."""
         content = {"format": FORMAT, **asdict(self)}
-        # Through JSON once, so that the digest is of the values that a reader sees.
+        # Convert to JSON and back, so that the digest covers the values that a reader gets.
         text = json.dumps({**content, "digest": _digest(json.loads(json.dumps(content)))}, indent=1)
         write_durably(folder / MANIFEST, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read a manifest and check its digest, its types and its consistency.
+        """Read a manifest and check its digest, types and consistency.
 
         Raises:
-            UserError: it is missing, damaged, of another format or inconsistent.
+            UserError: the manifest is missing, damaged, inconsistent or in another format.
         """
         path = folder / MANIFEST
         try:
             check_inside(path, folder)
             if path.stat().st_size > _LARGEST_MANIFEST:
                 raise ValueError
-            content = from_json(path.read_bytes())  # limits the depth of nesting
+            content = from_json(path.read_bytes())  # limits the nesting depth
             damaged = content.pop("digest") != _digest(content)
             of_this_format = content.pop("format") == FORMAT
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -136,7 +136,7 @@ class Manifest:
         if damaged:
             raise UserError(str(path), "is missing or damaged", _REMEDY)
         if not of_this_format:
-            raise UserError(str(path), "is of another format", "read it with the version that wrote it")
+            raise UserError(str(path), "has another format", "read it with the version that wrote it")
         try:
             if content.keys() != {own.name for own in fields(cls)}:
                 raise ValueError("it has other keys")
@@ -147,10 +147,10 @@ class Manifest:
         return manifest
 
     def shards(self, among: Collection[str] | None = None) -> dict[str, dict[str, int]]:
-        """Return the elements of each `KIND/NAME` in each file.
+        """Return, by file, the number of elements of each `KIND/NAME` in it.
 
         Args:
-            among: names of the files; None takes all.
+            among: names of the files to include; None includes all.
         """
         found: dict[str, dict[str, int]] = {name: {} for name in self.files if among is None or name in among}
         for name, entry in self.tensors.items():
@@ -160,10 +160,10 @@ class Manifest:
         return found
 
     def _check_parts(self) -> None:
-        """Check shapes, ranges and sizes against each other.
+        """Check that shapes, ranges and sizes are consistent.
 
         Raises:
-            ValueError: they are inconsistent.
+            ValueError: they are not.
         """
         if len(set(self.kinds)) < len(self.kinds) or "weight" not in self.kinds:
             raise ValueError(f"kinds {self.kinds}")
@@ -186,11 +186,12 @@ class Manifest:
 
         Args:
             folder: the checkpoint.
-            verify: "sizes" compares sizes, "full" hashes too.
+            verify: "sizes" compares sizes; "full" also compares hashes.
             among: names of the files to check; None checks all.
 
         Raises:
-            UserError: a file is missing, differs or is a link out of the folder; it names the first one.
+            UserError: a file is missing, differs or is a symbolic link out of the folder; the error names the first
+                one.
             OSError: the disk fails.
         """
         chosen = {folder / name: entry for name, entry in self.files.items() if among is None or name in among}
@@ -213,7 +214,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def _first_line(error: ValueError) -> str:
-    """Return the location and the problem, without the value, which may be long."""
+    """Return the location and the problem of the first error, without the value, which may be long."""
     if not isinstance(error, ValidationError):
         return str(error)[:200]
     first = error.errors(include_input=False, include_url=False)[0]
@@ -221,17 +222,17 @@ def _first_line(error: ValueError) -> str:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Refuse a file that is a link out of the folder.
+    """Refuse a symbolic link that leads out of the folder.
 
     Raises:
-        UserError: it is such a link.
+        UserError: the path is such a link.
     """
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(str(path), "is a link that leads out of its folder", "put the file itself there")
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return size and hash of a file."""
+    """Return the size and hash of a file."""
     return FileEntry(path.stat().st_size, sha256_of(path))
 
 

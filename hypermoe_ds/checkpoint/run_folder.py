@@ -16,7 +16,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import scratch_beside, write_durably
 from hypermoe_ds.modeling import HyperMoEConfig
 
-# Keys of a model configuration that do not affect weights or outputs.
+# Keys of a model's configuration that do not affect its weights or outputs.
 _BOOKKEEPING = ("transformers_version", "architectures", "auto_map", "dtype", "_name_or_path")
 
 
@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def watch(self) -> Path:
-        """Heartbeats of the ranks, the failure report and the stacks of ranks that waited for a lost one."""
+        """Folder of the ranks' heartbeats, the failure report and the stacks of ranks that waited for a lost rank."""
         return self.path / "watch"
 
     @property
@@ -57,12 +57,12 @@ class RunFolder:
 
     @property
     def model_section(self) -> Path:
-        """The model as a `model` section of a recipe, in a run that was initialised from weights."""
+        """The `model` section for the recipe, in a run that was initialised from existing weights."""
         return self.path / "resolved" / "model.yaml"
 
     @property
     def tokenizer(self) -> Path:
-        """Copy of the tokenizer folder."""
+        """The copy of the tokenizer folder."""
         return self.path / "resolved" / "tokenizer"
 
     def exists(self) -> bool:
@@ -70,15 +70,15 @@ class RunFolder:
         return (self.model / "config.json").is_file()
 
     def read_settings(self) -> dict[str, Any]:
-        """Read the recipe as run.
+        """Read the resolved recipe.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: the file is missing or damaged.
         """
         return load_yaml(self.settings)
 
     def section(self, name: str, kind: type[Section]) -> Section:
-        """Read one section of the recipe as run.
+        """Read one section of the resolved recipe.
 
         Raises:
             UserError: the recipe is missing or damaged.
@@ -100,29 +100,29 @@ class RunFolder:
             raise UserError(str(self.model / "config.json"), f"is damaged ({error})", remedy) from None
 
     def check_same_run(self, config: HyperMoEConfig, tokenizer: Path) -> None:
-        """Refuse to continue with another model or tokenizer.
+        """Refuse to continue with a different model or tokenizer.
 
         Raises:
-            UserError: as `check_same_model` and `check_same_tokenizer`.
+            UserError: the model or the tokenizer differs from the run's.
         """
         self.check_same_model(config)
         self.check_same_tokenizer(tokenizer)
 
     def check_same_model(self, config: HyperMoEConfig) -> None:
-        """Refuse to continue with another model.
+        """Refuse to continue with a different model.
 
         Raises:
-            UserError: the folder has a run, and a field of its model differs.
+            UserError: the folder has a run, and a field of its model's configuration differs.
         """
         if not self.exists():
             return
         refuse_other_model(model_fields(config), model_fields(self.model_config()), self.path)
 
     def check_same_tokenizer(self, tokenizer: Path) -> None:
-        """Refuse to continue with another tokenizer than that of the first launch.
+        """Refuse to continue with a tokenizer that differs from the first launch's.
 
         Raises:
-            UserError: the folder has a tokenizer, and a vocabulary file of `tokenizer` differs from it.
+            UserError: the folder has a tokenizer, and one of its vocabulary files differs from that of `tokenizer`.
         """
         if not self.tokenizer.is_dir():
             return
@@ -136,7 +136,7 @@ class RunFolder:
                 )
 
     def write_model(self, config: HyperMoEConfig) -> None:
-        """Write the model's config.json, without code."""
+        """Write the model's config.json, without modeling code."""
         self.model.mkdir(parents=True, exist_ok=True)
         write_durably(self.model / "config.json", config.to_json_string())
 
@@ -161,16 +161,16 @@ class RunFolder:
 
 
 def model_fields(config: HyperMoEConfig) -> dict[str, Any]:
-    """Return the fields of a model configuration that affect weights or outputs, as JSON."""
+    """Return the fields of a model's configuration that affect weights or outputs, as JSON."""
     fields: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return {key: value for key, value in fields.items() if key not in _BOOKKEEPING}
 
 
 def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
-    """Refuse a model that differs from the run's. Fields that are newer than the run are not compared.
+    """Refuse a model that differs from the run's. Fields that the run did not record are not compared.
 
     Raises:
-        UserError: a field differs; the first one is named.
+        UserError: a field differs; the error names the first one.
     """
     for key in ours:
         if key in theirs and ours[key] != theirs[key]:
@@ -185,7 +185,7 @@ def check_step(step: int | None, paths: Iterable[Path]) -> None:
     """Refuse `--step` if none of the folders is a run folder.
 
     Raises:
-        UserError: a step is given and no folder has steps.
+        UserError: a step is given, and no folder is a run folder.
     """
     if step is not None and not any(RunFolder(path).exists() for path in paths):
         raise UserError(f"--step={step}", "only a run folder has steps and none is given", "remove it")

@@ -17,7 +17,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # kept by old versions; computed from rope_theta
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # saved by old Transformers versions; computed from rope_theta
 
 Reader = Callable[[], Tensor]
 
@@ -26,8 +26,8 @@ def weight_files(folder: Path) -> list[Path]:
     """List the safetensors files of a folder.
 
     Raises:
-        UserError: there are none, the index is damaged or names another kind of file, or a file is missing or a link
-            out of the folder.
+        UserError: there are no safetensors files, the index is damaged or names another kind of file, or a file is
+            missing or a symbolic link out of the folder.
     """
     if (folder / INDEX).exists():
         weight_map = read_json(folder, INDEX).get("weight_map")
@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class SafetensorsFolder:
-    """Tensors of the safetensors files of a folder, by their names in the files.
+    """Tensors in the safetensors files of a folder, by name.
 
     Args:
         folder: a Hugging Face folder.
@@ -60,10 +60,10 @@ class SafetensorsFolder:
         folder: the folder.
         paths: the files.
         shapes: shape of each tensor.
-        dtypes: type of each tensor in safetensors' notation ("F32", "BF16").
+        dtypes: dtype of each tensor in safetensors notation ("F32", "BF16").
 
     Raises:
-        UserError: as `weight_files`; or a file is damaged, or a tensor is in two files.
+        UserError: `weight_files` refuses the folder, a file is damaged, or two files contain the same tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ class SafetensorsFolder:
         return self._file_of[name]
 
     def map(self, name: str) -> Tensor:
-        """Map a tensor to its file: only the parts that are used are read.
+        """Memory-map a tensor: only the parts that are used are read.
 
         Raises:
             UserError: the file is damaged.
@@ -104,7 +104,7 @@ class SafetensorsFolder:
         return tensor
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor as it is stored, into memory of its own.
+        """Read a tensor in its stored dtype, as a copy in memory.
 
         Raises:
             UserError: the file is damaged.
@@ -117,16 +117,16 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 class FolderWeights(SafetensorsFolder):
-    """Tensors of a folder that are stored in fp32, bf16 or fp16.
+    """Weights in fp32, bf16 or fp16 in the safetensors files of a folder.
 
     Args:
-        folder: a Hugging Face folder with `model.safetensors`, or several files and their index.
+        folder: a Hugging Face folder with `model.safetensors`, or with several files and their index.
 
     Attributes:
-        dtype: common precision of all tensors, fp32 if there are several.
+        dtype: dtype of all tensors, or fp32 if they have different dtypes.
 
     Raises:
-        UserError: as `SafetensorsFolder`, or a tensor has another type.
+        UserError: `SafetensorsFolder` refuses the folder, or a tensor has another dtype.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +140,7 @@ class FolderWeights(SafetensorsFolder):
 
 
 class TakenTensors:
-    """Tensors of a folder, with a record of those that were read, so that none is left over."""
+    """Tensors of a folder, with a record of which were used, to find unused ones."""
 
     def __init__(self, files: FolderWeights) -> None:
         self.files = files
@@ -150,7 +150,7 @@ class TakenTensors:
         return name in self.files.shapes
 
     def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
-        """Return a function that reads a tensor of this shape."""
+        """Return a function that reads a tensor, after checking that the tensor has this shape."""
         if not self.holds(name):
             raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
         found = tuple(self.files.shapes[name])
@@ -164,7 +164,7 @@ class TakenTensors:
         return partial(self.files.read, name)
 
     def refuse_the_rest(self, config: HyperMoEConfig) -> None:
-        """Refuse tensors that were not read, so that nothing is dropped silently."""
+        """Refuse tensors without a reader, so that none is dropped silently."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         for name in self.files.shapes:
             if name in self._names or _DERIVED.fullmatch(name):

@@ -9,24 +9,28 @@ from hypermoe_ds.config import LARGEST_COUNT, Settings
 
 
 class CheckpointConfig(Settings):
-    """When to write checkpoints and which to keep."""
+    """When to save checkpoints, which to keep, and how to resume."""
 
     interval: int = Field(
-        1000, ge=1, le=LARGEST_COUNT, description="steps between two checkpoints; the last step is saved too"
+        1000, ge=1, le=LARGEST_COUNT, description="steps between checkpoints; the last step is also saved"
     )
-    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="number of newest checkpoints to keep")
+    keep_last: int = Field(2, ge=1, le=LARGEST_COUNT, description="number of most recent checkpoints to keep")
     keep_every: int | None = Field(
         None,
         ge=1,
         le=LARGEST_COUNT,
-        description="keep checkpoints at multiples of this many steps forever; null keeps none",
+        description="never delete checkpoints whose step is a multiple of this; null disables it",
     )
-    resume: Literal["auto", "none"] = Field("auto", description="continue from the newest checkpoint, if there is one")
+    resume: Literal["auto", "none"] = Field(
+        "auto",
+        description="`auto` resumes from the newest checkpoint, if any; `none` refuses a run that has checkpoints",
+    )
     verify: Verify = Field(
         "full",
-        description="checks at a resume: `sizes` compares sizes and headers, `full` also hashes, and refuses NaN",
+        description="checks before a resume: `sizes` compares file sizes and headers; `full` also compares hashes and "
+        "refuses NaN",
     )
     asynchronous: bool = Field(
         True,
-        description="write while training continues, from a copy in host memory (12 bytes per parameter of a rank)",
+        description="write in the background, from a copy in host memory (12 bytes per parameter owned by the rank)",
     )

@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint: each rank writes the ranges that it owns, and any process can read any range.
+"""Write and read the tensors of a checkpoint: each rank writes the ranges it owns; any process can read any range.
 
-A checkpoint has one safetensors file per shard. A shard has at most one range of each parameter, flattened, under
-`KIND/NAME`; the manifest lists all ranges. Reading therefore does not depend on how many ranks wrote the checkpoint,
-nor on how the parameters were partitioned.
+A checkpoint has one safetensors file per shard. A shard contains at most one range of each flattened parameter, stored
+as `KIND/NAME`, and the manifest lists all ranges. Reading therefore does not depend on how many ranks wrote the
+checkpoint or on how the parameters were partitioned.
 """
 
 import os
@@ -27,16 +27,16 @@ _REMEDY = "choose another checkpoint"
 
 
 def write_shard(folder: Path, shard: int, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write one shard, durably.
+    """Write one shard and sync it to disk.
 
     Args:
-        folder: the checkpoint.
-        shard: its number.
-        tensors: contiguous tensors on the CPU by `KIND/NAME`.
+        folder: the checkpoint folder.
+        shard: index of the shard.
+        tensors: contiguous CPU tensors by `KIND/NAME`.
     """
     path = folder / shard_name(shard)
     save_file(dict(tensors), path)
-    path.chmod(0o666 & folder.stat().st_mode)  # as for other new files; safetensors would restrict it to the user
+    path.chmod(0o666 & folder.stat().st_mode)  # as for other new files; safetensors makes it private to the user
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return file_entry(path)
@@ -49,14 +49,14 @@ def write_weights(
     state: dict[str, Any],
     shard_bytes: int,
 ) -> None:
-    """Write a checkpoint of step 0 with weights only, from one process and shard by shard.
+    """Write a weights-only checkpoint of step 0, shard by shard, in one process.
 
     Args:
         folder: an empty folder.
-        weights: whole parameters by the training model's names; written in fp32.
+        weights: full parameters by their names in the training model; written in fp32.
         settings: the recipe.
-        state: position of the run.
-        shard_bytes: largest size of a shard with more than one parameter.
+        state: training state.
+        shard_bytes: maximum size of a shard with more than one parameter.
     """
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
@@ -87,7 +87,7 @@ def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collec
         among: names of the files to check; None checks all.
 
     Raises:
-        UserError: a file is missing or differs; it names the first one.
+        UserError: a file is missing or differs; the error names the first one.
         OSError: the disk fails.
     """
     manifest.check_files(folder, verify, among)
@@ -105,10 +105,10 @@ def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collec
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor with a NaN or Inf, or None, in one pass without copies."""
+    """Return the name of the first tensor with NaN or Inf, or None; read each tensor once, without a copy."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
-            least, most = tensor.aminmax()  # both NaN if one element is
+            least, most = tensor.aminmax()  # both are NaN if any element is
             if not (least.isfinite() and most.isfinite()):
                 return name
     return None
@@ -119,7 +119,7 @@ class CheckpointReader:
 
     Args:
         folder: the checkpoint.
-        verify: what `check_shards` compares with the manifest before anything is read; None compares nothing.
+        verify: what `check_shards` compares before any tensor is read; None skips the check.
 
     Attributes:
         folder: the checkpoint.
@@ -151,19 +151,19 @@ class CheckpointReader:
         self._open.close()
 
     def read(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """Read a whole parameter, or a moment of it, in fp32."""
+        """Read a full parameter, or one of its moments, in fp32."""
         entry = self.manifest.tensors[name]
         return self.read_range(name, 0, entry.numel, kind).view(entry.shape)
 
     def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
-        """Read elements `start` to `stop` of a flattened parameter, or a moment of it, in fp32; [stop - start].
+        """Read elements `start` to `stop` of a flattened parameter, or of one of its moments, in fp32; [stop - start].
 
         Raises:
-            ValueError: the parameter has no such range.
+            ValueError: the range is out of bounds.
         """
         if not 0 <= start <= stop <= self.manifest.tensors[name].numel:
             raise ValueError(f"{name} of {self.manifest.tensors[name].shape} has no range {start} to {stop}")
-        values = torch.empty(stop - start)  # the ranges of a manifest cover it
+        values = torch.empty(stop - start)  # filled completely: the manifest's ranges cover every parameter
         for piece in self.manifest.tensors[name].pieces:
             first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
             if first < last:
@@ -172,7 +172,7 @@ class CheckpointReader:
         return values
 
     def first_not_finite(self, among: Collection[str]) -> str | None:
-        """Return the name, as `KIND/NAME`, of a tensor in these files with a NaN or Inf; None if there is none."""
+        """Return the `KIND/NAME` of the first tensor with NaN or Inf in these files, or None."""
         for file_name, held in self.manifest.shards(among).items():
             with safe_open(self.folder / file_name, "pt") as file:
                 if (name := first_not_finite((name, file.get_tensor(name)) for name in held)) is not None:
@@ -180,7 +180,7 @@ class CheckpointReader:
         return None
 
     def extra_tensor(self, shard: int, name: str) -> Tensor | None:
-        """Read a tensor that is not a parameter, such as the random state of a rank; None if the shard has none."""
+        """Read a tensor that is not a parameter, such as a rank's random state; return None if it is missing."""
         if shard_name(shard) not in self.manifest.files:
             return None
         file = self._shard(shard)

@@ -1,7 +1,7 @@
 """The checkpoint directory of a run: list, publish and remove checkpoints.
 
-RUN_DIR/checkpoints/step_00000100/ is one checkpoint. A folder with such a name is complete, because it is written as
-`.step_00000100.partial` and then renamed. The file `latest` names the newest checkpoint and is written last.
+Each checkpoint is a folder such as RUN_DIR/checkpoints/step_00000100/. It is written as `.step_00000100.partial` and
+renamed when it is complete. The file `latest` names the newest checkpoint and is written last.
 """
 
 import logging
@@ -15,23 +15,23 @@ from hypermoe_ds.files import delete, sync_folder, write_durably
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = "latest"
-_LATEST_BYTES = 100  # more than any name
+_LATEST_BYTES = 100  # longer than any checkpoint name
 
 
 def step_name(step: int) -> str:
-    """Return the folder name of the checkpoint after `step` optimizer steps."""
+    """Return the folder name of the checkpoint saved after `step` optimizer steps."""
     return f"step_{step:08d}"
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Return the steps of all checkpoints, including links, in ascending order."""
+    """Return the steps of all checkpoints, including symbolic links, in ascending order."""
     found = [(path, re.fullmatch(r"step_([0-9]+)", path.name)) for path in checkpoints.glob("step_*")]
     steps = [(path, int(match[1])) for path, match in found if match]
     return sorted(step for path, step in steps if path.name == step_name(step) and path.is_dir())
 
 
 def named_step(checkpoints: Path) -> int | None:
-    """Return the step of the checkpoint that `latest` names; None if it is missing or names none."""
+    """Return the step of the checkpoint that `latest` names, or None if `latest` is missing or invalid."""
     with suppress(OSError, ValueError), (checkpoints / _LATEST).open("rb") as file:
         name = file.read(_LATEST_BYTES).decode().strip()
         return next((step for step in saved_steps(checkpoints) if step_name(step) == name), None)
@@ -39,10 +39,12 @@ def named_step(checkpoints: Path) -> int | None:
 
 
 def latest_step(checkpoints: Path) -> int | None:
-    """Return the step that `latest` names or, with a warning, the newest one; None if there is no checkpoint.
+    """Return the step that `latest` names, or None if there is no checkpoint.
+
+    If `latest` is invalid, log a warning and return the newest step.
 
     Raises:
-        UserError: there are only damaged checkpoints, or only `latest`.
+        UserError: all checkpoints are damaged, or `latest` exists but there is no checkpoint.
     """
     latest, saved, named = checkpoints / _LATEST, saved_steps(checkpoints), named_step(checkpoints)
     damaged = sorted(path.name for path in checkpoints.glob("step_*.damaged*"))
@@ -61,10 +63,10 @@ def latest_step(checkpoints: Path) -> int | None:
 
 
 def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
-    """Return the folder of the checkpoint of `step`, or of the newest one if `step` is None.
+    """Return the checkpoint folder of `step`, or of the newest step if `step` is None.
 
     Raises:
-        UserError: it does not exist.
+        UserError: the checkpoint does not exist.
     """
     step = latest_step(checkpoints) if step is None else step
     if step is None:
@@ -77,27 +79,27 @@ def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
 
 
 def begin(checkpoints: Path, step: int) -> None:
-    """Make an empty folder for a new checkpoint and remove unfinished ones."""
+    """Create an empty folder for a new checkpoint, after removing unfinished ones."""
     remove_unfinished(checkpoints)
     partial_folder(checkpoints, step).mkdir(parents=True)
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Return the folder in which the checkpoint of a step is written."""
+    """Return the temporary folder in which a checkpoint is written."""
     return checkpoints / f".{step_name(step)}.partial"
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove checkpoints whose writing or removal was interrupted."""
+    """Delete what remains of interrupted saves and deletions."""
     for path in checkpoints.glob(".step_*"):
         if re.fullmatch(r"\.step_[0-9]+\.(partial|removed)", path.name):
             delete(path)
 
 
 def publish(checkpoints: Path, step: int) -> None:
-    """Rename a checkpoint that is durable to its final name, and name it in `latest`.
+    """Rename a checkpoint that is synced to disk to its final name, then update `latest`.
 
-    It replaces a checkpoint of the same step, which exists if the run was resumed from an earlier one.
+    This replaces a checkpoint of the same step, which exists if the run was resumed from an earlier checkpoint.
     """
     folder = checkpoints / step_name(step)
     if os.path.lexists(folder):
@@ -108,12 +110,12 @@ def publish(checkpoints: Path, step: int) -> None:
 
 
 def name_latest(checkpoints: Path, step: int) -> None:
-    """Write `latest`, which names the checkpoint to continue from."""
+    """Write `latest`, which names the checkpoint to resume from."""
     write_durably(checkpoints / _LATEST, step_name(step) + "\n")
 
 
 def set_aside(checkpoints: Path, step: int) -> Path:
-    """Rename a damaged checkpoint, so that it is no longer used."""
+    """Rename a damaged checkpoint so that it is not used again, and return its new path."""
     folder = checkpoints / step_name(step)
     aside = folder.with_suffix(".damaged")
     number = 1
@@ -124,9 +126,10 @@ def set_aside(checkpoints: Path, step: int) -> Path:
 
 
 def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
-    """Remove old checkpoints; keep the last `keep_last` up to the newest, and every `keep_every` steps.
+    """Delete old checkpoints, except the last `keep_last` and those whose step is a multiple of `keep_every`.
 
-    Of a link only the link is removed. A checkpoint that cannot be removed is reported and kept.
+    Checkpoints after step `newest` are not deleted. If a checkpoint is a symbolic link, only the link is deleted. If a
+    checkpoint cannot be deleted, log a warning and keep it.
     """
     upto = [step for step in saved_steps(checkpoints) if step <= newest]
     for step in upto[:-keep_last]:
@@ -139,7 +142,7 @@ def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int |
 
 
 def _remove(path: Path) -> None:
-    """Rename it to a hidden name first, so that a half-removed checkpoint is not used."""
+    """Delete a checkpoint; rename it first, so that a partly deleted one is never used."""
     hidden = path.with_name(f".{path.name}.removed")
     if os.path.lexists(hidden):
         delete(hidden)

@@ -1,4 +1,4 @@
-"""Read the model of a run from its checkpoint, tensor by tensor, in one process.
+"""Read a run's model from a checkpoint, tensor by tensor, in one process.
 
 Shape legend: D hidden size, N experts, F expert width.
 """
@@ -20,7 +20,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_MAPPED_BYTES = 2**26  # files are memory-mapped; close them after reading this much
+_MAPPED_BYTES = 2**26  # files are memory-mapped; close them after reading this many bytes
 
 
 class CheckpointWeights:
@@ -29,15 +29,15 @@ class CheckpointWeights:
     Args:
         reader: the checkpoint.
         config: configuration of the run's model.
-        dtype: precision of the tensors; None takes that of the run, in which they are bitwise the training weights.
+        dtype: precision of the tensors; None uses the run's, which gives bitwise the training weights.
 
     Attributes:
         config: configuration of the run's model.
         dtype: precision of the tensors.
-        shapes: names and shapes, in the order of the model.
+        shapes: names and shapes of the tensors, in model order.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint belongs to a different model.
     """
 
     def __init__(self, reader: CheckpointReader, config: HyperMoEConfig, dtype: torch.dtype | None = None) -> None:
@@ -54,7 +54,7 @@ class CheckpointWeights:
                     raise _broken(reader.folder, f"{found}, the run's model as {list(of_part)}")
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor in `dtype`; at most a part of it is in memory in fp32 too.
+        """Read a tensor in `dtype`; of a stacked expert tensor, only one expert at a time is also held in fp32.
 
         Raises:
             UserError: the checkpoint cannot be read.
@@ -69,7 +69,7 @@ class CheckpointWeights:
         return tensor
 
     def _read_into(self, target: Tensor, part: str, shape: torch.Size) -> None:
-        """Read a 3-D tensor expert by expert, any other at once."""
+        """Read a 3-D tensor expert by expert and any other tensor at once."""
         size = shape.numel()
         rows = len(shape) == 3
         step = size // shape[0] if rows else size
@@ -90,11 +90,11 @@ def open_weights(
 
     Args:
         run: the run folder.
-        step: step of the checkpoint; None takes the newest.
-        dtype: precision of the tensors; None takes that of the run.
+        step: step of the checkpoint; None selects the newest.
+        dtype: precision of the tensors; None uses the run's.
 
     Raises:
-        UserError: the checkpoint does not exist, is damaged or is of another model.
+        UserError: the checkpoint does not exist, is damaged or belongs to a different model.
     """
     config = run.model_config()
     with CheckpointReader(find_checkpoint(run.checkpoints, step)) as reader:
@@ -102,21 +102,21 @@ def open_weights(
 
 
 def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
-    """Load the model of a run with bitwise its training weights, in the precision of the run.
+    """Load a run's model in the run's precision; the weights are bitwise identical to those in training.
 
     Args:
         run: the run folder.
-        step: step of the checkpoint; None takes the newest.
+        step: step of the checkpoint; None selects the newest.
 
     Raises:
-        UserError: the checkpoint does not exist, is damaged or is of another model.
+        UserError: the checkpoint does not exist, is damaged or belongs to a different model.
     """
     with open_weights(run, step) as weights:
         return model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
 
 
 def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
-    """Build a model from tensors by their names in the Transformers model, without copying them."""
+    """Build a Transformers model from named tensors without copying them."""
     model = meta_model(config)
     if config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}

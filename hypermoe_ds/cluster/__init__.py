@@ -1,1 +1,1 @@
-"""Everything that reaches other machines: hosts, preflight, supervisor."""
+"""Hosts of a job, preflight checks and supervisor."""

@@ -1,4 +1,4 @@
-"""Classify how each attempt to run a job ended, and decide whether to start it again."""
+"""Classify how each attempt to run a job ended, and decide whether to restart it."""
 
 import json
 import re
@@ -15,17 +15,17 @@ _UNMET_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the job and its outcome.
+    """One launch of the job and its outcome.
 
     Attributes:
         began: start time, seconds since the epoch.
         seconds: duration.
         exit_code: exit code of the launcher.
-        hosts: hosts that its ranks ran on.
-        outcome: done; saved (a signal ended it after a checkpoint); refused (bad input); error (a rank raised one);
-            lost (a rank was lost); unmet (it ended before all ranks had joined).
-        step: last step that a rank worked on, None before the first.
-        what: details of the outcome in one line.
+        hosts: hosts that the ranks ran on.
+        outcome: done; saved (saved a checkpoint and stopped on a signal); refused (bad input); error (a rank raised an
+            exception); lost (a rank died or hung); unmet (ended before all ranks had joined).
+        step: last step that any rank worked on; None before the first step.
+        what: description of the outcome in one line.
     """
 
     began: float
@@ -37,7 +37,7 @@ class Attempt:
     what: str
 
     def same_failure(self, other: "Attempt") -> bool:
-        """Return whether both ended with the same error in the same step; numbers such as addresses may differ."""
+        """Return whether both attempts ended with the same error at the same step, ignoring numbers in the message."""
         same = self.outcome == other.outcome == "error" and self.step == other.step
         return same and _without_numbers(self.what) == _without_numbers(other.what)
 
@@ -47,14 +47,14 @@ def _without_numbers(text: str) -> str:
 
 
 class Decision(NamedTuple):
-    """Whether to start again, and why."""
+    """Whether to restart the job, and why."""
 
     again: bool
     why: str
 
 
 class Limits(NamedTuple):
-    """How often to start again after a fault: `restarts` times within `seconds`."""
+    """Limit on restarts after faults: at most `restarts` within `seconds`."""
 
     restarts: int
     seconds: float
@@ -66,18 +66,18 @@ def classify(
     """Classify an attempt that has ended.
 
     Args:
-        began: its start time.
-        now: its end.
+        began: start time, seconds since the epoch.
+        now: end time, seconds since the epoch.
         exit_code: exit code of the launcher.
         heartbeats: last heartbeat of each rank.
-        failure_report: the ranks' report of a lost rank; empty if there is none.
+        failure_report: failure report that the ranks wrote; empty if they wrote none.
     """
     step = max((heartbeat.step for heartbeat in heartbeats.values() if heartbeat.passed), default=None)
     failed = [heartbeat for _, heartbeat in sorted(heartbeats.items()) if heartbeat.end == "error"]
     ends = {heartbeat.end for heartbeat in heartbeats.values()}
     if exit_code == 0 and not ends & {"saved", "error", "lost"}:
         outcome, what = "done", ""
-    elif exit_code == EXIT_SAVED or "saved" in ends:  # a launcher that received the signal has an exit code of its own
+    elif exit_code == EXIT_SAVED or "saved" in ends:  # a launcher that got the signal exits with its own code
         outcome, what = "saved", "a signal ended it after a checkpoint"
     elif exit_code == EXIT_BAD_INPUT or any(heartbeat.error.startswith("UserError: ") for heartbeat in failed):
         outcome, what = "refused", failed[0].error if failed else "see its last line"
@@ -92,7 +92,7 @@ def classify(
 
 
 def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
-    """Decide whether to start again after the last of the attempts."""
+    """Decide whether to restart the job after its last attempt."""
     last = attempts[-1]
     if last.outcome == "done":
         return Decision(False, "done")
@@ -103,12 +103,12 @@ def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
 
 
 def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
-    """Return why not to start again; empty if there is no reason."""
+    """Return the reason not to restart; empty if there is none."""
     last = attempts[-1]
     previous = attempts[-2] if len(attempts) > 1 else None
-    # After another outcome a refusal may only mean that a lost rank still holds the run folder.
+    # After any other outcome, a refusal may be temporary: a lost rank may still have the run folder locked.
     if last.outcome == "refused" and (previous is None or previous.outcome == "refused"):
-        return f"bad input, which another start does not change: {last.what}"
+        return f"bad input, which a restart does not fix: {last.what}"
     if previous is not None and last.same_failure(previous):
         return f"the same error at step {last.step} as in the attempt before: {last.what}"
     if [attempt.outcome for attempt in attempts[-_UNMET_ATTEMPTS:]] == ["unmet"] * _UNMET_ATTEMPTS:
@@ -122,7 +122,7 @@ def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
 
 
 class HistoryFile:
-    """RUN_DIR/supervisor.jsonl: one JSON object per attempt, of this and all earlier supervisors."""
+    """RUN_DIR/supervisor.jsonl: one JSON object per attempt, including those of earlier supervisors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

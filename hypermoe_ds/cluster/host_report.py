@@ -1,7 +1,7 @@
 """Report the state of one host of a job: `python -m hypermoe_ds.cluster.host_report QUERY` prints it as JSON.
 
-`QUERY` is a JSON object with the fields of `HostQuery`. The line is printed last, so that its clock is the time of
-arrival.
+`QUERY` is a JSON object with the fields of `HostQuery`. The clock is read last, just before the report is printed, so
+that the querying machine can compare it with the arrival time.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ HOST_REPORT = "host report: "  # prefix of the JSON, because the host's shell ma
 
 @dataclass(frozen=True)
 class HostQuery:
-    """What a host reports about.
+    """Files and settings that a host checks for its report.
 
     Attributes:
         run_dir: the run folder.
-        token: name of a file that the querying machine wrote into it.
-        config: the recipe.
-        deepspeed_config: the DeepSpeed JSON.
+        token: name of a file that the querying machine wrote to the run folder.
+        config: path of the recipe.
+        deepspeed_config: path of the DeepSpeed JSON.
         overrides: `section.key=value` arguments.
-        data: token files and the tokenizer.
+        data: paths of the token files and the tokenizer.
     """
 
     run_dir: str
@@ -49,17 +49,17 @@ class HostReport:
     """State of a host.
 
     Attributes:
-        python: version.
-        torch: version.
-        deepspeed: version.
-        project: git commit, and a digest of the source files.
-        settings: digest of the recipe with its overrides and of the DeepSpeed JSON, or why they cannot be read.
-        data: digest of the sizes of the data files, or the first one that is missing.
+        python: version of Python.
+        torch: version of PyTorch.
+        deepspeed: version of DeepSpeed.
+        project: git commit and a digest of the source files.
+        settings: digest of the recipe with overrides and the DeepSpeed JSON, or the reason why they cannot be read.
+        data: digest of the sizes of the data files, or the first missing file.
         devices: name of each GPU; None if DS_ACCELERATOR selects the CPU.
         memory_gib: free space in /dev/shm.
         disk_gib: free space on the disk of the run folder.
         sees_run_folder: whether the token file exists.
-        address: the network interface that gloo uses (GLOO_SOCKET_IFNAME), or the address of the host's own name.
+        address: GLOO_SOCKET_IFNAME if it is set, otherwise the address that the host's own name resolves to.
         clock: time of the report, seconds since the epoch.
     """
 
@@ -96,7 +96,7 @@ def report_host(query: HostQuery) -> HostReport:
 
 
 def settings_digest(config: str, deepspeed_config: str, overrides: Sequence[str]) -> str:
-    """Return a short digest of the settings in the files of this host, independent of layout and comments."""
+    """Return a short digest of the settings on this host, independent of the files' formatting and comments."""
     try:
         recipe = apply_overrides(load_yaml(config), overrides)
         own = json.loads(Path(deepspeed_config).read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def settings_digest(config: str, deepspeed_config: str, overrides: Sequence[str]
 
 
 def data_digest(files: Sequence[str]) -> str:
-    """Return a short digest of the sizes of files; of a folder only its existence counts."""
+    """Return a short digest of the file sizes; folders are only checked for existence."""
     sizes = []
     for file in map(Path, files):
         try:

@@ -1,4 +1,4 @@
-"""Select the hosts of an attempt: those of a hostfile that pass the preflight."""
+"""Select the hosts for an attempt: the hosts in a hostfile that pass the preflight."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from hypermoe_ds.errors import UserError
 
 
 class Chosen(NamedTuple):
-    """A hostfile for one attempt, and the overrides that training on these hosts needs."""
+    """The hostfile of one attempt, and the overrides needed to train on these hosts."""
 
     hostfile: Path
     overrides: Sequence[str]
@@ -24,13 +24,13 @@ class HostChoice:
     """Select hosts for a training command.
 
     Args:
-        hostfile: all hosts that may be used.
+        hostfile: file that lists all hosts that may be used.
         command: the training command.
         preflight: command that runs the preflight.
-        deepspeed_config: DeepSpeed JSON to use if the command names none.
+        deepspeed_config: DeepSpeed JSON to use if the command does not specify one.
 
     Raises:
-        UserError: the hostfile cannot be read, or the command has no `{hosts}` in it.
+        UserError: the hostfile cannot be read, or the command does not contain `{hosts}`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class HostChoice:
         self._preflight = [*preflight, "--hostfile", str(hostfile), *named, *command.overrides]
 
     def choose(self) -> Chosen | None:
-        """Return the hosts that can train now; None if there are none. The preflight prints the reasons."""
+        """Return the hosts that can train now; None if no host can. The preflight prints the reasons."""
         with TemporaryDirectory() as folder:
             found = Path(folder) / "fit.json"
             if subprocess.run([*self._preflight, "--fit", str(found)], check=False).returncode:

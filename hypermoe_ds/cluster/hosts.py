@@ -1,4 +1,4 @@
-"""The hosts of a job, from a hostfile or Slurm, and how to run a command on one of them."""
+"""Find the hosts of a job, in a hostfile or from Slurm, and run commands on them."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hypermoe_ds.errors import UserError
 
-_NAME = r"[A-Za-z0-9_:][A-Za-z0-9_.:@-]*"  # ssh, pdsh and shells must not read it as an option or a pattern
+_NAME = r"[A-Za-z0-9_:][A-Za-z0-9_.:@-]*"  # must not look like an option or a pattern to ssh, pdsh or a shell
 _LINE = re.compile(rf"({_NAME})\s+slots=([1-9][0-9]*)\s*(#.*)?$")
 _SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _HERE = "localhost"
@@ -22,9 +22,9 @@ class Host:
     """One machine of a job.
 
     Attributes:
-        name: its name for ssh or Slurm.
-        slots: number of ranks on it.
-        reach: how to run commands on it: "ssh", "srun", or "here" for this machine.
+        name: name that ssh or Slurm uses for the host.
+        slots: number of ranks on the host.
+        reach: how to run commands on the host: "ssh", "srun", or "here" for this machine.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Host:
             alone = ["--nodes=1", "--ntasks=1", f"--nodelist={self.name}", "--overlap", "--mpi=none", "--export=ALL"]
             return ["srun", *alone, "bash", "-c", script]
         options = shlex.split(os.environ.get("HYPERMOE_SSH_OPTIONS", _SSH_OPTIONS))
-        return ["ssh", *options, self.name, f"exec bash -c {shlex.quote(script)}"]  # for any login shell
+        return ["ssh", *options, self.name, f"exec bash -c {shlex.quote(script)}"]  # works with any login shell
 
     def reach_remedy(self) -> str:
-        """Return the remedy for a host that does not answer."""
+        """Return what to try if this host does not answer."""
         if self.reach == "srun":
             return "see `sinfo` for its state and exclude it: sbatch --exclude"
         words = " ".join(filter(None, ("ssh", os.environ.get("HYPERMOE_SSH_OPTIONS"), self.name, "true")))
@@ -53,7 +53,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """Read a file of `host slots=RANKS` lines.
 
     Raises:
-        UserError: the file cannot be read, or a line has another form.
+        UserError: the file cannot be read, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -78,7 +78,7 @@ def slurm_hosts(environment: Mapping[str, str]) -> list[Host]:
     """Return the hosts of the Slurm job that this process belongs to.
 
     Raises:
-        UserError: it belongs to no Slurm job.
+        UserError: this process does not belong to a Slurm job.
     """
     try:
         nodes, tasks = environment["SLURM_JOB_NODELIST"], environment["SLURM_NTASKS_PER_NODE"]
@@ -99,7 +99,7 @@ def this_host(slots: str, gpus: int) -> list[Host]:
         gpus: number of GPUs.
 
     Raises:
-        UserError: `slots` is neither.
+        UserError: `slots` is not a positive number, "gpu" or "auto".
     """
     if slots in {"gpu", "auto"}:
         return [Host(_HERE, max(1, gpus), "here")]
@@ -109,12 +109,13 @@ def this_host(slots: str, gpus: int) -> list[Host]:
 
 
 def rendezvous(hosts: Sequence[Host], environment: Mapping[str, str]) -> tuple[str, int]:
-    """Return the address and port of the rendezvous: those of the job, or a free port if this machine is the only host.
+    """Return the address and port of the rendezvous.
 
-    Other hosts may already be connecting to the job's port.
+    If this machine is the only host, the port is any free one. Otherwise it is the job's port, to which other hosts
+    may already be connecting.
 
     Raises:
-        UserError: MASTER_PORT is not a number, or MASTER_ADDR not a host.
+        UserError: MASTER_PORT is not a number, or MASTER_ADDR is not a host.
     """
     if hosts[0].reach == "here":
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -140,10 +141,10 @@ def forwarded_environment(patterns: Path, environment: Mapping[str, str]) -> dic
 
 
 def read_environment(path: Path) -> dict[str, str]:
-    """Read the variables of a file of `NAME=VALUE` lines, such as DeepSpeed's `.deepspeed_env`.
+    """Read variables from a file of `NAME=VALUE` lines, such as DeepSpeed's `.deepspeed_env`.
 
     Raises:
-        UserError: the file cannot be read, or a line has another form.
+        UserError: the file cannot be read, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -157,14 +158,14 @@ def read_environment(path: Path) -> dict[str, str]:
 
 
 def shell_line(command: list[str], environment: Mapping[str, str], folder: Path) -> str:
-    """Return a line of bash that runs `command` in `folder` with these variables until it or the line's stdin ends.
+    """Return a line of bash that runs `command` in `folder` with these environment variables.
 
-    ssh closes stdin on the host whenever it ends here.
+    The line kills the command when its own stdin is closed. ssh closes stdin on the host when it ends on this machine.
     """
     variables = [f"{name}={value}" for name, value in environment.items()]
     run = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
     watch = "cat <&3; kill $command"
-    return (  # `jobs -rp`, because the watch may have ended and its process id may be reused
+    return (  # `jobs -rp`: the watch may have ended and its process id may be reused
         f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & "
         "wait $command; code=$?; kill $(jobs -rp) 2>/dev/null; exit $code"
     )

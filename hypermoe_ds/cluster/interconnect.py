@@ -1,6 +1,7 @@
-"""Measure how fast the hosts of a job exchange data. torchrun starts this module on all hosts, one process per rank.
+"""Measure how fast the hosts of a job exchange data.
 
-`... -m hypermoe_ds.cluster.interconnect MEBIBYTES`; rank 0 prints one line of JSON.
+torchrun starts `python -m hypermoe_ds.cluster.interconnect MEBIBYTES` on all hosts, with one process per rank. Rank 0
+prints one line of JSON.
 """
 
 import json
@@ -21,8 +22,8 @@ _TIMEOUT = timedelta(seconds=30)
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield all pairs of `count` numbers, in rounds of disjoint pairs."""
-    seats = list(range(count + count % 2))  # with an odd count, one has no partner in each round
+    """Yield all pairs from range(count), in rounds of disjoint pairs (round-robin schedule)."""
+    seats = list(range(count + count % 2))  # if the count is odd, one number has no partner in each round
     half = len(seats) // 2
     for _ in range(len(seats) - 1):
         opposite = zip(seats[:half], reversed(seats[half:]), strict=True)
@@ -31,14 +32,14 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def measure(mebibytes: int, device: torch.device) -> Interconnect:
-    """Measure the default process group (collective).
+    """Measure the bandwidth of the default process group (collective).
 
     Args:
-        mebibytes: data that each rank sends.
+        mebibytes: amount of data that each rank sends.
         device: device that holds the data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    numbers = mebibytes * 2**18 // world * world  # of fp32; a multiple of the ranks, for equal parts
+    numbers = mebibytes * 2**18 // world * world  # fp32 elements; a multiple of the number of ranks
     size = 4 * numbers / 1e9
     wrong = []
 
@@ -60,7 +61,7 @@ def measure(mebibytes: int, device: torch.device) -> Interconnect:
 def _pairs(
     sent: torch.Tensor, received: torch.Tensor, size: float, device: torch.device
 ) -> list[tuple[int, int, float]]:
-    """Measure each pair of hosts: their first ranks send to each other."""
+    """Measure the bandwidth between each pair of hosts: their first ranks send to each other."""
     host = int(os.environ["GROUP_RANK"])
     first = os.environ["LOCAL_RANK"] == "0"
     leaders = {number: rank for rank, number in enumerate(_of_all_ranks([host if first else None]))}
@@ -83,7 +84,7 @@ def _pairs(
 
 
 def _fastest(exchange: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest trial, after one that opens the connections."""
+    """Return the time of the fastest trial in seconds. The first exchange opens the connections and is not timed."""
     seconds = []
     for _ in range(1 + _TRIALS):
         start = time.perf_counter()
@@ -101,7 +102,7 @@ def _of_all_ranks(own: list) -> list:  # type: ignore[type-arg]
 
 
 def main() -> None:
-    """Measure, as one of the ranks that torchrun started."""
+    """Measure the interconnect and print it on rank 0."""
     on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

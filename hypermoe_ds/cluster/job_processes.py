@@ -1,4 +1,4 @@
-"""Find, signal and end all processes of a job, on this machine and other hosts."""
+"""Find, signal and end all processes of a job on this machine and on other hosts."""
 
 import secrets
 import signal
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from hypermoe_ds.cluster.hosts import Host
 
 _VARIABLE = "HYPERMOE_JOB"  # the launch scripts forward it to other hosts
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # a process of the job that has one of them is a rank
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # set on ranks only
 _SECONDS_TO_DIE = 10
 _SECONDS_TO_ANSWER = 60
-# /proc/PID/environ is the environment that a process was started with; a rank and its data loaders have the same rank.
-# A list of processes may be outdated, so each is checked again just before it is signalled.
+# /proc/PID/environ is the environment that a process was started with. Data loaders inherit the rank of their parent.
+# A list of processes may be outdated, so each process is checked again just before it is signalled.
 _FUNCTIONS = """
 job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
 ranks() {
@@ -40,10 +40,10 @@ ended_within() {
 
 
 class JobProcesses:
-    """All processes that have this job's name in their environment, on this machine and other hosts.
+    """All processes with this job's name in their environment, on this machine and other hosts.
 
     Args:
-        hosts: other hosts that may run some.
+        hosts: other hosts that may run processes of the job.
     """
 
     def __init__(self, hosts: Sequence[Host]) -> None:
@@ -62,7 +62,7 @@ class JobProcesses:
         return any(text.rpartition("ranks:")[2].strip() for text in answer)
 
     def end(self, seconds: int) -> None:
-        """End all processes: ranks have `seconds` to save and end by themselves, then the rest is killed.
+        """Ask all ranks to save and exit, and kill the processes that still run after `seconds`.
 
         Hosts that do not answer are skipped.
         """
@@ -70,7 +70,7 @@ class JobProcesses:
         self._everywhere(f"signal TERM $(ranks); {kill}", seconds + _SECONDS_TO_DIE + _SECONDS_TO_ANSWER)
 
     def _everywhere(self, script: str, seconds: int) -> list[str]:
-        """Run a line of shell on all hosts at once and return what each prints."""
+        """Run a line of shell on all hosts in parallel and return the output of each host."""
         line = f"name={_VARIABLE}={self._name}; rank='^({'|'.join(RANK_VARIABLES)})='{_FUNCTIONS}{script}"
         end = time.monotonic() + seconds
         closed, pipe = subprocess.DEVNULL, subprocess.PIPE

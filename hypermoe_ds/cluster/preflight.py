@@ -1,5 +1,7 @@
-"""Check the hosts of a job before it starts: whether they answer, are alike, share the run folder, and how fast their
-interconnect is. Each failed check is one line with its remedy.
+"""Check the hosts of a job before it starts.
+
+The hosts must answer, have the same software, data and GPUs, share the run folder, and have a fast interconnect. Each
+failed check is reported in one line with a remedy.
 """
 
 import json
@@ -26,9 +28,9 @@ _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
 _RENDEZVOUS_SECONDS = 60
 _SECONDS_AFTER_FAILURE = 5
-_MEMORY_GIB = 0.125  # in /dev/shm per rank: DeepSpeed's operator takes 66 MB, NCCL some more
+_MEMORY_GIB = 0.125  # in /dev/shm per rank: DeepSpeed's shared-memory op needs 66 MB, and NCCL needs more
 _CLOCK_SECONDS = 5.0
-_SLOW_SHARE = 1 / 3  # of the median of all pairs
+_SLOW_SHARE = 1 / 3  # fraction of the median bandwidth over all pairs
 _ALIKE = {
     "python": "rebuild the environment there: bash launch/setup.sh",
     "torch": "run there: bash launch/setup.sh",
@@ -45,11 +47,11 @@ class HostAnswer:
     """Answer of a host to the query.
 
     Attributes:
-        host: the host.
-        report: its report; None if there is none.
-        trouble: the last line that it printed instead.
-        exit_code: exit code in that case; 126 and 127 mean that the shell cannot start the command.
-        clock_ahead: seconds by which its clock is ahead of this machine's.
+        host: the queried host.
+        report: the host's report; None if the query failed.
+        trouble: last line of output if the query failed.
+        exit_code: exit code if the query failed; 126 and 127 mean that the shell could not start the command.
+        clock_ahead: seconds by which the host's clock is ahead of this machine's clock.
     """
 
     host: Host
@@ -61,12 +63,13 @@ class HostAnswer:
 
 @dataclass(frozen=True)
 class Interconnect:
-    """Measured bandwidth, in GB/s that one rank sends.
+    """Measured bandwidth, in GB/s sent by each rank.
 
     Attributes:
-        all_reduce: over all ranks; None with one rank.
-        all_to_all: over all ranks; None with one rank.
-        pairs: indices of two hosts and the bandwidth between their first ranks, in both directions at once.
+        all_reduce: bandwidth of an all-reduce over all ranks; None with one rank.
+        all_to_all: bandwidth of an all-to-all over all ranks; None with one rank.
+        pairs: for each pair of hosts, their indices and the bandwidth between their first ranks, which send to each
+            other at the same time.
         wrong: collectives that returned a wrong result.
     """
 
@@ -80,8 +83,8 @@ class Failure(NamedTuple):
     """A check that failed.
 
     Attributes:
-        host: the host at fault; None if it is not a single one.
-        error: the line that reports it.
+        host: the host responsible for the failure; None if it is not a single host.
+        error: the error to report.
     """
 
     host: Host | None
@@ -90,18 +93,18 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Starter:
-    """Start a Python module on a host, with the same interpreter and folder everywhere.
+    """Starter of Python modules on hosts, with the same interpreter and working directory on every host.
 
     Attributes:
-        environment: its environment variables.
-        folder: its working directory.
+        environment: environment variables of the module.
+        folder: working directory.
     """
 
     environment: Mapping[str, str]
     folder: Path
 
     def start(self, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m module arguments`. It ends on the host after `seconds`, or when its stdin is closed."""
+        """Start `python -m module arguments`. The host kills it after `seconds`, or when its stdin is closed."""
         command = ["timeout", "--kill-after=5", str(seconds), sys.executable, "-m", module, *arguments]
         return subprocess.Popen(
             host.command(shell_line(command, self.environment, self.folder)),
@@ -113,7 +116,7 @@ class Starter:
 
 
 def ask_hosts(hosts: Sequence[Host], query: HostQuery, starter: Starter) -> list[HostAnswer]:
-    """Query all hosts at once; a host that does not answer has no report."""
+    """Query all hosts in parallel; a host that does not answer has no report."""
     with ThreadPoolExecutor(len(hosts)) as pool:
         return list(pool.map(lambda host: _ask(host, query, starter), hosts))
 
@@ -146,12 +149,12 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[Non
 
 
 def check_hosts(answers: Sequence[HostAnswer], query: HostQuery, disk_gib: float) -> list[Failure]:
-    """Return all failed checks of the hosts.
+    """Return all failed checks.
 
     Args:
         answers: answers of all hosts.
-        query: the query that they answer.
-        disk_gib: free space that the run needs.
+        query: the query that the hosts answered.
+        disk_gib: free disk space that the run needs.
     """
     failures = [
         Failure(answer.host, UserError(answer.host.name, f"does not answer ({answer.trouble})", _remedy(answer)))
@@ -176,7 +179,7 @@ def _remedy(answer: HostAnswer) -> str:
 
 
 def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
-    """Return the hosts whose value differs from that of the majority."""
+    """Return a failure for each host whose value differs from the most common one."""
     [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
     failures = [
         Failure(host, UserError(f"{host.name}: {name}", f"is {value}, elsewhere {usual}", remedy))
@@ -189,7 +192,7 @@ def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failu
 
 
 def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib: float) -> list[UserError]:
-    """Return what one host lacks."""
+    """Return the requirements that one host does not meet."""
     host, found = answer.host, []
     if report.devices is not None and len(report.devices) < host.slots:
         remedy = "lower its slots, or set DS_ACCELERATOR=cpu to train without GPUs"
@@ -214,7 +217,7 @@ def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib:
 
 
 def _unreachable_name(host: str, address: str) -> UserError:
-    """Gloo announces the address of a host's own name to the other hosts."""
+    """Return the error for a host whose own name resolves to a loopback address, which gloo would give to its peers."""
     remedy = "set GLOO_SOCKET_IFNAME to the network interface, or correct /etc/hosts there"
     return UserError(f"{host}: its own name", f"resolves to {address} there, which no other host can reach", remedy)
 
@@ -228,8 +231,8 @@ def measure_interconnect(
         hosts: all hosts.
         starter: starts the processes.
         address: address of the first host.
-        port: port of the rendezvous, the one that the job will use.
-        mebibytes: data that each rank sends.
+        port: rendezvous port, the same that the job will use.
+        mebibytes: amount of data that each rank sends.
 
     Raises:
         UserError: the ranks cannot connect, or one fails.
@@ -262,7 +265,7 @@ def measure_interconnect(
 
 
 def _outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Return the output of each process. If one fails, end the others soon, because they would wait for it."""
+    """Return the output of each process. If one fails, kill the others after 5 s, because they would wait for it."""
     with ThreadPoolExecutor(len(processes)) as pool:
         outputs = [pool.submit(_output, process) for process in processes]
         for output in as_completed(outputs):
@@ -281,12 +284,15 @@ def _output(process: subprocess.Popen[str]) -> str:
 
 
 def check_interconnect(links: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
-    """Return wrong results and slow pairs of hosts; of each pair, the host with more slow pairs is at fault.
+    """Return the collectives with wrong results and the slow pairs of hosts.
+
+    A pair is slow if it is below `least` or below a third of the median. It is attributed to whichever of its two hosts
+    has more slow pairs.
 
     Args:
         links: the measured interconnect.
         hosts: all hosts, by index.
-        least: GB/s that each pair of hosts must reach.
+        least: minimum bandwidth of each pair in GB/s.
     """
     failures = [
         Failure(None, UserError(exchange, "gave a wrong result", "check memory and network hardware"))
@@ -307,24 +313,24 @@ def check_interconnect(links: Interconnect, hosts: Sequence[Host], least: float)
 
 
 class Fit(NamedTuple):
-    """Hosts that can train together, and the expert parallelism on them."""
+    """Hosts that can train together, and their expert-parallel size."""
 
     hosts: Sequence[Host]
     expert: int
 
 
 def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, expert: int, num_experts: int) -> Fit:
-    """Return the largest number of these hosts, beginning with the first, that can share the batch.
+    """Return the longest prefix of `hosts` whose ranks can split the global batch evenly.
 
     Args:
         hosts: hosts that passed the checks.
-        global_batch_size: sequences of one optimizer step, over all ranks.
-        micro_batch_size: sequences of one forward pass on one rank.
+        global_batch_size: sequences per optimizer step, over all ranks.
+        micro_batch_size: sequences per forward pass on one rank.
         expert: largest number of ranks that share one copy of the experts.
-        num_experts: experts of a layer.
+        num_experts: number of experts per layer.
 
     Raises:
-        UserError: the batch cannot be shared by the ranks of any number of these hosts.
+        UserError: no prefix can split the batch evenly.
     """
     slots = [host.slots for host in hosts]
     chosen = hosts[: hosts_that_fit(slots, global_batch_size, micro_batch_size)]
@@ -337,7 +343,7 @@ def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, ex
 
 
 def table(answers: Sequence[HostAnswer]) -> str:
-    """Return a table of the hosts' reports, one line per host."""
+    """Format the hosts' reports as a table, one line per host."""
     rows = [["host", "slots", *_ALIKE, "shared memory", "disk", "clock"]]
     for answer in answers:
         row = [answer.host.name, str(answer.host.slots)]
@@ -356,7 +362,7 @@ def table(answers: Sequence[HostAnswer]) -> str:
 
 
 def interconnect_line(links: Interconnect, hosts: Sequence[Host], mebibytes: int) -> str:
-    """Return the measured bandwidths and the slowest pair in one line."""
+    """Format the measured bandwidths and the slowest pair in one line."""
     parts = [f"all-reduce {_speed(links.all_reduce)}", f"all-to-all {_speed(links.all_to_all)}"]
     if links.pairs:
         one, other, speed = min(links.pairs, key=lambda pair: pair[2])

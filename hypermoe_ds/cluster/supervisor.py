@@ -1,4 +1,4 @@
-"""Run a job and start it again after a fault."""
+"""Run a job and restart it after a fault."""
 
 import os
 import signal
@@ -17,22 +17,22 @@ from hypermoe_ds.errors import EXIT_SAVED, UserError
 from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, Heartbeat, heartbeat_path, read_heartbeats
 
 _POLL_SECONDS = 0.2
-_SECONDS_AFTER_REPORT = 15.0  # ranks end themselves at once or are killed 10 s later
+_SECONDS_AFTER_REPORT = 15.0  # ranks exit at once, or are killed 10 s later
 _SECONDS_TO_SAVE = 60
 _SECONDS_AFTER_REFUSAL = 60.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # between two searches for hosts
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds between two searches for hosts
 
 
 class Supervisor:
-    """Start a job until it is done, a signal ends it, or another start would not help.
+    """Supervisor that restarts a job until it is done, a signal stops it, or a restart would not help.
 
     Args:
         command: the training command.
-        limits: how often to start again.
-        choice: selects the hosts of each attempt; None if the command names its own.
+        limits: limit on restarts.
+        choice: selects the hosts of each attempt; None to run the command as it is, without a hostfile.
 
     Raises:
-        UserError: the command and `choice` do not fit each other.
+        UserError: the command contains `{hosts}` or `--hostfile`, but `choice` is None.
     """
 
     def __init__(self, command: TrainingCommand, limits: Limits, choice: HostChoice | None) -> None:
@@ -51,7 +51,7 @@ class Supervisor:
         self._stop_requested = False
 
     def run(self) -> int:
-        """Run the job to its end and return the exit code."""
+        """Run the job, with restarts, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a script's `&` ignore some of them
                 signal.signal(number, self._request_stop)
@@ -103,7 +103,7 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _run_attempt(self, words: Sequence[str]) -> Attempt:
-        """Run one attempt; on return the launcher and all processes of the job have ended."""
+        """Run one attempt; when this returns, the launcher and all processes of the job have ended."""
         watch = _WatchFolder(self._command.run_dir / "watch")
         began = time.time()
         try:
@@ -120,17 +120,17 @@ class Supervisor:
         )
 
     def _wait(self, launcher: "subprocess.Popen[bytes]", watch: "_WatchFolder") -> None:
-        """Wait until the launcher ends; forward a signal to the ranks once, and kill a launcher that would never end.
+        """Wait until the launcher ends; forward a stop signal to the ranks once, and kill a launcher that hangs.
 
-        It is killed instead of signalled: on a signal DeepSpeed's launcher would end all jobs of this Python on its
-        hosts, and the ranks only 30 s later.
+        The launcher is killed, not signalled: on a signal, DeepSpeed's launcher would kill every job on the hosts that
+        uses this Python, but its own ranks only 30 s later.
         """
         passed_on = False
         deadline: float | None = None
         while launcher.poll() is None:
             time.sleep(_POLL_SECONDS)
             if self._stop_requested and not passed_on:
-                passed_on = True  # as SIGTERM: ranks may ignore the signals of a terminal
+                passed_on = True  # as SIGTERM: ranks may ignore SIGINT and SIGHUP
                 if not self._processes.signal_ranks(signal.SIGTERM) or not watch.heartbeats():  # nothing to save yet
                     deadline = time.monotonic()
             if deadline is None and watch.failure_report():
@@ -140,7 +140,7 @@ class Supervisor:
 
 
 class _WatchFolder:
-    """RUN_DIR/watch, without files that an earlier attempt wrote."""
+    """RUN_DIR/watch, ignoring files from earlier attempts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -155,7 +155,7 @@ class _WatchFolder:
         }
 
     def failure_report(self) -> str:
-        """Return the ranks' report of a lost rank; empty if there is none."""
+        """Return the failure report that the ranks wrote; empty if they wrote none."""
         path = self._folder / FAILURE_REPORT
         with suppress(OSError):
             return path.read_text() if self._is_new(path) else ""

@@ -1,4 +1,4 @@
-"""The supervised training command and what it reveals about the run."""
+"""Parse the training command that the supervisor runs."""
 
 import re
 import shlex
@@ -19,9 +19,9 @@ class TrainingCommand:
 
     Attributes:
         words: the command line.
-        recipe: its `--config`.
-        deepspeed_config: its `--deepspeed_config`; None takes the default of the launch script.
-        overrides: its `section.key=value` arguments.
+        recipe: value of `--config`.
+        deepspeed_config: value of `--deepspeed_config`; None uses the default of the launch script.
+        overrides: `section.key=value` arguments.
         run_dir: the run folder.
     """
 
@@ -36,7 +36,7 @@ class TrainingCommand:
         """Parse a command line.
 
         Raises:
-            UserError: it has no `--config`, or the recipe cannot be read or names no run folder.
+            UserError: the command has no `--config`, or its recipe cannot be read or has no `run.dir`.
         """
         recipe = _option(words, "--config")
         if recipe is None:
@@ -50,7 +50,7 @@ class TrainingCommand:
         return cls(words, recipe, _option(words, "--deepspeed_config"), overrides, Path(folder))
 
     def started_with(self, hostfile: Path | None, overrides: Sequence[str]) -> list[str]:
-        """Return the command line for these hosts and overrides; it resumes from the newest checkpoint."""
+        """Return the command line for these hosts and overrides, resuming from the newest checkpoint."""
         words = [word.replace(HOSTS, str(hostfile)) for word in self.words]
         return [*words, *overrides, "checkpoint.resume=auto"]
 

@@ -12,31 +12,31 @@ from hypermoe_ds.errors import UserError
 class MonitorConfig(Settings):
     """What to log and how often."""
 
-    interval: int = Field(10, ge=1, le=LARGEST_COUNT, description="steps between two log lines")
+    interval: int = Field(10, ge=1, le=LARGEST_COUNT, description="steps between log lines")
     norms_interval: int | None = Field(
         100,
         ge=1,
         le=LARGEST_COUNT,
-        description="steps between two measurements of the norms of parameters and updates and of the "
-        "similarity of generated weights; such steps are logged too; null never measures",
+        description="steps between measurements of parameter norms, update norms and the similarity of generated "
+        "weights; these steps are also logged; null disables it",
     )
     tensorboard: bool = Field(True, description="write RUN_DIR/tensorboard")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; null does not log there")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; null disables it")
     csv: bool = Field(False, description="write RUN_DIR/csv/train.csv and RUN_DIR/csv/validation.csv")
     peak_tflops: float | None = Field(
         None,
         gt=0,
         le=1e9,
-        description="peak TFLOP/s of one GPU in `train.precision`, for `mfu`; null takes it from a table of GPU types",
+        description="peak TFLOP/s of one GPU in `train.precision`, used for `mfu`; null looks it up by GPU model",
     )
     profile_steps: list[Annotated[int, Field(ge=1, le=LARGEST_COUNT)]] | None = Field(
         None,
         min_length=2,
         max_length=2,
-        description="`[first, last]`, steps that torch's profiler traces into RUN_DIR/profile; null traces none",
+        description="`[first, last]` steps to trace with the PyTorch profiler into RUN_DIR/profile; null disables it",
     )
     profile_ranks: list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]] = Field([0], description="ranks to trace")
-    memory_snapshot: bool = Field(False, description="write a CUDA memory snapshot of the profiled steps too")
+    memory_snapshot: bool = Field(False, description="also write a CUDA memory snapshot of the profiled steps")
 
     def check(self) -> None:
         """Check the settings against each other and against the installed packages.

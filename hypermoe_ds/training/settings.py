@@ -1,4 +1,4 @@
-"""Define the settings of a recipe for training: length, optimizer, schedule and evaluation."""
+"""Settings of the sections `train`, `optimizer`, `schedule` and `evaluation`."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ class TrainConfig(Settings):
     steps: int = Field(
         ge=1,
         le=LARGEST_COUNT,
-        description="length of the run in optimizer steps, unless `train.tokens` gives it; the schedule spans it",
+        description="length of the run and of its schedule in optimizer steps, unless `train.tokens` is set",
     )
     tokens: Annotated[int | None, BeforeValidator(as_whole_number)] = Field(
         None,
@@ -31,49 +31,49 @@ class TrainConfig(Settings):
         description="length of the run in tokens, such as 300e9, instead of `train.steps`; rounded up to whole steps",
     )
     stop_at_step: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="save and end this launch after that step"
+        None, ge=1, le=LARGEST_COUNT, description="step after which this launch saves and ends"
     )
-    micro_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences of one forward pass on one rank")
-    global_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences of one optimizer step over all ranks")
-    seed: int = Field(1234, ge=0, lt=2**32, description="seed of the initial weights and of the order of the data")
+    micro_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences per forward pass and rank")
+    global_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences per optimizer step, over all ranks")
+    seed: int = Field(1234, ge=0, lt=2**32, description="seed for the initial weights and the data order")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="precision of weights and activations")
-    clip_grad_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 does not clip")
+    clip_grad_norm: float = Field(1.0, ge=0, le=1e6, description="maximum gradient norm; 0 disables clipping")
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
     collective_timeout: float = Field(
         1800,
         ge=1,
         le=30 * 24 * 3600,
-        description="seconds without progress of this rank after which a lost or hanging rank ends the job",
+        description="seconds without progress before a rank ends the job because another rank is lost or hangs",
     )
     max_bad_steps: int = Field(
         20,
         ge=0,
         le=LARGEST_COUNT,
-        description="tolerated number of steps in a row that are skipped for a NaN or Inf in loss or gradient",
+        description="maximum number of consecutive steps skipped because of NaN or Inf in the loss or gradient",
     )
     skip_samples: list[SampleRange] = Field(
-        [], description="`[[first, last], ...]`, ranges of sample indices to skip, in the order of the training samples"
+        [], description="ranges of training samples to skip, `[[first, last], ...]`, as indices in the data order"
     )
     consistency_interval: int | None = Field(
         1000,
         ge=1,
         le=LARGEST_COUNT,
-        description="steps between two comparisons of the ranks' replicas of parameters; null never compares",
+        description="steps between comparisons of replicated parameters across ranks; null disables them",
     )
 
 
 class OptimizerConfig(Settings):
     """AdamW (arXiv 1711.05101)."""
 
-    lr: float = Field(gt=0, le=10, description="largest learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, ge=1e-30, le=1, description="added to the root of the second moment")
+    lr: float = Field(gt=0, le=10, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay rate of the second moment")
+    eps: float = Field(1e-8, ge=1e-30, le=1, description="term added to the denominator for numerical stability")
     weight_decay: float = Field(
         0.1,
         ge=0,
         le=1e6,
-        description="decay of weight matrices; norms, biases and expert and layer embeddings have none",
+        description="weight decay of matrices; norms, biases, and expert and layer embeddings are not decayed",
     )
 
 
@@ -81,27 +81,25 @@ class ScheduleConfig(Settings):
     """Learning-rate schedule."""
 
     name: Literal["cosine", "warmup_stable_decay", "linear", "constant"] = Field(
-        "cosine", description="shape after the warm-up; `warmup_stable_decay` decays by a cosine"
+        "cosine", description="schedule after the warm-up; `warmup_stable_decay` uses a cosine decay"
     )
     warmup_steps: int = Field(
         0,
         ge=0,
         le=LARGEST_COUNT,
-        description="steps of linear warm-up: step `s` of them has `s / warmup_steps` of the largest rate",
+        description="linear warm-up steps: step `s` uses `s / warmup_steps` of the peak learning rate",
     )
-    decay_steps: int = Field(
-        0, ge=0, le=LARGEST_COUNT, description="last steps of warmup_stable_decay, in which the rate falls"
-    )
+    decay_steps: int = Field(0, ge=0, le=LARGEST_COUNT, description="decay steps at the end of `warmup_stable_decay`")
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="learning rate of the last step / largest; without effect on `constant`"
+        0.0, ge=0, le=1, description="final learning rate as a fraction of the peak; ignored by `constant`"
     )
 
     def factor(self, step: int, steps: int) -> float:
-        """Return the learning rate of an optimizer step as a factor of the largest rate.
+        """Return the learning rate of an optimizer step as a fraction of the peak rate.
 
         With W warm-up steps, the factor is `step / W` until step W, 1 until step T, and then falls to `min_lr_ratio`
-        at the last step. T is W, or the last step - `decay_steps` for `warmup_stable_decay`, but at least 1, so that
-        the first rate is above 0.
+        at the last step. For `warmup_stable_decay`, T is the last step minus `decay_steps`; otherwise it is W. T is at
+        least 1, so that the first learning rate is above 0.
 
         Args:
             step: optimizer step, counted from 1; after the last step the factor stays constant.
@@ -120,20 +118,20 @@ class ScheduleConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """When to validate, and on how much data."""
+    """Settings of the section `evaluation`."""
 
     interval: int = Field(
-        1000, ge=1, le=LARGEST_COUNT, description="steps between two validations; the last step is validated too"
+        1000, ge=1, le=LARGEST_COUNT, description="steps between validations; the last step is also validated"
     )
     max_samples: int | None = Field(
         None,
         ge=1,
         le=LARGEST_COUNT,
-        description="sequences to validate on, of each dataset in proportion to its length, but at least one; "
-        "null takes all of them",
+        description="number of validation sequences, split among the datasets in proportion to their lengths (at "
+        "least one each); null uses all",
     )
     hyper_expert_contribution: bool = Field(
-        True, description="validate a second time with the HyperExperts switched off, to log what they contribute"
+        True, description="also validate with the HyperExperts disabled, to log their contribution to the loss"
     )
-    prompts: list[str] = Field([], description="prompts that each validation continues greedily and logs")
+    prompts: list[str] = Field([], description="prompts to continue greedily and log at each validation")
     prompt_tokens: int = Field(32, ge=1, le=LARGEST_COUNT, description="tokens to generate for each prompt")

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders of given models, without training."""
+"""Write checkpoints and run folders of given models, without training."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _SMALL = {
 
 
 def training_weights(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
-    """The model's parameters by the training model's names: each expert projection a tensor of its own."""
+    """Return the model's parameters under the names of the training model, which does not fuse expert projections."""
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         block, _, last = name.rpartition(".")
@@ -46,10 +46,10 @@ def training_weights(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
 
 
 def write_cut_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool, step: int = 7) -> dict[str, Tensor]:
-    """A checkpoint of a run on two ranks: every tensor of more than one element lies in two files.
+    """Write a checkpoint as a run on two ranks would: every tensor with more than one element is split over two files.
 
     Returns:
-        The tensors by `KIND/NAME`; the moments are the weights times 2 and 3.
+        The tensors by `KIND/NAME`. The moments are the weights times 2 and 3.
     """
     kinds = {"weight": 1.0, **dict(zip(MOMENTS, (2.0, 3.0), strict=True))} if moments else {"weight": 1.0}
     entries: dict[str, TensorEntry] = {}
@@ -71,7 +71,7 @@ def write_cut_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool
 
 
 def write_run(folder: Path, model: HyperMoEForCausalLM, steps: dict[int, dict[str, Tensor]]) -> Path:
-    """A run folder with a checkpoint of each step."""
+    """Write a run folder with one checkpoint per step."""
     model.config.save_pretrained(folder / "resolved" / "model")
     for step, weights in steps.items():
         write_cut_checkpoint(folder / "checkpoints" / step_name(step), weights, moments=True, step=step)
@@ -80,6 +80,6 @@ def write_run(folder: Path, model: HyperMoEForCausalLM, steps: dict[int, dict[st
 
 
 def small_model(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
-    """A model of seconds: two layers with experts, one without, a shared expert."""
+    """Build a small model with one dense layer, two MoE layers and a shared expert."""
     torch.manual_seed(seed)
     return HyperMoEForCausalLM(HyperMoEConfig(**{**_SMALL, **overrides})).eval()

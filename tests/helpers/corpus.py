@@ -1,4 +1,4 @@
-"""A small corpus of real text: sources of Python's own standard library, and what is made from them."""
+"""Make a small corpus of real text from the source files of Python's standard library."""
 
 import json
 import sysconfig
@@ -22,13 +22,13 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class TokenisedCorpus:
-    """Where a small corpus and what was made from it lie.
+    """Paths of a small corpus, its tokenizer and its token files.
 
     Attributes:
-        texts: the text files, one document each, in order.
-        tokenizer: the tokenizer folder.
-        train: prefix of the token files of all but the last four texts.
-        valid: prefix of the token files of the last four.
+        texts: text files in order, one document each.
+        tokenizer: tokenizer folder.
+        train: prefix of the token files of all texts except the last four.
+        valid: prefix of the token files of the last four texts.
     """
 
     texts: list[Path]
@@ -38,19 +38,19 @@ class TokenisedCorpus:
 
 
 def stdlib_texts(count: int = len(_MODULES)) -> list[Path]:
-    """The first `count` source files."""
+    """Return the paths of the first `count` source files."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [folder / f"{name}.py" for name in _MODULES[:count]]
 
 
 def write_jsonl(path: Path, texts: list[str], text_field: str = "text") -> Path:
-    """One JSON object a line."""
+    """Write one JSON object per line and return the path."""
     path.write_text("".join(json.dumps({text_field: text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
 def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
-    """Train a tokenizer on the corpus and tokenise it, in `folder`; takes a few seconds."""
+    """Train a tokenizer on the corpus and tokenise the corpus into `folder`. This takes a few seconds."""
     texts = stdlib_texts()
     corpus = TokenisedCorpus(texts, folder / "tokenizer", str(folder / "train"), str(folder / "valid"))
     train_tokenizer(texts, vocab_size, corpus.tokenizer)
@@ -60,7 +60,7 @@ def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
 
 
 def write_token_files(prefix: str, documents: list[list[int]], large: bool = False) -> None:
-    """Token files of given documents, without metadata; `large` stores int32 instead of uint16."""
+    """Write token files of the given documents, without metadata. `large` stores int32 instead of uint16."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32 if large else np.uint16)
     for document in documents:
         builder.add_document(document, [len(document)])

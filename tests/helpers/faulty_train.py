@@ -1,6 +1,7 @@
-"""pretrain/train.py with one fault in it: HYPERMOE_FAULT=KIND:RANK:STEP:MARKER. It leaves MARKER and happens once.
+"""Run pretrain/train.py with an injected fault, given by HYPERMOE_FAULT=KIND:RANK:STEP:MARKER.
 
-A fault of the kind `error` happens every time.
+The fault creates the file MARKER and does not occur again while that file exists. A fault of kind `error` creates no
+file and recurs.
 """
 
 import os
@@ -19,32 +20,32 @@ PARAMETER = "model.hypernetwork.down_weight.weight"
 
 
 def nan_in_a_gradient(engine: Any) -> None:
-    """In one element, on this rank, in the next backward pass."""
+    """Put a NaN into one element of this rank's gradient in the next backward pass."""
     parameter = dict(engine.module.named_parameters())[PARAMETER]
 
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+    def insert_nan(gradient: torch.Tensor) -> torch.Tensor:
         handle.remove()
-        spoilt = gradient.clone()
-        spoilt.view(-1)[0] = torch.nan
-        return spoilt
+        faulty = gradient.clone()
+        faulty.view(-1)[0] = torch.nan
+        return faulty
 
-    handle = parameter.register_hook(spoil)
+    handle = parameter.register_hook(insert_nan)
 
 
 def flipped_bit(engine: Any) -> None:
-    """In this rank's copy of a parameter."""
+    """Flip one bit in this rank's copy of a parameter."""
     words = dict(engine.module.named_parameters())[PARAMETER].data.view(torch.int32).view(-1)
     words[7] ^= 1 << 11
 
 
-def to_self(number: signal.Signals) -> Callable[[Any], None]:
+def signal_self(number: signal.Signals) -> Callable[[Any], None]:
     return lambda _engine: os.kill(os.getpid(), number)
 
 
 BEFORE: dict[str, Callable[[Any], Any]] = {
-    "kill": to_self(signal.SIGKILL),
-    "stop": to_self(signal.SIGSTOP),
-    "term": to_self(signal.SIGTERM),
+    "kill": signal_self(signal.SIGKILL),
+    "stop": signal_self(signal.SIGSTOP),
+    "term": signal_self(signal.SIGTERM),
     "term_launcher": lambda _engine: os.kill(os.getppid(), signal.SIGTERM),
     "nan": nan_in_a_gradient,
     "error": lambda _engine: 1 / 0,
@@ -53,9 +54,9 @@ AFTER: dict[str, Callable[[Any], None]] = {"flip": flipped_bit}
 
 
 def main() -> None:
-    """Put the fault into the optimizer's step, then train."""
+    """Inject the fault into the optimizer step, then train."""
     kind, rank, step, marker = os.environ["HYPERMOE_FAULT"].split(":")
-    genuine = loop.optimizer_step
+    original = loop.optimizer_step
 
     def step_with_fault(engine: Any, *arguments: Any) -> int:
         due = engine.global_steps + 1 == int(step) and engine.global_rank == int(rank) and not Path(marker).exists()
@@ -63,7 +64,7 @@ def main() -> None:
             Path(marker).touch()
         if due and kind in BEFORE:
             BEFORE[kind](engine)
-        tokens = genuine(engine, *arguments)
+        tokens = original(engine, *arguments)
         if due and kind in AFTER:
             AFTER[kind](engine)
         return tokens

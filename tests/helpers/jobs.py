@@ -1,7 +1,7 @@
-"""The commands as a user starts them, and a small recipe for them.
+"""Run the project's commands as a user would, with a small recipe.
 
-`launch` starts DeepSpeed's launcher itself. `run_script` runs the same script in processes that have the
-libraries loaded already, with the environment that the launcher gives its ranks: ten times as fast.
+`launch` runs DeepSpeed's launcher. `run_script` runs the same script in processes that have already loaded the
+libraries, with the environment that the launcher would set. It is ten times as fast.
 """
 
 import os
@@ -33,25 +33,25 @@ _SECONDS = 300
 
 @dataclass(frozen=True)
 class Done:
-    """How a process ended."""
+    """Exit code and output of a process."""
 
     returncode: int
     stdout: str
     stderr: str
 
     def told(self) -> str:
-        """All that it printed."""
+        """Return the complete output."""
         return f"{self.stdout}\n{self.stderr}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that runs.
+    """A running job.
 
     Attributes:
-        process: of its first command.
-        folder: its working directory; holds what it prints.
-        port: where its ranks meet.
+        process: process of its first command.
+        folder: working directory, which also holds the files stdout and stderr.
+        port: rendezvous port of its ranks.
     """
 
     process: "subprocess.Popen[bytes]"
@@ -59,20 +59,20 @@ class Job:
     port: int
 
     def finish(self) -> Done:
-        """Await its end."""
+        """Wait for the job to end and return its output."""
         try:
             code = self.process.wait(_SECONDS)
         finally:
             self.process.kill()
-            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):  # 66 MB a rank
-                left.unlink()
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):  # 66 MB per rank
+                buffer.unlink()
         return Done(code, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
 
 
 def start(
     ranks: int, *arguments: object, folder: Path, script: str = TRAIN, before: Sequence[object] = (), **variables: str
 ) -> Job:
-    """`BEFORE deepspeed --num_gpus RANKS SCRIPT ARGUMENTS`, from `folder`, with further environment variables."""
+    """Start `BEFORE deepspeed --num_gpus RANKS SCRIPT ARGUMENTS` in `folder`, with extra environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,7 +88,7 @@ def start(
 
 
 def launch(ranks: int, *arguments: object, folder: Path) -> Done:
-    """`deepspeed --num_gpus RANKS pretrain/train.py ARGUMENTS`, from `folder`."""
+    """Run `deepspeed --num_gpus RANKS pretrain/train.py ARGUMENTS` in `folder`."""
     return start(ranks, *arguments, folder=folder).finish()
 
 
@@ -101,18 +101,18 @@ def run_script(
     code: int = 0,
     **variables: str,
 ) -> Done:
-    """A script of the repository on `ranks` ranks, from `folder`; what rank 0 told.
+    """Run a script of the repository on `ranks` ranks in `folder`, and return the output of rank 0.
 
-    With more than one rank all must end alike: ranks that fail wait for a launcher to end them.
+    With more than one rank, assert that all exit with `code`. A rank that fails waits for a launcher to end it.
 
     Args:
-        script: its path in the repository.
-        arguments: its command line.
+        script: path of the script in the repository.
+        arguments: command line of the script.
         folder: working directory.
         ranks: number of processes.
-        free_bytes: what every disk claims to have left; None leaves it the truth.
-        code: the exit code of the ranks, where there are several.
-        variables: further environment variables.
+        free_bytes: free space that every disk reports; None reports the real value.
+        code: expected exit code if there are several ranks.
+        variables: extra environment variables.
     """
     words = [str(word) for word in arguments]
     with process_group(ranks) as environments:
@@ -130,13 +130,13 @@ class _Disk(NamedTuple):
 
 
 def run_here(script: Path, arguments: list[str], folder: Path, free_bytes: int | None = None) -> Done:
-    """A script in this process."""
+    """Run a script in this process."""
     os.chdir(folder)
     sys.argv = [str(script), *arguments]
     if free_bytes is not None:
         shutil.disk_usage = lambda _path: _Disk(2 * free_bytes, free_bytes, free_bytes)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as streams:
-        with _sent_to(Path(streams)):
+        with _redirected_to(Path(streams)):
             code = _exit_code(script)
         return Done(code, *((Path(streams) / name).read_text() for name in ("stdout", "stderr")))
 
@@ -144,8 +144,8 @@ def run_here(script: Path, arguments: list[str], folder: Path, free_bytes: int |
 def _exit_code(script: Path) -> int:
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
+    except SystemExit as stop:
+        return int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -153,9 +153,9 @@ def _exit_code(script: Path) -> int:
 
 
 @contextmanager
-def _sent_to(folder: Path) -> Iterator[None]:
-    """Send the process's stdout and stderr, the libraries' too, to files of these names."""
-    kept = [os.dup(number) for number in (1, 2)]
+def _redirected_to(folder: Path) -> Iterator[None]:
+    """Redirect stdout and stderr of this process, including its C++ libraries, to files of the same names."""
+    saved = [os.dup(number) for number in (1, 2)]
     for number, name in ((1, "stdout"), (2, "stderr")):
         opened = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, number)
@@ -165,12 +165,12 @@ def _sent_to(folder: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, former in zip((1, 2), kept, strict=True):
-            os.dup2(former, number)
+        for number, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, number)
 
 
 def small_recipe(corpus: TokenisedCorpus, run_dir: Path | str) -> dict[str, Any]:
-    """A recipe of seconds on two ranks."""
+    """Return a recipe that trains in seconds on two ranks."""
     return {
         "run": {"dir": str(run_dir)},
         "model": {
@@ -206,13 +206,13 @@ def small_recipe(corpus: TokenisedCorpus, run_dir: Path | str) -> dict[str, Any]
 
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
-    """Write a recipe as YAML."""
+    """Write a recipe as YAML and return its path."""
     path.write_text(yaml.safe_dump(dict(recipe)))
     return path
 
 
 def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
-    """The command line of a training job."""
+    """Return the arguments of pretrain/train.py for a recipe."""
     return [
         f"--config={recipe}",
         f"--deepspeed_config={REPOSITORY / 'ds_configs' / f'zero{stage}.json'}",
@@ -221,6 +221,6 @@ def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
 
 
 def logged_steps(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's steps, without what the clock and the machine make of them."""
+    """Read the records of a run's training steps, without times, throughput and memory."""
     records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
     return [{key: value for key, value in record.items() if key.partition("/")[0] not in CLOCK} for record in records]

@@ -1,4 +1,4 @@
-"""The launch scripts, run with stand-ins for what they start."""
+"""Run the launch scripts with stubs for the commands that they start."""
 
 import shlex
 import subprocess
@@ -12,6 +12,7 @@ ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
 
 
 def stub(path: Path, body: str) -> None:
+    """Write an executable bash script."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)
@@ -20,7 +21,7 @@ def stub(path: Path, body: str) -> None:
 def launch(
     script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A launch script in `folder`, with nothing in the environment but this."""
+    """Run a launch script in `folder`, with only these variables in its environment."""
     given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
     return subprocess.run(
         ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
@@ -29,7 +30,7 @@ def launch(
 
 
 def commands(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
-    """The words of each command that the script would start."""
+    """Return the commands that the script would run, each split into words."""
     done = launch(script, "--dry-run", *arguments, folder=folder, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return [shlex.split(line.removeprefix("+")) for line in done.stdout.splitlines() if line.startswith("+")]

@@ -1,7 +1,7 @@
-"""Real ranks for tests: processes of one gloo group that run a function of the test.
+"""Run functions of tests on real ranks: processes of one gloo process group.
 
-They are forked from a server that has imported the libraries once, so a group starts in a second. The
-server holds no state of the tests: every group finds a fresh process.
+The processes are forked from a server that has already imported the libraries, so a group starts in a second. The
+server runs no test code, so every group starts from the same state.
 """
 
 import gc
@@ -21,7 +21,7 @@ from unittest import mock
 
 from torch.distributed import TCPStore
 
-# Libraries alone: of this project the ranks import what lies in this checkout, even where another one is installed.
+# Only libraries: the ranks import the project from this checkout, even if another version is installed.
 _PRELOADED = [
     "torch._dynamo",
     "deepspeed.moe.utils",
@@ -39,11 +39,11 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 
     Args:
         world_size: number of ranks.
-        function: importable by name; the process group is joined before it is called.
-        arguments: what can be pickled.
+        function: importable by name; it is called after the rank has joined the process group.
+        arguments: must be picklable.
 
     Returns:
-        What each rank returned.
+        The return value of each rank.
 
     Raises:
         RuntimeError: a rank failed; the message is its traceback.
@@ -54,17 +54,17 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 
 @contextmanager
 def process_group(world_size: int) -> Iterator[list[Environment]]:
-    """What the launcher puts into the environment of each rank."""
-    # The port is chosen by the system and held here, so that groups running side by side never meet.
+    """Yield the environment variables that the launcher would set for each rank."""
+    # The system chooses the port, and the store holds it, so concurrent groups cannot use the same one.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # Without the launcher's LOCAL_SIZE: given it, DeepSpeed leaves 66 MB a rank behind in /dev/shm.
+    # LOCAL_SIZE is not set: with it, DeepSpeed leaves 66 MB per rank in /dev/shm.
     shared["WORLD_SIZE"] = str(world_size)
     yield [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def run_in_processes(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(*arguments)` in one fresh process for each environment; end all when one fails."""
+    """Call `function(*arguments)` in a new process for each environment. If one process fails, kill the others."""
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(environments))]
         with _started(environments, results, function, arguments) as processes:
@@ -80,7 +80,7 @@ def run_in_processes(environments: list[Environment], function: Callable[..., An
 
 @contextmanager
 def ranks_of(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> Iterator[list[Any]]:
-    """Processes of a group that call `function(*arguments)`, killed at the end; what they return is let go."""
+    """Yield processes of a group that call `function(*arguments)`. Kill them at the end and discard their results."""
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(environments))]
         with _started(environments, results, _joined, (function, *arguments)) as processes:
@@ -115,7 +115,7 @@ class _Outcome:
 
 
 def _await_all(processes: list[Any]) -> None:
-    """Until all have ended well, or one has not."""
+    """Wait until all processes have succeeded or one has failed."""
     waiting = list(processes)
     while waiting:
         ended = multiprocessing.connection.wait([process.sentinel for process in waiting], _SECONDS)
@@ -126,8 +126,8 @@ def _await_all(processes: list[Any]) -> None:
 
 def _main(environment: Environment, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
-    gc.freeze()  # ZeRO-3 collects garbage: not through all the libraries
-    # Without a GPU the group loads an operator of DeepSpeed's, for which ninja must be found.
+    gc.freeze()  # ZeRO-3 calls the garbage collector, which would otherwise scan all objects of the libraries
+    # Without a GPU the group loads a DeepSpeed operator, which needs ninja on the PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         outcome = _Outcome(value=function(*arguments))
@@ -141,7 +141,7 @@ def _main(environment: Environment, result: Path, function: Callable[..., Any], 
 
 
 def _joined(function: Callable[..., Any], *arguments: Any) -> Any:
-    import torch  # noqa: PLC0415 (in the rank)
+    import torch  # noqa: PLC0415 (only in the rank)
 
     from hypermoe_ds.training.engine import start_ranks  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""pretrain/train.py whose ranks also write down which experts each token chose, for `tests.helpers.routing`."""
+"""Run pretrain/train.py, and also write the experts selected for each token, for `tests.helpers.routing`."""
 
 import runpy
 from pathlib import Path
@@ -11,21 +11,21 @@ TRAIN = Path(__file__).parents[2] / "pretrain/train.py"
 
 
 def main() -> None:
-    """Let the recorder of each rank see twice what it sees, then train."""
+    """Patch the recorder to also write the routing of each step, then train."""
     observe, record = Recorder.observe, Recorder.record
-    seen: list[StepRouting] = []
+    micro_batches: list[StepRouting] = []
 
-    def observe_too(recorder: Recorder, output: Any) -> None:
+    def observe_routing(recorder: Recorder, output: Any) -> None:
         if recorder.logs:
-            seen.append(routing_of(output))
+            micro_batches.append(routing_of(output))
         observe(recorder, output)
 
-    def record_too(recorder: Recorder, state: Any, *numbers: Any) -> None:
-        write_routing(recorder._logger._metrics.path.parent, state.step, seen)
-        seen.clear()
+    def record_routing(recorder: Recorder, state: Any, *numbers: Any) -> None:
+        write_routing(recorder._logger._metrics.path.parent, state.step, micro_batches)
+        micro_batches.clear()
         record(recorder, state, *numbers)
 
-    Recorder.observe, Recorder.record = observe_too, record_too  # type: ignore[method-assign]
+    Recorder.observe, Recorder.record = observe_routing, record_routing  # type: ignore[method-assign]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

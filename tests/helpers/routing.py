@@ -1,9 +1,9 @@
-"""Compare two runs of one model on different layouts, as far as a top-K router lets them be compared.
+"""Compare two runs of one model on different layouts, up to the first tie of a top-K router.
 
-Another layout adds the same numbers in another order. A token whose K-th and next expert are as good as equal may then
-go to the other one, from which on the two runs see different functions. So numbers are compared up to the first step
-in which a token chose another expert, and that this was a tie is checked: nothing before that layer of that step has
-chosen differently, so its router logits still agree on every token.
+Another layout adds the same numbers in another order. If two experts of a token are almost tied for the last of its K
+selections, rounding may swap them. From then on the two runs compute different functions. So metrics are compared up
+to the first step in which a token selected another expert. That this was a tie is checked too: all earlier selections
+are equal, so the router logits of that layer must still agree on every token.
 """
 
 import warnings
@@ -15,28 +15,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-4  # of router logits, absolute, in fp32
-AFTER_A_TIE = 1e-2  # relative difference of losses: the runs are different from there on, not broken
+ROUNDING = 1e-4  # largest absolute rounding error of router logits in fp32
+AFTER_A_TIE = 1e-2  # largest relative difference of losses after a tie: the runs differ, but neither is wrong
 
 
 class LayerRouting(NamedTuple):
-    """What a router chose for the tokens of a step: logits [T, N] and experts [T, K]."""
+    """Router logits [T, N] and selected experts [T, K] of the tokens of a step."""
 
     logits_TN: Tensor
     selected_TK: Tensor
 
 
-StepRouting = list[LayerRouting]  # by MoE layer, for all tokens of the step in the order of its samples
+StepRouting = list[LayerRouting]  # one per MoE layer; tokens are in the order of the step's samples
 
 
 @dataclass(frozen=True)
 class Tie:
-    """Where two runs part.
+    """The first difference between the selections of two runs.
 
     Attributes:
-        step: index of the first step in which a token chose another expert.
-        layer: first MoE layer of it in which one did.
-        tokens: which ones did, by their place in the step.
+        step: index of the first step in which a token selected another expert.
+        layer: first MoE layer of that step in which a token did.
+        tokens: indices of those tokens in the step.
     """
 
     step: int
@@ -45,13 +45,13 @@ class Tie:
 
 
 def routing_of(output: Any) -> StepRouting:
-    """The routing of one forward pass made with `output_router_logits`."""
+    """Return the routing of a forward pass with `output_router_logits`."""
     pairs = zip(output.router_logits, output.selected_experts, strict=True)
     return [LayerRouting(logits.detach().float().clone(), selected.clone()) for logits, selected in pairs]
 
 
 def joined(parts: Sequence[StepRouting]) -> StepRouting:
-    """The routing of a step from that of its parts, in the order of its samples."""
+    """Concatenate the routing of the parts of a step, which are in the order of its samples."""
     return [
         LayerRouting(torch.cat([part.logits_TN for part in layer]), torch.cat([part.selected_TK for part in layer]))
         for layer in zip(*parts, strict=True)
@@ -59,17 +59,17 @@ def joined(parts: Sequence[StepRouting]) -> StepRouting:
 
 
 def of_all_ranks(micro_batches: list[StepRouting]) -> StepRouting:
-    """The routing of a step from this rank's micro-batches (collective): a micro-batch of all ranks is one block."""
+    """Gather the routing of a step from the micro-batches of all ranks, in the order of its samples (collective)."""
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, micro_batches)
     return joined([part for block in zip(*ranks, strict=True) for part in block])
 
 
 def first_tie(ours: Sequence[StepRouting], theirs: Sequence[StepRouting]) -> Tie | None:
-    """Where two runs part, None if they never do.
+    """Return the first difference between the selections of two runs; None if there is no difference.
 
     Raises:
-        AssertionError: they part otherwise than by ties.
+        AssertionError: the difference is not a tie.
     """
     for step, layers in enumerate(zip(ours, theirs, strict=True)):
         for layer, (one, other) in enumerate(zip(*layers, strict=True)):
@@ -82,13 +82,13 @@ def first_tie(ours: Sequence[StepRouting], theirs: Sequence[StepRouting]) -> Tie
 
 
 def _check(tie: Tie, one: LayerRouting, other: LayerRouting) -> None:
-    """The logits agree on all tokens, and those that chose otherwise had two experts as good as equal."""
-    apart = (one.logits_TN - other.logits_TN).abs().max().item()
-    assert apart <= ROUNDING, f"{tie}: the router's logits differ by {apart:.1e}: no tie, another model"
+    """Assert that the logits agree on all tokens, and that the tokens of `tie` had two nearly equal experts."""
+    difference = (one.logits_TN - other.logits_TN).abs().max().item()
+    assert difference <= ROUNDING, f"{tie}: the router logits differ by {difference:.1e}: not a tie, another model"
     K = one.selected_TK.shape[1]
     best_TN = one.logits_TN[tie.tokens].sort(-1, descending=True).values
     gap = (best_TN[:, K - 1] - best_TN[:, K]).max().item()
-    assert gap <= 2 * ROUNDING, f"{tie}: the experts are {gap:.1e} apart: no tie"
+    assert gap <= 2 * ROUNDING, f"{tie}: the logits of the experts differ by {gap:.1e}: not a tie"
 
 
 def assert_same_until_a_tie(
@@ -97,17 +97,20 @@ def assert_same_until_a_tie(
     routing: tuple[Sequence[StepRouting], Sequence[StepRouting]],
     relative: float,
 ) -> Tie | None:
-    """Compare the numbers of each step, the loss first: up to a tie within `relative`, from then on the losses loosely.
+    """Compare the metrics of each step; the first of them is the loss.
+
+    Before a tie all metrics must agree within `relative`. From the tie on only the losses are compared, within
+    `AFTER_A_TIE`.
 
     Returns:
-        The tie, which is also warned of; None if there is none and all was compared.
+        The tie, after a warning; None if there was none and every step was compared within `relative`.
     """
     tie = first_tie(*routing)
-    parted = len(found) if tie is None else tie.step
+    steps_before_tie = len(found) if tie is None else tie.step
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        compared = zip(ours, theirs, strict=True) if step < parted else [(ours[0], theirs[0])]
+        compared = zip(ours, theirs, strict=True) if step < steps_before_tie else [(ours[0], theirs[0])]
         for one, other in compared:
-            limit = relative if step < parted else AFTER_A_TIE
+            limit = relative if step < steps_before_tie else AFTER_A_TIE
             assert abs(one - other) <= limit * abs(other), f"step index {step}: {one} and {other}; {tie}"
     if tie is not None:
         warnings.warn(f"compared up to a tie: {tie}", stacklevel=2)
@@ -115,7 +118,7 @@ def assert_same_until_a_tie(
 
 
 def write_routing(run: Path, step: int, micro_batches: list[StepRouting]) -> None:
-    """Keep this rank's routing of a step in the run folder; a later launch replaces it."""
+    """Write this rank's routing of a step to the run folder, replacing that of an earlier launch."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     (run / "routing").mkdir(exist_ok=True)
     content = [[tuple(layer) for layer in part] for part in micro_batches]
@@ -123,11 +126,11 @@ def write_routing(run: Path, step: int, micro_batches: list[StepRouting]) -> Non
 
 
 def read_routing(run: Path, steps: int) -> list[StepRouting]:
-    """The routing of a run's first steps, from what its ranks wrote."""
-    found = []
+    """Read the routing of a run's first steps from the files of its ranks."""
+    steps_routing = []
     for step in range(1, steps + 1):
         ranks, _ = torch.load(run / "routing" / f"{step}_0")
         parts = [torch.load(run / "routing" / f"{step}_{rank}")[1] for rank in range(ranks)]
         blocks = [part for block in zip(*parts, strict=True) for part in block]
-        found.append(joined([[LayerRouting(*layer) for layer in part] for part in blocks]))
-    return found
+        steps_routing.append(joined([[LayerRouting(*layer) for layer in part] for part in blocks]))
+    return steps_routing

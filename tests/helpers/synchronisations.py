@@ -1,4 +1,4 @@
-"""Operations that would make the host wait for a GPU, seen on a CPU."""
+"""Detect operations that would make the host wait for a GPU, without a GPU."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# bincount sizes its result by the largest value. lift_fresh is a number of the host's on its way into a tensor.
+# bincount reads the largest value to size its result. lift_fresh copies a number of the host into a tensor.
 _WAITING = ("_local_scalar_dense", "nonzero", "_unique", "unique_", "bincount", "masked_select", "lift_fresh")
 
 
 class _Lists(TorchFunctionMode):
-    """Collects reads of whole tensors, which a CPU does without an operation."""
+    """Recorder of `tolist` and `numpy`, which dispatch no operation on a CPU."""
 
     def __init__(self, seen: list[str]) -> None:
         super().__init__()
@@ -24,7 +24,11 @@ class _Lists(TorchFunctionMode):
 
 
 class Synchronisations(TorchDispatchMode):
-    """Collects the names of the operations inside that would make the host wait."""
+    """Recorder of the operations in its context that would make the host wait.
+
+    Attributes:
+        seen: their names.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Two pretend hosts on one machine, for launches over ssh.
+"""Simulate two hosts on one machine, for launches over ssh.
 
-A host is a network namespace whose one link leads to the other host, with PID, mount, UTS and IPC namespaces of its
-own and an sshd as its first process. So it has a name, /etc/hosts, /etc/ssh and /dev/shm of its own and sees its own
-processes only; the disk is shared, as over NFS. Nothing appears on the machine's own network.
+Each host has its own network, PID, mount, UTS and IPC namespaces, and sshd is its first process. So it has its own
+name, /etc/hosts, /etc/ssh and /dev/shm, and sees only its own processes. The hosts share the disk, as over NFS. One
+link connects them to each other and to no other network.
 """
 
 import os
@@ -34,7 +34,7 @@ _PACKAGES = {
     "unshare": "util-linux",
     "mpirun": "openmpi-bin",
 }
-_APART = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
+_UNSHARE = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
 _UP_SECONDS = 20
 
 _CLIENT = """
@@ -56,7 +56,7 @@ _SERVER = """
     MaxStartups 100
     SetEnv PATH={path}
     """
-# Runs as the first process of a host; sshd then takes its place and its number, and the kernel ends all with it.
+# Runs as the first process of a host. sshd then replaces it as PID 1, so when sshd ends, the kernel kills all others.
 _BOOT = """
     set -e
     mount -t proc proc /proc
@@ -70,26 +70,26 @@ _BOOT = """
 
 
 def why_not(*commands: str) -> str | None:
-    """Why there can be no two hosts here, or why they lack a command; None if nothing is missing."""
+    """Return why this machine cannot run the two hosts or the given commands on them; None if it can."""
     if os.geteuid() != 0:
         return "needs root, for namespaces"
     missing = [name for name in (*_NEEDED, *commands) if shutil.which(name, path=_search_path()) is None]
     if missing:
         packages = [_PACKAGES.get(name, name) for name in missing]
         return f"needs {', '.join(missing)}: apt-get install {' '.join(packages)}"
-    trial = f"hm{os.getpid()}try"
+    namespace = f"hm{os.getpid()}try"
     steps = [
-        ["ip", "netns", "add", trial],
-        ["ip", "-n", trial, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"],
-        ["ip", "netns", "exec", trial, *_APART, "mount", "-t", "proc", "proc", "/proc"],
+        ["ip", "netns", "add", namespace],
+        ["ip", "-n", namespace, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"],
+        ["ip", "netns", "exec", namespace, *_UNSHARE, "mount", "-t", "proc", "proc", "/proc"],
     ]
     try:
         for step in steps:
             tried = subprocess.run(step, capture_output=True, text=True, check=False)
             if tried.returncode:
-                return f"no namespaces here: {tried.stderr.strip() or shlex.join(step)}"
+                return f"cannot create namespaces: {tried.stderr.strip() or shlex.join(step)}"
     finally:
-        _remove(trial)
+        _remove(namespace)
     return None
 
 
@@ -98,9 +98,9 @@ class TwoHosts:
     """The hosts `left` and `right`.
 
     Attributes:
-        folder: their configuration.
-        namespaces: name of each host's network namespace.
-        processes: each host's first process, with which all others end.
+        folder: holds their configuration.
+        namespaces: network namespace of each host.
+        processes: first process of each host; when it ends, so do all others.
     """
 
     folder: Path
@@ -108,7 +108,7 @@ class TwoHosts:
     processes: dict[str, "subprocess.Popen[bytes]"]
 
     def run(self, host: str, *words: object, folder: Path, seconds: int = 120, **environment: str) -> Done:
-        """A command on a host, through ssh, with what users of this checkout have there and these variables."""
+        """Run a command on a host through ssh, in this checkout's environment and with these variables."""
         process = self.start(host, *words, folder=folder, out=subprocess.PIPE, errors=subprocess.PIPE, **environment)
         try:
             out, errors = process.communicate(timeout=seconds)
@@ -119,7 +119,7 @@ class TwoHosts:
     def start(
         self, host: str, *words: object, folder: Path, out: int | IO[str], errors: int | IO[str], **environment: str
     ) -> "subprocess.Popen[str]":
-        """The same, not awaited; its output goes to `out` and `errors`."""
+        """Start a command as `run` does, without waiting for it. Its output goes to `out` and `errors`."""
         user = {
             **CPU,
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
@@ -134,17 +134,17 @@ class TwoHosts:
         )  # fmt: skip
 
     def crash(self, host: str) -> None:
-        """Cut the power: nothing of the host says goodbye."""
+        """Cut the network, then kill all processes of the host, as a power failure would: no connection is closed."""
         self.cut(host)
         self.processes[host].kill()
         self.processes[host].wait()
 
     def cut(self, host: str) -> None:
-        """Take the host's cable out."""
+        """Disconnect the host from the network."""
         _ip("-n", self.namespaces[host], "link", "set", "eth0", "down")
 
     def mend(self, host: str) -> None:
-        """Put the cable back."""
+        """Reconnect the host to the network."""
         _ip("-n", self.namespaces[host], "link", "set", "eth0", "up")
 
     def _ssh(self, host: str) -> list[str]:
@@ -152,16 +152,16 @@ class TwoHosts:
         return [*inside, "ssh", "-F", str(self.folder / "ssh" / "ssh_config"), _ADDRESSES[host]]
 
     def answers(self, host: str) -> bool:
-        """Whether its sshd lets one in."""
-        asked = subprocess.run(
+        """Return whether a login through ssh succeeds."""
+        login = subprocess.run(
             [*self._ssh(host), "true"], capture_output=True, timeout=_UP_SECONDS, check=False, stdin=subprocess.DEVNULL
         )
-        return asked.returncode == 0
+        return login.returncode == 0
 
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[TwoHosts]:
-    """Both hosts, up, with a cable between them; all their processes and namespaces end with the context.
+    """Boot both hosts and connect them. Remove their processes and namespaces at the end.
 
     Args:
         folder: a new folder for their configuration.
@@ -188,7 +188,7 @@ def _write_configuration(folder: Path) -> None:
     ssh.mkdir(parents=True)
     for key in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ssh / key], check=True)
-    # /etc/ssh of a host is this folder.
+    # This folder is mounted as /etc/ssh of each host.
     for name, text in (("ssh_config", _CLIENT), ("sshd_config", _SERVER)):
         (ssh / name).write_text(textwrap.dedent(text).format(ssh=ssh, path=_PATH))
     lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in _ADDRESSES.items())]
@@ -201,7 +201,7 @@ def _booted(folder: Path, name: str, namespace: str) -> Iterator["subprocess.Pop
     script = textwrap.dedent(_BOOT).format(folder=shlex.quote(str(folder)), name=name, sshd=sshd)
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, *_APART, "bash", "-c", script],
+            ["ip", "netns", "exec", namespace, *_UNSHARE, "bash", "-c", script],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
@@ -216,19 +216,19 @@ def _await(hosts: TwoHosts) -> None:
         end = time.monotonic() + _UP_SECONDS
         while not hosts.answers(name):
             if time.monotonic() > end:
-                raise RuntimeError(f"host {name} does not come up: {(hosts.folder / f'{name}.log').read_text()}")
+                raise RuntimeError(f"host {name} did not start in {_UP_SECONDS} s: {(hosts.folder / f'{name}.log').read_text()}")
             time.sleep(0.05)
 
 
 def _remove(namespace: str) -> None:
-    """End what is left in a network namespace, and it; its end of the cable goes with it."""
+    """Kill the processes in a network namespace, then delete it together with its link."""
     listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    left = []
+    processes = []
     for number in listed.stdout.split():
         with suppress(psutil.NoSuchProcess):
-            left.append(psutil.Process(int(number)))
-            left[-1].kill()
-    psutil.wait_procs(left, timeout=_UP_SECONDS)
+            processes.append(psutil.Process(int(number)))
+            processes[-1].kill()
+    psutil.wait_procs(processes, timeout=_UP_SECONDS)
     subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 
 

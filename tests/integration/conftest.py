@@ -1,4 +1,4 @@
-"""A tokenised corpus and finished runs that the tests of whole jobs share."""
+"""Share a tokenised corpus and finished runs among the integration tests."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,11 @@ EP = f"parallel.expert={RANKS}"
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenisedCorpus:
-    """With little to validate on."""
+    """Tokenise the corpus, with one file as validation data to keep validation short."""
     folder = tmp_path_factory.mktemp("corpus")
-    whole = tokenised_corpus(folder, vocab_size=500)
-    small = replace(whole, valid=str(folder / "small"))
-    preprocess(Job([str(whole.texts[0])], str(whole.tokenizer), small.valid))
+    full = tokenised_corpus(folder, vocab_size=500)
+    small = replace(full, valid=str(folder / "small"))
+    preprocess(Job([str(full.texts[0])], str(full.tokenizer), small.valid))
     return small
 
 
@@ -31,7 +31,7 @@ def recipe(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def whole_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps on two ranks, through the launcher, without a stop."""
+    """Train 8 steps on two ranks through the launcher, without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     done = launch(RANKS, *arguments_of(recipe, f"run.dir={folder / 'run'}", EP), folder=folder)
     assert done.returncode == 0, done.told()
@@ -40,7 +40,7 @@ def whole_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stopped_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, stopped after 5 steps and resumed where the checkpoint of step 4 was the last whole one."""
+    """Train the same run, but stop it after step 5 and resume from the checkpoint of step 4."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     arguments = arguments_of(recipe, f"run.dir={run}", EP)
     run_script(RECORDED_TRAIN, *arguments, "train.stop_at_step=5", folder=run.parent, ranks=RANKS)
@@ -51,7 +51,7 @@ def stopped_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def moved_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, begun on two ranks under ZeRO-1, gone on with alone under ZeRO-3 and ended on two ranks again."""
+    """Train the same run on two ranks with ZeRO 1, then on one rank with ZeRO 3, then on two ranks with ZeRO 2."""
     run = tmp_path_factory.mktemp("moved") / "run"
     run_script(
         RECORDED_TRAIN,
@@ -59,17 +59,17 @@ def moved_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder=run.parent,
         ranks=RANKS,
     )
-    alone = run_script(
+    one_rank = run_script(
         RECORDED_TRAIN, *arguments_of(recipe, f"run.dir={run}", "train.stop_at_step=6", stage=3), folder=run.parent
     )
-    assert alone.returncode == 0, alone.told()
+    assert one_rank.returncode == 0, one_rank.told()
     run_script(RECORDED_TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, stage=2), folder=run.parent, ranks=RANKS)
     return run
 
 
 @pytest.fixture(scope="session")
 def zero3_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 steps under ZeRO-3, top-1 routing, untied embeddings."""
+    """Train 4 steps with ZeRO 3, top-1 routing and untied embeddings."""
     run = tmp_path_factory.mktemp("zero3") / "run"
     overrides = ["train.steps=4", "model.num_experts_per_tok=1", "model.tie_word_embeddings=false"]
     arguments = arguments_of(recipe, f"run.dir={run}", EP, *overrides, stage=3)

@@ -1,4 +1,4 @@
-"""How the tests compare runs on different layouts: a tie cannot break it, and a fault cannot pass as one."""
+"""Test how runs on different layouts are compared: ties pass, and faults do not pass as ties."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ T, N, K, STEPS = 12, 6, 2, 4
 
 
 def steps(tie_in: int | None = None) -> list[StepRouting]:
-    """Two layers; in the second one of a step the third token's second and third best expert are nearly as good."""
+    """Return the routing of two layers. In layer 1 of step `tie_in`, experts 1 and 2 of token 3 nearly tie."""
     generator = torch.Generator().manual_seed(0)
-    made = []
+    routings = []
     for step in range(STEPS):
         layers = []
         for layer in range(2):
@@ -22,54 +22,57 @@ def steps(tie_in: int | None = None) -> list[StepRouting]:
             if (step, layer) == (tie_in, 1):
                 logits_TN[3] = torch.tensor([2.0, 1.0, 1.0 - 1e-6, 0.0, 0.0, 0.0])
             layers.append(LayerRouting(logits_TN, logits_TN.topk(K).indices))
-        made.append(layers)
-    return made
+        routings.append(layers)
+    return routings
 
 
-def flipped(made: list[StepRouting], step: int, token: int, to: list[int]) -> list[StepRouting]:
-    layer = made[step][1]
-    layer.selected_TK[token] = torch.tensor(to)
-    return made
+def with_selection(routings: list[StepRouting], step: int, token: int, experts: list[int]) -> list[StepRouting]:
+    routings[step][1].selected_TK[token] = torch.tensor(experts)
+    return routings
 
 
 LOSSES = [[5.0, 1.0], [4.0, 1.0], [3.0, 1.0], [2.0, 1.0]]
-PARTED = [[5.0, 1.0], [4.0, 1.0], [3.001, 2.0], [2.001, 2.0]]
+LOSSES_AFTER_TIE = [[5.0, 1.0], [4.0, 1.0], [3.001, 2.0], [2.001, 2.0]]
 
 
-def test_equal_runs_are_compared_to_their_end_whatever_the_order_of_the_experts() -> None:
+def test_equal_runs_are_compared_to_the_end_and_the_order_of_selected_experts_is_ignored() -> None:
     ours, theirs = steps(2), steps(2)
     ours[0][0] = ours[0][0]._replace(selected_TK=ours[0][0].selected_TK.flip(1))
     assert first_tie(ours, theirs) is None
     assert assert_same_until_a_tie(LOSSES, LOSSES, (ours, theirs), 1e-5) is None
     with pytest.raises(AssertionError, match=r"step index 2: 3.001 and 3.0; None"):
-        assert_same_until_a_tie(PARTED, LOSSES, (ours, theirs), 1e-5)
+        assert_same_until_a_tie(LOSSES_AFTER_TIE, LOSSES, (ours, theirs), 1e-5)
 
 
-def test_numbers_from_a_tie_on_may_differ_and_losses_not_by_much() -> None:
-    ours, theirs = flipped(steps(2), 2, 3, [0, 2]), steps(2)
+def test_after_a_tie_metrics_may_differ_but_losses_only_by_one_percent() -> None:
+    ours, theirs = with_selection(steps(2), 2, 3, [0, 2]), steps(2)
     tie = Tie(2, 1, [3])
     with pytest.warns(UserWarning, match="compared up to a tie"):
-        assert assert_same_until_a_tie(PARTED, LOSSES, (ours, theirs), 1e-5) == tie
-    for worse in ([[5.0, 1.0], [4.1, 1.0], *PARTED[2:]], [[5.0, 1.1], *PARTED[1:]], [*PARTED[:3], [2.03, 1.0]]):
+        assert assert_same_until_a_tie(LOSSES_AFTER_TIE, LOSSES, (ours, theirs), 1e-5) == tie
+    for worse in (
+        [[5.0, 1.0], [4.1, 1.0], *LOSSES_AFTER_TIE[2:]],
+        [[5.0, 1.1], *LOSSES_AFTER_TIE[1:]],
+        [*LOSSES_AFTER_TIE[:3], [2.03, 1.0]],
+    ):
         with pytest.raises(AssertionError, match="step index"):
             assert_same_until_a_tie(worse, LOSSES, (ours, theirs), 1e-5)
 
 
-def test_another_selection_that_is_no_tie_is_a_fault() -> None:
-    with pytest.raises(AssertionError, match=r"step=2, layer=1, tokens=\[4\].*apart: no tie"):
-        first_tie(flipped(steps(), 2, 4, [0, 1] if 0 not in steps()[2][1].selected_TK[4] else [4, 5]), steps())
+def test_a_different_selection_without_a_tie_fails() -> None:
+    with pytest.raises(AssertionError, match=r"step=2, layer=1, tokens=\[4\].*experts differ by .*: not a tie"):
+        first_tie(with_selection(steps(), 2, 4, [0, 1] if 0 not in steps()[2][1].selected_TK[4] else [4, 5]), steps())
 
 
-def test_a_tie_among_logits_that_differ_is_a_fault() -> None:
-    ours, theirs = flipped(steps(2), 2, 3, [0, 2]), steps(2)
+def test_a_tie_with_differing_logits_fails() -> None:
+    ours, theirs = with_selection(steps(2), 2, 3, [0, 2]), steps(2)
     ours[2][1].logits_TN[7] += 1e-3
-    with pytest.raises(AssertionError, match="no tie, another model"):
+    with pytest.raises(AssertionError, match="not a tie, another model"):
         first_tie(ours, theirs)
 
 
-def test_what_ranks_write_is_read_in_the_order_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [whole], ranks, accumulation = steps()[:1], 2, 3
-    blocks = [[part.split(T // ranks // accumulation) for part in layer] for layer in whole]
+def test_the_routing_of_all_ranks_is_read_in_sample_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [expected], ranks, accumulation = steps()[:1], 2, 3
+    blocks = [[part.split(T // ranks // accumulation) for part in layer] for layer in expected]
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
@@ -79,5 +82,5 @@ def test_what_ranks_write_is_read_in_the_order_of_the_samples(tmp_path: Path, mo
         ]
         routing.write_routing(tmp_path, 1, own)
     [read] = routing.read_routing(tmp_path, 1)
-    for one, other in zip(read, whole, strict=True):
+    for one, other in zip(read, expected, strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""A tokenised corpus that all tests of the data share."""
+"""Share one tokenised corpus among the data tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A folder as `tools/convert_to_hf.py` makes it, for the tests of how others use it."""
+"""Share a Hugging Face folder, as `tools/convert_to_hf.py` writes it, among the export tests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.helpers.corpus import stdlib_texts
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untied and with large weights, so that a model that has not been trained does not repeat one token for ever."""
+    """Export an untrained model. Untied embeddings and large weights keep it from repeating one token forever."""
     folder = tmp_path_factory.mktemp("exported")
     train_tokenizer(stdlib_texts(1), 400, folder / "tokenizer")
     model = small_model(vocab_size=400, tie_word_embeddings=False, initializer_range=0.2, max_position_embeddings=64)

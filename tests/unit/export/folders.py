@@ -1,4 +1,4 @@
-"""Small models of Transformers' own classes, and what our model makes of their folders."""
+"""Small models of Transformers classes, and comparisons of their logits with ours."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ SMALL_HYPER: dict[str, Any] = {
 
 
 def their_model(kind: str, **fields: Any) -> PreTrainedModel:
-    """A model of theirs in which every norm has a weight of its own."""
+    """Build a small Transformers model with random norm weights, so that mixed-up norms change the logits."""
     torch.manual_seed(7)
     config_class, model_class = CLASSES[kind]
     model: PreTrainedModel = model_class(config_class(**{**SIZES, **fields})).eval()
@@ -69,7 +69,7 @@ def their_model(kind: str, **fields: Any) -> PreTrainedModel:
 
 
 def ids() -> Tensor:
-    """[2, 11]."""
+    """Return random token ids, [2, 11]."""
     return torch.randint(0, SIZES["vocab_size"], (2, 11), generator=torch.Generator().manual_seed(1))
 
 
@@ -80,7 +80,7 @@ def their_logits(model: PreTrainedModel) -> Tensor:
 
 
 def largest_difference(weights: WeightLoader, theirs: PreTrainedModel) -> float:
-    """Of our logits from theirs, whose largest is about 10."""
+    """Return the largest difference between our logits and theirs, which are at most about 10."""
     return float((streamed_logits(weights, ids()) - their_logits(theirs)).abs().max())
 
 

@@ -1,4 +1,4 @@
-"""A baked model computes what the model with its hypernetwork computes."""
+"""A baked model computes the same as the model with its hypernetwork."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def build(**overrides: Any) -> HyperMoEForCausalLM:
     ],
     ids=str,
 )
-def test_a_baked_folder_gives_the_logits_and_the_text_of_the_model(overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_a_baked_model_gives_the_same_logits_and_text(overrides: dict[str, Any], tmp_path: Path) -> None:
     model = build(**overrides)
     bake(model).save_pretrained(tmp_path)
     baked = read_model(tmp_path)
@@ -59,7 +59,7 @@ def test_a_baked_folder_gives_the_logits_and_the_text_of_the_model(overrides: di
     assert not torch.allclose(baked(input_ids=ids).logits, expected, atol=1e-3)
 
 
-def test_what_cannot_be_baked_is_refused_in_one_line() -> None:
+def test_models_that_cannot_be_baked_are_refused() -> None:
     with pytest.raises(UserError, match=r"^--bake: 6 HyperExperts a layer are more than its 4 experts; bake a model"):
         bake(build(num_experts_per_tok=2))
     with pytest.raises(UserError, match="no hypernetwork"):

@@ -1,4 +1,4 @@
-"""An exported folder works with Transformers' own commands, where this package is installed and where it is not."""
+"""An exported folder works with Transformers, with and without this package."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from tests.helpers.jobs import REPOSITORY
 PROMPTS = ["def read(path):", "import", "class Absent(Exception):\n    pass"]
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
-# All ways to load, and the pipeline, in a process of their own; without an answer to any question.
-USE = """
+# Load with all auto classes and the pipeline in a new process, with no input for prompts.
+SCRIPT = """
 import json, sys
 import torch
 import transformers
@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 torch.set_num_threads(1)
-folder, first, trust, prompts, greedy = json.loads(sys.argv[1])
-if first:
-    __import__(first)
+folder, preimport, trust, prompts, greedy = json.loads(sys.argv[1])
+if preimport:
+    __import__(preimport)
 trusted = {} if trust is None else {"trust_remote_code": trust}
 config = AutoConfig.from_pretrained(folder, **trusted)
 model = AutoModelForCausalLM.from_pretrained(folder, **trusted)
@@ -38,35 +38,35 @@ with torch.no_grad():
     hidden = decoder(**batch).last_hidden_state
     same = torch.allclose(hidden, model(**batch, output_hidden_states=True).hidden_states[-1], atol=1e-5)
 texts = tokenizer.batch_decode(model.generate(**batch, **greedy), skip_special_tokens=True)
-writer = pipeline("text-generation", model=folder, device="cpu", **trusted)
+generator = pipeline("text-generation", model=folder, device="cpu", **trusted)
 config_made = AutoModelForCausalLM.from_config(config, **trusted)
 print(json.dumps({
     "module": type(model).__module__,
-    "classes": [type(config).__name__, type(model).__name__, type(writer.model).__name__, type(config_made).__name__],
+    "classes": [type(part).__name__ for part in (config, model, generator.model, config_made)],
     "decoder": [type(decoder).__name__, same],
     "listed": (config.model_type, type(model).__name__) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(),
     "texts": texts,
-    "piped": [texts[0]["generated_text"] for texts in writer(prompts, batch_size=2, **greedy)],
+    "piped": [texts[0]["generated_text"] for texts in generator(prompts, batch_size=2, **greedy)],
     "ours": [name for name, module in sys.modules.items() if module and name == "hypermoe_ds"],
 }))
 """
 
 
-def used(folder: Path, first: str | None, trust: bool | None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run USE; only with `first`, the module to import beforehand, this package can be found."""
+def run_script(folder: Path, preimport: str | None, trust: bool | None, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run SCRIPT. This package can be imported only if `preimport`, a module to import first, is given."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment = inherited | {"HF_HOME": str(cwd / "home"), "HF_HUB_OFFLINE": "1"}
-    absent = "" if first else "import sys\nsys.modules['hypermoe_ds'] = None\n"  # even where it is installed
+    absent = "" if preimport else "import sys\nsys.modules['hypermoe_ds'] = None\n"  # even if it is installed
     return subprocess.run(
-        [sys.executable, "-c", absent + USE, json.dumps([str(folder), first, trust, PROMPTS, GREEDY])],
-        cwd=cwd, env=environment | ({"PYTHONPATH": str(REPOSITORY)} if first else {}), stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", absent + SCRIPT, json.dumps([str(folder), preimport, trust, PROMPTS, GREEDY])],
+        cwd=cwd, env=environment | ({"PYTHONPATH": str(REPOSITORY)} if preimport else {}), stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def expected(exported: Path) -> list[str]:
-    """Each prompt continued alone, with neither padding nor pipeline."""
+    """Return the continuation of each prompt, generated alone without padding or pipeline."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     texts = []
     for prompt in PROMPTS:
@@ -77,53 +77,51 @@ def expected(exported: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("first", "trust"),
+    ("preimport", "trust"),
     [("hypermoe_ds.modeling", None), ("hypermoe_ds.modeling", True), (None, True)],
-    ids=["package", "package, trusting", "no package, trusting"],
+    ids=["package", "package, trust_remote_code", "no package, trust_remote_code"],
 )
-def test_a_folder_generates_the_same_here_and_elsewhere_without_a_question_or_a_warning(
-    exported: Path, expected: list[str], first: str | None, trust: bool | None, tmp_path: Path
+def test_a_folder_generates_the_same_with_and_without_the_package_and_does_not_warn(
+    exported: Path, expected: list[str], preimport: str | None, trust: bool | None, tmp_path: Path
 ) -> None:
-    done = used(exported, first, trust, tmp_path)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    process = run_script(exported, preimport, trust, tmp_path)
+    assert process.returncode == 0, process.stderr
+    seen = json.loads(process.stdout.splitlines()[-1])
     assert seen["classes"] == ["HyperMoEConfig", *["HyperMoEForCausalLM"] * 3]
     assert seen["decoder"] == ["HyperMoEModel", True]
-    assert seen["module"].startswith("hypermoe_ds.modeling" if first else "transformers_modules.")
-    assert seen["ours"] == (["hypermoe_ds"] if first else [])
+    assert seen["module"].startswith("hypermoe_ds.modeling" if preimport else "transformers_modules.")
+    assert seen["ours"] == (["hypermoe_ds"] if preimport else [])
     assert seen["listed"], "the Trainer's label smoothing would not shift the labels"
     assert seen["texts"] == expected
     assert seen["piped"] == expected
-    told = (done.stdout.rpartition("\n{")[0] + done.stderr).lower()
+    output = (process.stdout.rpartition("\n{")[0] + process.stderr).lower()
     for word in ("remote code", "trust_remote_code", "warning", "not supported", "not initialized", "deprecated"):
-        assert word not in told, told
+        assert word not in output, output
 
 
-def test_without_the_package_and_without_trust_it_is_refused_and_names_the_argument(
-    exported: Path, tmp_path: Path
-) -> None:
-    done = used(exported, None, False, tmp_path)
-    assert done.returncode != 0
-    assert "trust_remote_code=True" in done.stderr
+def test_without_the_package_loading_asks_for_trust_remote_code(exported: Path, tmp_path: Path) -> None:
+    process = run_script(exported, None, False, tmp_path)
+    assert process.returncode != 0
+    assert "trust_remote_code=True" in process.stderr
 
 
-def test_the_pipeline_samples_by_the_seed(exported: Path) -> None:
-    writer = pipeline("text-generation", model=str(exported), device="cpu")
+def test_pipeline_sampling_depends_on_the_seed(exported: Path) -> None:
+    generator = pipeline("text-generation", model=str(exported), device="cpu")
 
-    def write(seed: int, **arguments: Any) -> str:
+    def generate(seed: int, **arguments: Any) -> str:
         torch.manual_seed(seed)
-        return str(writer(PROMPTS[0], max_new_tokens=8, do_sample=True, **arguments)[0]["generated_text"])
+        return str(generator(PROMPTS[0], max_new_tokens=8, do_sample=True, **arguments)[0]["generated_text"])
 
-    assert write(1) == write(1) == write(1, use_cache=False) != write(2)
+    assert generate(1) == generate(1) == generate(1, use_cache=False) != generate(2)
 
 
-def test_a_padded_batch_of_the_tokenizer_gives_each_texts_own_logits(exported: Path) -> None:
+def test_a_padded_batch_gives_the_logits_of_each_text_alone(exported: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     for side in ("left", "right"):
         tokenizer.padding_side = side
         batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
         with torch.no_grad():
-            logits = model(**batch).logits  # with whatever else the tokenizer gives
+            logits = model(**batch).logits  # includes all other outputs of the tokenizer
             for row, prompt in enumerate(PROMPTS):
                 alone = model(**tokenizer(prompt, return_tensors="pt")).logits[0]
                 assert torch.allclose(logits[row][batch["attention_mask"][row].bool()], alone, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Control tokens within a text are tokens to an export's tokenizer and text to every run."""
+"""Control tokens in a text: an exported tokenizer parses them, and training encodes them as text."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def exported(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "exported"
 
 
-def test_the_name_of_a_control_token_is_the_token_in_an_export(exported: Path) -> None:
+def test_an_exported_tokenizer_parses_control_tokens_in_text(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer("</s>")["input_ids"] == [2]
     ids = tokenizer("a </s>\n<s>b")["input_ids"]
@@ -43,17 +43,17 @@ def test_the_name_of_a_control_token_is_the_token_in_an_export(exported: Path) -
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a \nb"
 
 
-def test_other_text_has_the_ids_of_training(trained: Path, exported: Path) -> None:
+def test_other_text_has_the_same_ids_as_in_training(trained: Path, exported: Path) -> None:
     theirs, ours = AutoTokenizer.from_pretrained(exported), load_tokenizer(trained)
     for text in (*(path.read_text() for path in stdlib_texts(3)), "  x\n\t\tö 🎉"):
         assert theirs(text)["input_ids"] == ours(text)["input_ids"]
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
-def test_a_run_encodes_control_tokens_as_text_whatever_tokenizer_it_imports(
+def test_a_run_encodes_control_tokens_as_text_even_with_an_exported_tokenizer(
     trained: Path, exported: Path, tmp_path: Path, saved_again: bool
 ) -> None:
-    if saved_again:  # as a Trainer does
+    if saved_again:  # as the Trainer does
         AutoTokenizer.from_pretrained(exported).save_pretrained(tmp_path / "saved")
         exported = tmp_path / "saved"
     copy_tokenizer(exported, tmp_path / "run")
@@ -64,7 +64,7 @@ def test_a_run_encodes_control_tokens_as_text_whatever_tokenizer_it_imports(
         assert not set(ids[:-1].tolist()) & {0, 1, 2, 3}
 
 
-def test_an_imported_tokenizer_that_splits_control_tokens_is_exported_without(trained: Path, tmp_path: Path) -> None:
+def test_export_disables_split_special_tokens(trained: Path, tmp_path: Path) -> None:
     load_tokenizer(trained).save_pretrained(tmp_path / "fast")
     config = tmp_path / "fast" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "split_special_tokens": True}))
@@ -73,7 +73,7 @@ def test_an_imported_tokenizer_that_splits_control_tokens_is_exported_without(tr
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")("</s>")["input_ids"] == [2]
 
 
-def test_a_chat_of_a_fine_tuning_ends_with_the_end_token(trained: Path, tmp_path: Path) -> None:
+def test_chats_of_fine_tuning_end_with_the_eos_token(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text(CHAT)
     write_tokenizer(trained, tmp_path / "exported", tmp_path / "chat.jinja")
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -88,7 +88,7 @@ def test_a_chat_of_a_fine_tuning_ends_with_the_end_token(trained: Path, tmp_path
     assert again.apply_chat_template(MESSAGES, tokenize=True, return_dict=True)["input_ids"] == ids
 
 
-def test_a_template_replaces_the_tokenizers_own(trained: Path, tmp_path: Path) -> None:
+def test_a_given_chat_template_replaces_that_of_the_tokenizer(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "own")
     config = tmp_path / "own" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "old {{ messages[0].content }}"}))
@@ -100,7 +100,7 @@ def test_a_template_replaces_the_tokenizers_own(trained: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "cannot be read"),
         (b"\xff", "cannot be read"),
@@ -111,17 +111,17 @@ def test_a_template_replaces_the_tokenizers_own(trained: Path, tmp_path: Path) -
         (b"", "omits the user's message"),
     ],
 )
-def test_a_template_that_does_not_render_a_message_is_refused(
-    content: bytes | None, says: str, trained: Path, tmp_path: Path
+def test_a_chat_template_that_does_not_render_a_message_is_refused(
+    content: bytes | None, message: str, trained: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "chat.jinja"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"--chat-template={path}: {says}"):
+    with pytest.raises(UserError, match=rf"--chat-template={path}: {message}"):
         write_tokenizer(trained, tmp_path / "exported", path)
 
 
-def test_a_link_out_of_a_tokenizers_folder_is_neither_read_nor_published(trained: Path, tmp_path: Path) -> None:
+def test_links_out_of_a_tokenizer_folder_are_not_followed(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "own")
     (tmp_path / "secret").write_text("key")
     (tmp_path / "own" / "merges.txt").symlink_to(tmp_path / "secret")
@@ -144,7 +144,7 @@ def test_a_link_out_of_a_tokenizers_folder_is_neither_read_nor_published(trained
     ],
     ids=lambda content: content[:40],
 )
-def test_a_damaged_tokenizer_configuration_is_refused_in_one_line(content: str, trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_config_is_refused(content: str, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "damaged")
     (tmp_path / "damaged" / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match="damaged: its tokenizer cannot be loaded"):

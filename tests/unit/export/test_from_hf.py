@@ -1,4 +1,4 @@
-"""A folder becomes the model of a run that computes the same: against Transformers' own classes."""
+"""Imported Hugging Face folders compute the same as the Transformers classes."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,7 @@ ROUTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("in_memory_form", [False, True])
 @pytest.mark.parametrize("case", ROUTED)
-def test_a_mixture_of_experts_gives_the_logits_of_its_own_class(
-    case: str, in_memory_form: bool, tmp_path: Path
-) -> None:
+def test_an_imported_moe_gives_the_logits_of_transformers(case: str, in_memory_form: bool, tmp_path: Path) -> None:
     theirs = their_model(
         case.partition(" ")[0], **ROUTED[case], rope_parameters={"rope_type": "default", "rope_theta": 5e4}
     )
@@ -40,7 +38,7 @@ def test_a_mixture_of_experts_gives_the_logits_of_its_own_class(
     assert largest_difference(weights, theirs) < 1e-4 < 0.01 * float(their_logits(theirs).abs().max())
 
 
-def test_experts_stay_in_their_order_and_routers_are_carried_over(tmp_path: Path) -> None:
+def test_experts_and_routers_are_imported_in_order(tmp_path: Path) -> None:
     theirs = their_model("mixtral", **ROUTED["mixtral"])
     weights = open_folder(saved(theirs, tmp_path))
     of_layer = dict(theirs.model.layers[1].mlp.named_parameters())
@@ -49,7 +47,7 @@ def test_experts_stay_in_their_order_and_routers_are_carried_over(tmp_path: Path
         assert torch.equal(weights.read(f"model.layers.1.mlp.{ours}"), of_layer[name])
 
 
-def test_hyper_experts_of_an_imported_model_start_at_zero_and_can_learn(tmp_path: Path) -> None:
+def test_imported_models_get_hyper_experts_that_start_at_zero_and_have_gradients(tmp_path: Path) -> None:
     theirs = their_model("mixtral", **ROUTED["mixtral"])
     weights = open_folder(saved(theirs, tmp_path), fields=SMALL_HYPER, seed=1)
     model = HyperMoEForCausalLM(weights.config)
@@ -66,7 +64,7 @@ def test_hyper_experts_of_an_imported_model_start_at_zero_and_can_learn(tmp_path
     assert not torch.equal(other.read(name), weights.read(name))
 
 
-def test_it_may_go_on_without_hyper_experts(tmp_path: Path) -> None:
+def test_a_model_can_be_imported_without_hyper_experts(tmp_path: Path) -> None:
     theirs = their_model("olmoe", **EXPERTS)
     weights = open_folder(saved(theirs, tmp_path), fields={"hypernetwork": False})
     assert not any("hyper" in name for name in weights.shapes)
@@ -74,7 +72,7 @@ def test_it_may_go_on_without_hyper_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_hypermoe_folder_comes_back_bit_for_bit_and_as_a_recipe_gives_it(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_hypermoe_folder_loads_bit_for_bit_without_token_ids(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = HyperMoEConfig(
         vocab_size=67, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
@@ -95,13 +93,13 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_baked_folder_is_no_model_to_train(tmp_path: Path) -> None:
+def test_a_baked_folder_is_refused(tmp_path: Path) -> None:
     HyperMoEConfig(baked_hyper_experts=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="baked_hyper_experts=True: there is no hypernetwork left to train; give a"):
         open_folder(tmp_path)
 
 
-def test_a_key_that_nobody_knows_is_not_dropped(tmp_path: Path) -> None:
+def test_an_unknown_config_key_is_refused(tmp_path: Path) -> None:
     HyperMoEConfig().save_pretrained(tmp_path)
     edit(tmp_path, rope_scaling={"rope_type": "linear"})
     with pytest.raises(
@@ -110,7 +108,7 @@ def test_a_key_that_nobody_knows_is_not_dropped(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_pickled_and_missing_weights_are_refused(tmp_path: Path) -> None:
     saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     expected = r"pytorch_model.bin: is a pickle, which can run code when it is read; save the model as safetensors: "
@@ -122,28 +120,28 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         ("missing", r"model.layers.1.block_sparse_moe.experts.5.w3.weight: is missing; copy"),
-        ("more", r"model.layers.0.self_attn.q_proj.bias: is not part of a HyperMoE model; choose"),
+        ("unexpected", r"model.layers.0.self_attn.q_proj.bias: is not part of a HyperMoE model; choose"),
         ("shape", r"model.norm.weight: is \[31\], but by config.json \[32\]; correct"),
-        ("type", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
+        ("dtype", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
     ],
 )
-def test_tensors_that_are_not_the_models_are_refused_by_name(damage: str, says: str, tmp_path: Path) -> None:
+def test_wrong_tensors_are_refused_by_name(damage: str, message: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
     saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if damage == "missing":
         del tensors["model.layers.1.block_sparse_moe.experts.5.w3.weight"]
-    elif damage == "more":
+    elif damage == "unexpected":
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
     else:
         norm = tensors["model.norm.weight"]
         tensors["model.norm.weight"] = norm[:31].clone() if damage == "shape" else norm.double()
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         open_folder(tmp_path)
 
 
@@ -158,7 +156,7 @@ def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_an_output_projection_that_is_stored_though_tied_must_be_the_embedding(tmp_path: Path) -> None:
+def test_a_stored_tied_output_projection_must_equal_the_embedding(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
     theirs = their_model("mixtral", **ROUTED["mixtral"], tie_word_embeddings=True)
@@ -172,7 +170,7 @@ def test_an_output_projection_that_is_stored_though_tied_must_be_the_embedding(t
         open_folder(tmp_path)
 
 
-def test_options_that_do_not_belong_to_the_folder_are_refused(tmp_path: Path) -> None:
+def test_options_that_do_not_fit_the_folder_are_refused(tmp_path: Path) -> None:
     saved(their_model("mixtral", **ROUTED["mixtral"]), tmp_path / "mixtral")
     saved(their_model("llama"), tmp_path / "llama")
     with pytest.raises(UserError, match=r"model_type='llama': is dense; give --upcycle --experts N --top-k K"):
@@ -185,7 +183,7 @@ def test_options_that_do_not_belong_to_the_folder_are_refused(tmp_path: Path) ->
         open_folder(tmp_path / "mixtral", fields={"adapter_size": 0})
 
 
-def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+def test_weights_with_nan_are_refused_by_name(tmp_path: Path) -> None:
     theirs = their_model("mixtral", **ROUTED["mixtral"])
     with torch.no_grad():
         theirs.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""Continuing a text."""
+"""Settings of text generation."""
 
 import pytest
 
@@ -21,7 +21,7 @@ GOOD = {"prompt": "def", "max_new_tokens": 4, "temperature": 0.5, "top_p": 0.9, 
         ("seed", 2**32),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_by_name(name: str, value: object) -> None:
+def test_invalid_sampling_settings_are_refused_by_name(name: str, value: object) -> None:
     validate(SamplingConfig, GOOD, "arguments")
     with pytest.raises(UserError, match=f"arguments: {name}={value!r}"):
         validate(SamplingConfig, GOOD | {name: value}, "arguments")

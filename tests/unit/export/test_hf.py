@@ -1,4 +1,4 @@
-"""A Hugging Face folder appears whole or not at all."""
+"""A Hugging Face folder is written completely or not at all."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from tests.helpers.corpus import stdlib_texts
 
 VOCABULARY = 300
-WHOLE = 10**9
+ONE_SHARD = 10**9
 
 
 @pytest.fixture(scope="session")
@@ -49,22 +49,22 @@ def model() -> HyperMoEForCausalLM:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_comes_back_to_the_bit_in_its_precision(
+def test_an_exported_model_loads_bit_for_bit_in_its_dtype(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     output = tmp_path / "new" / "hf"
-    export(weights_of(model.to(dtype)), tokenizer, output, WHOLE)
-    back = read_model(output)
-    assert back.dtype == dtype
-    assert not back.training
+    export(weights_of(model.to(dtype)), tokenizer, output, ONE_SHARD)
+    loaded = read_model(output)
+    assert loaded.dtype == dtype
+    assert not loaded.training
     for name, tensor in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], tensor), name
+        assert torch.equal(loaded.state_dict()[name], tensor), name
     assert [path.name for path in output.parent.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize("shard_bytes", [WHOLE, 2000, 1])
+@pytest.mark.parametrize("shard_bytes", [ONE_SHARD, 2000, 1])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_files_and_their_index_are_those_that_transformers_writes(
+def test_files_and_index_are_identical_to_those_of_transformers(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, shard_bytes: int, tied: bool
 ) -> None:
     if not tied:
@@ -76,16 +76,16 @@ def test_the_files_and_their_index_are_those_that_transformers_writes(
     model.save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
     theirs = {path.name for path in (tmp_path / "theirs").iterdir()}
     assert {path.name for path in (tmp_path / "ours").iterdir()} == theirs | {path.name for path in tokenizer.iterdir()}
-    assert (shard_bytes == WHOLE) == ("model.safetensors" in theirs)
+    assert (shard_bytes == ONE_SHARD) == ("model.safetensors" in theirs)
     for name in theirs:
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
 
 
-def test_a_folder_holds_weights_code_and_tokenizer_and_names_the_tokens(
+def test_a_folder_has_weights_code_tokenizer_and_token_ids(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "hf"
-    export(weights_of(model), tokenizer, output, WHOLE)
+    export(weights_of(model), tokenizer, output, ONE_SHARD)
     names = {path.name for path in output.iterdir()}
     code = {path.name for path in Path(modeling.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert names >= code | {"config.json", "generation_config.json", "model.safetensors"}
@@ -95,140 +95,140 @@ def test_a_folder_holds_weights_code_and_tokenizer_and_names_the_tokens(
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_hypermoe.HyperMoEForCausalLM"
 
 
-def test_an_empty_folder_may_be_filled_and_anything_else_is_refused(tmp_path: Path) -> None:
+def test_the_output_must_be_an_empty_or_missing_folder(tmp_path: Path) -> None:
     check_output(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis").touch()
+    (tmp_path / "full" / "file").touch()
     for name in ("file", "full"):
         with pytest.raises(UserError, match=rf"{name}: exists already; remove it or choose another folder$"):
             check_output(tmp_path / name)
 
 
-def test_a_taken_place_is_refused_before_anything_is_written(
+def test_an_existing_output_is_refused_before_writing(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "thesis").write_text("years of work")
+    (tmp_path / "hf" / "file").write_text("content")
     with pytest.raises(UserError, match="exists already"):
-        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
-    assert [path.name for path in tmp_path.rglob("*")] == ["hf", "thesis"]
+        export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
+    assert [path.name for path in tmp_path.rglob("*")] == ["hf", "file"]
 
 
-def test_weights_that_do_not_read_back_leave_nothing_behind(
+def test_weights_that_do_not_read_back_are_refused_without_output(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def corrupted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    def save_corrupted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
         name = "model.layers.1.mlp.experts.down_proj"
         save_file(tensors | {name: tensors[name] * 1.001}, file, metadata)
 
-    monkeypatch.setattr(hf, "save_file", corrupted)
+    monkeypatch.setattr(hf, "save_file", save_corrupted)
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.experts\.down_proj does not read back"):
-        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+        export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_computes_something_else_leaves_nothing_behind(
+def test_a_folder_with_different_logits_is_refused_without_output(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forgetful(config: HyperMoEConfig, folder: Path, **arguments: Any) -> None:
-        write(HyperMoEConfig(**{**config.to_dict(), "rope_theta": 5.0}), folder, **arguments)
+    def save_other_config(config: HyperMoEConfig, folder: Path, **arguments: Any) -> None:
+        original(HyperMoEConfig(**{**config.to_dict(), "rope_theta": 5.0}), folder, **arguments)
 
-    write = HyperMoEConfig.save_pretrained
-    monkeypatch.setattr(HyperMoEConfig, "save_pretrained", forgetful)
+    original = HyperMoEConfig.save_pretrained
+    monkeypatch.setattr(HyperMoEConfig, "save_pretrained", save_other_config)
     with pytest.raises(RuntimeError, match="does not give the logits of the model"):
-        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+        export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_baked_model_is_held_to_the_logits_of_the_model_with_its_hypernetwork(
+def test_a_baked_export_is_compared_with_the_model_before_baking(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         source = weights_of(model.to(dtype))
-        export(bake_weights(source), tokenizer, tmp_path / str(dtype), WHOLE, source)
+        export(bake_weights(source), tokenizer, tmp_path / str(dtype), ONE_SHARD, source)
         assert read_model(tmp_path / str(dtype)).config.baked_hyper_experts
     torch.manual_seed(2)
     other = weights_of(HyperMoEForCausalLM(model.config).to(torch.bfloat16))
     with pytest.raises(RuntimeError, match="does not give the logits of the model"):
-        export(bake_weights(source), tokenizer, tmp_path / "other", WHOLE, other)
+        export(bake_weights(source), tokenizer, tmp_path / "other", ONE_SHARD, other)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_whose_logits_are_no_numbers_is_refused_and_nothing_left(
+def test_a_model_with_nan_logits_is_refused_without_output(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"gives logits that are NaN or Inf; see tools/inspect_checkpoint\.py$"):
-        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+        export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_files_of_weights_may_be_read_by_whoever_may_read_the_others(
+def test_weight_files_have_the_permissions_of_the_other_files(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
-    export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+    export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert (
         len({path.stat().st_mode for path in (tmp_path / "hf").iterdir() if path.suffix in (".safetensors", ".json")})
         == 1
     )
 
 
-def test_a_write_that_fails_is_told_in_one_line_and_leaves_nothing_behind(
+def test_a_failed_write_is_a_user_error_without_output(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
         file.touch()
-        raise OSError("disk is gone")
+        raise OSError("I/O error")
 
     monkeypatch.setattr(hf, "save_file", fail)
-    with pytest.raises(UserError, match=r"hf: cannot be written \(disk is gone\)"):
-        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+    with pytest.raises(UserError, match=r"hf: cannot be written \(I/O error\)"):
+        export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensors_are_read_one_file_at_a_time(model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
-    most = 0
+    peak = 0
 
     def read(name: str) -> Tensor:
-        nonlocal most
+        nonlocal peak
         tensor = model.state_dict()[name].clone()
         alive[:] = [reference for reference in alive if reference() is not None]
-        most = max(most, sum(reference().nbytes for reference in alive))  # type: ignore[union-attr]
+        peak = max(peak, sum(reference().nbytes for reference in alive))  # type: ignore[union-attr]
         alive.append(weakref.ref(tensor))
         return tensor
 
     source = LazyWeights(model.config, model.dtype, {name: partial(read, name) for name in weights_of(model).shapes})
     export(source, tokenizer, tmp_path / "hf", 2000)
     largest = max(tensor.nbytes for tensor in model.state_dict().values())
-    assert most <= largest + 2000 < sum(tensor.nbytes for tensor in model.state_dict().values()) / 2
+    assert peak <= largest + 2000 < sum(tensor.nbytes for tensor in model.state_dict().values()) / 2
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [("5GB", 5 * 10**9), ("200MB", 2 * 10**8), ("64 kb", 64000), ("1TB", 10**12)]
 )
-def test_sizes_are_read_as_transformers_reads_them(size: str, expected: int) -> None:
+def test_shard_sizes_are_parsed_as_in_transformers(size: str, expected: int) -> None:
     assert shard_bytes_of(size) == expected
 
 
 @pytest.mark.parametrize("size", ["", "5", "GB", "5GiB", "-5GB", "0MB", "1.5GB", "9" * 13 + "GB"])
-def test_what_is_no_size_is_refused(size: str) -> None:
+def test_invalid_shard_sizes_are_refused(size: str) -> None:
     with pytest.raises(UserError, match=rf"--max-shard-size={size}: is not a size; give a number and a unit"):
         shard_bytes_of(size)
 
 
-def test_an_export_asks_for_the_room_of_its_weights(
+def test_an_export_needs_free_disk_space_for_its_weights(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(UserError, match=r"hf: needs 0.00 GiB and 0.00 are free; free some disk"):
-        export(weights_of(model), tokenizer, tmp_path / "hf", WHOLE)
+        export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""What a foreign config.json says is carried over or refused in one line with key and value: nothing is dropped."""
+"""Every setting in the config.json of another model is translated or refused; none is silently dropped."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def config_of(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])
-def test_a_plain_configuration_of_each_kind_is_carried_over(kind: str, tmp_path: Path) -> None:
+def test_a_plain_config_of_every_model_type_is_translated(kind: str, tmp_path: Path) -> None:
     fields = shape_of(config_of(tmp_path, kind, sliding_window=None))
     for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"):
         assert fields[key] == SIZES[key]
@@ -30,7 +30,7 @@ def test_a_plain_configuration_of_each_kind_is_carried_over(kind: str, tmp_path:
     assert fields["qk_norm"] == kind.startswith(("qwen3", "olmoe"))
 
 
-def test_a_configuration_as_smollm2_has_it_is_carried_over(tmp_path: Path) -> None:
+def test_the_config_of_smollm2_is_translated(tmp_path: Path) -> None:
     content = {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
         "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
@@ -48,7 +48,7 @@ def test_a_configuration_as_smollm2_has_it_is_carried_over(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "says"),
+    ("kind", "changes", "message"),
     [
         ("llama", {"attention_bias": True}, "attention_bias=True: HyperMoE has False; choose"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True: "),
@@ -85,18 +85,18 @@ def test_a_configuration_as_smollm2_has_it_is_carried_over(tmp_path: Path) -> No
         ("gpt2", {}, "model_type='gpt2': is unknown; give one of hypermoe, llama, mistral, qwen3, mixtral, olmoe"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_expressed_is_refused_by_key_and_value(
-    kind: str, changes: dict[str, Any], says: str, tmp_path: Path
+def test_unsupported_settings_are_refused_by_key_and_value(
+    kind: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     config_of(tmp_path, kind, **changes)
-    with pytest.raises(UserError, match=says) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         shape_of(tmp_path)
     assert "\n" not in str(refusal.value)
     assert "config.json" in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"model_type": 3}'])
-def test_what_is_no_configuration_is_refused(content: str | None, tmp_path: Path) -> None:
+def test_an_invalid_config_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     remedy = "(give a Hugging Face folder|export or fetch the folder again)"
@@ -104,7 +104,7 @@ def test_what_is_no_configuration_is_refused(content: str | None, tmp_path: Path
         shape_of(tmp_path)
 
 
-def test_settings_of_training_that_are_not_carried_over_are_told(tmp_path: Path) -> None:
+def test_training_settings_that_are_not_translated_are_reported(tmp_path: Path) -> None:
     their_model("olmoe", num_experts=2, num_experts_per_tok=1).to(torch.bfloat16).save_pretrained(tmp_path)
     HyperMoEConfig().save_pretrained(tmp_path / "ours")
     assert notes_on(tmp_path / "ours") == []

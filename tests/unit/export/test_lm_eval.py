@@ -1,4 +1,4 @@
-"""lm-evaluation-harness measures an exported folder as it is."""
+"""lm-evaluation-harness evaluates an exported folder without changes."""
 
 import json
 import os
@@ -20,13 +20,15 @@ pytestmark = [
 ]
 
 CHOICES = [" self", " import os", ":\n    return None"]
-QUESTIONS = ["def read(path):", "class", "import", "for name in names", "x ="]  # the harness moves a last space
+# No trailing spaces, because the harness moves them to the choices.
+QUESTIONS = ["def read(path):", "class", "import", "for name in names", "x ="]
 DOCUMENTS = [{"question": text, "answer": row % len(CHOICES)} for row, text in enumerate(QUESTIONS)]
-TEXTS = ["def add(a, b):\n    return a + b\n", "import os\nimport sys\n" * 12]  # the second longer than the model takes
+# The second text exceeds max_position_embeddings.
+TEXTS = ["def add(a, b):\n    return a + b\n", "import os\nimport sys\n" * 12]
 
 
 def write_tasks(folder: Path) -> None:
-    """A multiple choice and a perplexity, on data that lies here."""
+    """Write a multiple-choice and a perplexity task with local data."""
     for name, rows in (("choice", DOCUMENTS), ("text", [{"text": text} for text in TEXTS])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         common = {"task": f"tiny_{name}", "dataset_path": "json", "test_split": "test"}
@@ -53,20 +55,20 @@ TASKS = {
 
 
 def log_likelihood(model: Any, tokenizer: Any, text: str, choice: str) -> float:
-    """Of the tokens of `choice` after `text`, one sequence at a time."""
-    whole = tokenizer(text + choice, return_tensors="pt")["input_ids"]
-    given = len(tokenizer(text)["input_ids"])
+    """Return the log-likelihood of the tokens of `choice` after `text`, computed without batching."""
+    ids = tokenizer(text + choice, return_tensors="pt")["input_ids"]
+    prompt_length = len(tokenizer(text)["input_ids"])
     with torch.no_grad():
-        log_p = F.log_softmax(model(input_ids=whole).logits[0, :-1], dim=-1)
-    return float(log_p.gather(1, whole[0, 1:, None]).squeeze(1)[given - 1 :].sum())
+        log_p = F.log_softmax(model(input_ids=ids).logits[0, :-1], dim=-1)
+    return float(log_p.gather(1, ids[0, 1:, None]).squeeze(1)[prompt_length - 1 :].sum())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_harness_finds_the_likelihoods_and_the_accuracy_of_the_model(
+def test_the_harness_computes_the_log_likelihoods_and_accuracy_of_the_model(
     exported: Path, batch_size: int, tmp_path: Path
 ) -> None:
     write_tasks(tmp_path)
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", str(batch_size),
             "--model_args", f"pretrained={exported},trust_remote_code=True", "--tasks", "tiny_choice,tiny_text",
@@ -75,17 +77,17 @@ def test_the_harness_finds_the_likelihoods_and_the_accuracy_of_the_model(
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
         cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     [samples] = (tmp_path / "out").rglob("samples_tiny_choice*.jsonl")
     [results] = (tmp_path / "out").rglob("results*.json")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
-    right = 0
+    correct = 0
     for line in samples.read_text().splitlines():
         sample = json.loads(line)
         seen = [float(response[0][0]) for response in sample["resps"]]
         expected = [log_likelihood(model, tokenizer, sample["doc"]["question"], choice) for choice in CHOICES]
         assert seen == pytest.approx(expected, abs=1e-3)
-        right += max(range(len(CHOICES)), key=expected.__getitem__) == sample["doc"]["answer"]
-    found = json.loads(results.read_text())["results"]
-    assert found["tiny_choice"]["acc,none"] == pytest.approx(right / len(DOCUMENTS))
-    assert 1 < found["tiny_text"]["byte_perplexity,none"] < 1e6
+        correct += max(range(len(CHOICES)), key=expected.__getitem__) == sample["doc"]["answer"]
+    metrics = json.loads(results.read_text())["results"]
+    assert metrics["tiny_choice"]["acc,none"] == pytest.approx(correct / len(DOCUMENTS))
+    assert 1 < metrics["tiny_text"]["byte_perplexity,none"] < 1e6

@@ -1,4 +1,4 @@
-"""A model that is read while it runs gives the logits of the model in memory, and one layer at a time is held."""
+"""A streamed model gives the same logits as one in memory and holds one layer at a time."""
 
 import weakref
 from functools import partial
@@ -34,9 +34,7 @@ def model_of(**overrides: Any) -> HyperMoEForCausalLM:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_streamed_model_gives_the_logits_of_the_model_in_memory(
-    overrides: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_a_streamed_model_gives_the_same_logits_as_in_memory(overrides: dict[str, Any], dtype: torch.dtype) -> None:
     model = model_of(**overrides).to(dtype)
     assert torch.equal(streamed_logits(weights_of(model), IDS), model(input_ids=IDS).logits)
 
@@ -48,19 +46,19 @@ def test_a_baked_model_can_be_streamed() -> None:
     torch.testing.assert_close(logits, model(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_no_tensor_of_another_layer_is_held() -> None:
+def test_only_tensors_of_the_current_layer_are_in_memory() -> None:
     model = model_of(num_hidden_layers=4, num_experts_per_tok=2)
-    memory: dict[str, weakref.ref[Any]] = {}
+    references: dict[str, weakref.ref[Any]] = {}
 
     def read(name: str) -> torch.Tensor:
         array = model.state_dict()[name].numpy().copy()
         if ".mlp." in name and ".encoder." not in name:
             layer = name.split(".")[2]
-            left = [earlier for earlier, of_earlier in memory.items() if of_earlier() is not None]
-            assert {earlier.split(".")[2] for earlier in left} <= {layer}
-            memory[name] = weakref.ref(array)
+            alive = [other for other, reference in references.items() if reference() is not None]
+            assert {other.split(".")[2] for other in alive} <= {layer}
+            references[name] = weakref.ref(array)
         return torch.from_numpy(array)
 
     source = LazyWeights(model.config, model.dtype, {name: partial(read, name) for name in weights_of(model).shapes})
     streamed_logits(source, IDS)
-    assert len(memory) == 3 + 3 * 3
+    assert len(references) == 3 + 3 * 3

@@ -1,4 +1,4 @@
-"""An upcycled model starts as the dense one: against Transformers' own classes, in fp32."""
+"""An upcycled model initially computes the same in fp32 as the dense model of Transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ GATE_UP, DOWN, ROUTER = (
 )
 
 
-def upcycled(theirs: Any, folder: Path, *numbers: int, **options: Any) -> LazyWeights:
-    return open_folder(saved(theirs, folder), Upcycling(*numbers, **options), SMALL_HYPER)
+def upcycled(theirs: Any, folder: Path, *arguments: int, **options: Any) -> LazyWeights:
+    return open_folder(saved(theirs, folder), Upcycling(*arguments, **options), SMALL_HYPER)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (5, 5), (8, 3), (1, 1)])
 @pytest.mark.parametrize("case", DENSE)
-def test_experts_whose_gates_sum_to_one_give_the_dense_models_logits(
+def test_an_upcycled_model_gives_the_logits_of_the_dense_model(
     case: str, experts: int, top_k: int, tmp_path: Path
 ) -> None:
     theirs = their_model(case.partition(" ")[0], **DENSE[case])
@@ -42,14 +42,16 @@ def test_experts_whose_gates_sum_to_one_give_the_dense_models_logits(
 
 
 @pytest.mark.parametrize("experts", [2, 8, 64])
-def test_with_one_expert_a_token_the_logits_are_the_dense_models_to_a_thousandth(experts: int, tmp_path: Path) -> None:
+def test_with_top_1_the_logits_differ_by_less_than_a_thousandth(experts: int, tmp_path: Path) -> None:
     theirs = their_model("llama")
     weights = upcycled(theirs, tmp_path, experts, 1)
     assert largest_difference(weights, theirs) < 1e-3 * float(their_logits(theirs).abs().max())
 
 
 @pytest.mark.parametrize(("experts", "top_k", "granularity"), [(8, 4, 4), (12, 6, 3), (8, 4, 2), (4, 2, 2)])
-def test_slices_of_the_dense_mlp_give_its_logits(experts: int, top_k: int, granularity: int, tmp_path: Path) -> None:
+def test_experts_that_are_slices_of_the_mlp_give_the_logits_of_the_dense_model(
+    experts: int, top_k: int, granularity: int, tmp_path: Path
+) -> None:
     theirs = their_model("qwen3")
     weights = upcycled(theirs, tmp_path, experts, top_k, granularity=granularity)
     assert weights.config.moe_intermediate_size == 24 // granularity
@@ -57,7 +59,7 @@ def test_slices_of_the_dense_mlp_give_its_logits(experts: int, top_k: int, granu
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_larger_router_gives_logits_of_the_size_asked_for_and_for_one_expert_another_function(
+def test_router_std_sets_the_size_of_router_logits_and_changes_the_function_only_for_top_1(
     top_k: int, tmp_path: Path
 ) -> None:
     theirs = their_model("llama")
@@ -67,7 +69,7 @@ def test_a_larger_router_gives_logits_of_the_size_asked_for_and_for_one_expert_a
 
 
 def selections(weights: LazyWeights) -> Tensor:
-    """Experts of every token in every layer, [layers, T, K]."""
+    """Return the selected experts of all tokens in all layers, [layers, T, K]."""
     model = HyperMoEForCausalLM(weights.config).eval()
     model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=False)
     with torch.no_grad():
@@ -75,31 +77,31 @@ def selections(weights: LazyWeights) -> Tensor:
 
 
 @pytest.mark.parametrize(("experts", "top_k", "granularity"), [(8, 1, 1), (8, 2, 1), (16, 4, 4)])
-def test_tokens_are_spread_over_the_experts_from_the_start(
+def test_the_initial_router_distributes_tokens_over_the_experts(
     experts: int, top_k: int, granularity: int, tmp_path: Path
 ) -> None:
-    chosen = selections(upcycled(their_model("llama"), tmp_path, experts, top_k, granularity=granularity))
-    assert len(chosen.unique()) > experts / 2
+    selected = selections(upcycled(their_model("llama"), tmp_path, experts, top_k, granularity=granularity))
+    assert len(selected.unique()) > experts / 2
 
 
-def test_a_token_takes_the_slices_of_a_whole_mlp(tmp_path: Path) -> None:
-    chosen = selections(upcycled(their_model("llama"), tmp_path, 16, 8, granularity=4))
-    slices = chosen.remainder(4).sort(dim=-1).values
+def test_a_token_selects_all_slices_of_an_mlp(tmp_path: Path) -> None:
+    selected = selections(upcycled(their_model("llama"), tmp_path, 16, 8, granularity=4))
+    slices = selected.remainder(4).sort(dim=-1).values
     assert torch.equal(slices, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]).expand_as(slices))
 
 
-def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp_path: Path) -> None:
+def test_noise_has_the_requested_size_differs_between_experts_and_is_reproducible(tmp_path: Path) -> None:
     theirs = their_model("llama")
     plain, noisy = upcycled(theirs, tmp_path, 3, 2), upcycled(theirs, tmp_path, 3, 2, noise=0.1, seed=4)
     dense = theirs.requires_grad_(False).model.layers[1].mlp
-    for name, of_dense in (
+    for name, dense_weight in (
         (GATE_UP, torch.cat([dense.gate_proj.weight, dense.up_proj.weight])),
         (DOWN, dense.down_proj.weight),
     ):
         for expert in range(3):
-            assert torch.equal(plain.read(name)[expert], of_dense)
+            assert torch.equal(plain.read(name)[expert], dense_weight)
         difference = noisy.read(name) - plain.read(name)
-        assert float(difference.std() / of_dense.std()) == pytest.approx(0.1, rel=0.1)
+        assert float(difference.std() / dense_weight.std()) == pytest.approx(0.1, rel=0.1)
         assert not torch.equal(difference[0], difference[1])
         assert torch.equal(noisy.read(name), noisy.read(name))
     assert not torch.equal(noisy.read(ROUTER), plain.read(ROUTER))
@@ -107,7 +109,7 @@ def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp
 
 
 @pytest.mark.parametrize(
-    ("numbers", "says"),
+    ("arguments", "message"),
     [
         ((0, 1), r"--experts=0: too small; give at least 1"),
         ((4, 0), r"--top-k=0: too small"),
@@ -119,17 +121,17 @@ def test_noise_makes_the_experts_different_by_so_much_and_the_same_each_time(tmp
         ((4, 2, 1, 0.0, 0, 0.0), r"--router-std=0.0: is not a standard deviation; give more than 0"),
     ],
 )
-def test_numbers_that_do_not_fit_each_other_are_refused(numbers: tuple[Any, ...], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        Upcycling(*numbers)
+def test_invalid_arguments_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Upcycling(*arguments)
 
 
-def test_slices_that_do_not_divide_the_mlp_are_refused(tmp_path: Path) -> None:
+def test_a_granularity_that_does_not_divide_the_mlp_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--granularity=5: does not divide intermediate_size=24; give a divisor"):
         upcycled(their_model("llama"), tmp_path, 5, 5, granularity=5)
 
 
-def test_what_has_experts_already_is_not_upcycled(tmp_path: Path) -> None:
+def test_a_model_with_experts_cannot_be_upcycled(tmp_path: Path) -> None:
     theirs = their_model("mixtral", num_local_experts=2)
     with pytest.raises(UserError, match=r"--upcycle: .* has experts already \(model_type='mixtral'\); remove it"):
         upcycled(theirs, tmp_path, 2, 1)

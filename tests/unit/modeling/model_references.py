@@ -67,7 +67,7 @@ def tokens(*shape: int) -> Tensor:
 
 
 def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
-    """Build a small model in which every part affects the output: all weights, also generated ones, are of order one."""
+    """Build a small model whose weights, including generated ones, are of order one, so that all affect the output."""
     torch.manual_seed(seed)
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, "initializer_range": 0.2, **overrides}))
     if model.model.hypernetwork is not None:
@@ -77,7 +77,7 @@ def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
 
 @torch.no_grad()
 def scale_up_generated_weights(hypernetwork: HyperNetwork) -> None:
-    """Scale the weights so that HyperExperts have outputs and biases of order one and about half of the ReLUs are open."""
+    """Scale weights so that HyperExperts have outputs and biases of order one and about half of the ReLUs are open."""
     heads = (hypernetwork.down_weight, hypernetwork.down_bias, hypernetwork.up_weight, hypernetwork.up_bias)
     for head in heads:
         head.weight.mul_(1000)
@@ -100,7 +100,7 @@ def random_selection(tokens: int, num_experts: int, top_k: int) -> Tensor:
 def hyper_experts(
     x_TD: Tensor, selected_TK: Tensor, encoder: SelectionEncoder, hypernetwork: HyperNetwork, layer_index: int
 ) -> Tensor:
-    """Compute HyperExpert(x) token by token (steps 2 to 6), adding the embeddings of the unselected experts in a loop."""
+    """Compute HyperExpert(x) token by token (steps 2 to 6), adding the embeddings of unselected experts in a loop."""
     D, A = hypernetwork.hidden_size, hypernetwork.adapter_size
     first, _, second = encoder.mlp
     rows = []
@@ -158,7 +158,7 @@ def moe_block(block: MoEBlock, x_TD: Tensor, top_k: int, renormalise: bool) -> t
 
 
 def rotate_as_complex(x_d: Tensor, position: int, base: float) -> Tensor:
-    """Rotate one vector as RoFormer does: multiply the complex pair (k, k + d/2) by exp(i * position * base^(-2k/d))."""
+    """Rotate one vector as in RoFormer: multiply the complex pair (k, k + d/2) by exp(i * position * base^(-2k/d))."""
     half = x_d.shape[0] // 2
     exponent = torch.arange(half, dtype=torch.float64) * 2 / x_d.shape[0]
     rotation = torch.polar(torch.ones(half, dtype=torch.float64), position * base**-exponent)
@@ -212,7 +212,9 @@ def logits(model: HyperMoEForCausalLM, ids_S: Tensor) -> Tensor:
             layer_hyper_experts: HyperExperts = layer.hyper_experts
             earlier = range(config.first_dense_layers, index)
             layer_index = sum((i - config.first_dense_layers + 1) % config.moe_every == 0 for i in earlier)
-            y_SD = y_SD + hyper_experts(hidden_SD, selected, layer_hyper_experts.encoder, decoder.hypernetwork, layer_index)
+            y_SD = y_SD + hyper_experts(
+                hidden_SD, selected, layer_hyper_experts.encoder, decoder.hypernetwork, layer_index
+            )
         x_SD = x_SD + y_SD
     output = decoder.embed_tokens if config.tie_word_embeddings else model.lm_head
     return rms_norm(x_SD, decoder.norm.weight, config.rms_norm_eps) @ output.weight.T

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_references import VARIANTS, build, distance, tokens, scale_up_generated_weights
+from model_references import VARIANTS, build, distance, scale_up_generated_weights, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -132,7 +132,8 @@ def test_changes_of_the_hypernetwork_take_effect_in_the_next_forward_pass(
     used.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
     for model in (used, fresh):
         change(model.model.hypernetwork)
-    for layer in fresh.model.layers:  # Reference: generate weights per token by calling the linear layers.
+    # Reference: generate weights per token by calling the linear layers.
+    for layer in fresh.model.layers:
         layer.hyper_experts.forward = _per_token(layer.hyper_experts)
     after = logits_of(used, ids)
     assert distance(after, before) > 0.05
@@ -174,7 +175,7 @@ def test_generate_uses_the_active_adapter_between_and_within_calls(kind: str) ->
         assert torch.equal(peft.generate(input_ids=ids, **options), base)
 
     class Base(LogitsProcessor):
-        """Logits of the base model, which contrastive decoding also computes within `generate`."""
+        """Replaces scores with those of the base model, as contrastive decoding does within `generate`."""
 
         def __call__(self, input_ids: Tensor, _scores: Tensor) -> Tensor:
             with peft.disable_adapter():

@@ -32,9 +32,7 @@ def test_grouped_products_match_the_loop_for_any_number_of_groups(
     J: int, gated: bool, groups: int, monkeypatch: Any
 ) -> None:
     D, A, U = 16, 8, 6
-    weights = HyperExpertWeights(
-        *(torch.randn(U, *shape) for shape in ((D, A), (A,), (A, D), (D,)))
-    )
+    weights = HyperExpertWeights(*(torch.randn(U, *shape) for shape in ((D, A), (A,), (A, D), (D,))))
     x, ids = torch.randn(40, D), torch.randint(0, U - 1, (40, J))  # the last HyperExpert has no rows
     gates = torch.rand(40, J) if gated else None
     arguments = [x, *weights, *([gates] if gated else [])]
@@ -54,9 +52,7 @@ def test_grouped_products_match_the_loop_for_any_number_of_groups(
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows", [(1, 0, 70, 33, 200, 5), (0, 0, 0, 100), (31, 32, 33, 64, 65, 1)])
-def test_padded_bfloat16_products_do_not_change_rows_of_other_hyper_experts(
-    rows: tuple[int, ...], gated: bool
-) -> None:
+def test_padded_bfloat16_products_do_not_change_rows_of_other_hyper_experts(rows: tuple[int, ...], gated: bool) -> None:
     ids_R = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))[torch.randperm(sum(rows))]
     shapes = (len(rows), D, A), (len(rows), A), (len(rows), A, D), (len(rows), D), (sum(rows), D), (sum(rows), 1)
     numbers = [torch.randn(shape).bfloat16() for shape in shapes]
@@ -92,7 +88,8 @@ def test_bfloat16_products_have_few_different_shapes_for_any_load() -> None:
         for spread in torch.rand(50, N):
             y = generated.apply_generated(x, Assignment(torch.multinomial(spread, len(x), True).unsqueeze(1)), weights)
             y.sum().backward()
-    last = 5 * 50  # The rows of the last HyperExpert cannot be padded, so their number varies.
+    # The rows of the last HyperExpert cannot be padded, so their number varies.
+    last = 5 * 50
     assert last < len(products.seen) < last + 5 * 30, "unpadded: 5 products of 8 HyperExperts in each of 50 steps"
 
 
@@ -119,7 +116,9 @@ def test_grouped_products_of_known_selections_need_no_synchronisation(
         weights = generate_ahead(layers, hypernetwork, x, K) if ahead else None
         for index, layer in enumerate(layers):
             layer_weights = weights[index] if weights else None
-            layer(x, selected, hypernetwork, gates_TK=gates, generated=layer_weights).square().sum().backward(retain_graph=True)
+            layer(x, selected, hypernetwork, gates_TK=gates, generated=layer_weights).square().sum().backward(
+                retain_graph=True
+            )
     assert synchronisations.seen == []
     assert (weights is not None) == ahead
 

@@ -37,9 +37,7 @@ def untied_model(variant: str = "plain") -> Any:
     ids=str,
 )
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_left_padded_prompts_generate_the_same_as_each_prompt_alone(
-    options: dict[str, Any], use_cache: bool
-) -> None:
+def test_left_padded_prompts_generate_the_same_as_each_prompt_alone(options: dict[str, Any], use_cache: bool) -> None:
     model, prompts = untied_model(), [tokens(1, length) for length in PROMPTS]
     ids, mask = left_padded(prompts)
     together = model.generate(ids, attention_mask=mask, use_cache=use_cache, **options, **NEW)

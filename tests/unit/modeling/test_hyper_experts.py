@@ -296,10 +296,10 @@ def test_weights_that_do_not_fit_are_recomputed_in_the_backward_pass() -> None:
     x, weight = torch.randn(20, D, dtype=torch.float64), torch.randn(20, D, dtype=torch.float64)
     assert generate_ahead([layer], hypernetwork, x, 1) is None
     selected = random_selection(20, 64, 1)
-    kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+    saved_shapes: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_shapes.append(t.shape) or t, lambda t: t):
         seen = value_and_gradients(layer, hypernetwork, x, selected, "per_set", weight)
-    assert (64, A, D) not in kept
+    assert (64, A, D) not in saved_shapes
     expected = value_and_gradients(layer, hypernetwork, x, selected, "per_token", weight)
     for name, value in expected.items():
         assert distance(seen[name], value) < 1e-12, name

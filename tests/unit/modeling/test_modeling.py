@@ -26,7 +26,7 @@ def gradients(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_decoder_is_its_equations_written_out(variant: str) -> None:
+def test_logits_match_the_reference_implementation(variant: str) -> None:
     model = build(**VARIANTS[variant])
     ids = tokens(2, 10)
     seen = model(input_ids=ids).logits
@@ -37,33 +37,33 @@ def test_the_decoder_is_its_equations_written_out(variant: str) -> None:
     assert distance(seen, expected) < 1e-5
 
 
-def test_rotation_is_that_of_complex_numbers() -> None:
+def test_rotation_matches_complex_multiplication() -> None:
     x = torch.randn(2, 3, 7, 10)
     positions = torch.stack([torch.arange(7), torch.tensor([0, 0, 5, 1, 900, 31, 2])])
     seen = rotate(x, rotary_tables(positions, 10, 10000.0, torch.float32))
     for row in range(2):
         for head in range(3):
-            for place in range(7):
-                position = int(positions[row, place])
-                expected = rotate_as_complex(x[row, head, place], position, 10000.0)
-                # An angle of 900 is exact to 6e-5 in fp32.
-                assert torch.allclose(seen[row, head, place], expected, atol=2e-4 if position > 50 else 1e-5)
+            for index in range(7):
+                position = int(positions[row, index])
+                expected = rotate_as_complex(x[row, head, index], position, 10000.0)
+                # 2e-4: an angle of 900 has a rounding error of 6e-5 in fp32.
+                assert torch.allclose(seen[row, head, index], expected, atol=2e-4 if position > 50 else 1e-5)
 
 
-def test_a_rotated_product_depends_on_the_distance_alone() -> None:
+def test_rotated_dot_products_depend_only_on_the_distance() -> None:
     q, k = torch.randn(1, 1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 1, 16, dtype=torch.float64)
 
     def product(query_at: int, key_at: int) -> float:
-        at = [rotary_tables(torch.tensor([[place]]), 16, 10000.0, torch.float64) for place in (query_at, key_at)]
+        at = [rotary_tables(torch.tensor([[index]]), 16, 10000.0, torch.float64) for index in (query_at, key_at)]
         return (rotate(q, at[0]) * rotate(k, at[1])).sum().item()
 
-    for far in (1, 10, 300):
-        assert product(9 + far, 5 + far) == pytest.approx(product(9, 5), abs=1e-4)
+    for shift in (1, 10, 300):
+        assert product(9 + shift, 5 + shift) == pytest.approx(product(9, 5), abs=1e-4)
     assert abs(product(9, 4) - product(9, 5)) > 1e-2
 
 
 @pytest.mark.parametrize("variant", ["plain", "renormalised, qk-norm"])
-def test_logits_do_not_change_when_all_positions_are_shifted(variant: str) -> None:
+def test_shifting_all_positions_does_not_change_the_logits(variant: str) -> None:
     model, ids = build(**VARIANTS[variant]), tokens(2, 12)
     positions = torch.arange(12).unsqueeze(0)
     plain = model(input_ids=ids).logits
@@ -72,7 +72,7 @@ def test_logits_do_not_change_when_all_positions_are_shifted(variant: str) -> No
     assert distance(model(input_ids=ids, position_ids=2 * positions).logits, plain) > 1e-2
 
 
-def test_grouped_queries_are_repeated_heads() -> None:
+def test_grouped_query_attention_equals_repeated_key_and_value_heads() -> None:
     config = HyperMoEConfig(**SMALL, _attn_implementation="sdpa")
     wide_config = HyperMoEConfig(**{**SMALL, "num_key_value_heads": 4}, _attn_implementation="sdpa")
     grouped, repeated = Attention(config, 0), Attention(wide_config, 0)
@@ -85,13 +85,13 @@ def test_grouped_queries_are_repeated_heads() -> None:
     assert torch.allclose(grouped(x, rotary, None, None)[0], repeated(x, rotary, None, None)[0], atol=1e-6)
 
 
-def test_no_token_sees_a_later_one() -> None:
+def test_attention_is_causal() -> None:
     model, ids = build(), tokens(1, 12)
     other = ids.clone()
     other[0, 7:] = (ids[0, 7:] + 1) % VOCABULARY
-    one, two = model(input_ids=ids).logits, model(input_ids=other).logits
-    assert distance(two[:, :7], one[:, :7]) < 1e-6
-    assert distance(two[:, 7:], one[:, 7:]) > 1e-2
+    first, second = model(input_ids=ids).logits, model(input_ids=other).logits
+    assert distance(second[:, :7], first[:, :7]) < 1e-6
+    assert distance(second[:, 7:], first[:, 7:]) > 1e-2
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -104,10 +104,10 @@ def test_the_language_loss_is_the_cross_entropy_of_the_next_token(ignored: bool)
     output = model(input_ids=ids, labels=labels)
     log_probability = torch.log_softmax(output.logits.double(), dim=-1)
     terms = [
-        -log_probability[row, place, labels[row, place + 1]]
+        -log_probability[row, index, labels[row, index + 1]]
         for row in range(3)
-        for place in range(11)
-        if labels[row, place + 1] != -100
+        for index in range(11)
+        if labels[row, index + 1] != -100
     ]
     assert len(terms) == (33 - 5 if ignored else 33)
     assert output.lm_loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6)
@@ -115,27 +115,27 @@ def test_the_language_loss_is_the_cross_entropy_of_the_next_token(ignored: bool)
     assert output.lm_loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_labels_that_are_already_shifted_give_the_same_loss_and_gradients() -> None:
+def test_shifted_labels_give_the_same_loss_and_gradients() -> None:
     model, ids = build(), tokens(2, 12)
-    one = model(input_ids=ids, labels=ids)
-    one.loss.backward()
+    first = model(input_ids=ids, labels=ids)
+    first.loss.backward()
     expected = gradients(model)
     model.zero_grad()
     shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
-    two = model(input_ids=ids, shift_labels=shifted)
-    two.loss.backward()
-    assert torch.equal(one.loss, two.loss)
+    second = model(input_ids=ids, shift_labels=shifted)
+    second.loss.backward()
+    assert torch.equal(first.loss, second.loss)
     assert all(torch.equal(value, expected[name]) for name, value in gradients(model).items())
 
-    # A window that knows the token after its last one uses every position.
+    # If the label of the last position is known, the loss uses every position.
     following = tokens(2, 1)
-    all_places = model(input_ids=ids, shift_labels=torch.cat([ids[:, 1:], following], dim=1))
-    wanted = F.cross_entropy(all_places.logits.flatten(0, 1), torch.cat([ids[:, 1:], following], dim=1).flatten())
-    assert all_places.lm_loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    all_positions = model(input_ids=ids, shift_labels=torch.cat([ids[:, 1:], following], dim=1))
+    wanted = F.cross_entropy(all_positions.logits.flatten(0, 1), torch.cat([ids[:, 1:], following], dim=1).flatten())
+    assert all_positions.lm_loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["plain", "top-1", "dense and shared", "no hypernetwork"])
-def test_the_loss_adds_each_layers_routing_losses_with_their_weights(variant: str) -> None:
+def test_the_loss_includes_the_weighted_routing_losses_of_all_layers(variant: str) -> None:
     model = build(**VARIANTS[variant], router_aux_loss_coef=0.3, z_loss_coef=0.07)
     ids = tokens(2, 12)
     output = model(input_ids=ids, labels=ids, output_router_logits=True)
@@ -152,7 +152,7 @@ def test_the_loss_adds_each_layers_routing_losses_with_their_weights(variant: st
 
 
 @pytest.mark.parametrize("variant", ["top-1", "dense and shared"])
-def test_the_routing_losses_gradient_reaches_every_layer_below_a_router(variant: str) -> None:
+def test_routing_losses_send_gradients_to_all_layers_below_a_router(variant: str) -> None:
     model = build(**VARIANTS[variant], router_aux_loss_coef=0.3, z_loss_coef=0.07)
     ids, scores = tokens(2, 12), []
     for layer in model.model.layers:
@@ -172,7 +172,7 @@ def test_the_routing_losses_gradient_reaches_every_layer_below_a_router(variant:
             assert gradient.any(), name
 
 
-def test_a_model_without_sparse_layers_has_no_routing_losses() -> None:
+def test_a_model_without_moe_layers_has_no_routing_losses() -> None:
     model, ids = build(first_dense_layers=3), tokens(2, 12)
     output = model(input_ids=ids, labels=ids, output_router_logits=True)
     assert torch.equal(output.loss, output.lm_loss)
@@ -180,21 +180,21 @@ def test_a_model_without_sparse_layers_has_no_routing_losses() -> None:
     assert not output.router_logits
 
 
-def test_routing_losses_count_loads_with_the_sum_over_ranks_of_the_model() -> None:
+def test_the_balance_loss_uses_loads_summed_over_ranks() -> None:
     model, ids = build(router_aux_loss_coef=0.3, z_loss_coef=0.0), tokens(2, 12)
     plain = model(input_ids=ids, labels=ids)
-    elsewhere = torch.tensor([100.0, 0.0, 0.0, 0.0])
+    other_ranks = torch.tensor([100.0, 0.0, 0.0, 0.0])
     calls: list[Tensor] = []
 
     def sum_over_ranks(counts: Tensor) -> Tensor:
         calls.append(counts)
-        return counts + elsewhere
+        return counts + other_ranks
 
     model.sum_over_ranks = sum_over_ranks
     output = model(input_ids=ids, labels=ids, output_router_logits=True)
     expected = 0.0
     for scores, counts in zip(output.router_logits, calls, strict=True):
-        share = (counts + elsewhere) / (counts + elsewhere).sum()
+        share = (counts + other_ranks) / (counts + other_ranks).sum()
         expected += 4 * (share * torch.softmax(scores, -1).mean(0)).sum().item()
     assert [counts.sum().item() for counts in calls] == [48, 48, 48]
     assert output.aux_loss.item() == pytest.approx(expected / 3, rel=1e-5)
@@ -203,7 +203,7 @@ def test_routing_losses_count_loads_with_the_sum_over_ranks_of_the_model() -> No
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("variant", ["plain", "dense and shared", "no hypernetwork"])
-def test_activation_checkpointing_does_not_change_a_bit_of_loss_or_gradients(
+def test_activation_checkpointing_gives_bitwise_identical_loss_and_gradients(
     variant: str, reentrant: bool | None
 ) -> None:
     model, ids = build(**VARIANTS[variant], router_aux_loss_coef=1.0).train(), tokens(2, 12)
@@ -212,24 +212,24 @@ def test_activation_checkpointing_does_not_change_a_bit_of_loss_or_gradients(
     expected = gradients(model)
     model.zero_grad()
 
-    arguments = {} if reentrant is None else {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    model.activation_checkpointing_enable(**arguments)
-    runs: list[int] = []
+    options = {} if reentrant is None else {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    model.activation_checkpointing_enable(**options)
+    calls: list[int] = []
     layer = model.model.layers[0].self_attn
-    layer.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
-    again = model(input_ids=ids, labels=ids, output_router_logits=True)
-    again.loss.backward()
-    assert len(runs) == 2, "the layer was run again in backward"
-    assert torch.equal(again.loss, loss)
+    layer.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    recomputed = model(input_ids=ids, labels=ids, output_router_logits=True)
+    recomputed.loss.backward()
+    assert len(calls) == 2, "the backward pass calls the layer a second time"
+    assert torch.equal(recomputed.loss, loss)
     seen = gradients(model)
     assert all(torch.equal(seen[name], value) for name, value in expected.items())
-    assert len(again.router_logits) == len(model.config.moe_layers)
+    assert len(recomputed.router_logits) == len(model.config.moe_layers)
 
 
 @pytest.mark.parametrize("variant", PATHS)
 def test_every_parameter_receives_a_gradient(variant: str) -> None:
     torch.manual_seed(3)
-    model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **VARIANTS[variant]})).train()  # as it starts
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **VARIANTS[variant]})).train()  # at initialisation
     ids = tokens(8, 32)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
@@ -241,7 +241,7 @@ def test_every_parameter_receives_a_gradient(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "top-1", "dense and shared"])
-def test_a_bfloat16_model_runs_forward_and_backward_near_the_fp32_one(variant: str) -> None:
+def test_a_bfloat16_model_has_about_the_loss_of_fp32_and_finite_gradients(variant: str) -> None:
     model, ids = build(**VARIANTS[variant]), tokens(2, 12)
     exact = model(input_ids=ids, labels=ids).lm_loss.item()
     model.to(torch.bfloat16)
@@ -255,7 +255,7 @@ def test_a_bfloat16_model_runs_forward_and_backward_near_the_fp32_one(variant: s
 
 
 @pytest.mark.parametrize("variant", ["plain", "top-1", "dense and shared"])
-def test_under_autocast_the_loss_is_that_of_fp32_within_rounding(variant: str) -> None:
+def test_under_autocast_the_loss_is_within_5_percent_of_fp32(variant: str) -> None:
     model, ids = build(**VARIANTS[variant]), tokens(2, 12)
     exact = model(input_ids=ids, labels=ids).lm_loss.item()
     with torch.autocast("cpu", torch.bfloat16):
@@ -265,11 +265,11 @@ def test_under_autocast_the_loss_is_that_of_fp32_within_rounding(variant: str) -
 
 @pytest.mark.parametrize("variant", PATHS)
 def test_greedy_generation_is_the_same_with_and_without_a_cache(variant: str) -> None:
-    # Tied embeddings of an untrained model would repeat one token for ever.
+    # Untied, because an untrained model with tied embeddings repeats a single token.
     model, ids = build(**{**VARIANTS[variant], "tie_word_embeddings": False}), tokens(2, 6)
-    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(ids, use_cache=True, **arguments)
-    plain = model.generate(ids, use_cache=False, **arguments)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, **options)
+    plain = model.generate(ids, use_cache=False, **options)
     assert cached.shape == (2, 18)
     assert torch.equal(cached, plain)
     with torch.no_grad():
@@ -280,21 +280,21 @@ def test_greedy_generation_is_the_same_with_and_without_a_cache(variant: str) ->
 
 @pytest.mark.parametrize("steps", [[1] * 14, [5, 1, 1, 7], [13, 1]], ids=str)
 @pytest.mark.parametrize("variant", PATHS)
-def test_decoding_step_by_step_gives_the_logits_of_the_whole_sequence(variant: str, steps: list[int]) -> None:
+def test_decoding_in_chunks_gives_the_logits_of_the_full_sequence(variant: str, steps: list[int]) -> None:
     model, ids = build(**VARIANTS[variant]), tokens(2, 14)
     with torch.no_grad():
-        whole = model(input_ids=ids).logits
+        full = model(input_ids=ids).logits
         cache, parts = None, []
         for chunk in ids.split(steps, dim=1):
             output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             parts.append(output.logits)
     assert cache.get_seq_length() == 14
-    assert distance(torch.cat(parts, dim=1), whole) < 1e-5
+    assert distance(torch.cat(parts, dim=1), full) < 1e-5
 
 
 @pytest.mark.parametrize("variant", PATHS)
-def test_padding_on_the_left_does_not_change_the_logits_of_the_tokens(variant: str) -> None:
+def test_left_padding_does_not_change_logits(variant: str) -> None:
     model, ids = build(**VARIANTS[variant]), tokens(2, 11)
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[1, :4] = 0
@@ -304,20 +304,20 @@ def test_padding_on_the_left_does_not_change_the_logits_of_the_tokens(variant: s
         assert distance(batch[0], model(input_ids=ids[:1]).logits[0]) < 1e-5
         assert distance(batch[1, 4:], model(input_ids=ids[1:, 4:]).logits[0]) < 1e-5
         unmasked = model(input_ids=ids).logits
-    assert distance(batch[1, 4:], unmasked[1, 4:]) > 1e-2, "what the padding holds would matter without its mask"
+    assert distance(batch[1, 4:], unmasked[1, 4:]) > 1e-2, "without the mask, padding changes the logits"
 
 
-def test_prompts_of_different_lengths_generate_together_what_they_generate_alone() -> None:
+def test_prompts_of_different_lengths_generate_the_same_in_a_batch_and_alone() -> None:
     model, ids = build(tie_word_embeddings=False), tokens(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :5] = 0
-    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    together = model.generate(ids, attention_mask=mask, **arguments)
-    assert torch.equal(together[0, 9:], model.generate(ids[:1], **arguments)[0, 9:])
-    assert torch.equal(together[1, 9:], model.generate(ids[1:, 5:], **arguments)[0, 4:])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(together[0, 9:], model.generate(ids[:1], **options)[0, 9:])
+    assert torch.equal(together[1, 9:], model.generate(ids[1:, 5:], **options)[0, 4:])
 
 
-def test_embeddings_in_the_place_of_ids_give_the_same_logits_and_only_one_of_them_is_taken() -> None:
+def test_input_ids_and_inputs_embeds_are_equivalent_and_mutually_exclusive() -> None:
     model, ids = build(), tokens(2, 8)
     assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, model(input_ids=ids).logits)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
@@ -326,16 +326,16 @@ def test_embeddings_in_the_place_of_ids_give_the_same_logits_and_only_one_of_the
         model(input_ids=ids, inputs_embeds=model.model.embed_tokens(ids))
 
 
-def test_logits_to_keep_are_the_last_ones() -> None:
+def test_logits_to_keep_returns_the_last_logits() -> None:
     model, ids = build(), tokens(2, 8)
-    whole = model(input_ids=ids).logits
-    assert whole.shape == (2, 8, VOCABULARY)
+    full = model(input_ids=ids).logits
+    assert full.shape == (2, 8, VOCABULARY)
     for kept in (1, 3, 8):
-        assert distance(model(input_ids=ids, logits_to_keep=kept).logits, whole[:, -kept:]) < 1e-6
+        assert distance(model(input_ids=ids, logits_to_keep=kept).logits, full[:, -kept:]) < 1e-6
 
 
 @pytest.mark.parametrize("variant", PATHS)
-def test_routing_is_returned_on_request_one_per_sparse_layer(variant: str) -> None:
+def test_routing_is_returned_on_request_for_every_moe_layer(variant: str) -> None:
     model, ids = build(**VARIANTS[variant]), tokens(3, 7)
     config = model.config
     output = model(input_ids=ids, output_router_logits=True)
@@ -353,7 +353,7 @@ def test_routing_is_returned_on_request_one_per_sparse_layer(variant: str) -> No
     assert silent.router_logits is silent.selected_experts is silent.branch_norms is None
 
 
-def test_branch_norms_are_those_of_the_two_branches() -> None:
+def test_branch_norms_are_norms_of_experts_and_hyper_experts() -> None:
     model, ids = build(), tokens(2, 7)
     seen: list[list[Tensor]] = []
     for layer in model.model.layers:
@@ -367,16 +367,16 @@ def test_branch_norms_are_those_of_the_two_branches() -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "dense and shared"])
-def test_without_the_hypernetwork_the_model_is_the_plain_mixture_of_experts(variant: str) -> None:
+def test_without_hyper_experts_the_model_is_a_plain_mixture_of_experts(variant: str) -> None:
     model = build(**VARIANTS[variant])
     plain = build(seed=1, **VARIANTS[variant], hypernetwork=False)
     shared = {name: value for name, value in model.state_dict().items() if "hyper" not in name}
     assert len(shared) < len(model.state_dict())
     plain.load_state_dict(shared)
     ids = tokens(2, 12)
-    with_branch = model(input_ids=ids, labels=ids)
+    with_hyper_experts = model(input_ids=ids, labels=ids)
     expected = plain(input_ids=ids, labels=ids)
-    assert distance(with_branch.logits, expected.logits) > 1e-2
+    assert distance(with_hyper_experts.logits, expected.logits) > 1e-2
     hypernetwork = model.model.hypernetwork
     with torch.no_grad():
         for head in (hypernetwork.up_weight, hypernetwork.up_bias):
@@ -387,7 +387,7 @@ def test_without_the_hypernetwork_the_model_is_the_plain_mixture_of_experts(vari
     assert torch.equal(without.loss, expected.loss)
 
 
-def test_weights_that_write_to_the_residual_stream_start_smaller() -> None:
+def test_projections_into_the_residual_stream_are_initialised_smaller() -> None:
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, "hidden_size": 64, "first_dense_layers": 1}))
     std = 0.02
     residual_std = std / (2 * 3) ** 0.5
@@ -405,9 +405,9 @@ def test_weights_that_write_to_the_residual_stream_start_smaller() -> None:
     assert checked == set(expected)
 
 
-def test_equal_seeds_give_equal_models_and_others_do_not() -> None:
-    one, same, other = build(seed=5), build(seed=5), build(seed=6)
-    for name, parameter in one.named_parameters():
+def test_equal_seeds_give_equal_models_and_different_seeds_do_not() -> None:
+    first, same, other = build(seed=5), build(seed=5), build(seed=6)
+    for name, parameter in first.named_parameters():
         assert torch.equal(parameter, same.get_parameter(name))
         if "norm" not in name:
             assert not torch.equal(parameter, other.get_parameter(name)), name

@@ -1,4 +1,4 @@
-"""A saved model is the same model, here and where this package is absent."""
+"""A saved model loads bit for bit, with and without this package."""
 
 import inspect
 import os
@@ -17,8 +17,8 @@ from hypermoe_ds.modeling import HyperMoEForCausalLM
 VOCABULARY = SMALL["vocab_size"]
 
 
-def in_memory_of_its_own(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    """Loaded weights lie in the file at any offset, and a matrix product's last bits depend on that."""
+def with_copied_weights(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
+    """Copy the weights: loaded ones are mapped from the file, and their alignment changes the last bits of products."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
@@ -26,27 +26,27 @@ def in_memory_of_its_own(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
 
 @pytest.mark.parametrize("variant", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_saved_model_loads_with_the_same_bits(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_saved_model_loads_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(**VARIANTS[variant]).to(dtype)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is HyperMoEForCausalLM
-    assert again.dtype is dtype
-    assert again.state_dict().keys() == model.state_dict().keys()
-    for name, value in again.state_dict().items():
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is HyperMoEForCausalLM
+    assert loaded.dtype is dtype
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) is model.config.tie_word_embeddings
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is model.config.tie_word_embeddings
     ids = tokens(2, 9)
-    assert torch.equal(in_memory_of_its_own(again)(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert torch.equal(with_copied_weights(loaded)(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-LOAD_ELSEWHERE = """
+LOAD_WITHOUT_PACKAGE = """
 import importlib.abc, sys, pathlib
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "hypermoe_ds":
-            raise ImportError("hypermoe_ds is not installed here")
+            raise ImportError("hypermoe_ds is not installed")
 
 sys.meta_path.insert(0, Absent())
 import torch
@@ -67,31 +67,31 @@ model.save_pretrained(folder / "again")
 """
 
 
-def test_a_saved_folder_loads_where_this_package_is_absent(tmp_path: Path) -> None:
+def test_a_saved_folder_loads_without_this_package(tmp_path: Path) -> None:
     model, ids = build(**VARIANTS["dense and shared"], tie_word_embeddings=False), tokens(2, 9)
-    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    folder, other_folder = tmp_path / "model", tmp_path / "other_folder"
+    other_folder.mkdir()
     model.save_pretrained(folder)
     torch.save(ids, folder / "ids.pt")
-    script = elsewhere / "load.py"
-    script.write_text(LOAD_ELSEWHERE)
+    script = other_folder / "load.py"
+    script.write_text(LOAD_WITHOUT_PACKAGE)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(elsewhere)}
-    done = subprocess.run(
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "HOME": str(other_folder)}
+    process = subprocess.run(
         [sys.executable, "-I", script, folder],
-        cwd=elsewhere,
+        cwd=other_folder,
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     seen = torch.load(folder / "seen.pt")
     assert torch.equal(seen["logits"], model(input_ids=ids).logits)
     expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(seen["generated"], expected)
-    # What was loaded there is saved with its code again.
+    # Saving the loaded model also writes its code.
     python = {path.name for path in folder.glob("*.py")}
     assert python == {path.name for path in (folder / "again").glob("*.py")}
     assert python == {path.name for path in Path(modeling.__file__).parent.glob("*.py")} - {"__init__.py"}
@@ -99,13 +99,13 @@ def test_a_saved_folder_loads_where_this_package_is_absent(tmp_path: Path) -> No
         assert path.read_bytes() == Path(inspect.getfile(HyperMoEForCausalLM)).with_name(path.name).read_bytes()
 
 
-def test_a_weight_missing_from_a_folder_is_initialised_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_missing_weights_are_initialised_and_the_others_loaded(tmp_path: Path) -> None:
     model = build()
     missing = {"model.layers.1.mlp.experts.down_proj", "model.hypernetwork.up_weight.weight"}
     state = {name: value for name, value in model.state_dict().items() if name not in missing}
     model.save_pretrained(tmp_path, state_dict=state)
-    again = HyperMoEForCausalLM.from_pretrained(tmp_path)
-    changed = {name for name, value in again.named_parameters() if not torch.equal(value, model.get_parameter(name))}
+    loaded = HyperMoEForCausalLM.from_pretrained(tmp_path)
+    changed = {name for name, value in loaded.named_parameters() if not torch.equal(value, model.get_parameter(name))}
     assert changed == missing
-    assert again.model.hypernetwork.up_weight.weight.abs().max() <= 1e-3 * (3 / (11 * 8)) ** 0.5
-    assert again.model.layers[1].mlp.experts.down_proj.std() > 0
+    assert loaded.model.hypernetwork.up_weight.weight.abs().max() <= 1e-3 * (3 / (11 * 8)) ** 0.5
+    assert loaded.model.layers[1].mlp.experts.down_proj.std() > 0

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told of the model finds its parts, and nothing else."""
+"""The AutoEP section of the DeepSpeed config matches the MoE blocks and no other modules."""
 
 import re
 
@@ -10,12 +10,12 @@ from hypermoe_ds.parallel.expert_parallel import autoep_section
 
 
 @pytest.mark.parametrize("shared", [0, 8])
-@pytest.mark.parametrize("renormalises", [False, True])
-def test_the_section_matches_the_moe_blocks_and_names_their_parts(shared: int, renormalises: bool) -> None:
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_the_autoep_section_matches_the_moe_blocks_and_their_submodules(shared: int, renormalise: bool) -> None:
     config = HyperMoEConfig(
         vocab_size=16, hidden_size=8, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
         moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2, first_dense_layers=1, moe_every=2,
-        intermediate_size=8, shared_expert_size=shared, norm_topk_prob=renormalises, bottleneck_size=2,
+        intermediate_size=8, shared_expert_size=shared, norm_topk_prob=renormalise, bottleneck_size=2,
         expert_embedding_size=2, selection_hidden_size=2, hypernetwork_input_size=2, adapter_size=2,
     )  # fmt: skip
     section = autoep_section(2, config.renormalises_gates, config.shared_expert_size > 0)
@@ -30,7 +30,7 @@ def test_the_section_matches_the_moe_blocks_and_names_their_parts(shared: int, r
         assert getattr(experts, section["expert_w1"]).shape == (4, 8, 8)
         assert getattr(experts, section["expert_w2"]).shape == (4, 8, 4)
         assert (getattr(block, section["shared_experts_pattern"]) is not None) == section["has_shared_experts"]
-    assert section["route_norm"] is renormalises
+    assert section["route_norm"] is renormalise
     for key, value in (("num_experts_attr", 4), ("top_k_attr", 2)):
         assert getattr(config, section[key]) == value
 

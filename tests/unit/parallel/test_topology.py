@@ -1,4 +1,4 @@
-"""Arithmetic of the layout, against brute force; every refusal names key, value and a remedy that works."""
+"""Compare layout arithmetic with brute force, and check that every refusal suggests values that work."""
 
 import re
 from itertools import product
@@ -17,39 +17,39 @@ from hypermoe_ds.parallel.topology import (
 
 
 @pytest.mark.parametrize(("micro_batch", "ranks"), list(product(range(1, 6), range(1, 7))))
-def test_accumulation_is_how_often_the_ranks_fit_into_the_batch(micro_batch: int, ranks: int) -> None:
+def test_accumulation_steps_divide_the_batch_exactly_or_are_refused_with_valid_sizes(
+    micro_batch: int, ranks: int
+) -> None:
     for batch in range(1, 61):
-        fits = [steps for steps in range(1, 61) if steps * micro_batch * ranks == batch]
-        if fits:
-            assert gradient_accumulation_steps(batch, micro_batch, ranks) == fits[0]
+        solutions = [steps for steps in range(1, 61) if steps * micro_batch * ranks == batch]
+        if solutions:
+            assert gradient_accumulation_steps(batch, micro_batch, ranks) == solutions[0]
             continue
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as error:
             gradient_accumulation_steps(batch, micro_batch, ranks)
-        text = str(refused.value)
+        text = str(error.value)
         problem = f"times {ranks} ranks does not divide train.global_batch_size={batch}"
         assert text.startswith(f"train.micro_batch_size={micro_batch}: {problem}; ")
-        advised = text.partition("; ")[2]
-        fitting = [size for size in range(1, 61) if batch % (size * ranks) == 0]
-        if fitting:
-            assert advised == f"on {ranks} ranks these micro-batches fit: {', '.join(map(str, fitting))}"
+        remedy = text.partition("; ")[2]
+        valid_sizes = [size for size in range(1, 61) if batch % (size * ranks) == 0]
+        if valid_sizes:
+            assert remedy == f"on {ranks} ranks these micro-batches fit: {', '.join(map(str, valid_sizes))}"
         else:
-            assert advised == f"choose a global batch that is a multiple of {micro_batch * ranks}"
+            assert remedy == f"choose a global batch that is a multiple of {micro_batch * ranks}"
 
 
 @pytest.mark.parametrize(("experts", "ranks"), list(product((1, 2, 3, 6, 8), (1, 2, 4, 6))))
-def test_expert_parallelism_divides_experts_and_ranks_or_is_refused_with_sizes_that_do(
-    experts: int, ranks: int
-) -> None:
+def test_expert_parallelism_divides_experts_and_ranks_or_is_refused_with_valid_sizes(experts: int, ranks: int) -> None:
     allowed = [size for size in range(1, 13) if experts % size == 0 == ranks % size]
     for size in range(1, 13):
         if size in allowed:
             check_expert_parallel(size, experts, ranks)
             continue
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as error:
             check_expert_parallel(size, experts, ranks)
-        where, _, rest = str(refused.value).partition(": ")
+        setting, _, rest = str(error.value).partition(": ")
         problem, _, remedy = rest.partition("; ")
-        assert where == f"parallel.expert={size}"
+        assert setting == f"parallel.expert={size}"
         cause = (
             f"does not divide model.num_experts={experts}" if experts % size else f"divide the number of ranks, {ranks}"
         )
@@ -58,21 +58,21 @@ def test_expert_parallelism_divides_experts_and_ranks_or_is_refused_with_sizes_t
 
 
 @pytest.mark.parametrize("slots", [(1,), (2, 2, 2, 2), (8, 8, 8), (4, 2, 1, 1), (3, 5)])
-def test_of_the_first_hosts_as_many_are_taken_as_can_share_the_batch(slots: tuple[int, ...]) -> None:
+def test_hosts_that_fit_is_the_largest_number_of_hosts_that_divides_the_batch(slots: tuple[int, ...]) -> None:
     for batch, micro_batch in product(range(1, 49), (1, 2, 3)):
-        sharing = [n for n in range(1, len(slots) + 1) if batch % (micro_batch * sum(slots[:n])) == 0]
-        assert hosts_that_fit(slots, batch, micro_batch) == max(sharing, default=0)
+        counts = [n for n in range(1, len(slots) + 1) if batch % (micro_batch * sum(slots[:n])) == 0]
+        assert hosts_that_fit(slots, batch, micro_batch) == max(counts, default=0)
 
 
-def test_experts_are_spread_over_as_many_ranks_as_can_share_them_and_are_allowed() -> None:
+def test_largest_expert_parallel_is_the_largest_valid_size_up_to_the_setting() -> None:
     for expert, experts, ranks in product((1, 2, 4, 8, 16), (1, 4, 6, 8, 16), range(1, 17)):
-        found = largest_expert_parallel(expert, experts, ranks)
-        check_expert_parallel(found, experts, ranks)
-        assert found <= expert
-        assert not [n for n in range(found + 1, expert + 1) if experts % n == 0 and ranks % n == 0]
+        size = largest_expert_parallel(expert, experts, ranks)
+        check_expert_parallel(size, experts, ranks)
+        assert size <= expert
+        assert not [n for n in range(size + 1, expert + 1) if experts % n == 0 and ranks % n == 0]
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True])
-def test_the_number_of_ranks_is_a_positive_whole_number(value: object) -> None:
+def test_expert_parallelism_must_be_a_positive_integer(value: object) -> None:
     with pytest.raises(UserError, match=r"recipe\.yaml: expert="):
         validate(ParallelConfig, {"expert": value}, "recipe.yaml")
