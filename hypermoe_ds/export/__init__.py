@@ -1,1 +1,1 @@
-"""Export models to Hugging Face folders and import them from there."""
+"""Export models to Hugging Face folders and import models from them."""

@@ -1,4 +1,4 @@
-"""Replace the hypernetwork by the generated HyperExperts of each layer."""
+"""Replace the hypernetwork with the HyperExperts that it generates for each layer."""
 
 from functools import lru_cache, partial
 
@@ -12,13 +12,14 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
 def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    """Return a model with the same function that has N HyperExperts per layer as parameters and no hypernetwork.
+    """Return an equivalent model without a hypernetwork, whose N HyperExperts per layer are parameters.
 
     Args:
-        model: a model with one expert per token, or conditioned by route. It is not changed; other weights are shared.
+        model: a model with one expert per token, or with `hyper_conditioning` "route". It is not modified, and its
+            other weights are shared with the result.
 
     Raises:
-        UserError: it has no hypernetwork, or more HyperExperts than experts.
+        UserError: the model has no hypernetwork, or more HyperExperts than experts per layer.
     """
     weights = bake_weights(weights_of(model))
     baked = meta_model(weights.config)
@@ -32,10 +33,10 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
 
 
 def bake_weights(source: WeightLoader) -> LazyWeights:
-    """Return the tensors of the baked model; the HyperExperts of one layer at a time are in memory.
+    """Return the tensors of the baked model, keeping the HyperExperts of only one layer in memory.
 
     Raises:
-        UserError: the model has no hypernetwork, or more HyperExperts than experts.
+        UserError: the model has no hypernetwork, or more HyperExperts than experts per layer.
     """
     config = _baked_config(source.config)
     generators = meta_model(source.config)

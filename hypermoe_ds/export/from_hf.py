@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder as the model of a run: HyperMoE, a Mixture of Experts, or an upcycled dense model.
+"""Read the weights of a new run from a Hugging Face folder: HyperMoE, another Mixture of Experts, or a dense model.
 
 Shape legend: D hidden size, N experts, F expert width.
 """
@@ -21,7 +21,7 @@ from hypermoe_ds.export.upcycle import Upcycling
 from hypermoe_ds.export.weight_loader import LazyWeights, read_folder
 from hypermoe_ds.modeling import HyperMoEConfig, state_dict_shapes
 
-# Fields that the weights of a model without HyperExperts do not determine.
+# Configuration fields that the weights of a model without HyperExperts do not determine.
 OPEN_FIELDS = (
     "router_dtype",
     "router_aux_loss_coef",
@@ -47,16 +47,16 @@ _OTHERS = ("mlp", "gate_proj", "up_proj", "down_proj")
 def open_folder(
     folder: Path, upcycling: Upcycling | None = None, fields: Mapping[str, Any] | None = None, seed: int = 0
 ) -> LazyWeights:
-    """Open the tensors of a run's model from a folder of safetensors files.
+    """Open a Hugging Face folder as the tensors of a run's model.
 
     Args:
-        folder: a Hugging Face folder.
-        upcycling: how a dense model becomes a Mixture of Experts; None for a model that is one.
+        folder: a Hugging Face folder with safetensors files.
+        upcycling: how to convert a dense model; None for a Mixture of Experts.
         fields: values for `OPEN_FIELDS`, for a model without HyperExperts.
-        seed: seed of the HyperExperts, for a Mixture of Experts without them.
+        seed: seed for initialising the HyperExperts of a Mixture of Experts that has none.
 
     Raises:
-        UserError: HyperMoE cannot express the model; it names the key and value, or the tensor.
+        UserError: HyperMoE cannot express the model; the error names the key and value, or the tensor.
     """
     kind = model_type(folder)
     if kind == "hypermoe":
@@ -102,7 +102,7 @@ def _hypermoe(folder: Path) -> LazyWeights:
             "there is no hypernetwork left to train",
             "give a folder that was exported without --bake",
         )
-    # Only the fields of a recipe: the others belong to the tokenizer and the export.
+    # Keep only the fields that a recipe sets: the others depend on the tokenizer and the export.
     config = hypermoe_config(folder, {key: value for key, value in raw.items() if key in _FIELDS})
     return read_folder(folder, config)
 
@@ -110,7 +110,7 @@ def _hypermoe(folder: Path) -> LazyWeights:
 def _readers(
     taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
 ) -> dict[str, Reader]:
-    """Return the readers of all tensors except those of HyperExperts."""
+    """Return a reader for each tensor except those of the HyperExperts."""
     readers: dict[str, Reader] = {}
     for name, shape in state_dict_shapes(config).items():
         if ".hyper_experts." in name or name.startswith("model.hypernetwork."):
@@ -123,7 +123,7 @@ def _readers(
         elif match["part"] == "router.gate.weight":
             block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else names[0]
             readers[name] = taken.reader(f"{match['layer']}.{block}.gate.weight", shape)
-        elif taken.holds(name):  # stacked, as Transformers has them in memory
+        elif taken.holds(name):  # stacked, as in Transformers' models
             readers[name] = taken.reader(name, shape)
         else:
             readers[name] = _one_by_one(taken, f"{match['layer']}.{names[0]}.experts", match["part"], names, shape)
@@ -133,7 +133,7 @@ def _readers(
 def _upcycled(
     taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
 ) -> Reader:
-    """Return the reader of a router or expert tensor that is made from the dense MLP."""
+    """Return the reader of a router or expert tensor of an upcycled model."""
     D, width = config.hidden_size, config.intermediate_size
 
     def dense(projection: str) -> Reader:
@@ -150,7 +150,7 @@ def _upcycled(
 def _one_by_one(
     taken: TakenTensors, block: str, part: str, names: tuple[str, str, str, str], shape: tuple[int, ...]
 ) -> Reader:
-    """Return the reader that stacks separately stored experts: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
+    """Return a reader that stacks separately stored experts: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
     N, rows, columns = shape
     _, gate, up, down = names
     halves = [gate, up] if part == "experts.gate_up_proj" else [down]

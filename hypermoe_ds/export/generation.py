@@ -11,17 +11,17 @@ from hypermoe_ds.modeling import HyperMoEForCausalLM
 
 
 class SamplingConfig(Settings):
-    """Settings of sampling."""
+    """Sampling settings."""
 
     prompt: str = Field(min_length=1, description="text to continue")
-    max_new_tokens: int = Field(128, ge=1, le=LARGEST_COUNT, description="largest number of tokens to add")
-    temperature: float = Field(0.8, ge=0, description="0 takes the most likely token")
-    top_p: float = Field(0.95, gt=0, le=1, description="probability mass to sample from")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the sampling")
+    max_new_tokens: int = Field(128, ge=1, le=LARGEST_COUNT, description="maximum number of tokens to generate")
+    temperature: float = Field(0.8, ge=0, description="sampling temperature; 0 selects the most likely token")
+    top_p: float = Field(0.95, gt=0, le=1, description="probability mass for nucleus sampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="random seed for sampling")
 
 
 def continue_text(model: HyperMoEForCausalLM, tokenizer: Any, sampling: SamplingConfig) -> str:
-    """Return the prompt with its continuation, computed on a GPU if there is one."""
+    """Return the prompt with its continuation; use a GPU if there is one."""
     set_seed(sampling.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = tokenizer(sampling.prompt, return_tensors="pt", return_token_type_ids=False).to(device)

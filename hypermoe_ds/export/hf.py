@@ -40,25 +40,25 @@ def export(
     add: Callable[[Path], None] | None = None,
     chat_template: Path | None = None,
 ) -> None:
-    """Write weights (safetensors), config, modeling files and tokenizer.
+    """Write a folder with weights (safetensors), config, modeling files and tokenizer.
 
-    The folder is written under a temporary name, read back, compared and then renamed. Memory holds the tensors of one
-    file of weights or, in the comparison, one layer of the model.
+    The folder is written under a temporary name, read back, compared with the source and then renamed. Memory holds the
+    tensors of one weight file or, in the comparison, one layer of the model.
 
     Args:
         source: tensors of the model, in the precision to write.
-        tokenizer: folder of its tokenizer.
-        output: folder to make.
-        shard_bytes: largest size of a file with more than one tensor.
-        same_function: model whose logits the folder must give up to rounding; None requires the source's logits
-            bitwise.
-        add: writes further files to the folder, such as a model card.
-        chat_template: file with a Jinja template for the tokenizer; None keeps that of the tokenizer.
+        tokenizer: folder of the model's tokenizer.
+        output: folder to create.
+        shard_bytes: maximum size of a file with more than one tensor.
+        same_function: model whose logits the folder must reproduce up to rounding; None requires bitwise the source's
+            logits.
+        add: function that writes more files to the folder, such as a model card.
+        chat_template: file with a Jinja chat template; None keeps the tokenizer's own.
 
     Raises:
-        UserError: the folder exists and is not empty, the disk is too full, the tokenizer or the template is bad, or
-            the model's logits are NaN or Inf.
-        RuntimeError: the folder does not read back as written; it is removed.
+        UserError: the folder exists and is not empty, the disk is too full, the tokenizer or the template is invalid,
+            or the model's logits are NaN or infinite.
+        RuntimeError: the folder differs from the source when it is read back; it is deleted.
     """
     check_output(output)
     model = _with_tokens_of(tokenizer, meta_model(source.config).to(source.dtype))
@@ -79,10 +79,10 @@ def export(
 
 
 def shard_bytes_of(size: str) -> int:
-    """Return the bytes of a size such as "200MB", in the units of Transformers: 1 MB is 10^6 bytes.
+    """Convert a size such as "200MB" to bytes, in Transformers' units: 1 MB is 10^6 bytes.
 
     Raises:
-        UserError: it is not a size.
+        UserError: not a valid size.
     """
     match = re.fullmatch(r"(\d{1,12})\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
@@ -95,13 +95,13 @@ def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM
 
     Args:
         folder: the folder.
-        step: step of the checkpoint of a run; None takes the newest. A Hugging Face folder has only one.
+        step: step of a run's checkpoint; None selects the newest. Not allowed for a Hugging Face folder.
 
     Returns:
         The model, in the precision of its weights and in evaluation mode, and the folder of its tokenizer.
 
     Raises:
-        UserError: it is neither, or its files are missing, damaged or of another model.
+        UserError: it is neither kind of folder, or its files are missing, damaged or belong to a different model.
     """
     run = RunFolder(folder)
     if run.exists():
@@ -120,8 +120,8 @@ def read_model(folder: Path) -> HyperMoEForCausalLM:
     Only the ids of control tokens are read from generation_config.json.
 
     Raises:
-        UserError: it is not a HyperMoE folder, its files are damaged or not safetensors, or the tensors do not
-            match its config.json.
+        UserError: the folder has no HyperMoE model, its files are damaged or not safetensors, or the tensors do not
+            match config.json.
     """
     weights = read_folder(folder, read_hypermoe_config(folder))
     model = model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
@@ -152,7 +152,7 @@ def _with_tokens_of(tokenizer: Path, model: HyperMoEForCausalLM) -> HyperMoEForC
 
 
 def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
-    """Write what `save_pretrained` writes, except the weights."""
+    """Write everything that `save_pretrained` writes, except the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     custom_object_save(model, folder, config=model.config)
@@ -161,7 +161,7 @@ def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
 
 
 def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
-    """Write the files of weights, and an index if there are several, split and named as by Transformers."""
+    """Write the weight files, split and named as Transformers does, with an index if there are several."""
     empty = {name: torch.empty(shape, dtype=source.dtype, device="meta") for name, shape in source.shapes.items()}
     split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
     with Progress("write", "tensors", len(empty)) as shown:
@@ -171,9 +171,7 @@ def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Pat
                 tensors[name] = source.read(name).cpu().contiguous()
                 shown.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(
-                (folder / "config.json").stat().st_mode
-            )  # safetensors would restrict them to the user
+            (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors makes them private to the user
             del tensors
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
@@ -182,7 +180,7 @@ def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Pat
 
 
 def read_back(folder: Path) -> LazyWeights:
-    """Open the tensors of a folder that was just written, with its configuration."""
+    """Open the tensors and the configuration of a folder that was just written."""
     files = FolderWeights(folder)
     config = read_hypermoe_config(folder)
     return LazyWeights(config, files.dtype, {name: partial(files.read, name) for name in files.shapes})
@@ -199,7 +197,7 @@ def _compare_tensors(source: WeightLoader, folder: Path) -> None:
 
 
 def _compare_logits(source: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
-    """Compare the logits of a few tokens bitwise, or up to rounding if they are computed in another way."""
+    """Compare the logits of a few tokens: bitwise, or up to rounding if `same_function` is given."""
     ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
     if not found.isfinite().all():
@@ -208,7 +206,7 @@ def _compare_logits(source: WeightLoader, folder: Path, same_function: WeightLoa
     if same_function is None:
         is_same = _same_bits(found, expected)
     else:
-        # Baked HyperExperts are rounded to the precision of the folder, which may change the selection of an expert.
+        # Baked HyperExperts are rounded to the folder's precision, which may change which experts are selected.
         tolerance = 1e-4 if source.dtype == torch.float32 else 0.1
         is_same = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
     if not is_same:

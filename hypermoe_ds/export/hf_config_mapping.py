@@ -1,4 +1,4 @@
-"""Translate the config.json of other models: each key is carried over, checked or refused."""
+"""Translate the config.json of other models: each key is copied, translated, checked or refused."""
 
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -14,7 +14,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 DENSE = ("llama", "mistral", "qwen3")
 MOE = ("mixtral", "olmoe", "qwen3_moe")
 
-# Keys as in Transformers' own configurations.
+# Keys that are copied, because Transformers' configurations have the same ones.
 _CARRIED = (
     "vocab_size",
     "hidden_size",
@@ -43,7 +43,7 @@ _TRANSLATED = (
     "max_window_layers",
     "layer_types",
 )
-# Values that have no effect. HyperMoE cannot express any other value of these keys.
+# Values that have no effect. HyperMoE supports no other values of these keys.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -76,7 +76,7 @@ _WITHOUT_EFFECT = (
     "_model_name_or_path",
     "_name_or_path",
 )
-# Training settings that have another meaning here.
+# Training settings that have a different meaning here.
 _LEFT_TO_THE_RUN = ("router_aux_loss_coef",)
 
 
@@ -98,10 +98,10 @@ def shape_of(folder: Path) -> dict[str, Any]:
     """Translate another model's config.json into fields of `HyperMoEConfig`.
 
     Returns:
-        The fields: for a dense model with `intermediate_size`, for a Mixture of Experts with those of the experts.
+        The fields, without the expert settings if the model is dense.
 
     Raises:
-        UserError: a key cannot be carried over; it is named with its value.
+        UserError: a key cannot be translated; the error names it and its value.
     """
     raw, kind = read_config(folder), model_type(folder)
     if kind == "qwen2":
@@ -129,7 +129,7 @@ def _fields(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def notes_on(folder: Path) -> list[str]:
-    """Return notes about keys that are not carried over because the run sets them."""
+    """Return notes about keys that are not copied because the recipe sets them."""
     raw = read_config(folder)
     if raw.get("model_type") == HyperMoEConfig.model_type:
         return []
@@ -143,7 +143,7 @@ def notes_on(folder: Path) -> list[str]:
 def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     if kind in DENSE:
         return {"intermediate_size": config.intermediate_size}
-    own_width = kind == "qwen3_moe"  # it may have dense layers too
+    own_width = kind == "qwen3_moe"  # it may also have dense layers
     return {
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.moe_intermediate_size if own_width else config.intermediate_size,
@@ -155,7 +155,7 @@ def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _check(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse values that HyperMoE cannot express."""
+    """Refuse values that HyperMoE does not support."""
     for key, neutral in _NEUTRAL.items():
         value = getattr(config, key, neutral[0])
         if value not in neutral:
@@ -172,7 +172,7 @@ def _check(folder: Path, config: PreTrainedConfig) -> None:
         raise UserError(
             f"{folder / CONFIG}: sliding_window={window}",
             "HyperMoE attends to the whole sequence",
-            f"set max_position_embeddings to at most {window} in it: up to that length the model is the same",
+            f"set max_position_embeddings in that file to at most {window}: up to that length the model is the same",
         )
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:
@@ -186,10 +186,10 @@ def _check(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> None:
-    """Refuse unknown keys, except those without effect and those that every configuration has.
+    """Refuse unknown keys, except keys without effect and `PreTrainedConfig` keys with their default values.
 
     Raises:
-        UserError: the first of them.
+        UserError: a key is unknown; the error names the first one.
     """
     general = PreTrainedConfig().to_dict()
     for key, value in raw.items():
@@ -197,7 +197,7 @@ def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> Non
             raise UserError(
                 f"{folder / CONFIG}: {key}={short(value)}",
                 "is unknown, and to drop it might change the model",
-                "take it out of that file if it changes nothing",
+                "remove it from that file if it does not affect the model",
             )
 
 

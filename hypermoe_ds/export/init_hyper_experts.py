@@ -1,4 +1,4 @@
-"""Initialise HyperExperts for a model without them, as in pretraining but with an output that is exactly zero."""
+"""Initialise HyperExperts for a model that has none: as in pretraining, except that their output is exactly zero."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torch import Tensor
 from hypermoe_ds.modeling import HyperMoEConfig, meta_model
 from hypermoe_ds.modeling.hyper_experts import HyperNetwork, SelectionEncoder
 
-# If these two are zero, relu(x W_down + b_down) W_up + b_up is zero, but both have gradients.
+# With these two zero, relu(x W_down + b_down) W_up + b_up is zero, but their gradients are not.
 _ZERO = ("up_weight", "up_bias")
 
 
 def init_hyper_experts(config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
-    """Return the tensors of the hypernetwork and of every layer's selection encoder, in fp32."""
+    """Return the fp32 tensors of the hypernetwork and of each layer's selection encoder."""
     parts = {
         prefix: part
         for prefix, part in meta_model(config).named_modules()

@@ -1,4 +1,4 @@
-"""Write the README.md of an exported folder, a model card for the Hugging Face Hub."""
+"""Write an exported folder's README.md, which is the model card on the Hugging Face Hub."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
 PAPER = "https://arxiv.org/abs/2402.12656"
-_LARGEST_EXPONENT = 700.0  # the exponential of more exceeds the range of a float
+_LARGEST_EXPONENT = 700.0  # exp of larger values overflows a float
 _HEADER = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -26,13 +26,13 @@ class TrainingRecord:
     """How a model was trained; unknown values are None.
 
     Attributes:
-        data: share of the samples of each training dataset, by name.
+        data: share of the training samples by dataset name.
         step: optimizer steps taken.
         tokens: tokens consumed.
-        sequence_length: tokens in a sample.
+        sequence_length: tokens per sample.
         precision: precision of weights and activations.
         valid_loss: validation loss of these weights, in nats per token.
-        written_by: git commit and versions of packages.
+        written_by: git commit and package versions.
     """
 
     data: Mapping[str, float]
@@ -57,20 +57,20 @@ def training_record(
     """Build the training record of a checkpoint.
 
     Args:
-        settings: the recipe as run; values that it lacks stay unknown.
+        settings: the resolved recipe; missing values are recorded as unknown.
         step: step of the checkpoint.
-        consumed_samples: sequences consumed; None counts `step` global batches.
-        valid_loss: validation loss of that step, if it was validated.
-        written_by: git commit and versions of packages.
+        consumed_samples: sequences consumed; None assumes `step` global batches.
+        valid_loss: validation loss at that step, if it was validated.
+        written_by: git commit and package versions.
 
     Raises:
-        UserError: the settings are not those of a recipe.
+        UserError: the settings are not a valid resolved recipe.
     """
     try:
         return _build_record(settings, step, consumed_samples, valid_loss, written_by)
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        problem = f"is not a recipe as run ({error!r:.100})"
-        raise UserError("resolved/config.yaml", problem, "restore that file of the run folder") from None
+        problem = f"is not a resolved recipe ({error!r:.100})"
+        raise UserError("resolved/config.yaml", problem, "restore that file in the run folder") from None
 
 
 def _build_record(
@@ -110,9 +110,9 @@ def write_model_card(
 
     Args:
         folder: the Hugging Face folder.
-        config: configuration of its model.
-        training: how it was trained, if known.
-        command: the command that made the folder.
+        config: configuration of the model.
+        training: how the model was trained, if known.
+        command: the command that created the folder.
     """
     (folder / "README.md").write_text(model_card(folder.name, config, training, command), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Run a model whose tensors are read on demand, so that one layer at a time is in memory."""
+"""Run a model layer by layer, reading its tensors on demand."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 @torch.no_grad()
 def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
-    """Return logits_BSV of a model, computed by its own code layer by layer.
+    """Return logits_BSV of a model, computed with its own code.
 
-    Memory holds one layer, the hypernetwork and the selection encoders.
+    Only one layer, the hypernetwork and the selection encoders are in memory at a time.
     """
     model = meta_model(source.config).to(source.dtype)
     names = {id(module): name for name, module in model.named_modules()}
@@ -21,7 +21,7 @@ def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
         tensors = {}
         for name in module.state_dict():
             whole = f"{names[id(module)]}.{name}"
-            # A tied output projection is the embedding.
+            # A tied output projection has no tensor: it shares the embedding's.
             tensors[name] = source.read(whole if whole in source.shapes else "model.embed_tokens.weight")
         module.load_state_dict(tensors, assign=True)
 
@@ -32,7 +32,7 @@ def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
     resident = [model.model.hypernetwork] if model.model.hypernetwork is not None else []
     for layer in model.model.layers:
         for part in layer.children():
-            # Encoders and hypernetwork are also used outside their own forward pass.
+            # Keep selection encoders in memory: other modules use them outside their forward pass.
             (resident if isinstance(part, HyperExperts) else streamed).append(part)
     for part in resident:
         load(part)

@@ -1,4 +1,4 @@
-"""Write the tokenizer of an export, in the form that users of Transformers expect."""
+"""Write the tokenizer of an export in the form that Transformers users expect."""
 
 import json
 from pathlib import Path
@@ -16,16 +16,16 @@ _PROBE = [{"role": "user", "content": "Hello"}]
 def write_tokenizer(tokenizer: Path, folder: Path, chat_template: Path | None = None) -> None:
     """Copy the tokenizer of a run to an export.
 
-    The key `split_special_tokens` is removed, so that "</s>" in a text is the control token, which ends the texts of a
-    fine-tuning. `tools/preprocess_data.py` encodes it as text for any value of that key.
+    The key `split_special_tokens` is removed, so that "</s>" in a text becomes the end-of-sequence token, as
+    fine-tuning expects. `tools/preprocess_data.py` encodes "</s>" as text whatever that key is.
 
     Args:
         tokenizer: the run's tokenizer folder.
-        folder: the export, which must not exist.
-        chat_template: file with a Jinja template that replaces that of the tokenizer.
+        folder: folder of the export; it must not exist.
+        chat_template: file with a Jinja chat template that replaces the tokenizer's.
 
     Raises:
-        UserError: as `copy_tokenizer`, or the template cannot be read or rendered.
+        UserError: `copy_tokenizer` refuses the tokenizer, or the template cannot be read or rendered.
     """
     template = None if chat_template is None else _read_template(chat_template)
     copy_tokenizer(tokenizer, folder)
@@ -47,7 +47,7 @@ def _read_template(path: Path) -> str:
 
 
 def _check_template(path: Path | None, folder: Path) -> None:
-    """Render one message, to check the template."""
+    """Check the template by rendering one message."""
     try:
         rendered = load_tokenizer(folder).apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:

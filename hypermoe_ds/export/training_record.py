@@ -1,4 +1,4 @@
-"""Read from a run folder how a checkpoint was trained, for the model card of its export."""
+"""Read how a checkpoint was trained from its run folder, for the model card of an export."""
 
 from hypermoe_ds.checkpoint.manifest import Manifest
 from hypermoe_ds.checkpoint.run_folder import RunFolder
@@ -8,11 +8,11 @@ from hypermoe_ds.monitor.summary import validation_at
 
 
 def read_training_record(run: RunFolder, step: int | None = None) -> TrainingRecord:
-    """Read the data, tokens and, if that step was validated, the validation loss.
+    """Read the datasets, the tokens consumed and, if that step was validated, the validation loss.
 
     Args:
         run: the run folder.
-        step: step of the checkpoint; None takes the newest.
+        step: step of the checkpoint; None selects the newest.
 
     Raises:
         UserError: the checkpoint does not exist or is damaged.

@@ -1,15 +1,15 @@
-"""Turn a dense model into a Mixture of Experts with the same function (sparse upcycling, arXiv 2212.05055).
+"""Convert a dense model to a Mixture of Experts that computes the same function (sparse upcycling, arXiv 2212.05055).
 
-Every expert starts as the dense MLP, or as one of G equal slices of it. The output of the layer does not change:
+Each expert starts as a copy of the dense MLP, or of one of G equal slices of it. The layer's output does not change:
 
-- K > 1: the gates of a token sum to one (`norm_topk_prob`) and the experts are equal, so their weighted sum is the MLP
-  for any routing. With G slices, the router's rows of the G neighbours that make up the MLP are equal, so that a token
-  selects them together (virtual groups, arXiv 2410.07524), each with 1 / G of the group's gate. The down projections
-  therefore start G times as large.
-- K = 1: the gate is the router's probability p, never 1. The router starts so small that p is 1 / N up to about 1e-4,
-  and the down projections start N times as large. The selected expert depends only on the direction of the router's
-  rows, so the tokens are distributed as with a larger router. A router this small is also unstable in the first steps;
-  a larger one changes the function more (`router_std`).
+- K > 1: a token's gates sum to one (`norm_topk_prob`) and all experts are equal, so their weighted sum is the MLP's
+  output for any routing. With G slices, the G adjacent experts that form one MLP share the same router row. A token
+  therefore selects them together (virtual groups, arXiv 2410.07524), each with 1 / G of the group's gate, and the down
+  projections start G times as large to compensate.
+- K = 1: the gate is the router's probability p. The router starts so small that p is within about 1e-4 of 1 / N, and
+  the down projections start N times as large to compensate. The selected expert depends only on the direction of the
+  router's rows, so the expert loads are the same as with a larger router. A router this small is unstable in the first
+  steps; a larger one (`router_std`) changes the function more.
 
 Shape legend: D hidden size, N experts, G slices, F width of an expert.
 """
@@ -31,19 +31,19 @@ _ROUTER_STD_OF_ONE_EXPERT = 1e-4
 
 @dataclass(frozen=True)
 class Upcycling:
-    """Settings of upcycling.
+    """Upcycling settings.
 
     Args:
         experts: N.
         top_k: K.
-        granularity: G, number of slices of an MLP.
-        noise: normal noise added to every expert's weights, in standard deviations of the dense tensor.
-        seed: seed of the router, the noise and the HyperExperts.
-        router_std: standard deviation of the router's logits for inputs of mean square 1; None takes 1e-4 for K = 1
-            and otherwise that of pretraining.
+        granularity: G, number of slices per MLP.
+        noise: standard deviation of the normal noise added to the experts' weights, relative to the dense tensor's.
+        seed: seed for the router, the noise and the HyperExperts.
+        router_std: standard deviation of the router's logits for inputs with a mean square of 1; None uses 1e-4 for
+            K = 1 and the pretraining initialisation for K > 1.
 
     Raises:
-        UserError: the numbers do not fit each other.
+        UserError: a value is out of range or does not match the others.
     """
 
     experts: int
@@ -63,7 +63,7 @@ class Upcycling:
             if value % self.granularity:
                 raise UserError(
                     f"{key}={value}",
-                    f"is not a multiple of --granularity={self.granularity}, a token could not take whole MLPs",
+                    f"is not a multiple of --granularity={self.granularity}, so a token could not select complete MLPs",
                     "give a multiple",
                 )
         if self.router_std is not None and not 0 < self.router_std < math.inf:
@@ -93,17 +93,17 @@ class Upcycling:
         }
 
     def gate_up(self, name: str, gate: Callable[[], Tensor], up: Callable[[], Tensor]) -> Tensor:
-        """Make `gate_up_proj` [N, 2F, D] from the dense gate and up projections [G * F, D]."""
+        """Build `gate_up_proj` [N, 2F, D] from the dense gate and up projections [G * F, D]."""
         halves = [self._copies(f"{name}.{half}", read()) for half, read in (("gate", gate), ("up", up))]
         return torch.cat(halves, dim=1)
 
     def down(self, name: str, down: Callable[[], Tensor]) -> Tensor:
-        """Make `down_proj` [N, D, F] from the dense down projection [D, G * F]."""
+        """Build `down_proj` [N, D, F] from the dense down projection [D, G * F]."""
         whole_DF = down().float() * (self.experts if self.top_k == 1 else self.granularity)
         return self._copies(name, whole_DF.T).transpose(1, 2)
 
     def router(self, name: str, config: HyperMoEConfig) -> Tensor:
-        """Make the router's weight [N, D]: small and random, and equal for experts that form the MLP together."""
+        """Initialise the router's weight [N, D] at random, with equal rows for experts that form one MLP."""
         std = config.initializer_range
         if self.router_std is not None or self.top_k == 1:
             std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / config.hidden_size**0.5
@@ -112,7 +112,7 @@ class Upcycling:
         return rows_ND.repeat_interleave(self.granularity, dim=0)
 
     def _copies(self, name: str, whole_FD: Tensor) -> Tensor:
-        """Return a slice of the first dimension for each expert, in turn; [N, F, D]."""
+        """Assign the G slices of the first dimension to the experts in turn; return [N, F, D]."""
         slices = whole_FD.float().chunk(self.granularity)
         copies_NFD = torch.stack([slices[expert % self.granularity] for expert in range(self.experts)])
         if self.noise:
@@ -121,6 +121,6 @@ class Upcycling:
         return copies_NFD
 
     def _generator(self, name: str) -> torch.Generator:
-        """Return a generator for this tensor, so that it is the same in every read."""
-        # 32 bits, because torch's CPU generator uses no more of a seed.
+        """Return a generator seeded by the tensor's name, so that every read gives the same values."""
+        # 32 bits: torch's CPU generator ignores the higher bits of a seed.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))

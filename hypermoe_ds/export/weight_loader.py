@@ -1,4 +1,4 @@
-"""Load or make the tensors of a model on demand."""
+"""Load or compute the tensors of a model on demand."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from hypermoe_ds.progress import progress
 
 
 class WeightLoader(Protocol):
-    """Tensors of a model, one at a time.
+    """The tensors of a model, loaded one at a time.
 
     Attributes:
         config: configuration of the model.
         dtype: precision of the tensors.
-        shapes: names and shapes of the tensors in a file of the model, in the order of the model.
+        shapes: names and shapes of the tensors that a file of the model contains, in model order.
     """
 
     @property
@@ -41,12 +41,12 @@ class WeightLoader(Protocol):
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """Tensors that functions return.
+    """The tensors of a model, each returned by a function.
 
     Attributes:
         config: configuration of the model.
         dtype: precision of the tensors.
-        readers: functions that return a tensor in any precision, by name.
+        readers: by tensor name, a function that returns the tensor in any precision.
     """
 
     config: HyperMoEConfig
@@ -55,7 +55,7 @@ class LazyWeights:
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Names and shapes, in the order of the model."""
+        """Names and shapes of the tensors, in model order."""
         return state_dict_shapes(self.config)
 
     def read(self, name: str) -> Tensor:
@@ -63,7 +63,7 @@ class LazyWeights:
         return self.readers[name]().to(self.dtype)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all tensors and show the progress.
+        """Yield all tensors and show progress.
 
         Raises:
             UserError: a tensor has NaN or Inf.
@@ -71,12 +71,12 @@ class LazyWeights:
         for name in progress(self.shapes, "convert", "tensors", len(self.shapes)):
             tensor = self.read(name)
             if not tensor.isfinite().all():
-                raise UserError(name, "has NaN or Inf", "choose a model without")
+                raise UserError(name, "has NaN or Inf", "choose a model without NaN and Inf")
             yield name, tensor
 
 
 def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:
-    """Return the tensors of a model in memory, without copying them."""
+    """Return the tensors of an in-memory model, without copying them."""
     tensors = model.state_dict()
     readers = {name: partial(tensors.__getitem__, name) for name in state_dict_shapes(model.config)}
     return LazyWeights(model.config, model.dtype, readers)
@@ -86,7 +86,7 @@ def read_folder(folder: Path, config: HyperMoEConfig) -> LazyWeights:
     """Open the tensors of a HyperMoE folder and check them against its configuration.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is not part of the model.
+        UserError: a tensor is missing, has the wrong shape, or is not part of the model.
     """
     taken = TakenTensors(FolderWeights(folder))
     shapes = checked_shapes(folder, config, taken.files.shapes)

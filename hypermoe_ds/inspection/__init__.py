@@ -1,1 +1,1 @@
-"""Report what a model folder holds and how two folders differ."""
+"""Report the contents of a model folder and the differences between two folders."""

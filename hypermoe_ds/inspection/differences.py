@@ -15,7 +15,7 @@ class Distance(NamedTuple):
 
     Attributes:
         difference: L2 norm of second - first.
-        norm: L2 norm of the first.
+        norm: L2 norm of the first tensor.
     """
 
     difference: float
@@ -23,7 +23,7 @@ class Distance(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Difference relative to the first; infinite if the first is zero and the second is not."""
+        """Difference divided by the first norm; infinite if only the first is zero."""
         if self.difference == 0:
             return 0.0
         return self.difference / self.norm if self.norm else math.inf
@@ -34,10 +34,10 @@ class Differences:
     """Differences between two folders.
 
     Attributes:
-        only_first: parameters that the second lacks.
-        only_second: parameters that the first lacks.
-        reshaped: parameters with different shapes, and both shapes.
-        tensors: distances of the parameters with the same shape, for each kind that both have.
+        only_first: parameters missing in the second folder.
+        only_second: parameters missing in the first folder.
+        reshaped: both shapes of each parameter whose shapes differ.
+        tensors: distances between parameters of the same shape, for each kind that both folders store.
     """
 
     only_first: list[str]
@@ -46,7 +46,7 @@ class Differences:
     tensors: dict[str, dict[str, Distance]]
 
     def groups(self, kind: str) -> dict[str, Distance]:
-        """Return the distance of each group."""
+        """Return the distance for each group of parameters."""
         tensors = self.tensors[kind]
         return {
             group: Distance(
@@ -57,12 +57,12 @@ class Differences:
         }
 
     def largest(self, kind: str, count: int = 10) -> list[str]:
-        """Return the parameters with the largest relative distance; NaN comes first."""
+        """Return the parameters with the largest relative distances, NaN first."""
         changed = {name: d.relative for name, d in self.tensors[kind].items() if d.relative != 0}
         return sorted(changed, key=lambda name: (not math.isnan(changed[name]), -changed[name]))[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the differences for JSON."""
+        """Return the differences as a dict for JSON."""
         return {
             **asdict(self),
             "groups": {kind: _as_dicts(self.groups(kind)) for kind in self.tensors},
@@ -72,7 +72,7 @@ class Differences:
 
 
 def compare(first: TensorReader, second: TensorReader, progress: Progress = lambda _: None) -> Differences:
-    """Compare the parameters that both have, range by range."""
+    """Compare the parameters that both folders have, range by range."""
     shared = [name for name in first.shapes if first.shapes[name] == second.shapes.get(name)]
     kinds = [kind for kind in first.kinds if kind in second.kinds]
     return Differences(
@@ -88,7 +88,7 @@ def compare(first: TensorReader, second: TensorReader, progress: Progress = lamb
 
 
 def elements_to_compare(first: TensorReader, second: TensorReader) -> int:
-    """Return the number of elements that `compare` reads of each folder."""
+    """Return the number of elements that `compare` reads from each folder."""
     kinds = sum(kind in second.kinds for kind in first.kinds)
     return kinds * sum(prod(shape) for name, shape in first.shapes.items() if shape == second.shapes.get(name))
 

@@ -11,11 +11,11 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.inspection.differences import Differences
 from hypermoe_ds.inspection.statistics import COLLAPSING, NEAR_COPIES, Inspection
 
-_SHOWN = 10  # tensors of a list
+_SHOWN = 10  # maximum number of tensors per list
 
 
 def inspection_lines(seen: Inspection) -> Iterator[str]:
-    """Describe a folder and its model."""
+    """Describe a folder and its model, line by line."""
     yield from _provenance_lines(seen)
     yield from _group_lines(seen)
     yield from _similarity_lines(seen)
@@ -27,7 +27,7 @@ def inspection_lines(seen: Inspection) -> Iterator[str]:
 
 
 def difference_lines(differences: Differences) -> Iterator[str]:
-    """Describe how two folders differ, relative to the first."""
+    """Describe the differences between two folders, line by line; distances are relative to the first."""
     for title, names in (
         ("only in the first", differences.only_first),
         ("only in the second", differences.only_second),
@@ -37,7 +37,7 @@ def difference_lines(differences: Differences) -> Iterator[str]:
     yield from _listed("other shape", reshaped)
     for kind, tensors in differences.tensors.items():
         yield ""
-        yield f"{kind}: ||second - first|| / ||first||, of {_count(len(tensors), 'tensor')} in both"
+        yield f"{kind}: ||second - first|| / ||first||, for {_count(len(tensors), 'tensor')} in both"
         if not tensors:
             yield "  nothing to compare"
         elif all(distance.difference == 0 for distance in tensors.values()):
@@ -51,7 +51,7 @@ def difference_lines(differences: Differences) -> Iterator[str]:
 
 
 def write_json(path: Path, inspections: list[Inspection], differences: list[Differences]) -> None:
-    """Write all numbers, also of each tensor; NaN and infinities, which JSON lacks, are null.
+    """Write all statistics, including those per tensor; NaN and infinities, which JSON cannot represent, become null.
 
     Raises:
         UserError: the file cannot be written.
@@ -96,7 +96,7 @@ def _similarity_lines(seen: Inspection) -> Iterator[str]:
     if not seen.similarity:
         return
     yield ""
-    yield "cosine between two experts of a layer: mean over the pairs, largest, and which"
+    yield "cosine between two experts of a layer: mean over all pairs, largest, and the pair with the largest"
     for layer in seen.similarity:
         first, second = layer.pair
         yield f"  {layer.block}: {layer.mean:.4f}, {layer.largest:.4f}, {first} and {second} of {layer.experts}"
@@ -104,7 +104,7 @@ def _similarity_lines(seen: Inspection) -> Iterator[str]:
     yield from verdicts or [
         f"the experts differ: every mean is below {COLLAPSING} and every pair below {NEAR_COPIES}"
         if all(math.isfinite(layer.mean) for layer in seen.similarity)
-        else "some experts have NaN or Inf and thus no cosine"
+        else "some experts have NaN or Inf, so their cosines are undefined"
     ]
 
 

@@ -1,6 +1,6 @@
-"""Measure the model in a folder: parameters, norms, NaN and Inf, and the similarity of experts.
+"""Compute statistics of the model in a folder: parameters, norms, NaN and Inf, and similarity of experts.
 
-Shape legend: N experts, c elements of each that are read at once.
+Shape legend: N experts, P pairs of experts, c elements per expert that are read at once.
 """
 
 import math
@@ -18,11 +18,11 @@ from hypermoe_ds.inspection.tensor_readers import Provenance, TensorReader, rang
 
 Progress = Callable[[int], Any]  # called with the number of elements read
 
-NEAR_COPIES = 0.9  # cosine of two experts from which on they are reported as near copies
-_MOST_EXPERTS = 4096  # their cosines take 8 N^2 bytes
-COLLAPSING = 0.5  # mean cosine of a layer's pairs from which on its experts are reported as collapsing
+NEAR_COPIES = 0.9  # report two experts as near copies if their cosine is at least this
+_MOST_EXPERTS = 4096  # the matrix of cosines takes 8 N^2 bytes
+COLLAPSING = 0.5  # report a layer's experts as collapsing if their mean cosine is at least this
 
-# In the order of display. A name belongs to the first pattern that it matches, where norms are tried first.
+# In display order. A name belongs to the first group whose pattern matches; the norms pattern is tried first.
 _PATTERNS = {
     "embeddings": r".*embed_tokens\..*",
     "attention": r".*\.self_attn\..*",
@@ -41,7 +41,7 @@ _BY_PRIORITY = ("norms", *(group for group in _PATTERNS if group != "norms"))
 
 
 def by_group(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group parameters by the part of the model."""
+    """Group parameter names by model component."""
     members: dict[str, list[str]] = {group: [] for group in _PATTERNS}
     for name in names:
         members[next(group for group in _BY_PRIORITY if re.fullmatch(_PATTERNS[group], name))].append(name)
@@ -50,7 +50,7 @@ def by_group(names: Iterable[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Statistics of a tensor or of all tensors of a group.
+    """Statistics of a tensor or a group of tensors.
 
     Attributes:
         elements: number of elements.
@@ -66,7 +66,7 @@ class Measured:
 
     @property
     def is_finite(self) -> bool:
-        """Whether there is no NaN and no Inf."""
+        """Whether no element is NaN or infinite."""
         return self.nan == self.inf == 0
 
 
@@ -75,9 +75,9 @@ class Similarity:
     """Similarity of the experts of one layer: cosines between their flattened weights.
 
     Attributes:
-        block: MoE block of the layer.
+        block: name of the layer's MoE block.
         experts: N.
-        mean: mean over all pairs; NaN if a weight is NaN.
+        mean: mean cosine over all pairs; NaN if a weight is NaN.
         largest: largest cosine.
         pair: the pair with the largest cosine.
     """
@@ -89,7 +89,7 @@ class Similarity:
     pair: tuple[int, int]
 
     def verdict(self) -> str | None:
-        """Describe what is wrong; None if the experts differ enough."""
+        """Return a description of the problem, or None if the experts differ enough."""
         if self.mean >= COLLAPSING:
             return (
                 f"the experts of {self.block} are collapsing: their mean cosine is {self.mean:.3f}, "
@@ -110,8 +110,8 @@ class Inspection:
 
     Attributes:
         provenance: what the folder is.
-        tensors: statistics by kind ("weight", "exp_avg", "exp_avg_sq") and name in the training model.
-        similarity: an entry for each layer with more than one expert.
+        tensors: statistics by kind ("weight", "exp_avg", "exp_avg_sq") and parameter name in the training model.
+        similarity: similarity of the experts, for each layer with more than one.
     """
 
     provenance: Provenance
@@ -119,12 +119,12 @@ class Inspection:
     similarity: list[Similarity]
 
     def groups(self, kind: str = WEIGHT) -> dict[str, Measured]:
-        """Return the statistics of each group, in the order of display."""
+        """Return the statistics of each group, in display order."""
         tensors = self.tensors[kind]
         return {group: _together([tensors[name] for name in names]) for group, names in by_group(tensors).items()}
 
     def not_finite(self) -> dict[str, Measured]:
-        """Return the tensors with NaN or Inf, by KIND/NAME."""
+        """Return the tensors that contain NaN or Inf, by KIND/NAME."""
         return {
             f"{kind}/{name}": measured
             for kind, tensors in self.tensors.items()
@@ -133,7 +133,7 @@ class Inspection:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the statistics for JSON."""
+        """Return the statistics as a dict for JSON."""
         return {
             "origin": asdict(self.provenance),
             "groups": {kind: {name: asdict(m) for name, m in self.groups(kind).items()} for kind in self.tensors},
@@ -144,7 +144,7 @@ class Inspection:
 
 
 def inspect(source: TensorReader, progress: Progress = lambda _: None) -> Inspection:
-    """Measure a folder: read everything once and expert weights twice, some MiB at a time."""
+    """Compute the statistics of a folder, reading a few MiB at a time; expert weights are read twice."""
     tensors = {
         kind: {name: measure(source, name, kind, progress) for name in sorted(source.shapes)} for kind in source.kinds
     }
@@ -160,7 +160,7 @@ def elements_to_inspect(source: TensorReader) -> int:
 
 
 def measure(source: TensorReader, name: str, kind: str, progress: Progress) -> Measured:
-    """Measure a parameter or a moment of it."""
+    """Compute the statistics of a parameter or one of its moments."""
     elements, square, nan, inf = prod(source.shapes[name]), 0.0, 0, 0
     for start, stop in ranges(elements):
         values = source.read_range(name, start, stop, kind)
@@ -181,7 +181,7 @@ def norm_of(values: Tensor) -> float:
 
 
 def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """List the stacked expert weights [N, ...] of each MoE block with more than one expert and at most 4,096."""
+    """List the stacked expert weights [N, ...] of each MoE block with 2 to 4,096 experts."""
     blocks: dict[str, list[str]] = {}
     for name in sorted(shapes, key=_by_layer):
         match = re.fullmatch(r"(.*)\.experts\.(w[123]|gate_up_proj|down_proj)", name)
@@ -191,13 +191,13 @@ def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]
 
 
 def compare_experts(source: TensorReader, block: str, stacks: list[str], progress: Progress) -> Similarity:
-    """Compute the cosines between the flattened weights of all pairs of experts.
+    """Compute the cosine between the flattened weights of each pair of experts.
 
-    Inner products are accumulated over the same range of all experts, so each weight is read once.
+    Inner products are accumulated range by range over all experts at once, so each weight is read only once.
 
     Args:
         source: reader of the folder.
-        block: the MoE block.
+        block: name of the MoE block.
         stacks: names of its expert weights, each [N, ...].
         progress: called with the number of elements read.
     """
@@ -226,11 +226,11 @@ def _together(parts: list[Measured]) -> Measured:
 
 
 def _parts_of_experts(source: TensorReader, name: str, N: int, elements: int) -> Iterator[Tensor]:
-    """Yield the same range of all experts' weights, [N, c], range by range."""
+    """Yield the weights of all experts, [N, c], range by range."""
     for start, stop in ranges(elements, max(1, 2**20 // N)):
         yield torch.stack([source.read_range(name, n * elements + start, n * elements + stop) for n in range(N)])
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:
-    """Sort layer 10 after layer 9."""
+    """Return a sort key that orders layer 10 after layer 9."""
     return [(int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (-1, part) for part in name.split(".")]

@@ -1,6 +1,6 @@
-"""Read the parameters of any folder with a model range by range, under the names of the training model.
+"""Read the parameters of any model folder range by range, under their names in the training model.
 
-This allows to compare a checkpoint with a Hugging Face folder, without either fitting into memory.
+A checkpoint can thus be compared with a Hugging Face folder even if neither fits into memory.
 """
 
 from abc import ABC, abstractmethod
@@ -30,17 +30,17 @@ _ELEMENTS_AT_ONCE = 2**20  # 4 MiB in fp32
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a folder is and who wrote it.
+    """What kind of folder this is and what wrote it.
 
     Attributes:
         path: the folder with the tensors.
         kind: "run folder", "checkpoint folder" or "Hugging Face folder".
         step: optimizer steps taken; None if unknown.
-        files: size of each file with tensors, in bytes.
-        cut_tensors: number of tensors that are split over several files.
-        dtypes: stored types.
-        written_by: git commit and versions of packages, if known.
-        state: position of the run.
+        files: size in bytes of each file with tensors.
+        cut_tensors: number of tensors that are split across files.
+        dtypes: dtypes of the stored tensors.
+        written_by: git commit and package versions, if known.
+        state: state of the run.
     """
 
     path: str
@@ -54,12 +54,12 @@ class Provenance:
 
 
 class TensorReader(ABC):
-    """Parameters of one folder; a context manager, because it keeps files open.
+    """The parameters of one folder. Use it as a context manager, because it keeps files open.
 
     Attributes:
         provenance: what the folder is.
         shapes: shape of every parameter, by name in the training model.
-        kinds: what is stored of each: "weight" and, after the first step, the optimizer's moments.
+        kinds: what is stored per parameter: "weight" and, after the first step, the optimizer's moments.
     """
 
     provenance: Provenance
@@ -68,7 +68,7 @@ class TensorReader(ABC):
 
     @abstractmethod
     def read_range(self, name: str, start: int, stop: int, kind: str = WEIGHT) -> Tensor:
-        """Read elements `start` to `stop` of a flattened parameter, or a moment of it, in fp32; [stop - start]."""
+        """Read elements `start` to `stop` of a flattened parameter or moment, in fp32; [stop - start]."""
 
     @abstractmethod
     def close(self) -> None:
@@ -88,10 +88,10 @@ def open_tensor_reader(path: Path, step: int | None = None) -> TensorReader:
 
     Args:
         path: the folder.
-        step: step of the checkpoint in a run folder; None takes the newest. Other folders have only one.
+        step: step of a run folder's checkpoint; None selects the newest. Ignored for other folders.
 
     Raises:
-        UserError: it is none of these, is damaged, or has no such step.
+        UserError: the folder is of none of these kinds, is damaged, or does not have this step.
     """
     run = RunFolder(path)
     if run.exists():
@@ -104,7 +104,7 @@ def open_tensor_reader(path: Path, step: int | None = None) -> TensorReader:
 
 
 def ranges(elements: int, at_once: int = _ELEMENTS_AT_ONCE) -> Iterator[tuple[int, int]]:
-    """Split `elements` into ranges (start, stop) of at most `at_once`."""
+    """Yield (start, stop) ranges of at most `at_once` elements that cover `elements`."""
     for start in range(0, elements, at_once):
         yield start, min(start + at_once, elements)
 
@@ -114,7 +114,7 @@ class CheckpointTensorReader(TensorReader):
 
     Args:
         folder: the checkpoint.
-        kind: what the user named: "run folder" or "checkpoint folder".
+        kind: kind of folder that the user gave: "run folder" or "checkpoint folder".
 
     Raises:
         UserError: a file is missing or differs from the manifest.
@@ -144,7 +144,7 @@ class CheckpointTensorReader(TensorReader):
 
 
 class HuggingFaceTensorReader(TensorReader):
-    """A Hugging Face folder with safetensors files; the experts of a HyperMoE model have their names in training.
+    """A Hugging Face folder with safetensors files; HyperMoE experts are renamed as in the training model.
 
     Args:
         folder: the folder.
@@ -181,7 +181,7 @@ class HuggingFaceTensorReader(TensorReader):
         assert kind == WEIGHT
         stored = self._stored_as[name]
         whole = self._map(stored) if stored == name else training_view(self._map(stored), name)
-        # w1 and w3 are blocks of a stored tensor, one for each expert; anything else is one block.
+        # w1 and w3 consist of one contiguous block per expert; any other tensor is a single block.
         block = max(whole.numel() if whole.is_contiguous() else whole[0].numel(), 1)
         values = torch.empty(stop - start)
         for index in range(start // block, -(-stop // block)):
@@ -194,7 +194,7 @@ class HuggingFaceTensorReader(TensorReader):
         self._mapped = ("", torch.empty(0))
 
     def _map(self, stored: str) -> Tensor:
-        """Map a stored tensor; the last one stays mapped, because it is read range by range."""
+        """Memory-map a stored tensor; keep the last one mapped, because it is read range by range."""
         if self._mapped[0] != stored:
             self._mapped = (stored, self._files.map(stored))
         return self._mapped[1]

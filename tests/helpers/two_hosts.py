@@ -216,7 +216,9 @@ def _await(hosts: TwoHosts) -> None:
         end = time.monotonic() + _UP_SECONDS
         while not hosts.answers(name):
             if time.monotonic() > end:
-                raise RuntimeError(f"host {name} did not start in {_UP_SECONDS} s: {(hosts.folder / f'{name}.log').read_text()}")
+                raise RuntimeError(
+                    f"host {name} did not start in {_UP_SECONDS} s: {(hosts.folder / f'{name}.log').read_text()}"
+                )
             time.sleep(0.05)
 
 

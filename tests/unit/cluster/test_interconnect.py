@@ -1,4 +1,4 @@
-"""The measurement between hosts: who exchanges with whom, and that what arrives is checked."""
+"""Tests of the bandwidth measurement between hosts: its pairs, and the check of received values."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize("count", range(10))
-def test_each_pair_of_hosts_meets_once_and_no_host_is_in_two_pairs_of_a_round(count: int) -> None:
+def test_each_pair_of_hosts_is_measured_once_and_no_host_twice_in_a_round(count: int) -> None:
     found = list(rounds(count))
     for pairs in found:
         hosts = [host for pair in pairs for host in pair]
@@ -24,21 +24,21 @@ def test_each_pair_of_hosts_meets_once_and_no_host_is_in_two_pairs_of_a_round(co
 
 
 def measured(spoiled: bool) -> Interconnect:
-    """Of two hosts of two ranks, as torchrun names them."""
+    """Measure two emulated hosts of two ranks. If `spoiled`, one rank receives a wrong sum."""
     rank = dist.get_rank()
     os.environ.update(GROUP_RANK=str(rank // 2), LOCAL_RANK=str(rank % 2))
     if spoiled and rank == 3:
-        usual = dist.all_reduce
+        correct = dist.all_reduce
 
-        def flipping(tensor: torch.Tensor) -> None:
-            usual(tensor)
+        def spoiled_all_reduce(tensor: torch.Tensor) -> None:
+            correct(tensor)
             tensor[-1] += 1
 
-        interconnect.dist.all_reduce = flipping
+        interconnect.dist.all_reduce = spoiled_all_reduce
     return measure(1, torch.device("cpu"))
 
 
-def test_two_hosts_of_two_ranks_are_measured_and_a_wrong_sum_is_found() -> None:
+def test_two_hosts_are_measured_and_a_wrong_sum_is_found() -> None:
     found = run_on_ranks(4, measured, True)
     assert [link.wrong for link in found] == [["all-reduce"]] * 4
     first = found[0]
@@ -50,10 +50,10 @@ def test_two_hosts_of_two_ranks_are_measured_and_a_wrong_sum_is_found() -> None:
     assert speed > 0
 
 
-def alone() -> Interconnect:
+def measure_alone() -> Interconnect:
     os.environ.update(GROUP_RANK="0", LOCAL_RANK="0")
     return measure(1, torch.device("cpu"))
 
 
-def test_one_rank_alone_has_no_links() -> None:
-    assert run_on_ranks(1, alone) == [Interconnect(None, None, [], [])]
+def test_one_rank_has_nothing_to_measure() -> None:
+    assert run_on_ranks(1, measure_alone) == [Interconnect(None, None, [], [])]

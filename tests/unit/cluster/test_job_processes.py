@@ -1,4 +1,4 @@
-"""The processes of a job are found and ended whoever started them, and no others."""
+"""Tests of JobProcesses: it finds and ends the processes of its own job only, whoever started them."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 
 from hypermoe_ds.cluster.job_processes import JobProcesses
 
-# A rank saves when it is asked to end, which takes a moment.
+# A rank saves on SIGTERM or SIGUSR1, which takes a moment.
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
@@ -29,7 +29,7 @@ time.sleep(1000)
 
 
 class Started:
-    """Processes of this test, orphans of a shell as after the death of a launcher."""
+    """Processes of a test. Their shell has exited, so they are orphans, as after the death of a launcher."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,22 +57,22 @@ def started(tmp_path: Path) -> Iterator[Started]:
             process.kill()
 
 
-def runs(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 RANK = {"RANK": "3"}
 
 
-def test_an_orphaned_rank_saves_before_it_ends_and_processes_of_other_jobs_go_on(started: Started) -> None:
+def test_an_orphaned_rank_saves_before_it_ends_and_other_jobs_continue(started: Started) -> None:
     job, other = JobProcesses([]), JobProcesses([])
     rank, helper = started.orphan(job.environment | RANK), started.orphan(job.environment)
     strangers = [started.orphan(other.environment | RANK), started.orphan(RANK)]
     job.end(1)
-    assert not runs(rank)
-    assert not runs(helper)
+    assert not is_running(rank)
+    assert not is_running(helper)
     assert (started.folder / "saved").read_text() == str(int(signal.SIGTERM))
-    assert all(map(runs, strangers))
+    assert all(map(is_running, strangers))
 
 
 def test_a_stopped_rank_is_ended_too(started: Started) -> None:
@@ -80,10 +80,10 @@ def test_a_stopped_rank_is_ended_too(started: Started) -> None:
     rank = started.orphan(job.environment | RANK)
     rank.suspend()
     job.end(0)
-    assert not runs(rank)
+    assert not is_running(rank)
 
 
-def test_a_signal_reaches_the_ranks_alone_and_it_is_told_whether_there_are_any(started: Started) -> None:
+def test_signal_ranks_signals_only_ranks_and_returns_whether_there_are_any(started: Started) -> None:
     job = JobProcesses([])
     launcher = started.orphan(job.environment)
     assert not job.signal_ranks(signal.SIGUSR1)
@@ -91,12 +91,12 @@ def test_a_signal_reaches_the_ranks_alone_and_it_is_told_whether_there_are_any(s
     assert job.signal_ranks(signal.SIGUSR1)
     psutil.wait_procs([rank], timeout=10)
     assert (started.folder / "saved").read_text() == str(int(signal.SIGUSR1))
-    assert runs(launcher)
+    assert is_running(launcher)
 
 
-def test_a_process_of_another_job_is_not_signalled_where_it_has_taken_a_number_of_this_one(started: Started) -> None:
+def test_a_process_of_another_job_that_reuses_a_pid_is_not_signalled(started: Started) -> None:
     job = JobProcesses([])
     rank, stranger = started.orphan(job.environment | RANK), started.orphan(RANK)
     job._everywhere(f"signal KILL {stranger.pid} {rank.pid}", 10)
     psutil.wait_procs([rank], timeout=10)
-    assert (runs(rank), runs(stranger)) == (False, True)
+    assert (is_running(rank), is_running(stranger)) == (False, True)

@@ -1,4 +1,4 @@
-"""What is found wrong with hosts before a job starts, each in one line with its remedy."""
+"""Tests of the checks of hosts before a job starts: each fault is one line with its remedy."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.provenance import source_digest
 
 REPOSITORY = Path(__file__).parents[3]
-ASKED = HostQuery("/runs/a", ".preflight-1", "r.yaml", "z.json", (), ())
+QUERY = HostQuery("/runs/a", ".preflight-1", "r.yaml", "z.json", (), ())
 GOOD = HostReport(
     python="3.11.7", torch="2.13.0", deepspeed="0.19.8", project="abc def", settings="123", data="456",
     devices=["H100"] * 8, memory_gib=100.0, disk_gib=500.0, sees_run_folder=True, address="10.0.0.1", clock=0.0,
@@ -38,7 +38,7 @@ GOOD = HostReport(
 
 
 def answer(**changed: object) -> list[HostAnswer]:
-    """Three hosts, of which the second differs in this."""
+    """Return the answers of three hosts; the second differs in the given fields."""
     answers = [HostAnswer(Host(f"n{number}", 8), GOOD) for number in range(3)]
     ahead = float(str(changed.pop("clock_ahead", 0.0)))
     answers[1] = HostAnswer(Host("n1", 8), replace(GOOD, **changed), clock_ahead=ahead)  # type: ignore[arg-type]
@@ -49,8 +49,8 @@ def lines(failures: list[Failure]) -> list[str]:
     return [str(failure.error) for failure in failures]
 
 
-def test_hosts_that_are_alike_and_have_enough_pass() -> None:
-    assert check_hosts(answer(clock_ahead=-4.9), ASKED, 499.0) == []
+def test_equal_hosts_with_enough_memory_and_disk_pass() -> None:
+    assert check_hosts(answer(clock_ahead=-4.9), QUERY, 499.0) == []
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_hosts_that_are_alike_and_have_enough_pass() -> None:
         ({"clock_ahead": -61.2}, "n1: clock: is -61 s off this machine's; set it by NTP"),
     ],
 )
-def test_a_host_that_differs_or_lacks_something_is_named_with_the_remedy(changed: dict[str, object], line: str) -> None:
-    [failure] = lines(check_hosts(answer(**changed), ASKED, 40.0))
+def test_a_host_that_differs_or_lacks_something_is_named_with_a_remedy(changed: dict[str, object], line: str) -> None:
+    [failure] = lines(check_hosts(answer(**changed), QUERY, 40.0))
     assert failure.startswith(line)
 
 
-def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
-    failures = lines(check_hosts(answer(devices=["H100"] * 7), ASKED, 40.0))
+def test_a_host_with_fewer_gpus_than_slots_has_two_failures() -> None:
+    failures = lines(check_hosts(answer(devices=["H100"] * 7), QUERY, 40.0))
     assert [line.partition(";")[0] for line in failures] == [
         "n1: devices: is 7 x H100, elsewhere 8 x H100",
         "n1: slots=8: it has 7 GPUs",
@@ -87,29 +87,29 @@ def test_fewer_gpus_than_slots_are_told_beside_the_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fact", "value"), [("settings", "unreadable: r.yaml: is gone"), ("data", "lacks /data/train.idx")]
+    ("field", "value"), [("settings", "unreadable: r.yaml: is gone"), ("data", "lacks /data/train.idx")]
 )
-def test_files_that_no_host_has_are_told_once(fact: str, value: str) -> None:
-    answers = [HostAnswer(Host(f"n{n}", 8), replace(GOOD, **{fact: value})) for n in range(3)]  # type: ignore[arg-type]
-    [line] = lines(check_hosts(answers, ASKED, 1.0))
-    assert line.startswith(f"{fact}: {value}; copy the ")
+def test_files_that_no_host_has_are_reported_once(field: str, value: str) -> None:
+    answers = [HostAnswer(Host(f"n{n}", 8), replace(GOOD, **{field: value})) for n in range(3)]  # type: ignore[arg-type]
+    [line] = lines(check_hosts(answers, QUERY, 1.0))
+    assert line.startswith(f"{field}: {value}; copy the ")
 
 
-def test_a_host_that_names_itself_loopback_is_told_on_cpus_unless_it_is_alone() -> None:
+def test_on_cpus_a_host_name_that_resolves_to_loopback_is_reported_unless_it_is_the_only_host() -> None:
     report = replace(GOOD, devices=None, address="127.0.1.1")
     pair = [HostAnswer(Host("n0", 1), report), HostAnswer(Host("n1", 1), replace(report, address="10.0.0.2"))]
-    [line] = lines(check_hosts(pair, ASKED, 1.0))
+    [line] = lines(check_hosts(pair, QUERY, 1.0))
     assert line.startswith(
         "n0: its own name: resolves to 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET"
     )
-    assert check_hosts(pair[:1], ASKED, 1.0) == []
+    assert check_hosts(pair[:1], QUERY, 1.0) == []
 
 
 @pytest.mark.parametrize(("reach", "remedy"), [("ssh", "make `ssh n1 true` work"), ("srun", "see `sinfo`")])
-def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, remedy: str) -> None:
+def test_a_host_that_does_not_answer_is_reported_with_its_last_line(reach: str, remedy: str) -> None:
     answers = answer()
     answers[1] = HostAnswer(Host("n1", 8, reach), None, "ssh: connect to host n1 port 22: No route to host")
-    [line] = lines(check_hosts(answers, ASKED, 1.0))
+    [line] = lines(check_hosts(answers, QUERY, 1.0))
     assert line.startswith(f"n1: does not answer (ssh: connect to host n1 port 22: No route to host); {remedy}")
     assert [row.split()[0] for row in table(answers).splitlines()] == ["host", "n0", "n1", "n2"]
     assert "no answer" in table(answers).splitlines()[2]
@@ -118,48 +118,48 @@ def test_a_host_that_does_not_answer_is_told_with_its_last_words(reach: str, rem
 @pytest.mark.parametrize(
     ("exit_code", "remedy"), [(255, "make `ssh -p 7 n1 true` work"), (127, "build the environment")]
 )
-def test_a_host_that_ssh_reaches_but_without_an_environment_is_told_so(
+def test_the_remedy_depends_on_whether_ssh_or_the_environment_failed(
     exit_code: int, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HYPERMOE_SSH_OPTIONS", "-p 7")
-    [line] = lines(check_hosts([HostAnswer(Host("n1", 8), None, "words", exit_code)], ASKED, 1.0))
+    [line] = lines(check_hosts([HostAnswer(Host("n1", 8), None, "words", exit_code)], QUERY, 1.0))
     assert line.startswith(f"n1: does not answer (words); {remedy}")
 
 
 HOSTS = [Host(f"n{number}", 8) for number in range(4)]
 
 
-def links(**slow: float) -> Interconnect:
+def interconnect(**slow: float) -> Interconnect:
     pairs = [(a, b, slow.get(f"p{a}{b}", 10.0)) for a in range(4) for b in range(a + 1, 4)]
     return Interconnect(9.0, 5.0, pairs, [])
 
 
-def test_a_link_much_slower_than_the_others_is_told() -> None:
-    assert check_interconnect(links(p13=3.4), HOSTS, 0.0) == []
-    [line] = lines(check_interconnect(links(p13=3.3), HOSTS, 0.0))
+def test_a_pair_much_slower_than_the_others_is_reported() -> None:
+    assert check_interconnect(interconnect(p13=3.4), HOSTS, 0.0) == []
+    [line] = lines(check_interconnect(interconnect(p13=3.3), HOSTS, 0.0))
     assert line.startswith("n1 - n3: 3.30 GB/s, the median of all pairs is 10.00; check the cables")
 
 
-def test_a_link_slower_than_wanted_is_told() -> None:
-    [line] = lines(check_interconnect(links(p02=8.0), HOSTS, 9.0))
+def test_a_pair_slower_than_required_is_reported() -> None:
+    [line] = lines(check_interconnect(interconnect(p02=8.0), HOSTS, 9.0))
     assert line.startswith("n0 - n2: 8.00 GB/s, required are 9.00; check")
 
 
-def test_slow_links_are_blamed_on_the_host_that_has_most_of_them() -> None:
-    failures = check_interconnect(links(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
+def test_slow_pairs_are_attributed_to_the_host_that_has_most_of_them() -> None:
+    failures = check_interconnect(interconnect(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
     assert [failure.host for failure in failures] == [HOSTS[1]] * 3
-    [alone] = check_interconnect(links(p01=1.0), HOSTS, 0.0)
-    assert alone.host == HOSTS[1], "the later one of two"
+    [alone] = check_interconnect(interconnect(p01=1.0), HOSTS, 0.0)
+    assert alone.host == HOSTS[1], "of two hosts the later one"
 
 
-def test_a_host_that_fails_a_check_is_named_with_it_and_all_are_where_no_one_is_to_blame() -> None:
-    [failure] = check_hosts(answer(memory_gib=0.9), ASKED, 40.0)
+def test_a_failure_names_its_host_or_none_if_all_hosts_have_it() -> None:
+    [failure] = check_hosts(answer(memory_gib=0.9), QUERY, 40.0)
     assert failure.host == Host("n1", 8)
     unreadable = [HostAnswer(Host(f"n{n}", 8), replace(GOOD, settings="unreadable: r.yaml: is gone")) for n in range(3)]
-    assert [failure.host for failure in check_hosts(unreadable, ASKED, 1.0)] == [None]
+    assert [failure.host for failure in check_hosts(unreadable, QUERY, 1.0)] == [None]
 
 
-def test_hosts_are_taken_as_the_batch_allows_and_the_experts_spread_over_them() -> None:
+def test_fit_selects_the_hosts_that_divide_the_batch_and_sets_expert_parallelism() -> None:
     assert fit(HOSTS, 64, 2, 8, 8) == (HOSTS, 8)
     assert fit(HOSTS[:3], 64, 2, 8, 8) == (HOSTS[:2], 8)  # 3 hosts are 24 ranks
     assert fit(HOSTS[:3], 96, 2, 16, 8) == (HOSTS[:3], 8)
@@ -168,20 +168,20 @@ def test_hosts_are_taken_as_the_batch_allows_and_the_experts_spread_over_them() 
         fit(HOSTS[:2], 60, 2, 8, 8)
 
 
-def test_a_wrong_result_is_told_once() -> None:
-    assert [failure.host for failure in check_interconnect(replace(links(), wrong=["all-to-all"]), HOSTS, 0.0)] == [
-        None
-    ]
-    [line] = lines(check_interconnect(replace(links(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
+def test_a_wrong_result_is_reported_once() -> None:
+    assert [
+        failure.host for failure in check_interconnect(replace(interconnect(), wrong=["all-to-all"]), HOSTS, 0.0)
+    ] == [None]
+    [line] = lines(check_interconnect(replace(interconnect(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
     assert line.startswith("all-reduce: gave a wrong result; ")
 
 
 def test_the_slowest_pair_is_named() -> None:
-    line = interconnect_line(links(p12=7.25), HOSTS, 64)
+    line = interconnect_line(interconnect(p12=7.25), HOSTS, 64)
     assert line == "64 MiB per rank: all-reduce 9.00 GB/s, all-to-all 5.00 GB/s, slowest pair n1 - n2 7.25 GB/s"
 
 
-# What a host tells of itself
+# Host reports
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def query(tmp_path: Path) -> HostQuery:
     )
 
 
-def test_settings_differ_by_what_they_say_not_by_how_they_are_written(query: HostQuery, tmp_path: Path) -> None:
+def test_the_settings_digest_depends_on_values_and_not_on_formatting(query: HostQuery, tmp_path: Path) -> None:
     def digest(recipe: str, own: str, *overrides: str) -> str:
         (tmp_path / "x.yaml").write_text(recipe)
         (tmp_path / "x.json").write_text(own)
@@ -210,7 +210,7 @@ def test_settings_differ_by_what_they_say_not_by_how_they_are_written(query: Hos
     assert settings_digest(query.config, str(tmp_path / "none.json"), ()).startswith("unreadable: ")
 
 
-def test_the_data_differs_where_a_file_is_missing_or_has_another_size(tmp_path: Path) -> None:
+def test_the_data_digest_depends_on_missing_files_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "t.idx").write_text("12")
     files = [str(tmp_path / name) for name in ("tokenizer", "t.idx")]
@@ -223,7 +223,7 @@ def test_the_data_differs_where_a_file_is_missing_or_has_another_size(tmp_path: 
     assert data_digest(files) == f"lacks {tmp_path / 't.idx'}"
 
 
-def test_an_edit_of_a_source_changes_the_project(tmp_path: Path) -> None:
+def test_an_edit_of_the_training_code_changes_the_source_digest(tmp_path: Path) -> None:
     for name in ("hypermoe_ds/a.py", "pretrain/train.py", "tools/b.py"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("x = 1\n")
@@ -234,7 +234,7 @@ def test_an_edit_of_a_source_changes_the_project(tmp_path: Path) -> None:
     assert source_digest(tmp_path) != before
 
 
-def test_this_machine_tells_what_it_has(query: HostQuery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_host_describes_this_machine(query: HostQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     report = report_host(query)
     assert report.python == ".".join(map(str, sys.version_info[:3]))
@@ -252,7 +252,7 @@ def starter(folder: Path, **environment: str) -> Starter:
     return Starter({"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", **environment}, folder)
 
 
-def test_a_host_answers_with_its_facts_and_the_time_between_clocks(query: HostQuery, tmp_path: Path) -> None:
+def test_a_host_answers_with_its_report_and_the_clock_difference(query: HostQuery, tmp_path: Path) -> None:
     [answer] = ask_hosts(this_host("2", 0), query, starter(tmp_path))
     assert answer.report is not None, answer.trouble
     assert answer.report.sees_run_folder
@@ -260,7 +260,7 @@ def test_a_host_answers_with_its_facts_and_the_time_between_clocks(query: HostQu
     assert check_hosts([answer], query, 0.0) == []
 
 
-def test_a_host_without_the_package_tells_why_it_cannot_answer(query: HostQuery, tmp_path: Path) -> None:
+def test_a_host_that_cannot_import_the_package_answers_with_the_reason(query: HostQuery, tmp_path: Path) -> None:
     broken = tmp_path / "hypermoe_ds"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise ImportError('not for this host')")
@@ -269,7 +269,7 @@ def test_a_host_without_the_package_tells_why_it_cannot_answer(query: HostQuery,
     assert "not for this host" in answer.trouble
 
 
-def test_what_was_started_on_a_host_ends_with_its_starter(tmp_path: Path) -> None:
+def test_a_process_on_a_host_ends_when_its_starter_closes_stdin(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
     process = starter(tmp_path, PYTHONPATH=str(tmp_path)).start(*this_host("1", 0), 600, "sleeper")
     assert process.stdin is not None
@@ -291,7 +291,7 @@ def test_what_was_started_on_a_host_ends_with_its_starter(tmp_path: Path) -> Non
         ("address already in use EADDRINUSE", r"MASTER_PORT=29500: is in use on n1", "set another MASTER_PORT"),
     ],
 )
-def test_ranks_that_cannot_meet_are_told_in_one_line_without_waiting_for_the_others(
+def test_a_failed_rendezvous_is_reported_in_one_line_without_waiting_for_other_hosts(
     text: str, line: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(self: Starter, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
@@ -305,6 +305,6 @@ def test_ranks_that_cannot_meet_are_told_in_one_line_without_waiting_for_the_oth
     assert remedy in str(error.value)
 
 
-def test_facts_survive_the_way_as_json() -> None:
+def test_a_host_report_survives_json() -> None:
     again = HostReport(**json.loads(json.dumps(GOOD.__dict__)))
     assert again == GOOD

@@ -1,4 +1,4 @@
-"""The supervisor, with jobs that are a few lines of Python."""
+"""Tests of the supervisor with jobs of a few lines of Python."""
 
 import json
 import os
@@ -16,22 +16,22 @@ JOB = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
-def sign(**changes):  # as a rank does
-    sign = dict(rank=0, host=os.uname().nodename, process=os.getpid(), step=3, doing="", passed=1, beats=1)
+def beat(**changes):  # writes a heartbeat as a rank does
+    heartbeat = dict(rank=0, host=os.uname().nodename, process=os.getpid(), step=3, doing="", passed=1, beats=1)
     Path("run/watch").mkdir(parents=True, exist_ok=True)
-    Path("run/watch/rank_00000.json").write_text(json.dumps(sign | changes))
+    Path("run/watch/rank_00000.json").write_text(json.dumps(heartbeat | changes))
 
 assert sys.argv[-1] == "checkpoint.resume=auto"
-with open("starts", "a") as file:
+with open("launches", "a") as file:
     file.write("x")
-start = Path("starts").stat().st_size
+launch = Path("launches").stat().st_size
 """
 
 
 def supervised(
     folder: Path, job: str, *options: str, dispositions: str = "--default-signal"
 ) -> "subprocess.Popen[str]":
-    """A supervisor with this job; signals that this process ignores, as in the background, are not ignored there."""
+    """Start a supervisor with this job. It does not inherit ignored signals, which a background process has."""
     (folder / "train.py").write_text(JOB + job)
     (folder / "r.yaml").write_text("run:\n  dir: run\n")
     command = ["env", "RANK=0", sys.executable, str(folder / "train.py"), "--config", "r.yaml"]
@@ -42,7 +42,7 @@ def supervised(
 
 
 def outcome(process: "subprocess.Popen[str]", folder: Path) -> tuple[int, list[str]]:
-    """The exit code and how each try ended."""
+    """Return the exit code and the outcome of each attempt."""
     process.communicate(timeout=60)
     history = [json.loads(line) for line in (folder / "run/supervisor.jsonl").read_text().splitlines()]
     return process.returncode, [entry["outcome"] for entry in history]
@@ -51,30 +51,30 @@ def outcome(process: "subprocess.Popen[str]", folder: Path) -> tuple[int, list[s
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
-        ("sign(end='done'); sys.exit(0)", (0, ["done"])),
-        ("sign(end='saved' if start < 3 else 'done'); sys.exit(75 * (start < 3))", (0, ["saved", "saved", "done"])),
+        ("beat(end='done'); sys.exit(0)", (0, ["done"])),
+        ("beat(end='saved' if launch < 3 else 'done'); sys.exit(75 * (launch < 3))", (0, ["saved", "saved", "done"])),
         ("sys.exit(2)", (2, ["refused"])),
-        ("sign(); os.kill(os.getpid(), 9 * (start < 3)); sys.exit(0)", (0, ["lost", "lost", "done"])),
-        ("sign(end='error', error=f'KeyError: {start}'); sys.exit(1)", (1, ["error", "error"])),
+        ("beat(); os.kill(os.getpid(), 9 * (launch < 3)); sys.exit(0)", (0, ["lost", "lost", "done"])),
+        ("beat(end='error', error=f'KeyError: {launch}'); sys.exit(1)", (1, ["error", "error"])),
         ("sys.exit(1)", (1, ["unmet"] * 3)),
-        ("sign(); sys.exit(76)", (76, ["lost"] * 5)),
+        ("beat(); sys.exit(76)", (76, ["lost"] * 5)),
     ],
 )
-def test_a_job_is_started_again_while_that_may_help(job: str, expected: tuple[int, list[str]], tmp_path: Path) -> None:
+def test_a_job_is_restarted_while_that_can_help(job: str, expected: tuple[int, list[str]], tmp_path: Path) -> None:
     assert outcome(supervised(tmp_path, job, "--max-restarts", "4"), tmp_path) == expected
 
 
-def test_signs_of_an_earlier_try_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
-    job = "sign(end='error', error='KeyError') if start == 1 else None; sys.exit(1)"
+def test_heartbeats_of_an_earlier_attempt_are_ignored(tmp_path: Path) -> None:
+    job = "beat(end='error', error='KeyError') if launch == 1 else None; sys.exit(1)"
     assert outcome(supervised(tmp_path, job), tmp_path) == (1, ["error"] + ["unmet"] * 3)
 
 
-def test_what_a_try_leaves_behind_is_ended_before_the_next(tmp_path: Path) -> None:
+def test_remaining_processes_of_an_attempt_are_ended_before_the_next(tmp_path: Path) -> None:
     job = """
-if start == 1:
+if launch == 1:
     left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     Path("left").write_text(str(left.pid))
-    sign(); sys.exit(1)
+    beat(); sys.exit(1)
 import psutil
 try:
     sys.exit(int(psutil.Process(int(Path("left").read_text())).status() != "zombie"))
@@ -84,23 +84,23 @@ except psutil.NoSuchProcess:
     assert outcome(supervised(tmp_path, job), tmp_path) == (0, ["lost", "done"])
 
 
-# Saves when it is asked to end, and is done when it finds a file; ignores what comes from a terminal.
+# Saves on SIGTERM, ignores SIGINT, and ends when it finds a file.
 SAVES = """
 def end(number, frame):
-    sign(end='saved')
+    beat(end='saved')
     os._exit(75)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-sign()
+beat()
 Path("ready").touch()
 while not Path("over").exists():
     time.sleep(0.02)
-sign(end='done')
+beat(end='done')
 """
 
 
 def signalled(folder: Path, number: signal.Signals, dispositions: str) -> "subprocess.Popen[str]":
-    """A supervisor that got this signal while its job ran."""
+    """Start a supervisor and send it this signal while its job runs."""
     process = supervised(folder, SAVES, dispositions=dispositions)
     while not (folder / "ready").exists():
         assert process.poll() is None
@@ -110,30 +110,30 @@ def signalled(folder: Path, number: signal.Signals, dispositions: str) -> "subpr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_makes_the_ranks_save_and_ends_it_all(number: signal.Signals, tmp_path: Path) -> None:
+def test_after_a_signal_the_ranks_save_and_job_and_supervisor_end(number: signal.Signals, tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     assert outcome(signalled(tmp_path, number, "--default-signal"), tmp_path) == (75, ["saved"])
     assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_in_the_background_what_a_terminal_sends_ends_nothing(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_background_supervisor_ignores_signals_of_the_terminal(number: signal.Signals, tmp_path: Path) -> None:
     process = signalled(tmp_path, number, "--ignore-signal")
     (tmp_path / "over").touch()
     assert outcome(process, tmp_path) == (0, ["done"])
 
 
-# Stands for tools/preflight.py: finds no host in its second look, and another one in each that succeeds.
+# Replaces tools/preflight.py: the second call finds no host, each other call a different one.
 PREFLIGHT = """
 import json, sys
 from pathlib import Path
-with open("looks", "a") as file:
+with open("calls", "a") as file:
     file.write("x")
-looks = Path("looks").stat().st_size
-if looks == 2:
+calls = Path("calls").stat().st_size
+if calls == 2:
     sys.exit(2)
 assert sys.argv[1:6] == ["--hostfile", "all", "--config", "r.yaml", "--deepspeed_config"]
-hosts = [f"node{looks} slots=1"]
+hosts = [f"node{calls} slots=1"]
 Path(sys.argv[sys.argv.index("--fit") + 1]).write_text(json.dumps({"hosts": hosts, "overrides": ["parallel.expert=1"]}))
 """
 WITH_HOSTS = """
@@ -162,10 +162,10 @@ def with_hosts(folder: Path, job: str, *words: str) -> "subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False, timeout=60)
 
 
-def test_each_try_starts_on_the_hosts_that_pass_and_waits_until_there_are_some(tmp_path: Path) -> None:
+def test_each_attempt_runs_on_the_hosts_that_pass_and_waits_until_one_passes(tmp_path: Path) -> None:
     job = """
 print(Path(sys.argv[-3]).read_text(), sys.argv[-2], flush=True)
-sign(); sys.exit(76 * (start < 2))
+beat(); sys.exit(76 * (launch < 2))
 """
     done = with_hosts(tmp_path, job, "{hosts}")
     assert done.returncode == 0, done.stderr
@@ -175,14 +175,14 @@ sign(); sys.exit(76 * (start < 2))
     assert "supervisor: no host can train; checking again in 0 s" in lines
 
 
-def test_where_no_host_passes_at_first_nothing_is_started(tmp_path: Path) -> None:
-    (tmp_path / "looks").write_text("x")
+def test_nothing_is_started_if_no_host_passes_at_first(tmp_path: Path) -> None:
+    (tmp_path / "calls").write_text("x")
     done = with_hosts(tmp_path, "", "{hosts}")
-    assert (done.returncode, (tmp_path / "starts").exists()) == (1, False)
+    assert (done.returncode, (tmp_path / "launches").exists()) == (1, False)
     assert done.stderr.splitlines()[-1].endswith("no host can train; fix what the lines above name")
 
 
-def test_a_command_without_a_place_for_the_hosts_is_refused(tmp_path: Path) -> None:
+def test_a_command_without_a_hostfile_placeholder_is_refused(tmp_path: Path) -> None:
     done = with_hosts(tmp_path, "")
     assert done.stderr.splitlines()[-1].endswith("write --hostfile {hosts} into the command after --")
 
@@ -203,14 +203,14 @@ MISSING = "supervise.py: `-- COMMAND` is missing; write -- and the training comm
         ("--window nan -- deepspeed", "--window nan: is not above 0; give a time in seconds"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_told_in_one_line(words: str, answer: str, tmp_path: Path) -> None:
+def test_a_wrong_command_line_is_refused_in_one_line(words: str, answer: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])}
     command = [sys.executable, str(SUPERVISE), *words.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {answer}\n")
 
 
-def test_a_command_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_command_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("run: {dir: run}")
     command = [sys.executable, str(SUPERVISE), "--", "no-such-launcher", "train.py", "--config", "r.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(SUPERVISE.parents[1])}

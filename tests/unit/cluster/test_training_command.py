@@ -1,4 +1,4 @@
-"""What is read off the command line of a job."""
+"""Tests of TrainingCommand, which reads the command line of a job."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )  # fmt: skip
-def test_recipe_run_folder_and_overrides_are_read_off_the_command(
+def test_recipe_run_folder_and_overrides_are_read_from_the_command(
     line: str, run_dir: str, deepspeed_config: str | None, overrides: list[str]
 ) -> None:
     command = TrainingCommand.read(line.split())
@@ -45,13 +45,13 @@ def test_a_command_without_a_recipe_is_refused(line: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["x", "[]", "{}", "{dir: 3}", "null", "{dir: {a: b}}"])
-def test_a_recipe_that_names_no_run_folder_is_refused(run: str) -> None:
+def test_a_recipe_without_a_run_folder_is_refused(run: str) -> None:
     Path("bare.yaml").write_text(f"run: {run}\n")
     with pytest.raises(UserError, match=r"^bare\.yaml: run\.dir: is missing; give the run folder$"):
         TrainingCommand.read(["train.py", "--config", "bare.yaml"])
 
 
-def test_a_start_is_given_its_hosts_its_overrides_and_the_newest_checkpoint() -> None:
+def test_a_launch_gets_its_hostfile_its_overrides_and_resumes() -> None:
     command = TrainingCommand.read(["launcher", "--hostfile={hosts}", "--config", "r.yaml"])
     started = command.started_with(Path("run/hostfile"), ["parallel.expert=1"])
     words = "launcher --hostfile=run/hostfile --config r.yaml parallel.expert=1 checkpoint.resume=auto"

@@ -1,4 +1,4 @@
-"""Differences are told relative to the first folder, tensor by tensor and group by group."""
+"""Tests of `compare`: differences relative to the first folder, by tensor and by group."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ def compared(folder: Path, first: dict[str, Tensor], second: dict[str, Tensor]) 
         return differences
 
 
-def test_a_change_is_found_in_its_tensor_and_its_group_and_nowhere_else(tmp_path: Path) -> None:
+def test_a_changed_tensor_is_reported_and_its_group(tmp_path: Path) -> None:
     first = training_weights(small_model())
     second = first | {ROUTER: 1.5 * first[ROUTER], EXPERTS: first[EXPERTS] + 0.01}
     differences = compared(tmp_path, first, second)
@@ -63,7 +63,7 @@ def test_missing_and_reshaped_parameters_are_named(tmp_path: Path) -> None:
     assert f"  {EXPERTS}: [4, 32, 24] and [6, 32, 24]" in text
 
 
-def test_a_hugging_face_folder_differs_from_its_run_by_the_rounding_alone(tmp_path: Path) -> None:
+def test_an_export_differs_from_its_run_only_by_rounding(tmp_path: Path) -> None:
     model = small_model()
     write_cut_checkpoint(tmp_path / "run", training_weights(model), moments=True)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
@@ -74,7 +74,7 @@ def test_a_hugging_face_folder_differs_from_its_run_by_the_rounding_alone(tmp_pa
     assert 0 < max(relative) < 2**-8
 
 
-def test_relative_to_nothing_is_infinite_and_what_is_no_number_comes_first() -> None:
+def test_a_difference_from_zero_is_infinite_and_nan_is_listed_first() -> None:
     assert Distance(0.0, 0.0).relative == 0
     assert Distance(1.0, 0.0).relative == math.inf
     tensors = {"a": Distance(1.0, 2.0), "b": Distance(math.nan, 1.0), "c": Distance(1.0, 0.0), "d": Distance(0.0, 1.0)}

@@ -1,4 +1,4 @@
-"""Whatever holds a model gives the training model's parameters, in any range."""
+"""Tests of tensor readers: every kind of folder gives the parameters of the training model, in any range."""
 
 import json
 from pathlib import Path
@@ -13,41 +13,41 @@ from hypermoe_ds.inspection.tensor_readers import TensorReader, open_tensor_read
 from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint, write_run
 
 
-def assert_gives(source: TensorReader, expected: dict[str, torch.Tensor], kind: str = "weight") -> None:
-    """Whole parameters, and ranges that begin and end anywhere."""
-    assert source.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+def assert_reads(reader: TensorReader, expected: dict[str, torch.Tensor], kind: str = "weight") -> None:
+    """Compare complete parameters and random ranges."""
+    assert reader.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     generator = torch.Generator().manual_seed(1)
     for name, tensor in expected.items():
         flat = tensor.float().flatten()
-        assert torch.equal(source.read_range(name, 0, len(flat), kind), flat), name
+        assert torch.equal(reader.read_range(name, 0, len(flat), kind), flat), name
         for _ in range(4):
             start, stop = sorted(torch.randint(len(flat) + 1, (2,), generator=generator).tolist())
-            assert torch.equal(source.read_range(name, start, stop, kind), flat[start:stop]), (name, start, stop)
+            assert torch.equal(reader.read_range(name, start, stop, kind), flat[start:stop]), (name, start, stop)
 
 
-def test_a_checkpoint_gives_its_weights_and_moments_wherever_they_were_cut(tmp_path: Path) -> None:
+def test_a_checkpoint_gives_its_weights_and_moments_however_they_are_sharded(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     written = write_cut_checkpoint(tmp_path / "cut", weights, moments=True)
-    with open_tensor_reader(tmp_path / "cut") as source:
-        assert source.kinds == ("weight", "exp_avg", "exp_avg_sq")
-        for kind in source.kinds:
-            assert_gives(source, {name: written[f"{kind}/{name}"] for name in weights}, kind)
-        assert (source.provenance.kind, source.provenance.step, len(source.provenance.files)) == (
+    with open_tensor_reader(tmp_path / "cut") as reader:
+        assert reader.kinds == ("weight", "exp_avg", "exp_avg_sq")
+        for kind in reader.kinds:
+            assert_reads(reader, {name: written[f"{kind}/{name}"] for name in weights}, kind)
+        assert (reader.provenance.kind, reader.provenance.step, len(reader.provenance.files)) == (
             "checkpoint folder",
             7,
             2,
         )
-        assert source.provenance.cut_tensors == sum(weight.numel() > 1 for weight in weights.values())
-        assert source.provenance.written_by["torch"] == torch.__version__
+        assert reader.provenance.cut_tensors == sum(weight.numel() > 1 for weight in weights.values())
+        assert reader.provenance.written_by["torch"] == torch.__version__
 
 
 def test_a_checkpoint_written_by_one_process_is_read_alike(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     write_weights(tmp_path, weights.items(), {}, {}, shard_bytes=20_000)
-    with open_tensor_reader(tmp_path) as source:
-        assert_gives(source, weights)
-        assert (source.kinds, source.provenance.step, source.provenance.cut_tensors) == (("weight",), 0, 0)
-        assert len(source.provenance.files) > 2
+    with open_tensor_reader(tmp_path) as reader:
+        assert_reads(reader, weights)
+        assert (reader.kinds, reader.provenance.step, reader.provenance.cut_tensors) == (("weight",), 0, 0)
+        assert len(reader.provenance.files) > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,19 +57,19 @@ def test_a_hugging_face_folder_gives_the_training_models_parameters(
 ) -> None:
     model = small_model(tie_word_embeddings=False).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=size)
-    with open_tensor_reader(tmp_path) as source:
-        assert_gives(source, training_weights(model))
-        assert (len(source.provenance.files) > 2) == (size == "30KB")
-        assert source.provenance.dtypes == ({torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],)
-        assert (source.provenance.step, source.kinds) == (None, ("weight",))
+    with open_tensor_reader(tmp_path) as reader:
+        assert_reads(reader, training_weights(model))
+        assert (len(reader.provenance.files) > 2) == (size == "30KB")
+        assert reader.provenance.dtypes == ({torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],)
+        assert (reader.provenance.step, reader.kinds) == (None, ("weight",))
 
 
 def test_the_experts_of_other_models_keep_their_names(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
-    with open_tensor_reader(tmp_path) as source:
-        assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= set(source.shapes)
+    with open_tensor_reader(tmp_path) as reader:
+        assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= set(reader.shapes)
 
 
 def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path: Path) -> None:
@@ -77,10 +77,10 @@ def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path:
     first, second = (training_weights(small_model(seed)) for seed in (1, 2))
     run = write_run(tmp_path / "run", model, {3: first, 5: second})
     for step, expected in ((None, second), (3, first), (5, second)):
-        with open_tensor_reader(run, step) as source:
-            assert_gives(source, expected)
-            assert source.provenance.step == (step or 5)
-            assert source.provenance.kind == "run folder"
+        with open_tensor_reader(run, step) as reader:
+            assert_reads(reader, expected)
+            assert reader.provenance.step == (step or 5)
+            assert reader.provenance.kind == "run folder"
     check_step(3, [tmp_path, run])
     with pytest.raises(UserError, match="--step=3: only a run folder has steps and none is given; remove it"):
         check_step(3, [tmp_path])
@@ -88,7 +88,7 @@ def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path:
         open_tensor_reader(run, 4)
 
 
-def test_a_folder_that_is_not_whole_is_refused_in_a_line_that_names_the_file(tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="is not a run folder, checkpoint folder or Hugging Face folder; give one of them"
     ):

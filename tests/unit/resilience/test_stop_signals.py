@@ -1,4 +1,3 @@
-
 import signal
 from collections.abc import Iterator
 
