@@ -1,1 +1,1 @@
-"""Training: settings, the DeepSpeed configuration and engine, the loop and its state."""
+"""Training: settings, the DeepSpeed configuration and engine, the training loop and its state."""

@@ -1,4 +1,4 @@
-"""Describe a launch in a table that the console prints."""
+"""Describe a launch as a table for the console."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from hypermoe_ds.parallel.topology import ParallelConfig, gradient_accumulation_
 from hypermoe_ds.training.launches import Launch
 from hypermoe_ds.training.settings import TrainConfig
 
-# Up to 4 epochs of repeated data lower the loss almost as much as new data (Muennighoff et al., arXiv 2305.16264).
+# Repeating data for up to 4 epochs lowers the loss almost as much as new data (Muennighoff et al., arXiv 2305.16264).
 _MOST_EPOCHS = 4
 
 
@@ -23,14 +23,14 @@ def banner(
     zero_stage: int,
     run_dir: str,
 ) -> list[tuple[str, str]]:
-    """Return the rows of the table, each with a name and a text.
+    """Return the rows of the table, each as a name and a text.
 
     Args:
         launch: the launch.
-        model: the model.
-        train: length, batch sizes and precision.
-        data: sequence length.
-        parallel: expert parallelism.
+        model: configuration of the model.
+        train: training settings.
+        data: data settings.
+        parallel: parallelism settings.
         zero_stage: ZeRO stage.
         run_dir: the run folder.
     """
@@ -69,7 +69,7 @@ def _datasets(datasets: Sequence[DatasetShare]) -> Iterator[str]:
 
 
 def repetition_warnings(datasets: Sequence[DatasetShare]) -> list[str]:
-    """Return a warning for each dataset that the run reads at least 4 times."""
+    """Return a warning for each dataset that the run reads for 4 or more epochs."""
     return [
         f"warning: the run reads {dataset.name} {dataset.epochs:.1f} times ({readable(dataset.tokens)} tokens): "
         "repeated data adds little from 4 epochs on; add data, lower its weight in data.train, or shorten the run"

@@ -18,21 +18,21 @@ from hypermoe_ds.training.settings import ScheduleConfig
 _NOT_IN_RESULTS = "results stay the same"
 _ROUNDING = "memory and speed change; results stay the same up to rounding"
 
-# The effect of a key is that of its longest prefix here.
+# A setting has the effect listed for its longest prefix.
 _EFFECTS: Mapping[str, str] = MappingProxyType(
     {
         "run.dir": _NOT_IN_RESULTS,
-        "model": "the model is that of the run",
+        "model": "the run keeps its model",
         "data.train": "the order of the training samples may change",
-        "data.sequence_length": "the text is split into other samples: some text is seen twice, some never",
-        "data.valid": "validation losses are measured on other data",
+        "data.sequence_length": "the text is split into different samples: some text is seen twice, some never",
+        "data.valid": "validation losses are measured on different data",
         "data.tokenizer": "the run keeps its copy from the first launch",
         "data": _NOT_IN_RESULTS,
         "train": _NOT_IN_RESULTS,
         "train.steps": "the schedule spans the new number of steps",
-        "train.stop_at_step": "this launch ends at another step",
-        "train.micro_batch_size": _ROUNDING + ", and the routing losses average over other micro-batches",
-        "train.global_batch_size": "each step takes this many sequences from now on; the learning rate stays",
+        "train.stop_at_step": "this launch ends at a different step",
+        "train.micro_batch_size": _ROUNDING + ", and the routing losses average over different micro-batches",
+        "train.global_batch_size": "each step uses this many sequences from now on; the learning rate does not change",
         "train.seed": "the order of the training samples changes; weights are kept",
         "train.precision": "continues from the fp32 weights; losses change by rounding",
         "train.clip_grad_norm": "gradients are clipped at the new norm",
@@ -43,7 +43,7 @@ _EFFECTS: Mapping[str, str] = MappingProxyType(
         "schedule": "the learning rate follows the new schedule from the next step",
         "parallel": _ROUNDING,
         "checkpoint": _NOT_IN_RESULTS,
-        "evaluation": "validation runs at other steps or on other samples",
+        "evaluation": "validation runs at different steps or on different samples",
         "monitor": _NOT_IN_RESULTS,
         "deepspeed": _ROUNDING,
     }
@@ -58,15 +58,15 @@ def record_launch(
     step: int,
     log: Callable[[str], None],
 ) -> None:
-    """Write `resolved/`; on a resume, first print what changed since the last launch.
+    """Write `resolved/`. On a resume, first print the settings that changed since the last launch.
 
-    If the settings of the last launch cannot be read, for example after a power cut, print a warning instead.
+    If the last launch's settings cannot be read, for example after a power failure, print a warning instead.
 
     Args:
         run: the run folder.
         settings: the resolved recipe.
         ds_config: the DeepSpeed configuration.
-        model: the model.
+        model: configuration of the model.
         step: optimizer steps that the run has taken.
         log: prints a line.
     """
@@ -99,7 +99,7 @@ def setting_changes(
         step: optimizer steps that the run has taken.
 
     Returns:
-        The lines, with one more if the learning rate of the next step differs; empty if nothing changed.
+        One line per changed setting, and one more if the learning rate of the next step changes.
     """
     before = _settings(old, old_deepspeed)
     after = _settings(new, new_deepspeed)
@@ -114,14 +114,14 @@ def setting_changes(
 
 
 def _settings(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> dict[str, str]:
-    """Return all settings as JSON by dotted name, except `train.tokens`, which follows from `train.steps`."""
+    """Return all settings as JSON by dotted name; omit `train.tokens`, because `train.steps` determines it."""
     settings = dict(flat(_without_nulls({**recipe, "deepspeed": without_owned_by_recipe(deepspeed)})))
     settings.pop("train.tokens", None)
     return settings
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove nulls from the items of lists, because items from an older version may lack newer settings."""
+    """Remove nulls from the items of lists: items written by an older version may lack newer settings."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -139,13 +139,13 @@ def _effect(key: str) -> str:
 
 
 def _short(value: str | None) -> str:
-    """Return the value as JSON, cut to 80 characters."""
+    """Return the JSON value, truncated to 80 characters, or "unset"."""
     value = value or "unset"
     return value if len(value) <= 80 else f"{value[:77]}..."
 
 
 class _Rates:
-    """Compute the learning rates of a recipe."""
+    """The learning rates of a recipe."""
 
     def __init__(self, recipe: Mapping[str, Any]) -> None:
         self._peak = float(recipe["optimizer"]["lr"])
@@ -157,7 +157,7 @@ class _Rates:
         return self._peak * self._schedule.factor(step, self._steps)
 
     def has_decayed(self, step: int) -> bool:
-        """Return whether the rate has started to decay by this step."""
+        """Return whether the learning rate has started to decay by this step."""
         return step > self._schedule.warmup_steps and self.of(step) < self._peak
 
 

@@ -1,4 +1,4 @@
-"""Merge the DeepSpeed JSON with the settings that the recipe owns."""
+"""Merge the DeepSpeed JSON with the settings that belong to the recipe."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from hypermoe_ds.training.settings import TrainConfig
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
 
-# Keys that must not be in the JSON, and the setting of the recipe that owns each.
+# Keys that the JSON must not set, with the recipe setting to use instead.
 _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
     {
         "train_batch_size": "train.global_batch_size",
@@ -38,8 +38,8 @@ _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
 
 _OFFLOAD = MappingProxyType({"device": str, "pin_memory": bool})
 
-# Keys of DeepSpeed 0.19.8 that may be in the JSON, with their types. DeepSpeed silently ignores unknown keys:
-# {"zero_optimizaton": ...} would run stage 0.
+# Keys of DeepSpeed 0.19.8 that the JSON may set, with their types. They are checked because DeepSpeed silently ignores
+# unknown keys: {"zero_optimizaton": ...} would run stage 0.
 _KNOWN: Mapping[str, Any] = MappingProxyType(
     {
         "zero_optimization": {
@@ -82,7 +82,7 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
-# Smallest allowed values other than 0. With less, DeepSpeed fails late or computes something else.
+# Minimum values other than 0. With smaller values, DeepSpeed fails late or computes something different.
 _MINIMUM: Mapping[str, float] = MappingProxyType(
     {
         "reduce_bucket_size": 1,
@@ -97,11 +97,11 @@ _LARGEST = 10**15
 
 
 def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """Read and check a file of ds_configs/.
+    """Read and check a DeepSpeed JSON file.
 
     Raises:
-        UserError: the file is unreadable, not JSON or nested too deeply, or has an unknown key, a value of the wrong
-            type or out of range, or a key that the recipe owns.
+        UserError: the file is unreadable, not JSON or nested too deeply; or a key is unknown or belongs to the recipe,
+            or its value has the wrong type or is out of range.
     """
     try:
         return _load(path)
@@ -125,7 +125,7 @@ def _load(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse duplicate keys in a JSON object; Python's parser would silently keep the last one."""
+    """Refuse duplicate keys in a JSON object; Python's parser silently keeps the last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = Counter(name for name, _ in pairs)
@@ -154,21 +154,21 @@ def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str,
 
 def _fits(value: object, kind: type) -> bool:
     if kind is int and isinstance(value, float):
-        return value.is_integer()  # JSON files often give bucket sizes as 5e8
+        return value.is_integer()  # bucket sizes are often written as 5e8
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
 def without_owned_by_recipe(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove the settings of the recipe and of the model from a merged configuration."""
+    """Remove the settings derived from the recipe and the model from a merged configuration."""
     own = {key: value for key, value in merged.items() if key not in _OWNED_BY_RECIPE}
     zero = own.get("zero_optimization", {})
     return {**own, "zero_optimization": {key: value for key, value in zero.items() if key != "leaf_module"}}
 
 
 def zero_stage(ds_json: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed JSON; 0 if it has none."""
+    """Return the ZeRO stage of a DeepSpeed JSON, 0 if it sets none."""
     return int(ds_json.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -183,7 +183,7 @@ def _check_data_types(ds_json: Mapping[str, Any], precision: str) -> None:
 
 
 def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
-    """Refuse settings that DeepSpeed 0.19.8 ignores or fails on with a traceback."""
+    """Refuse settings that DeepSpeed 0.19.8 ignores or that make it fail with a traceback."""
     zero = ds_json["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         device = zero.get(part, {}).get("device", "none")
@@ -213,14 +213,15 @@ def merge(
     expert_parallel_size: int,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return the DeepSpeed configuration: the JSON plus the settings that the recipe owns.
+    """Return the DeepSpeed configuration: the JSON plus the settings that belong to the recipe.
 
     Raises:
-        UserError: the batch sizes or expert parallelism do not fit the ranks, or a stage or data type is unknown.
+        UserError: the batch sizes or the expert parallelism do not match the number of ranks, or a setting is not
+            supported.
     """
     stage = zero_stage(ds_json)
     if stage not in (1, 2, 3):
-        # Measured with DeepSpeed 0.19.8: without ZeRO the norm for clipping depends on EP (0.563 and 0.551).
+        # Without ZeRO, DeepSpeed 0.19.8's gradient norm depends on expert parallelism (measured: 0.563 and 0.551).
         raise UserError(f"zero_optimization.stage={stage}", "is not supported", "set it to 1, 2 or 3")
     _check_zero(ds_json, stage, bool(model.moe_layers))
     if model.moe_layers:
@@ -238,7 +239,7 @@ def merge(
     }
     _check_data_types(ds_json, train.precision)
     if train.precision == "bf16" and accumulation > 1 and "grad_accum_dtype" not in ds_json.get("data_types", {}):
-        # Measured over 128 micro-batches: the first moment is off by 1.1 % in bf16 and 0.3 % in fp32.
+        # Error of the first moment over 128 micro-batches: 1.1 % with bf16 accumulation, 0.3 % with fp32.
         merged["data_types"] = {"grad_accum_dtype": "fp32"}
     if model.moe_layers:
         from hypermoe_ds.parallel.expert_parallel import autoep_section  # noqa: PLC0415 (it imports torch)
@@ -247,7 +248,7 @@ def merge(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
         )
     if stage == 3:
-        # The hypernetwork's forward reads parameters of its submodules, so ZeRO 3 must gather the whole module.
+        # The hypernetwork's forward pass reads its submodules' parameters directly, so ZeRO 3 must gather all of them.
         leaves = {"classes": ["HyperNetwork"]}
         merged["zero_optimization"] = {**merged["zero_optimization"], "leaf_module": leaves}
     return merged

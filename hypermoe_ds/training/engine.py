@@ -35,8 +35,8 @@ _LOGGER = logging.getLogger(__name__)
 def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, int]:
     """Join the process group that the launcher describes (NCCL with GPUs, gloo without).
 
-    The launcher is deepspeed, torchrun, srun or mpirun; if none sets MASTER_ADDR, mpi4py finds the ranks. From then on
-    this rank receives SIGTERM when its launcher ends.
+    The launcher may be deepspeed, torchrun, srun or mpirun. If MASTER_ADDR is not set, mpi4py finds the ranks. After
+    this call, this rank receives SIGTERM when its launcher ends.
 
     Args:
         timeout: seconds to wait for missing ranks and for each collective.
@@ -46,8 +46,7 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
         This rank and the number of ranks.
 
     Raises:
-        UserError: the launcher's port is in use; or mpi4py is needed and missing, or does not find the launcher's
-            ranks.
+        UserError: the launcher's port is in use, or mpi4py is needed but missing or does not find the launcher's ranks.
         MachineError: the ranks cannot connect to the launcher's address.
     """
     signal_when_parent_ends(signal.SIGTERM)
@@ -82,21 +81,21 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
 
 
 def _set_up_libraries(log_level: str) -> None:
-    """Configure libraries before their first use; variables that are set already are kept."""
+    """Configure libraries before their first use; keep variables that are already set."""
     logging.getLogger("DeepSpeed").setLevel(log_level)
     if os.access(sys.prefix, os.W_OK):
-        # Each environment has its own compiled operators: two that share the user's cache would rebuild them in turn.
+        # Keep compiled operators per environment: two environments that share a cache would keep rebuilding them.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
-    # On CPU, oneDNN and PyTorch each cache the code of 1,024 bf16 products by number of rows, up to 0.7 MiB each.
-    # Experts have other numbers of rows in every step; 128 entries cover what neighbouring layers share.
+    # On CPUs, oneDNN and PyTorch each cache kernels for 1,024 bf16 matrix shapes, up to 0.7 MiB per entry. The row
+    # counts of experts differ in every step, so most entries are never reused; 128 cover those shared across layers.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
-    # DeepSpeed 0.19.8 calls them on every rank and step, and torch 2.13 warns each time that they were renamed.
+    # DeepSpeed 0.19.8 calls these functions in every step, and torch 2.13 warns each time that they were renamed.
     warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor.*", FutureWarning)
 
 
 def _load_communication() -> None:
-    """Load the operator of DeepSpeed's CPU process groups before ranks wait for each other: it may have to compile."""
+    """Load DeepSpeed's operator for CPU process groups before ranks wait for each other, because it may compile."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         with without_stale_locks():
@@ -111,10 +110,10 @@ def build_engine(
     train: TrainConfig,
     parallel: ParallelConfig,
 ) -> deepspeed.DeepSpeedEngine:
-    """Build the same model on every rank and the DeepSpeed engine that trains it (collective).
+    """Build the model and the DeepSpeed engine that trains it (collective).
 
-    Every rank draws the whole model from the same seed, then expert parallelism keeps the rank's own experts. The
-    initial weights are therefore the same for any layout.
+    Every rank initialises the full model with the same seed; expert parallelism then keeps only the rank's own experts.
+    The initial weights are therefore the same under any layout.
 
     Raises:
         UserError: the device does not support `train.precision`.
@@ -137,10 +136,11 @@ def build_engine(
 
 
 def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Return liger-kernel's fused output projection and cross-entropy, if it is installed and there is a GPU.
+    """Return liger-kernel's fused linear cross-entropy, or None without liger-kernel or a GPU.
 
-    `liger_fused_linear_cross_entropy(input, weight, target, ...)` of 0.8 returns the sum in fp32 over the targets that
-    are not -100 (its default), with gradients for input and weight; the weight's are accumulated in `accum_dtype`.
+    In liger-kernel 0.8, `liger_fused_linear_cross_entropy(input, weight, target, ...)` returns the fp32 sum over all
+    targets except -100 (its default), with gradients for input and weight. The weight's gradient is accumulated in
+    `accum_dtype`.
     """
     if not torch.cuda.is_available():
         return None
@@ -152,7 +152,7 @@ def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
 
 
 def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: bool) -> Optimizer:
-    """Build fused AdamW on the device or, with offload, DeepSpeed's AdamW on the host."""
+    """Build PyTorch's fused AdamW on the device or, with offload, DeepSpeed's AdamW on the host."""
     arguments: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     if offload:
         _announce_compilation("cpu_adam", "DeepSpeed's Adam for the host")
@@ -163,7 +163,7 @@ def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig, offload: boo
 
 
 def _announce_compilation(operator: str, name: str) -> None:
-    """Log that DeepSpeed is about to compile an operator, which it does silently."""
+    """Log that DeepSpeed is about to compile an operator, because DeepSpeed itself prints nothing."""
     folder = operators_folder()
     if not installed_ops.get(operator, False) and not any(folder.rglob(f"{operator}.so")):
         _LOGGER.info("compiling %s, once for this environment: one to five minutes, in %s", name, folder)

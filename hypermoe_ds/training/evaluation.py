@@ -16,7 +16,7 @@ class Evaluation:
 
     Attributes:
         loss: mean cross-entropy in nats per token.
-        tokens: number of tokens that have a label.
+        tokens: number of labelled tokens.
     """
 
     loss: float
@@ -24,13 +24,13 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Return exp(loss), which is infinite for a loss above 709."""
+        """exp(loss); infinite for a loss above 709."""
         return torch.tensor(self.loss, dtype=torch.float64).exp().item()
 
 
 @contextmanager
 def without_hyper_experts(model: nn.Module) -> Iterator[None]:
-    """Switch off the HyperExperts of a model inside the context."""
+    """Disable a model's HyperExperts inside the context."""
     modules = [module for module in model.modules() if hasattr(module, "skips_hyper_experts")]
     for module in modules:
         module.skips_hyper_experts = True  # type: ignore[assignment]
@@ -47,17 +47,18 @@ def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], de
 
     Args:
         model: the model or engine, in evaluation mode.
-        batches: `input_ids` and `labels` [B, S]; labels are the next tokens or -100.
+        batches: batches with `input_ids` and `labels` [B, S]; labels are the next tokens or -100.
         device: device of the model.
     """
-    # Sum in fp64, because there may be millions of tokens, and on the device, so that no batch waits for another.
+    # Accumulate in fp64, because there may be millions of tokens, and on the device, to avoid a synchronisation per
+    # batch.
     total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         labels = batch["labels"].to(device, non_blocking=True)
         ids = batch["input_ids"].to(device, non_blocking=True)
         mean = model(input_ids=ids, shift_labels=labels, use_cache=False, output_logits=False).lm_loss
         count = (labels != -100).sum().double()
-        # The mean over no labels is NaN.
+        # The mean is NaN if a batch has no labels.
         total_2 += torch.stack([(mean * count).masked_fill(count == 0, 0), count])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total_2)

@@ -1,4 +1,4 @@
-"""Write RUN_DIR/launches.jsonl: one entry when a launch begins and one when it ends."""
+"""Write RUN_DIR/launches.jsonl: one entry when a launch starts and one when it ends."""
 
 import json
 import platform
@@ -28,11 +28,11 @@ class Launch:
     """A launch of a run.
 
     Attributes:
-        step: step that the launch starts from.
+        step: step at which the launch starts.
         world_size: number of ranks.
         hosts: number of hosts.
         parameters: number of parameters: total, active and hypernetwork.
-        datasets: share of each training dataset in the run; empty on ranks other than 0.
+        datasets: share of each training dataset; empty on all ranks except 0.
         device: name of rank 0's GPU, or "cpu".
     """
 

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class StepObserver:
-    """See what an optimizer step does. This one looks at nothing.
+    """Hooks into an optimizer step. This base class does nothing.
 
     Attributes:
-        logs: whether the forward passes of the step show their routing.
+        logs: whether this step is logged; if so, its forward passes also return router logits.
     """
 
     logs = False
 
     def measure(self, _part: "Part") -> AbstractContextManager[None]:
-        """Enclose a part of the step."""
+        """Return a context manager for one part of the step."""
         return nullcontext()
 
     def observe(self, output: Any) -> None:
-        """Take the output of a micro-batch."""
+        """Process the output of a micro-batch."""
 
     def observe_gradients(self) -> None:
-        """Take the gradients, between the last backward pass and the step."""
+        """Process the gradients after the last backward pass and before the optimizer step."""
 
 
 def train(
@@ -51,23 +51,26 @@ def train(
     step_monitor: StepMonitor,
     watchdog: Watchdog,
 ) -> bool:
-    """Train until `last_step` or a signal; return whether it was a signal. Log, validate and save when each is due.
+    """Train until `last_step` or until a signal arrives, with logging, validation and checkpoints.
 
-    The last step is saved, and validated unless a signal ended the run. A checkpoint that failed is written again; one
-    that is due during bad steps waits for a good step, because the weights may hold a NaN.
+    The last step is saved and, unless a signal ended the run, validated. A failed checkpoint is retried. A checkpoint
+    due during bad steps is postponed to the next good step, because the weights may contain NaN.
 
     Args:
         engine: the DeepSpeed engine.
-        batches: this rank's micro-batches, beginning at the position of `state`.
-        state: position of the run; updated after each step.
+        batches: this rank's micro-batches, starting at the position of `state`.
+        state: training state; updated after each step.
         last_step: step after which this launch ends.
         recorder: logs the steps.
         checkpoints: saves the run.
-        validate: runs the validation (collective); None runs none.
-        validation_interval: steps between two validations.
+        validate: runs the validation (collective); None disables it.
+        validation_interval: steps between validations.
         skipped_samples: samples that the run skips.
         step_monitor: synchronises and checks each step.
-        watchdog: observes the progress of this rank.
+        watchdog: monitors the progress of this rank.
+
+    Returns:
+        Whether a signal ended the training.
     """
     stopping = unsaved = False
     while state.step < last_step and not stopping:
@@ -91,7 +94,7 @@ def train(
         unsaved = unsaved or status.unsaved or checkpoints.is_due(state.step)
         if ending or stopping or (unsaved and not state.bad_steps):
             watchdog.begin(state.step, "saving")
-            with recorder.measure("checkpoint"):  # after bad steps no older checkpoint is removed
+            with recorder.measure("checkpoint"):  # during bad steps, keep all older checkpoints
                 checkpoints.save(state.step, state.to_dict(), prune=not state.bad_steps)
             unsaved = False
     checkpoints.finish()
@@ -112,13 +115,13 @@ def optimizer_step(
     """Run one optimizer step over its micro-batches.
 
     Args:
-        engine: the DeepSpeed engine; it scales, accumulates, clips and steps.
+        engine: the DeepSpeed engine, which scales the loss, accumulates and clips gradients and updates the weights.
         batches: this rank's micro-batches.
-        observer: sees the parts of the step, its outputs and its gradients.
-        watch: sees each loss, and gives what its backward pass starts from.
+        observer: hooks into the parts of the step, its outputs and its gradients.
+        watch: receives each loss and returns the loss to run the backward pass from.
 
     Returns:
-        Tokens of the step over all ranks.
+        Number of tokens in the step, over all ranks.
     """
     tokens = 0
     micro_batches = engine.gradient_accumulation_steps()

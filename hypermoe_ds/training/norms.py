@@ -1,7 +1,7 @@
-"""Measure norms of gradients, weights and updates by group of parameters.
+"""Measure norms of gradients, weights and updates by parameter group.
 
-Each rank measures the ranges whose optimizer state it owns. Together they cover every element once, so a sum over ranks
-gives the norms, and no gradient or weight is gathered.
+Each rank measures the ranges whose optimizer state it owns. These ranges cover every element once, so the norms follow
+from a sum over ranks, without gathering gradients or weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +19,8 @@ from hypermoe_ds.training.settings import OptimizerConfig
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter by its name: experts, hypernetwork, routers or rest."""
-    if ".hyper_experts." in name or ".hypernetwork." in name:  # first, because the encoder has expert embeddings
+    """Return the group of a parameter: experts, hypernetwork, routers or rest."""
+    if ".hyper_experts." in name or ".hypernetwork." in name:  # check first: encoders have expert embeddings
         return "hypernetwork"
     if ".mlp.experts." in name:
         return "experts"
@@ -28,11 +28,11 @@ def group_of(name: str) -> str:
 
 
 class ParameterNorms:
-    """Measure norms by group of parameters.
+    """Measure norms by parameter group.
 
     Args:
         engine: a DeepSpeed engine with AdamW.
-        config: betas, eps and weight decay of AdamW.
+        config: AdamW's betas, eps and weight decay.
     """
 
     def __init__(self, engine: Any, config: OptimizerConfig) -> None:
@@ -43,7 +43,7 @@ class ParameterNorms:
         self._gradients: Tensor | None = None
 
     def add_gradients(self) -> None:
-        """Measure this rank's gradients; call it between the last backward pass and the optimizer step."""
+        """Measure this rank's gradients; call it after the last backward pass and before the optimizer step."""
         scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
         self._gradients = self._squares(self._state.gradients()) / scale**2
 
@@ -58,10 +58,10 @@ class ParameterNorms:
         return self._by_group("grad_norm", _sum_over_ranks(squares).sqrt())
 
     def weights_and_updates(self, lr: float) -> dict[str, float]:
-        """Return `parameter_norm/GROUP` and `update_ratio/GROUP` of the step just taken (collective).
+        """Return `parameter_norm/GROUP` and `update_ratio/GROUP` of the last step (collective).
 
-        The update is computed from AdamW's moments (arXiv 1711.05101, algorithm 2), so no copy of the
-        previous weights is needed.
+        Updates are recomputed from AdamW's moments (arXiv 1711.05101, algorithm 2), so no copy of the previous weights
+        is needed.
 
         Args:
             lr: learning rate of the step.
@@ -89,7 +89,7 @@ class ParameterNorms:
             yield name, adam
 
     def _squares(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        """Return this rank's sum of squares for each group, on the device, without synchronising with it."""
+        """Return this rank's sum of squares per group, on the device and without synchronising with it."""
         squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64, device=self._engine.device)
         for name, part in parts:
             norm = torch.linalg.vector_norm(part, dtype=torch.float32).to(squares.device, torch.float64)
@@ -97,7 +97,7 @@ class ParameterNorms:
         return squares
 
     def _by_group(self, metric: str, norms: Tensor) -> dict[str, float]:
-        """Name the norms of the groups that have parameters."""
+        """Return the norms by metric name, for the groups that have parameters."""
         present = set(self._groups.values())
         values = zip(PARAMETER_GROUPS, norms.tolist(), strict=True)
         return {f"{metric}/{group}": value for group, value in values if group in present}

@@ -16,11 +16,12 @@ def operators_folder() -> Path:
 
 @contextmanager
 def without_stale_locks() -> Iterator[None]:
-    """Remove the stale locks of killed processes before operators are loaded inside the context.
+    """Remove the stale locks of killed processes, then let the context load operators.
 
-    torch creates a file `lock` in the operator's folder whenever a process loads it. If that process is killed, the
-    file remains and every later process waits for it forever. Each loading process therefore holds a shared file lock,
-    which the system releases when the process ends. If no process holds it, every file `lock` is stale.
+    While a process loads an operator, torch keeps a file `lock` in the operator's folder. If the process is killed, the
+    file remains, and every later process waits for it forever. Each process therefore also holds a shared `flock` while
+    loading, which the operating system releases when the process ends. If no process holds it, all `lock` files are
+    stale.
     """
     folder = operators_folder()
     folder.mkdir(parents=True, exist_ok=True)

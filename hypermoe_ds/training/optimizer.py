@@ -12,7 +12,7 @@ _EMBEDDINGS_WITHOUT_DECAY = ("expert_embedding", "layer_embedding")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters into weight matrices, which decay, and norms, biases and expert and layer embeddings."""
+    """Split the parameters into two groups: weight matrices with weight decay, and all others without it."""
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         groups["decay" if decays(name, parameter.ndim) else "no_decay"].append(parameter)
@@ -23,10 +23,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def decays(name: str, dimensions: int) -> bool:
-    """Return whether weight decay applies to a parameter of this name and number of dimensions."""
+    """Return whether weight decay applies to a parameter, given its name and number of dimensions."""
     return dimensions >= 2 and not any(part in name for part in _EMBEDDINGS_WITHOUT_DECAY)
 
 
 def build_schedule(optimizer: Optimizer, schedule: ScheduleConfig, steps: int) -> LRScheduler:
-    """Build the learning-rate schedule of a run of `steps` optimizer steps."""
+    """Build the learning-rate schedule for a run of `steps` optimizer steps."""
     return LambdaLR(optimizer, lambda steps_taken: schedule.factor(steps_taken + 1, steps))

@@ -1,4 +1,4 @@
-"""Summarise a finished launch for the console, with the commands for the next step."""
+"""Summarise a finished launch for the console, with the next commands to run."""
 
 import os
 import shlex
@@ -13,23 +13,23 @@ _REPOSITORY = Path(__file__).parents[2]
 _REASONS = {
     "finished": "the run is finished",
     "stop_at_step": "train.stop_at_step ended this launch",
-    "signal": "a signal ended this launch; its step is saved",
+    "signal": "a signal ended this launch; its last step is saved",
 }
 
 
 def outcome_rows(
     run_dir: Path, ended: Ended, step: int, tokens: int, seconds: float, data: str | None, resume: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return the rows of the summary, each with a name and a text.
+    """Return the rows of the summary, each as a name and a text.
 
     Args:
         run_dir: the run folder.
         ended: why the launch ended.
         step: last step of the launch.
-        tokens: tokens consumed by the run.
+        tokens: tokens that the run has consumed.
         seconds: duration of the launch.
         data: prefix of the token files to evaluate on; None without validation data.
-        resume: the command that continues the run.
+        resume: the command that resumes the run.
     """
     repository = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
     root = "" if repository == "." else f"{repository}/"
@@ -61,13 +61,13 @@ def _validation(run_dir: Path) -> list[str]:
 
 
 def resume_command(ranks: int, hosts: int, words: Sequence[str], ended: Ended) -> list[str]:
-    """Return the command that continues a run.
+    """Return the command that resumes a run.
 
     Args:
         ranks: number of ranks.
-        hosts: number of hosts; on several, the command is the training script alone, for the same launcher as before.
-        words: command line of the training script in this launch, beginning with its name.
-        ended: why the launch ended; if at `train.stop_at_step`, the command resets that setting.
+        hosts: number of hosts; with more than one, the command omits the launcher.
+        words: command line of the training script in this launch, starting with the script.
+        ended: why the launch ended; after "stop_at_step", the command resets `train.stop_at_step`.
     """
     script, *arguments = words
     kept = [word for word in arguments if not word.startswith("--local_rank")]

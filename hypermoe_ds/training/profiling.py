@@ -1,4 +1,4 @@
-"""Trace some training steps, with named regions for the parts of the model."""
+"""Trace training steps with the PyTorch profiler, with named regions for the parts of the model."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ class Profiler:
     """Trace the steps of `monitor.profile_steps` on the ranks of `monitor.profile_ranks`.
 
     Args:
-        config: steps and ranks.
+        config: steps and ranks to trace.
         folder: RUN_DIR/profile; created when a trace is written.
         rank: this rank.
         model: the model; its parts are named regions of the trace.
@@ -43,11 +43,11 @@ class Profiler:
         self._trace: profile | None = None
 
     def region(self, name: str) -> AbstractContextManager[Any]:
-        """Name the code inside the context in the trace; do nothing if no step is traced."""
+        """Name the code inside the context in the trace; do nothing while no trace is running."""
         return nullcontext() if self._trace is None else record_function(name)
 
     def before_step(self, step: int) -> None:
-        """Start the trace if this is its first step."""
+        """Start the trace if this is the first step to trace."""
         if step != self._first:
             return
         if self._keeps_memory:
@@ -58,7 +58,7 @@ class Profiler:
         self._trace.start()
 
     def after_step(self, step: int) -> None:
-        """Stop and write the trace if this was its last step.
+        """Stop and write the trace if this was the last step to trace.
 
         Raises:
             MachineError: the files cannot be written.
@@ -83,10 +83,10 @@ class Profiler:
 
 
 class ModelRegions:
-    """Name the parts of a model's forward passes in traces, until `remove` is called.
+    """Named trace regions for the parts of a model's forward pass, until `remove` is called.
 
-    The region "dispatch" lasts from the router to the experts, "combine" from the experts to the end of the MoE block;
-    with expert parallelism they contain the all-to-all. HyperExperts start within "dispatch".
+    The region "dispatch" lasts from the router to the experts, and "combine" from the experts to the end of the MoE
+    block. With expert parallelism, both contain an all-to-all. HyperExperts start within "dispatch".
 
     Args:
         model: the training model, with or without AutoEP.

@@ -1,4 +1,4 @@
-"""Turn the outputs of the training steps into log records."""
+"""Measure training steps and log their metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,23 +18,23 @@ from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.state import TrainState
 
-if TYPE_CHECKING:  # these modules load megatron-core, which the benchmark of training steps does not need
+if TYPE_CHECKING:  # these modules import megatron-core, which benchmarks/train_step.py does not need
     from hypermoe_ds.data.consumption import Consumption
     from hypermoe_ds.training.validation import Validation
 
 
 class Recorder(StepObserver):
-    """Log some of the steps; the other steps do not wait for the device.
+    """Log steps at intervals; steps that are not logged do not wait for the device.
 
     Args:
         engine: the DeepSpeed engine.
-        config: intervals of logging.
-        steps: length of the run; the first and last step are logged too.
+        config: logging intervals.
+        steps: length of the run; the first and last steps are always logged.
         logger: writes the metrics.
         console: prints the lines.
-        flops: FLOPs of the model and peak of the GPU.
+        flops: the model's FLOPs and the GPU's peak rate.
         norms: measures gradients, weights and updates.
-        consumption: counts tokens by dataset; None on ranks that log nothing.
+        consumption: counts the tokens consumed per dataset; None on ranks that do not log.
         profiler: traces steps.
     """
 
@@ -65,19 +65,19 @@ class Recorder(StepObserver):
         self._routing = StepMeter(engine.module.config.num_experts)
 
     def begin(self, step: int) -> None:
-        """Decide what to measure in a step."""
+        """Decide what to measure in a step and start the profiler if it is due."""
         self._measures_norms = self._config.norms_interval is not None and step % self._config.norms_interval == 0
         self._profiler.before_step(step)
         self.logs = self._measures_norms or step % self._config.interval == 0 or step in (1, self._steps)
 
     @contextmanager
     def measure(self, part: Part) -> Iterator[None]:
-        """Time a part of the step, and name it in a trace."""
+        """Time a part of the step and name it in the trace."""
         with self.clock.measure(part), self._profiler.region(part):
             yield
 
     def end(self, step: int, tokens: int) -> None:
-        """Count a step of `tokens` tokens over all ranks."""
+        """Count a step with `tokens` tokens over all ranks, and stop the profiler if it is due."""
         self.clock.count(tokens)
         self._profiler.after_step(step)
 
@@ -96,7 +96,7 @@ class Recorder(StepObserver):
         """Log the step that has just ended (collective).
 
         Args:
-            state: position of the run after the step.
+            state: training state after the step.
             lr: learning rate of the step.
         """
         engine, routing = self._engine, self._routing.read()

@@ -14,7 +14,7 @@ def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -
     """Check that all ranks have the same settings and source code (collective).
 
     Raises:
-        UserError: a rank differs from rank 0; every rank raises the same error, about the first difference.
+        UserError: a rank differs from rank 0; every rank raises the same error, which names the first difference.
     """
     own = dict(flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
     (_, first), *others = ControlGroup().gather((socket.gethostname(), own))
@@ -27,7 +27,7 @@ def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Flatten nested settings into dotted names and values as JSON."""
+    """Flatten nested settings into pairs of a dotted name and a JSON value."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""The position of a run."""
+"""The training state that each checkpoint stores."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -11,14 +11,14 @@ from hypermoe_ds.errors import UserError
 
 @dataclass
 class TrainState:
-    """Position of a run, saved with each checkpoint.
+    """Progress of a run, saved with each checkpoint.
 
     Attributes:
         step: optimizer steps taken.
-        consumed_samples: index of the next sample in the order of the training samples; skipped samples count.
-        data_order: hash of that order, "" before the first launch.
-        bad_steps: steps skipped in a row for a NaN or Inf, up to now.
-        good_samples: `consumed_samples` before the first of them.
+        consumed_samples: index of the next sample in the data order; skipped samples count as consumed.
+        data_order: hash of the data order, "" before the first launch.
+        bad_steps: number of consecutive steps, up to now, skipped because of NaN or Inf.
+        good_samples: `consumed_samples` before the first of these bad steps.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -31,10 +31,10 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Read the state from a checkpoint; an empty dict gives the state of a new run.
+        """Validate the state read from a checkpoint; an empty dict gives the state of a new run.
 
         Raises:
-            UserError: a key or value is not one that `to_dict` writes.
+            UserError: a key is unknown or a value is invalid.
         """
         try:
             return _STATE.validate_python({"good_samples": saved.get("consumed_samples", 0)} | saved)
@@ -44,7 +44,7 @@ class TrainState:
             raise UserError(where, first["msg"], "choose another checkpoint") from None
 
     def advance(self, next_sample: int, skipped: bool = False) -> None:
-        """Count one optimizer step, taken or skipped, over the samples before `next_sample`."""
+        """Count one optimizer step, taken or skipped, and set the index of the next sample."""
         self.step += 1
         self.consumed_samples = next_sample
         self.bad_steps = self.bad_steps + 1 if skipped else 0
@@ -54,14 +54,14 @@ class TrainState:
     def use_data_order(self, data_order: str) -> bool:
         """Set the hash of the data order and return whether it has changed.
 
-        With another order some samples are seen twice and others never.
+        If it has, some samples are seen twice and others never.
         """
         changed = self.data_order not in ("", data_order)
         self.data_order = data_order
         return changed
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the state as a checkpoint stores it."""
+        """Return the state as a dict for a checkpoint."""
         return asdict(self)
 
 

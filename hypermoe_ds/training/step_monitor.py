@@ -1,4 +1,4 @@
-"""Look at each step after it was taken: stop signals, numbers that are not finite, loss spikes, diverged replicas."""
+"""Check each optimizer step for stop signals, NaN and Inf, loss spikes and diverged replicas."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,18 +19,18 @@ from hypermoe_ds.training.state import TrainState
 
 
 class StepMonitor:
-    """Synchronise the status of each step across ranks and react to what went wrong.
+    """Synchronise the status of each step across ranks and react to problems.
 
-    The constructor is collective. From then on SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after a step instead of
-    at once.
+    The constructor is collective. It installs signal handlers, so that SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run
+    after the current step instead of immediately.
 
     Args:
         engine: the DeepSpeed engine.
-        config: how many bad steps to tolerate, which samples to skip, when to compare replicas.
+        config: training settings: tolerated bad steps, skipped samples, interval of replica checks.
         expert_parallel: ranks that share one copy of the experts.
         log: prints a line.
-        checkpoints: gives the newest checkpoint and whether the last write has failed.
-        describe_sample: names the documents of a sample.
+        checkpoints: the run's checkpoints, to find the last good one and to see whether a save has failed.
+        describe_sample: returns the names of a sample's documents.
     """
 
     def __init__(
@@ -64,22 +64,21 @@ class StepMonitor:
         Raises:
             MachineError: some ranks skipped the step and others did not.
         """
-        # DeepSpeed skips a step by the gradient norm, which all ranks have.
+        # DeepSpeed decides by the gradient norm, which is the same on all ranks.
         skipped = bool(self._engine.optimizer.overflow)
         losses = self._losses.end_step()
         return all_reduce_status(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
 
     def check(self, state: TrainState, first_sample: int, status: StepStatus) -> None:
-        """Report a skipped step, a loss spike or a signal, and compare replicas when that is due (collective).
+        """Report a skipped step, a loss spike or a signal, and compare replicas if due (collective).
 
         Args:
-            state: position of the run after the step.
+            state: training state after the step.
             first_sample: `consumed_samples` before the step.
-            status: as `synchronize` returned it.
+            status: the result of `synchronize`.
 
         Raises:
-            UserError: too many steps in a row were skipped. It names the last good checkpoint, which is read in full
-                to find it.
+            UserError: too many consecutive steps were skipped; the error names the last good checkpoint.
             MachineError: a replica of a parameter differs from the others.
         """
         if status.skipped:
@@ -94,7 +93,7 @@ class StepMonitor:
             self._log(f"received a signal: saving step {state.step}; run the same command to continue from it")
 
     def _tolerate(self, state: TrainState, first_sample: int, loss: float) -> None:
-        """Log a skipped step, or stop the run after too many in a row."""
+        """Log a skipped step, and stop the run after too many consecutive ones."""
         samples = f"samples {first_sample} to {state.consumed_samples - 1}"
         self._log(
             f"warning: step {state.step} skipped: NaN or Inf in its loss ({loss:.4f}) or gradient; {samples}; "
@@ -114,7 +113,7 @@ class StepMonitor:
         )
 
     def _report_spike(self, state: TrainState, first_sample: int, loss: float, deviations: float) -> None:
-        """Log the micro-batch with the largest loss (collective: all ranks see the spike)."""
+        """Log a loss spike and the micro-batch with the largest loss (collective: all ranks see the spike)."""
         losses_of_ranks: Sequence[Sequence[float]] = self._ranks.gather(self._losses.last_step)
         worst, number, rank = max(
             (micro_loss, number, rank)

@@ -1,4 +1,4 @@
-"""Validate a run: losses by dataset, contribution of the HyperExperts, sample texts."""
+"""Validate a run: losses by dataset, the contribution of the HyperExperts, and sample texts."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ Batches = Iterator[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Validation:
-    """Result of a validation.
+    """The result of a validation.
 
     Attributes:
         values: metrics by key.
@@ -37,11 +37,11 @@ class Validator:
     Args:
         engine: the DeepSpeed engine.
         datasets: the validation datasets by name.
-        bytes_per_token: bytes of text per token, for the datasets for which it is known.
+        bytes_per_token: bytes of text per token, for datasets where it is known.
         config: what to measure.
         tokenizer: the run's tokenizer.
-        micro_batch_size: sequences of one forward pass on one rank.
-        each: wraps the batches; it receives their number, for example to report progress.
+        micro_batch_size: sequences per forward pass and rank.
+        each: wraps an iterator over batches, given their number, for example to report progress.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Validator:
         self._measures_contribution = config.hyper_expert_contribution and engine.module.model.hypernetwork is not None
 
     def __call__(self) -> Validation:
-        """Validate on all datasets (collective); the engine is back in training mode afterwards."""
+        """Validate on all datasets (collective), then put the engine back into training mode."""
         self._engine.eval()
         values = validation_values(self._evaluate(), self._bytes_per_token)
         if self._measures_contribution:
@@ -86,7 +86,7 @@ class Validator:
         return evaluate(self._engine, self._each(batches, total), self._engine.device)
 
     def _continue(self, ids: list[int]) -> str:
-        """Continue a prompt greedily, with the same forward passes on all ranks, because they share the experts."""
+        """Continue a prompt greedily. All ranks run the same forward passes, because they share the experts."""
         tokens = continue_greedily(self._engine, ids, self._prompt_tokens, self._engine.device)
         end = self._tokenizer.eos_token_id
         kept = tokens[: tokens.index(end)] if end in tokens else tokens
@@ -97,7 +97,7 @@ def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     """Return the token ids of a prompt.
 
     Raises:
-        UserError: the prompt has no token, or more than `longest`.
+        UserError: the prompt has no tokens, or more than `longest`.
     """
     ids = encode_as_text(tokenizer, prompt)
     if not ids:
@@ -127,13 +127,13 @@ def continue_greedily(model: Callable[..., Any], ids: list[int], new_tokens: int
 
 
 def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mapping[str, float]) -> dict[str, float]:
-    """Return the loss, perplexity and bits per byte of each dataset and of all datasets together.
+    """Return loss, perplexity and bits per byte, for each dataset and overall.
 
     Bits per byte are loss / ln 2 * tokens / bytes (The Pile, arXiv 2101.00027, section 3.1).
 
     Args:
         results: results by dataset.
-        bytes_per_token: bytes of text per token by dataset; the value of all datasets together needs each of them.
+        bytes_per_token: bytes of text per token by dataset; the overall bits per byte need it for all datasets.
     """
     mean = _mean(results)
     values = {"valid_loss": mean.loss, "valid_perplexity": mean.perplexity}
@@ -148,7 +148,7 @@ def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mappin
 
 
 def contribution_values(values: Mapping[str, float], without: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return the losses without HyperExperts and how much higher they are than those with HyperExperts.
+    """Return the losses without HyperExperts, and their increase over the losses with HyperExperts.
 
     Args:
         values: result of `validation_values` with HyperExperts.
