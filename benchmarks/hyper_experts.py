@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling.generated import HyperExpertWeights
-from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, cost_factored, cost_per_set
+from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, cost_factored, cost_per_selection
 from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, SelectionEncoder, generate_ahead
 from hypermoe_ds.process import one_line_errors
 from results import check_arguments, device_name, machine, machine_line
@@ -364,7 +364,7 @@ def calibration(forms: list[FormCase], dtype: torch.dtype) -> str:
     rows, times, weights = [], [], []
     for case in forms:
         for form, cost in (
-            ("per_set", cost_per_set(case.T, case.selections, case.sizes)),
+            ("per_set", cost_per_selection(case.T, case.selections, case.sizes)),
             ("factored", cost_factored(case.T, case.sizes)),
         ):
             rows.append([cost.flops, cost.elements * dtype.itemsize, cost.products])

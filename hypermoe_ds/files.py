@@ -58,7 +58,7 @@ def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str
     ]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace the content of a file atomically: readers see either the old or the new content.
 
     Raises:
@@ -68,7 +68,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace the content of a file by lines, as `write_whole`; the lines may be read from the old file.
+    """Replace the content of a file by lines, as `write_atomically`; the lines may be read from the old file.
 
     Raises:
         OSError: the file cannot be written.
@@ -162,7 +162,7 @@ def writing_to(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def scratch_beside(target: Path) -> Iterator[Path]:
+def scratch_path(target: Path) -> Iterator[Path]:
     """Make a temporary hidden folder next to `target` and remove it at the end.
 
     Missing parents of `target` are made, and removed again if the body fails.

@@ -25,7 +25,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_per_token
 from hypermoe_ds.monitor.logger import MetricLogger
-from hypermoe_ds.monitor.screen import Screen
+from hypermoe_ds.monitor.output_streams import OutputStreams
 from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.provenance import versions_now
 from hypermoe_ds.resilience.watchdog import Watchdog
@@ -46,7 +46,7 @@ from hypermoe_ds.training.step_monitor import StepMonitor
 from hypermoe_ds.training.validation import Batches, Validator
 
 
-def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: Console) -> int:
+def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, console: Console) -> int:
     """Run the checks that need torch or other ranks, build the parts, train, and return the exit code.
 
     Raises:
@@ -59,11 +59,11 @@ def train(config: RunConfig, ds_json: dict[str, Any], screen: Screen, console: C
     folder.check_same_run(model_config, Path(config.data.tokenizer))
     settings = config.model_dump(mode="json")
     with console.phase("waiting for all ranks"):
-        rank, world_size = start_ranks(config.train.collective_timeout, screen.level)
+        rank, world_size = start_ranks(config.train.collective_timeout, streams.level)
         check_same_settings(settings, ds_json)
     ds_config = merge(ds_json, config.train, model_config, config.parallel.expert, world_size)
     show = partial(console.progress, config.train.steps)
-    watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, screen.err, show)
+    watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, streams.err, show)
     with run_lock(folder.path), watchdog.watching():
         with console.phase("building the model"):
             engine = build_engine(

@@ -26,7 +26,7 @@ from hypermoe_ds.training.settings import (
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
-    as_whole_number,
+    integral_to_int,
 )
 from hypermoe_ds.training.state import TrainState
 
@@ -135,7 +135,7 @@ class RunConfig(Settings):
         train, data = (recipe.get(name) if isinstance(recipe, dict) else None for name in ("train", "data"))
         if not isinstance(train, dict) or not isinstance(data, dict):
             return recipe
-        steps, tokens = train.get("steps"), as_whole_number(train.get("tokens"))
+        steps, tokens = train.get("steps"), integral_to_int(train.get("tokens"))
         if steps is None and tokens is None and set(train) <= set(TrainConfig.model_fields):
             raise UserError("train.steps", "is missing, and so is train.tokens", "give one of them")
         batch: Any = train.get("global_batch_size")

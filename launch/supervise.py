@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hypermoe_ds.cluster.attempts import Limits
-from hypermoe_ds.cluster.host_selection import HostChoice
+from hypermoe_ds.cluster.host_selection import HostSelector
 from hypermoe_ds.cluster.supervisor import Supervisor
 from hypermoe_ds.cluster.training_command import TrainingCommand
 from hypermoe_ds.errors import UserError
@@ -58,7 +58,7 @@ def main() -> None:
     if options.hostfile is not None:
         preflight = [sys.executable, str(REPOSITORY / "tools/preflight.py")]
         usual = os.environ.get("HYPERMOE_DEEPSPEED_CONFIG", str(REPOSITORY / "ds_configs/zero1.json"))
-        choice = HostChoice(options.hostfile, command, preflight, usual)
+        choice = HostSelector(options.hostfile, command, preflight, usual)
     limits = Limits(options.max_restarts, options.window)
     sys.exit(Supervisor(command, limits, choice).run())
 

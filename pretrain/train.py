@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hypermoe_ds.data.token_files import check_files
 from hypermoe_ds.monitor.console import Console
-from hypermoe_ds.monitor.screen import log_level, open_screen, take_launchers_screen
+from hypermoe_ds.monitor.output_streams import log_level, redirect_output, restore_terminal
 from hypermoe_ds.process import global_rank, one_line_errors
 from hypermoe_ds.run_config import load_run_config, settings_help
 from hypermoe_ds.training.ds_config import load_deepspeed_json
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Check what needs no torch, then load the libraries and train; returns the exit code."""
-    take_launchers_screen()
+    restore_terminal()
     with one_line_errors():
         arguments = parse_arguments()
         deepspeed_json = load_deepspeed_json(arguments.deepspeed_config)
@@ -47,11 +47,11 @@ def main() -> int:
         if arguments.check:
             print(recipe.run.dir)
             return 0
-        screen = open_screen(Path(recipe.run.dir), level)
-    with one_line_errors(screen.err, screen.log), Console(global_rank(), screen.out) as console:
+        streams = redirect_output(Path(recipe.run.dir), level)
+    with one_line_errors(streams.err, streams.log), Console(global_rank(), streams.out) as console:
         with console.phase("loading libraries"):
             from hypermoe_ds.job import train
-        return train(recipe, deepspeed_json, screen, console)
+        return train(recipe, deepspeed_json, streams, console)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 
-from hypermoe_ds.data.mpi import preprocess_here_or_on_ranks
+from hypermoe_ds.data.mpi import preprocess_locally_or_with_mpi
 from hypermoe_ds.data.preprocess import Job
 from hypermoe_ds.process import one_line_errors
 
@@ -32,7 +32,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     args = _arguments()
     job = Job(args.input, args.tokenizer, args.output, args.workers, args.text_field, args.strict, args.overwrite)
-    summary = preprocess_here_or_on_ranks(job)
+    summary = preprocess_locally_or_with_mpi(job)
     if summary is not None:
         print(summary)
 

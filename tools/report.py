@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import write_whole
+from hypermoe_ds.files import write_atomically
 from hypermoe_ds.process import one_line_errors
-from hypermoe_ds.report.page import bins_of, build_page
+from hypermoe_ds.report.page import bins_per_run, build_page
 from hypermoe_ds.report.reading import labels, read_run
 
 
@@ -23,11 +23,11 @@ def main() -> None:
         raise UserError(f"--output {arguments.output}", "is a folder", "give a file such as report.html")
     if not arguments.output.parent.is_dir():
         raise UserError(f"--output {arguments.output}", "is in a folder that does not exist", "make the folder first")
-    bins = bins_of(len(arguments.runs))
+    bins = bins_per_run(len(arguments.runs))
     runs = [read_run(path, name, bins) for path, name in zip(arguments.runs, labels(arguments.runs), strict=True)]
     page = build_page(runs)
     try:
-        write_whole(arguments.output, page)
+        write_atomically(arguments.output, page)
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise UserError(f"--output {arguments.output}", problem, "choose another file") from None

@@ -1,6 +1,6 @@
 """Read and write the state of a DeepSpeed engine: for each parameter, the range of optimizer state that a rank owns.
 
-Expert parallelism splits the experts; then ZeRO partitions each flattened parameter among the ranks that share it. In
+Expert parallelism splits the experts; then ZeRO partitions each flattened parameter among the ranks that hold it. In
 every layout, a rank therefore owns a range of the flattened parameter, which any other layout can load.
 """
 

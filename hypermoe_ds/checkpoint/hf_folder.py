@@ -21,7 +21,7 @@ CONFIG = "config.json"
 _LARGEST_JSON = 2**26  # bytes; an index of 100,000 tensors is 10 MB
 FETCH_AGAIN = "export or fetch the folder again"
 
-# Far more than any model has, but small enough that nothing built from these numbers takes long.
+# Upper limits far above any real model, but low enough that building a model on the meta device stays fast.
 _LARGEST_NUMBER = 2**40
 _LIMITS = {"num_hidden_layers": 10_000, "num_experts": 65_536, "num_local_experts": 65_536}
 

@@ -139,7 +139,7 @@ class FolderWeights(SafetensorsFolder):
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-class TakenTensors:
+class TrackedTensors:
     """Tensors of a folder, with a record of which were used, to find unused ones."""
 
     def __init__(self, files: FolderWeights) -> None:
@@ -163,7 +163,7 @@ class TakenTensors:
         self._names.add(name)
         return partial(self.files.read, name)
 
-    def refuse_the_rest(self, config: HyperMoEConfig) -> None:
+    def refuse_unused(self, config: HyperMoEConfig) -> None:
         """Refuse tensors without a reader, so that none is dropped silently."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         for name in self.files.shapes:

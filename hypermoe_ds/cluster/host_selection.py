@@ -13,14 +13,14 @@ from hypermoe_ds.cluster.training_command import HOSTS, TrainingCommand
 from hypermoe_ds.errors import UserError
 
 
-class Chosen(NamedTuple):
+class SelectedHosts(NamedTuple):
     """The hostfile of one attempt, and the overrides needed to train on these hosts."""
 
     hostfile: Path
     overrides: Sequence[str]
 
 
-class HostChoice:
+class HostSelector:
     """Select hosts for a training command.
 
     Args:
@@ -44,7 +44,7 @@ class HostChoice:
         named = ["--config", command.recipe, "--deepspeed_config", command.deepspeed_config or deepspeed_config]
         self._preflight = [*preflight, "--hostfile", str(hostfile), *named, *command.overrides]
 
-    def choose(self) -> Chosen | None:
+    def choose(self) -> SelectedHosts | None:
         """Return the hosts that can train now; None if no host can. The preflight prints the reasons."""
         with TemporaryDirectory() as folder:
             found = Path(folder) / "fit.json"
@@ -57,4 +57,4 @@ class HostChoice:
         except OSError as error:
             print(f"error: {self._chosen}: cannot be written ({error.strerror})", file=sys.stderr)
             return None
-        return Chosen(self._chosen, fit["overrides"])
+        return SelectedHosts(self._chosen, fit["overrides"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from hypermoe_ds.cluster.attempts import Attempt, HistoryFile, Limits, classify, decide
-from hypermoe_ds.cluster.host_selection import Chosen, HostChoice
+from hypermoe_ds.cluster.host_selection import SelectedHosts, HostSelector
 from hypermoe_ds.cluster.job_processes import RANK_VARIABLES, JobProcesses
 from hypermoe_ds.cluster.training_command import HOSTS, TrainingCommand
 from hypermoe_ds.errors import EXIT_SAVED, UserError
@@ -35,7 +35,7 @@ class Supervisor:
         UserError: the command contains `{hosts}` or `--hostfile`, but `choice` is None.
     """
 
-    def __init__(self, command: TrainingCommand, limits: Limits, choice: HostChoice | None) -> None:
+    def __init__(self, command: TrainingCommand, limits: Limits, choice: HostSelector | None) -> None:
         if choice is None and any(HOSTS in word for word in command.words):
             raise UserError(HOSTS, "is in the command and there is no --hostfile", "give one")
         if choice is None and any(word.startswith("--hostfile") for word in command.words):
@@ -95,7 +95,7 @@ class Supervisor:
             _log(f"no host can train; checking again in {pause:.0f} s")
             self._sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        return self._command.started_with(*(chosen or Chosen(Path(), [])))
+        return self._command.started_with(*(chosen or SelectedHosts(Path(), [])))
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

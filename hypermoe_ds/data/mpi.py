@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, cast
 
 from hypermoe_ds.data.preprocess import Job, TokenizerFile, Written, check_job, preprocess, publish, write_tokens
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_beside, writing_to
+from hypermoe_ds.files import scratch_path, writing_to
 
 Result = TypeVar("Result")
 
@@ -35,7 +35,7 @@ class Communicator(Protocol):
         """Return the object of rank 0."""
 
 
-def preprocess_here_or_on_ranks(job: Job) -> str | None:
+def preprocess_locally_or_with_mpi(job: Job) -> str | None:
     """Tokenise on all ranks if mpirun started more than one, otherwise in this process.
 
     Returns:
@@ -79,7 +79,7 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
     rank = comm.Get_rank()
     files = _together(comm, lambda: _check(job))
     with ExitStack() as stack:
-        made = _together(comm, lambda: stack.enter_context(scratch_beside(job.path(".bin"))) if rank == 0 else None)
+        made = _together(comm, lambda: stack.enter_context(scratch_path(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
         source = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
         _together(comm, source.encoder)  # loading takes seconds, which the speed does not include

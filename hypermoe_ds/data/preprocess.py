@@ -17,7 +17,7 @@ from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.data.token_files import Metadata
 from hypermoe_ds.data.tokenizer import vocabulary_file
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_beside, sha256_of, writing_to
+from hypermoe_ds.files import scratch_path, sha256_of, writing_to
 from hypermoe_ds.progress import Progress
 
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they appear: if there is an .idx, the others are there
@@ -110,7 +110,7 @@ def preprocess(job: Job) -> str:
     source = TokenizerFile.of(job.tokenizer)
     source.encoder()  # loading takes seconds, which the speed does not include
     start = time.perf_counter()
-    with scratch_beside(job.path(".bin")) as scratch:
+    with scratch_path(job.path(".bin")) as scratch:
         written = write_tokens(job, files, source, scratch / "tokens", progress=True)
         publish(job, source, written, scratch / "tokens")
     return written.summary(job.output, time.perf_counter() - start)

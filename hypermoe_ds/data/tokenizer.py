@@ -13,7 +13,7 @@ import sentencepiece
 
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import check_output, file_of, scratch_beside, sha256_of
+from hypermoe_ds.files import check_output, file_of, scratch_path, sha256_of
 from hypermoe_ds.progress import progress
 
 # SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their
@@ -73,7 +73,7 @@ def train_tokenizer(
         raise UserError(f"vocab_size={vocab_size}", "is not a number of tokens", "give a positive number such as 32000")
     files = expand_inputs(inputs)
     report = ReadReport()
-    with scratch_beside(output) as scratch:
+    with scratch_path(output) as scratch:
         lines = _lines(progress(read_documents(files, report, text_field, strict), "read", "documents"))
         model = _train(lines, vocab_size, report, text_field)
         folder = scratch / output.name

@@ -53,14 +53,14 @@ def bake_weights(source: WeightLoader) -> LazyWeights:
 
     @lru_cache(maxsize=1)
     def hyper_experts(layer: int) -> dict[str, Tensor]:
-        branch = generators.get_submodule(f"model.layers.{layer}.hyper_experts")
-        assert isinstance(branch, HyperExperts)
-        load(branch, f"model.layers.{layer}.hyper_experts")
+        module = generators.get_submodule(f"model.layers.{layer}.hyper_experts")
+        assert isinstance(module, HyperExperts)
+        load(module, f"model.layers.{layer}.hyper_experts")
         with torch.no_grad():
-            encoded = branch.encode_all(source.config.hyper_set_size, branch.encoder.expert_embedding.weight.device)
-            layers = torch.full((len(encoded),), branch.layer_index, device=encoded.device)
+            encoded = module.encode_all(source.config.hyper_set_size, module.encoder.expert_embedding.weight.device)
+            layers = torch.full((len(encoded),), module.layer_index, device=encoded.device)
             generated: dict[str, Tensor] = hypernetwork()(encoded, layers)._asdict()
-        branch.to("meta")
+        module.to("meta")
         return generated
 
     def hyper_expert(layer: int, part: str) -> Tensor:

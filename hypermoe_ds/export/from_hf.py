@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, read_config
-from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, Reader, TakenTensors
+from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, Reader, TrackedTensors
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.hf_config_mapping import DENSE, model_type, refuse_unknown, shape_of
 from hypermoe_ds.export.init_hyper_experts import init_hyper_experts
@@ -76,10 +76,10 @@ def open_folder(
             )
     made = upcycling.fields(shape["intermediate_size"]) if upcycling is not None else {}
     config = hypermoe_config(folder, {**shape, **made, **(fields or {})})
-    taken = TakenTensors(FolderWeights(folder))
+    taken = TrackedTensors(FolderWeights(folder))
     checked_shapes(folder, config, taken.files.shapes)
     readers = _readers(taken, config, upcycling, _MIXTRAL if kind == "mixtral" else _OTHERS)
-    taken.refuse_the_rest(config)
+    taken.refuse_unused(config)
     fresh = init_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
     readers |= {name: partial(fresh.__getitem__, name) for name in fresh}
     return LazyWeights(config, taken.files.dtype, readers)
@@ -108,7 +108,7 @@ def _hypermoe(folder: Path) -> LazyWeights:
 
 
 def _readers(
-    taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
+    taken: TrackedTensors, config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
 ) -> dict[str, Reader]:
     """Return a reader for each tensor except those of the HyperExperts."""
     readers: dict[str, Reader] = {}
@@ -131,7 +131,7 @@ def _readers(
 
 
 def _upcycled(
-    taken: TakenTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
+    taken: TrackedTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
 ) -> Reader:
     """Return the reader of a router or expert tensor of an upcycled model."""
     D, width = config.hidden_size, config.intermediate_size
@@ -148,7 +148,7 @@ def _upcycled(
 
 
 def _one_by_one(
-    taken: TakenTensors, block: str, part: str, names: tuple[str, str, str, str], shape: tuple[int, ...]
+    taken: TrackedTensors, block: str, part: str, names: tuple[str, str, str, str], shape: tuple[int, ...]
 ) -> Reader:
     """Return a reader that stacks separately stored experts: `gate_up_proj` [N, 2F, D] or `down_proj` [N, D, F]."""
     N, rows, columns = shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes
-from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, TakenTensors
+from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, TrackedTensors
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, state_dict_shapes
 from hypermoe_ds.progress import progress
@@ -88,8 +88,8 @@ def read_folder(folder: Path, config: HyperMoEConfig) -> LazyWeights:
     Raises:
         UserError: a tensor is missing, has the wrong shape, or is not part of the model.
     """
-    taken = TakenTensors(FolderWeights(folder))
+    taken = TrackedTensors(FolderWeights(folder))
     shapes = checked_shapes(folder, config, taken.files.shapes)
     readers = {name: taken.reader(name, shape) for name, shape in shapes.items()}
-    taken.refuse_the_rest(config)
+    taken.refuse_unused(config)
     return LazyWeights(config, taken.files.dtype, readers)

@@ -134,7 +134,7 @@ class HyperMoEConfig(PreTrainedConfig):
         "z_loss",
         "router_logits",
         "selected_experts",
-        "branch_norms",
+        "hyper_expert_norms",
     ]
 
     vocab_size: int = 32000

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .configuration_hypermoe import HyperConditioning
-from .selections import rank_sets
+from .selections import selection_ids
 
 # For this many rows sorting takes longer than applying them one by one (60 and 18 us on a CPU, D = 768, A = 64).
 _FEW_ROWS = 4
@@ -69,7 +69,7 @@ def assign(
         ValueError: conditioning is "route" and there are no gates.
     """
     if conditioning == "selection":
-        return Assignment(rank_sets(selected_TK, num_experts).unsqueeze(1))
+        return Assignment(selection_ids(selected_TK, num_experts).unsqueeze(1))
     if gates_TK is None:
         raise ValueError("conditioning 'route' weighs with gates: give gates_TK")
     return Assignment(selected_TK, gates_TK)

@@ -56,12 +56,12 @@ class KeptHyperExperts:
     """Cached HyperExperts of all layers, used only by forward passes that receive this object.
 
     Attributes:
-        all_sets: weights of all possible selections of each layer, if these are few enough. Otherwise each layer caches
-            the selections that occur.
+        all_selections: weights of all possible selections of each layer, if there are few enough. Otherwise each layer
+            caches the selections that occur.
     """
 
     def __init__(self) -> None:
-        self.all_sets: list[HyperExpertWeights] | None = None
+        self.all_selections: list[HyperExpertWeights] | None = None
         self._layers: dict[int, HyperExpertCache] = {}
 
     def layer(self, index: int, capacity: int) -> HyperExpertCache:

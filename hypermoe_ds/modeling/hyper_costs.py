@@ -81,7 +81,7 @@ RATES: Mapping[tuple[str, torch.dtype], Rates] = MappingProxyType(
 _DEFAULT_RATES = MappingProxyType({device: RATES[device, torch.float32] for device in ("cpu", "cuda")})
 
 
-def cost_per_set(rows: int, sets: int, sizes: Sizes) -> Cost:
+def cost_per_selection(rows: int, sets: int, sizes: Sizes) -> Cost:
     """Return the cost of generating `sets` HyperExperts and applying them to `rows` rows, without recomputation."""
     generate, apply = 2 * sizes.bottleneck * sizes.module * sets, 4 * sizes.hidden * sizes.adapter * rows
     # A HyperExpert is written and read, and its gradient is written and read by two products; 6 products per set use
@@ -106,7 +106,7 @@ def seconds(cost: Cost, device: str, dtype: torch.dtype) -> float:
 
 def cheaper_form(rows: int, sets: int, sizes: Sizes, device: str, dtype: torch.dtype) -> Form:
     """Return "factored" if it takes less time, otherwise "per_set"."""
-    per_set = seconds(cost_per_set(rows, sets, sizes), device, dtype)
+    per_set = seconds(cost_per_selection(rows, sets, sizes), device, dtype)
     return "per_set" if per_set <= seconds(cost_factored(rows, sizes), device, dtype) else "factored"
 
 

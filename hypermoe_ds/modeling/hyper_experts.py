@@ -20,7 +20,7 @@ from .configuration_hypermoe import HyperConditioning
 from .generated import Assignment, HyperExpertWeights, RoutedRows, apply_generated, assign, sort_rows
 from .hyper_cache import HyperExpertCache, KeptHyperExperts
 from .hyper_costs import Form, Sizes, cheaper_form, generated_weights_fit
-from .selections import all_sets, distinct_sets
+from .selections import all_selections, distinct_selections
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ class HyperNetwork(nn.Module):
             if recompute and torch.is_grad_enabled():
                 rows = sort_rows(assignment, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
                 # Recompute only what is inside: parameters are gathered in this forward, which runs once.
-                y_TD: Tensor = checkpoint(self._per_set, x_TD, assignment, u_UB, rows, use_reentrant=False)
+                y_TD: Tensor = checkpoint(self._per_selection, x_TD, assignment, u_UB, rows, use_reentrant=False)
                 return y_TD
-            return self._per_set(x_TD, assignment, u_UB)
+            return self._per_selection(x_TD, assignment, u_UB)
         x_RD = x_TD.repeat_interleave(assignment.ids_TJ.shape[1], dim=0)
         u_RB = u_UB[assignment.ids_TJ.flatten()]
         if form == "per_token":
@@ -181,7 +181,9 @@ class HyperNetwork(nn.Module):
             self.up_bias(u_UB),
         )
 
-    def _per_set(self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None) -> Tensor:
+    def _per_selection(
+        self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None
+    ) -> Tensor:
         """Generate weights once per selection and apply them by grouped matrix products."""
         return apply_generated(x_TD, assignment, self._generate(u_UB), rows)
 
@@ -337,7 +339,7 @@ class HyperExperts(nn.Module):
         """Decide what to generate and how to apply it, without computing with weights."""
         tokens, set_size = selected_TK.shape[0], self.set_size(selected_TK.shape[1])
         if self.knows_selections(tokens, set_size, sizes):
-            selections_UK = all_sets(self.num_experts, set_size, x_TD.device)
+            selections_UK = all_selections(self.num_experts, set_size, x_TD.device)
             assignment = assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
         elif (
             torch.compiler.is_compiling()
@@ -345,7 +347,7 @@ class HyperExperts(nn.Module):
             selections_UK, assignment = selected_TK, Assignment(torch.arange(tokens, device=x_TD.device).unsqueeze(1))
             form = "factored" if form == "auto" else form
         else:
-            selections_UK, index_T = distinct_sets(selected_TK, self.num_experts)
+            selections_UK, index_T = distinct_selections(selected_TK, self.num_experts)
             assignment = Assignment(index_T.unsqueeze(1))
             if kept is not None and form == "auto" and not torch.is_grad_enabled():
                 cache = kept.layer(self.layer_index, self.most_kept(sizes))
@@ -372,7 +374,7 @@ class HyperExperts(nn.Module):
 
     def encode_all(self, set_size: int, device: torch.device) -> Tensor:
         """Encode all possible selections; [C(N, set_size), H]."""
-        z_UH: Tensor = self.encoder(all_sets(self.num_experts, set_size, device))
+        z_UH: Tensor = self.encoder(all_selections(self.num_experts, set_size, device))
         return z_UH
 
     def _choose(
@@ -446,7 +448,7 @@ class BakedHyperExperts(nn.Module):
 
 
 def generate_ahead(
-    branches: list[HyperExperts],
+    layers: list[HyperExperts],
     hypernetwork: HyperNetwork,
     x_TD: Tensor,
     top_k: int,
@@ -457,7 +459,7 @@ def generate_ahead(
     The hypernetwork's weights are then read once per pass instead of once per layer.
 
     Args:
-        branches: the HyperExperts of all MoE layers.
+        layers: the HyperExperts of all MoE layers.
         hypernetwork: the hypernetwork that they share.
         x_TD: tokens of the pass; only their number, dtype and device matter.
         top_k: K.
@@ -467,26 +469,26 @@ def generate_ahead(
     Returns:
         The weights of each layer, or None if each layer is to generate its own.
     """
-    if kept is not None and kept.all_sets is not None:
-        return kept.all_sets
-    set_size, sizes, tokens = branches[0].set_size(top_k), hypernetwork.sizes, x_TD.shape[0]
-    sets = math.comb(branches[0].num_experts, set_size)
-    rows = tokens * (top_k if branches[0].conditioning == "route" else 1)
+    if kept is not None and kept.all_selections is not None:
+        return kept.all_selections
+    set_size, sizes, tokens = layers[0].set_size(top_k), hypernetwork.sizes, x_TD.shape[0]
+    sets = math.comb(layers[0].num_experts, set_size)
+    rows = tokens * (top_k if layers[0].conditioning == "route" else 1)
     if kept is not None:
-        ahead = sets <= branches[0].most_kept(sizes)
+        ahead = sets <= layers[0].most_kept(sizes)
     elif torch.compiler.is_compiling():  # in a graph at any cost, because `tokens` may be symbolic
-        ahead = branches[0].knows_selections(tokens, set_size, sizes)
+        ahead = layers[0].knows_selections(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
         ahead = generated_weights_fit(tokens, sets, sizes) and cheaper == "per_set"
     if not ahead:
         return None
-    sets_UK = all_sets(branches[0].num_experts, set_size, x_TD.device)
+    sets_UK = all_selections(layers[0].num_experts, set_size, x_TD.device)
     # Layers may be on other devices than the tokens.
-    z_UH = torch.cat([branch.encoder(sets_UK).to(x_TD.device) for branch in branches])
-    layer_U = torch.arange(len(branches), device=z_UH.device).repeat_interleave(sets)
+    z_UH = torch.cat([layer.encoder(sets_UK).to(x_TD.device) for layer in layers])
+    layer_U = torch.arange(len(layers), device=z_UH.device).repeat_interleave(sets)
     parts = (weight.split(sets) for weight in hypernetwork(z_UH, layer_U))
     generated = [HyperExpertWeights(*layer) for layer in zip(*parts, strict=True)]
     if kept is not None:
-        kept.all_sets = generated
+        kept.all_selections = generated
     return generated

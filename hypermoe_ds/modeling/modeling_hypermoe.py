@@ -64,10 +64,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         kept: KeptHyperExperts | None = None,
-        output_branch_norms: bool = False,
+        output_hyper_expert_norms: bool = False,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the residual stream, the attention weights, and a MoE layer's logits, selection and branch norms.
+        """Return the residual stream, the attention weights, and a MoE layer's logits, selection and HyperExpert norms.
 
         `generated` and the outputs are bare tensors, because reentrant activation checkpointing detaches tensors inside
         other objects from the graph.
@@ -93,7 +93,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             if self.hyper_stream is not None:
                 torch.cuda.current_stream().wait_stream(self.hyper_stream)
                 hyper_TD.record_stream(torch.cuda.current_stream())
-            if output_branch_norms:
+            if output_hyper_expert_norms:
                 norms = torch.stack([y_BSD.detach().float().norm(), hyper_TD.detach().float().norm()])
             y_BSD = y_BSD + hyper_TD.view_as(y_BSD)
         return x_BSD + y_BSD, weights_BhSS, routing.logits_TN, routing.selected_TK, norms
@@ -219,7 +219,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         kept_hyper_experts: KeptHyperExperts | None = None,
-        output_branch_norms: bool = False,
+        output_hyper_expert_norms: bool = False,
         **attention_kwargs: Any,
     ) -> HyperMoEModelOutput:
         """Run the decoder on input_ids [B, S] or inputs_embeds [B, S, D].
@@ -255,7 +255,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
-            output_branch_norms=output_branch_norms,
+            output_hyper_expert_norms=output_hyper_expert_norms,
             attention_mask=mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
@@ -308,16 +308,16 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
             router_logits=tuple(logits) if output_router_logits else None,
             selected_experts=tuple(selected) if output_router_logits else None,
-            branch_norms=tuple(norms) or None,
+            hyper_expert_norms=tuple(norms) or None,
         )
 
     def _generate_ahead(self, x_BSD: Tensor, kept: KeptHyperExperts | None) -> list[HyperExpertWeights]:
         """Return the generated weights of each MoE layer, or an empty list if each layer generates its own."""
         if self.hypernetwork is None or self.skips_hyper_experts:
             return []
-        branches = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
+        generating = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
         x_TD, top_k = x_BSD.flatten(0, 1), self.config.num_experts_per_tok
-        return generate_ahead(branches, self.hypernetwork, x_TD, top_k, kept) or []
+        return generate_ahead(generating, self.hypernetwork, x_TD, top_k, kept) or []
 
 
 class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
@@ -380,7 +380,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             inputs_embeds: [B, S, D], instead of input_ids.
             labels: [B, S], the input ids; the loss ignores -100.
             use_cache: return a cache; None follows the configuration.
-            output_router_logits: return router logits, selections and branch norms.
+            output_router_logits: return router logits, selections and HyperExpert norms.
             output_logits: return logits; False with labels computes the loss in chunks and returns no logits.
             logits_to_keep: compute logits for this many last positions only; 0 means all.
             kwargs: `shift_labels` [B, S], labels that are already shifted, instead of `labels`; `num_items_in_batch`,
@@ -398,7 +398,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits or shift_labels is not None,
-            output_branch_norms=bool(output_router_logits),
+            output_hyper_expert_norms=bool(output_router_logits),
             return_dict=True,
             **kwargs,
         )
@@ -413,7 +413,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             attentions=decoded.attentions,
             router_logits=decoded.router_logits if output_router_logits else None,
             selected_experts=decoded.selected_experts if output_router_logits else None,
-            branch_norms=decoded.branch_norms,
+            hyper_expert_norms=decoded.hyper_expert_norms,
             **losses,
         )
 

@@ -20,12 +20,12 @@ class HyperMoEModelOutput(BaseModelOutputWithPast):
         attentions: attention weights of each layer [B, h, S, S]; if requested. Only "eager" attention returns them.
         router_logits: router logits of each MoE layer [T, N]; if requested.
         selected_experts: selected experts of each MoE layer [T, K]; requested together with the logits.
-        branch_norms: norms of the experts' and the HyperExperts' output of each MoE layer, [2]; if requested.
+        hyper_expert_norms: norms of the experts' and the HyperExperts' output of each MoE layer, [2]; if requested.
     """
 
     router_logits: tuple[Tensor, ...] | None = None
     selected_experts: tuple[Tensor, ...] | None = None
-    branch_norms: tuple[Tensor, ...] | None = None
+    hyper_expert_norms: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -40,7 +40,7 @@ class HyperMoECausalLMOutput(CausalLMOutputWithPast):
             batch contributes to the mean over that many tokens.
         aux_loss: load-balancing loss, averaged over the MoE layers (1 if the load is even).
         z_loss: router z-loss, averaged over the MoE layers.
-        router_logits, selected_experts, branch_norms: as in `HyperMoEModelOutput`.
+        router_logits, selected_experts, hyper_expert_norms: as in `HyperMoEModelOutput`.
     """
 
     lm_loss: Tensor | None = None
@@ -48,4 +48,4 @@ class HyperMoECausalLMOutput(CausalLMOutputWithPast):
     z_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
     selected_experts: tuple[Tensor, ...] | None = None
-    branch_norms: tuple[Tensor, ...] | None = None
+    hyper_expert_norms: tuple[Tensor, ...] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 _BITS_PER_WORD = 64  # of an int64, including the sign bit
 
 
-def all_sets(num_experts: int, set_size: int, device: torch.device) -> Tensor:
+def all_selections(num_experts: int, set_size: int, device: torch.device) -> Tensor:
     """Return every set of `set_size` experts; row i has rank i in colexicographic order.
 
     It is computed on the device, without a synchronisation. All sets must fit into memory.
@@ -29,8 +29,8 @@ def all_sets(num_experts: int, set_size: int, device: torch.device) -> Tensor:
     return torch.stack(experts[::-1], dim=1)
 
 
-def rank_sets(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """Return the row of `all_sets` for each token, for any order of its experts, without a synchronisation.
+def selection_ids(selected_TK: Tensor, num_experts: int) -> Tensor:
+    """Return the row of `all_selections` for each token, for any order of its experts, without a synchronisation.
 
     A set {c_1 < ... < c_K} has rank sum_i C(c_i, i) (combinatorial number system).
     """
@@ -42,13 +42,13 @@ def rank_sets(selected_TK: Tensor, num_experts: int) -> Tensor:
     return torch.stack(ranks).sum(0)
 
 
-def distinct_sets(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def distinct_selections(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the distinct sets of the tokens; the host waits for their number.
 
     Returns:
         sets_UK, a row of expert indices for each set, and set_of_token_T, the row of each token.
     """
-    keys_TW = set_keys(selected_TK, num_experts)
+    keys_TW = selection_keys(selected_TK, num_experts)
     if keys_TW.shape[1] == 1:
         unique_U, set_of_token_T = torch.unique(keys_TW.squeeze(1), return_inverse=True)
     else:
@@ -58,7 +58,7 @@ def distinct_sets(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return selected_TK[member_U], set_of_token_T
 
 
-def set_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
+def selection_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
     """Return the selections as bit sets [T, W] of int64 words."""
     words = -(-num_experts // _BITS_PER_WORD)
     bits_TK = torch.ones_like(selected_TK) << (selected_TK % _BITS_PER_WORD)

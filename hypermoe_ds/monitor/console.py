@@ -53,7 +53,7 @@ class Console:
         self._printed = time.monotonic()
 
     def log(self, line: str) -> None:
-        """Print one line; ignore a closed stdout, which a killed launcher leaves behind."""
+        """Print one line; ignore a stdout that a killed launcher has closed."""
         with self._lock:
             for message in (*self._layers.take(), line):
                 self._print(Text(message, "bold yellow" if message.startswith(_WARNING) else ""))
@@ -196,12 +196,12 @@ class _Status:
 
     def show(self, steps: int, step: int, text: str) -> None:
         """Set the position of the run."""
-        if self._first is None or step <= self._first[1]:  # slower than the others, so not counted
+        if self._first is None or step <= self._first[1]:  # slower than later steps, so not counted
             self._first = (time.monotonic(), step)
         self._steps, self._step, self.text = steps, step, text
 
     def __rich__(self) -> Spinner | Text:
-        """Return the current line; it is empty if no work is shown."""
+        """Return the text of the status line; empty if there is no work to show."""
         if not self.text:
             return Text("")
         parts = [self.text]

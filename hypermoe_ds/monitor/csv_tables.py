@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from hypermoe_ds.files import write_whole
+from hypermoe_ds.files import write_atomically
 
 
 class CsvTable:
@@ -50,4 +50,4 @@ class CsvTable:
     def _rewrite(self, rows: Iterable[Sequence[str]]) -> None:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([self._columns, *rows])
-        write_whole(self._path, text.getvalue())
+        write_atomically(self._path, text.getvalue())

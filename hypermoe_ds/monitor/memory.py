@@ -7,7 +7,7 @@ import torch.distributed
 
 
 class MemoryMeter:
-    """Measure the largest memory of any rank, in GiB."""
+    """Measure the peak memory over all ranks, in GiB."""
 
     def __init__(self) -> None:
         self._peak = 0.0

@@ -1,4 +1,4 @@
-"""Define all metrics of a run: name, unit, page, meaning, when a value is bad and what to do then."""
+"""Define the metrics of a run: name, unit, page and meaning, which values are bad, and the remedy."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -11,12 +11,12 @@ import torch.distributed
 from torch import Tensor
 from torch.nn import functional as F
 
-from hypermoe_ds.modeling.selections import set_keys
+from hypermoe_ds.modeling.selections import selection_keys
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Routing of one step, over its micro-batches and ranks.
+    """Routing statistics of one step, over its micro-batches and all ranks.
 
     Attributes:
         scalars: metrics by key.
@@ -27,7 +27,7 @@ class StepStatistics:
     load_MN: Tensor
 
 
-class StepMeter:
+class RoutingMeter:
     """Sum the routing statistics of a step's micro-batches, without a synchronisation until `read`.
 
     Args:
@@ -42,8 +42,8 @@ class StepMeter:
     def add(self, output: Any) -> None:
         """Add the output of a forward pass with `output_router_logits`."""
         layers = len(output.router_logits)
-        self._has_hyper_experts = output.branch_norms is not None
-        norms = output.branch_norms or [output.loss.new_ones(2)] * layers
+        self._has_hyper_experts = output.hyper_expert_norms is not None
+        norms = output.hyper_expert_norms or [output.loss.new_ones(2)] * layers
         for logits_TN, selected_TK, norms_2 in zip(output.router_logits, output.selected_experts, norms, strict=True):
             self._rows.append(self._layer(logits_TN.detach(), selected_TK, norms_2))
         self._layers = layers
@@ -95,7 +95,7 @@ def count_distinct(selected_TK: Tensor, num_experts: int) -> Tensor:
     Returns:
         A scalar on the same device.
     """
-    keys_WT = set_keys(selected_TK, num_experts).t()
+    keys_WT = selection_keys(selected_TK, num_experts).t()
     # Radix sort, one word of the key at a time, so that equal selections become neighbours.
     order_T = keys_WT[0].argsort()
     for key_T in keys_WT[1:]:

@@ -66,7 +66,7 @@ class StepClock:
         wall = time.perf_counter() - self._began - self._excluded
         for part, begin, end in self._events:
             self._seconds[part] += begin.elapsed_time(end) / 1000
-        # Waiting for data overlaps with work on the device, so the parts may add up to more than the wall time.
+        # The wait for data overlaps with work on the device, so the parts may add up to more than the wall time.
         self._seconds["other"] = max(wall - sum(self._seconds.values()), 0.0)
         steps = max(self._steps, 1)
         values = {

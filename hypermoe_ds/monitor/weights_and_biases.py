@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hypermoe_ds.files import write_whole
+from hypermoe_ds.files import write_atomically
 from hypermoe_ds.monitor.metrics import metric_of
 
 
@@ -25,7 +25,7 @@ class WeightsAndBiases:
         self._run = self._wandb.init(
             project=project, name=run_dir.resolve().name, id=run_id, resume="allow", dir=str(run_dir)
         )
-        write_whole(path, f"{self._run.id}\n")
+        write_atomically(path, f"{self._run.id}\n")
 
     def metrics(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[float]]) -> None:
         """Log values and each layer's loads, as a histogram, by their keys in metrics.jsonl.

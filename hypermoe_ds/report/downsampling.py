@@ -50,12 +50,12 @@ def extremes(values: Floats, points: int) -> Floats:
 
 
 class Bins:
-    """Average arrays over bins of equally many records; the number of records need not be known in advance.
+    """Average arrays over bins with equal numbers of records; the total number need not be known in advance.
 
     When there are twice as many bins as wanted, neighbours are merged, so memory does not grow with the run.
 
     Args:
-        most: wanted number of bins; the result has less than twice as many.
+        most: target number of bins; the result has fewer than twice that number.
     """
 
     def __init__(self, most: int) -> None:

@@ -26,7 +26,7 @@ _MOST_SAMPLES, _MOST_CHARACTERS = 60, 2000
 _NOT_CURVES = ("time", "consumed_tokens")
 
 
-def bins_of(runs: int) -> int:
+def bins_per_run(runs: int) -> int:
     """Return the number of bins over time for the expert loads of each run."""
     return max(_MOST_BINS // runs, 30)
 

@@ -1,4 +1,4 @@
-"""Heartbeats that the ranks write to RUN_DIR/watch, for each other and for the supervisor."""
+"""Write and read the heartbeats in RUN_DIR/watch, which the ranks and the supervisor check."""
 
 import json
 import socket
@@ -9,27 +9,26 @@ from pathlib import Path
 import psutil
 from pydantic import TypeAdapter
 
-from hypermoe_ds.files import write_whole
+from hypermoe_ds.files import write_atomically
 
 FAILURE_REPORT = "verdict"  # file next to the heartbeats: one line that names the lost rank
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """State of a rank, as it writes it every few seconds.
+    """State of a rank, which the rank writes to a file every few seconds.
 
     Attributes:
         rank: the rank.
-        host: its host.
-        process: its process id on that host.
-        step: the step that it works on.
-        doing: the part of the step.
-        passed: number of parts that it has begun, 0 before its first step. Ranks at the same position have the same
-            number.
+        host: name of its host.
+        process: process id on that host.
+        step: the current optimizer step.
+        doing: the current part of the step.
+        passed: number of parts begun so far, 0 before the first step; equal on ranks at the same position.
         beats: number of heartbeats written.
         end: how the rank ended: done, saved (on a signal), lost (another rank was lost), error; empty while it runs.
         error: the error, if `end` is "error".
-        began: start time of its process, seconds since the epoch.
+        began: start time of the process, seconds since the epoch.
     """
 
     rank: int
@@ -44,15 +43,15 @@ class Heartbeat:
     began: float = 0.0
 
     def describe(self) -> str:
-        """Return rank, process and host."""
+        """Format the rank with its process and host."""
         return f"rank {self.rank} (process {self.process} on {self.host})"
 
     def position(self) -> str:
-        """Return the step and the part of it."""
+        """Format the step and its current part."""
         return f"step {self.step}, {self.doing}"
 
     def has_failed(self) -> bool:
-        """Return whether the rank ended with an error or its process died; a process of another host is not checked."""
+        """Return whether the rank reported an error or, if it runs on this host, whether its process has died."""
         if self.end or self.host != socket.gethostname():
             return self.end == "error"
         try:
@@ -63,7 +62,7 @@ class Heartbeat:
     def write(self, folder: Path) -> None:
         """Replace this rank's last heartbeat. Ignore a full disk here: checkpointing reports it."""
         with suppress(OSError):
-            write_whole(heartbeat_path(folder, self.rank), json.dumps(asdict(self)))
+            write_atomically(heartbeat_path(folder, self.rank), json.dumps(asdict(self)))
 
 
 _HEARTBEAT = TypeAdapter(Heartbeat)

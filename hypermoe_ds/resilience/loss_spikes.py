@@ -11,15 +11,15 @@ _NORMAL = 1.4826  # standard deviation of a normal distribution / its median abs
 
 
 class SpikeDetector:
-    """Compare each loss with the median of the last 128, in robust deviations: a spike does not hide the next one."""
+    """Detect losses far above the median of the last 128 losses; the median is robust against earlier spikes."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def deviations(self, loss: float) -> float | None:
-        """Return how far a spike is above the median, in robust standard deviations; None if the loss is no spike.
+        """Return how many robust standard deviations a spike is above the median; None if the loss is not a spike.
 
-        The first 16 losses of a launch are never spikes. Losses that are not finite are ignored here: the step monitor
+        The first 16 losses of a launch are never spikes. NaN and infinite losses are ignored here: the step monitor
         reports them.
         """
         if not math.isfinite(loss):
@@ -30,6 +30,6 @@ class SpikeDetector:
             return None
         median = statistics.median(before)
         spread = _NORMAL * statistics.median(abs(other - median) for other in before)
-        # If the losses hardly differ, do not report a thousandth of a nat.
+        # Lower bound on the spread, so that nearly constant losses do not make tiny changes look like spikes.
         deviations = (loss - median) / max(spread, 1e-3 * abs(median), 1e-12)
         return deviations if deviations > _DEVIATIONS else None

@@ -15,9 +15,9 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaCheck:
-    """Compare the replicas of each parameter; experts are compared among the ranks that have the same ones.
+    """Compare the replicas of each parameter; experts are compared among the ranks that hold the same experts.
 
-    Under ZeRO 3 parameters are partitioned and have no replicas, except small ones, which every rank keeps.
+    ZeRO 3 partitions all parameters except small ones, so only the small ones have replicas to compare.
 
     Args:
         engine: the DeepSpeed engine.
@@ -35,12 +35,12 @@ class ReplicaCheck:
         """Compare all replicas (collective).
 
         Raises:
-            MachineError: replicas differ; it names the parameter and the ranks that differ from the majority.
+            MachineError: replicas differ; the error names the parameter and the ranks that differ from the majority.
         """
         sums = [checksum(parameter) for _, parameter in self._replicated()]
         of_ranks = self._ranks.gather(torch.stack(sums).tolist() if sums else [])
         for number, (name, parameter) in enumerate(self._replicated()):
-            shared = getattr(parameter, "allreduce", True)  # DeepSpeed sets it to false on experts
+            shared = getattr(parameter, "allreduce", True)  # DeepSpeed sets this attribute to False on experts
             owners = 1 if shared else self._expert_parallel
             for first in range(owners):
                 found = {rank: tuple(of_ranks[rank][number]) for rank in range(first, len(of_ranks), owners)}
@@ -54,7 +54,10 @@ class ReplicaCheck:
 
 
 def checksum(parameter: Tensor) -> Tensor:
-    """Return two sums over the words of a tensor, int64 [2]; they detect a changed word and two exchanged words."""
+    """Return a plain and a position-weighted sum over the words of a tensor, int64 [2].
+
+    The first sum detects a changed word, the second also two swapped words.
+    """
     words = parameter.detach().contiguous().view(-1).view(_WORDS[parameter.element_size()])
     total_2 = torch.zeros(2, dtype=torch.int64, device=words.device)
     for start in range(0, words.numel(), _CHUNK):

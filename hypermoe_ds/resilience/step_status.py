@@ -12,11 +12,11 @@ from hypermoe_ds.parallel.control_group import ControlGroup
 
 @dataclass(frozen=True)
 class StepStatus:
-    """Status of a step, the same on every rank.
+    """Status of a step; identical on all ranks.
 
     Attributes:
         stop: whether any rank received a stop signal.
-        unsaved: whether the last checkpoint could not be written in the background.
+        unsaved: whether the last background save failed on any rank.
         skipped: whether the step was skipped.
         loss: mean loss of the step over ranks and micro-batches.
     """
@@ -30,11 +30,11 @@ class StepStatus:
 class StepLosses:
     """Copy a rank's losses to the host without waiting for the device.
 
-    Each copy is queued before the optimizer step of its micro-batch. DeepSpeed's step waits for the gradient norm,
-    which is later in the queue, so the copies are complete after it.
+    The copies are queued on the device before the optimizer step. DeepSpeed's step waits for the gradient norm, which
+    is queued later, so the copies are complete after the step.
 
     Attributes:
-        last_step: losses of the micro-batches of the last step that ended.
+        last_step: micro-batch losses of the last completed step.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class StepLosses:
         self._parts: list[Tensor] = []
 
     def add(self, loss: Tensor) -> Tensor:
-        """Record the loss of a micro-batch and return it; if it is not finite, its gradients are all NaN.
+        """Record the loss of a micro-batch and return it; a NaN or infinite loss gets NaN as all its gradients.
 
-        An infinite loss may have finite gradients. DeepSpeed skips steps by the gradient norm and would take such a
-        step. A finite loss is returned bitwise identical.
+        An infinite loss can have finite gradients, and DeepSpeed, which checks only the gradient norm, would not skip
+        the step. A finite loss is returned unchanged.
         """
         self._parts.append(loss.detach().float().to("cpu", non_blocking=True))
         return loss * (1 + 0 * loss.detach())
@@ -62,7 +62,7 @@ def all_reduce_status(
 ) -> StepStatus:
     """Combine the status of a step over all ranks (collective): one all-reduce of four numbers on the host.
 
-    It takes 0.1 ms on one machine. On GPUs the device still runs the optimizer step in that time.
+    The all-reduce takes 0.1 ms on one machine; on GPUs it overlaps with the optimizer step.
 
     Raises:
         MachineError: some ranks skipped the step and others did not.

@@ -9,10 +9,10 @@ from hypermoe_ds.process import STOP_SIGNALS
 class StopSignals:
     """Record stop signals, so that the training loop can stop between two steps.
 
-    Signals that are already ignored stay ignored, as with `nohup` or a script's `&`.
+    Signals that the process already ignores, for example because of `nohup` or `&` in a script, stay ignored.
 
     Attributes:
-        seen: whether this rank has received one.
+        seen: whether this rank has received a stop signal.
     """
 
     def __init__(self) -> None:

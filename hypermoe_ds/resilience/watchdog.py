@@ -1,8 +1,8 @@
 """End a job if one of its ranks has died or hangs, and report which one.
 
 Each rank writes a heartbeat to RUN_DIR/watch every few seconds, from a thread that depends on no other rank. A rank
-reads the heartbeats of the others only if it makes no progress. A background process ends the rank if it cannot do so
-itself.
+that makes no progress reads the heartbeats of all ranks to find the cause. A background process kills a rank that
+cannot exit.
 """
 
 import faulthandler
@@ -24,17 +24,18 @@ import torch.distributed
 from torch.distributed import distributed_c10d as c10d
 
 from hypermoe_ds.errors import EXIT_FAULT, MachineError, UserError, print_error
-from hypermoe_ds.files import delete, write_whole
+from hypermoe_ds.files import delete, write_atomically
 from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, Heartbeat, heartbeat_path, read_heartbeat, read_heartbeats
 
-# Files that ranks write to RUN_DIR/watch.
+# Patterns of the files that the ranks write to RUN_DIR/watch.
 _WRITTEN = ("rank_*", "stack_*", "told_*", "speaker", f"{FAILURE_REPORT}*")
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
-# Arguments: process id, its start time, the failure report. A process that is stopped or waits for a disk cannot end
-# itself. The script ignores SIGTERM, which DeepSpeed's launcher sends to the children of a rank half a minute before it
-# kills them. It compares start times, because the process may end and its id be reused in the meantime.
+# Arguments of the script: process id, start time of the process, path of the failure report. A process that is stopped
+# or waits for a disk cannot end itself. The script ignores SIGTERM, which DeepSpeed's launcher sends to the children of
+# a rank 30 s before it kills them. The script compares start times, because the operating system may reuse the id of a
+# process that has ended.
 _END_WITH_REPORT = f"""
 trap '' TERM
 runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
@@ -52,15 +53,15 @@ Item = TypeVar("Item")
 class Watchdog:
     """Watch this rank's progress, and check the other ranks if it makes none.
 
-    Before the first `begin` a rank may take as long as it needs. Until then only a dead or silent rank counts as lost.
+    The timeout applies from the first `begin`. Until then, only a dead or silent rank counts as lost.
 
     Args:
         folder: RUN_DIR/watch, which all ranks share.
         rank: this rank.
         ranks: number of ranks.
         timeout: seconds without progress after which the job is ended.
-        err: where the failure report is printed; None takes stderr.
-        show: shows what this rank does: the step, the part of it, and how many items of how many are done.
+        err: stream for the failure report; None selects stderr.
+        show: called at each `begin` with the same arguments, to show progress.
     """
 
     def __init__(
@@ -85,12 +86,12 @@ class Watchdog:
         self._finished = Event()
 
     def begin(self, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
-        """Note that this rank begins a part of a step; if the part exceeds the timeout, a rank is lost.
+        """Record that this rank begins a part of a step; search for a lost rank if the part exceeds the timeout.
 
         Args:
             step: optimizer step.
-            doing: the part.
-            done: items of it that are done.
+            doing: name of the part.
+            done: number of items of the part that are done.
             total: number of items, if known.
         """
         self._show(step, doing, done, total)
@@ -101,9 +102,9 @@ class Watchdog:
             self._progressed = time.monotonic()
 
     def each(self, batches: Iterable[Item], doing: str, total: int | None = None) -> Iterator[Item]:
-        """Yield the batches; waiting for each one, and using it, are parts of the step.
+        """Yield the batches; waiting for a batch and using it count as two parts of the step.
 
-        A rank that waits for data has therefore begun fewer parts than the ranks that wait for it in a collective.
+        A rank that waits for data has therefore begun fewer parts than ranks that wait in a collective.
         """
         iterator = iter(batches)
         for done in count():
@@ -135,7 +136,7 @@ class Watchdog:
                 thread.join()
 
     def note_end(self, saved: bool) -> None:
-        """Note in the heartbeat that this rank has finished."""
+        """Record in the heartbeat that this rank has finished."""
         self._note_end("saved" if saved else "done")
 
     def _prepare(self) -> None:
@@ -158,7 +159,7 @@ class Watchdog:
 
     @contextmanager
     def _killer(self) -> Iterator[None]:
-        """Run the background process that kills this rank if there is a failure report and it does not end."""
+        """Run the background process that kills this rank if it does not exit after a failure report."""
         command = ["sh", "-c", _END_WITH_REPORT, "sh", str(os.getpid()), start_time(), str(self._report)]
         closed = subprocess.DEVNULL  # an inherited pipe would keep the launcher waiting
         process = subprocess.Popen(command, start_new_session=True, stdin=closed, stdout=closed, stderr=closed)
@@ -171,7 +172,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._finished.wait(self._period):
             if self._is_replaced():
-                os._exit(EXIT_FAULT)  # this host was cut off, and the job was started again without it
+                os._exit(EXIT_FAULT)  # this host lost its connection, and the job was restarted without it
             self._beat()
             if self._is_overdue() or self._report.exists():
                 self._end_job()
@@ -201,7 +202,7 @@ class Watchdog:
     def _end_job(self) -> None:
         """Write the stacks of this process, find the lost rank, report it and exit.
 
-        It returns only if this rank made progress after all, or if it has not begun to train and no rank is lost.
+        Return only if this rank has made progress meanwhile, or if it has not begun to train and no rank is lost.
         """
         with self._ending:
             self._beat()
@@ -219,12 +220,12 @@ class Watchdog:
             self._note_end("lost")
             with suppress(OSError):
                 self._print_report(findings)
-            os._exit(EXIT_FAULT)  # the main thread may be in a call that no exception interrupts
+            os._exit(EXIT_FAULT)  # an exception cannot interrupt a blocking call of the main thread
 
     def _print_report(self, findings: str | None) -> None:
         """Print the failure report once per host.
 
-        The first rank writes and prints it. One rank on every other host repeats it.
+        The first rank writes and prints the report. One rank on every other host prints it again.
         """
         printed = self._folder / f"told_{self._heartbeat.host}"
         try:
@@ -236,20 +237,20 @@ class Watchdog:
         else:
             print_error(str(findings), self._err)
             printed.touch()  # before other ranks can read the report
-            write_whole(self._report, f"{findings}\n")
+            write_atomically(self._report, f"{findings}\n")
 
     def _wait_for_report(self) -> None:
-        """Wait until another rank has written the report, which may be ended before it has."""
+        """Wait until another rank has written the report; give up after 10 s, because that rank may have died."""
         for _ in range(_SECONDS_TO_END * 10):
             if self._report.exists():
                 return
             time.sleep(0.1)
 
     def _find_lost_ranks(self) -> str:
-        """Report the ranks that failed, else those that are silent or finished, else those that are behind.
+        """Report failed ranks; if none failed, silent or finished ranks; otherwise the slowest ranks.
 
         Returns:
-            The failure report; empty if all ranks are alive and this one may still begin to train.
+            The failure report; empty if all ranks are alive and this rank has not begun to train.
         """
         before = read_heartbeats(self._folder)
         absent = [rank for rank in range(self._ranks) if rank not in before]
@@ -260,7 +261,7 @@ class Watchdog:
             time.sleep(self._period)
             self._beat()
         after = read_heartbeats(self._folder)
-        if failed := _failed(after):  # a killed process closes its connections some time before it disappears
+        if failed := _failed(after):  # a killed process closes its connections shortly before it disappears
             return self._failure_report(failed)
         silent = [heartbeat for rank, heartbeat in after.items() if before.get(rank) == heartbeat]
         if silent:
@@ -274,7 +275,7 @@ class Watchdog:
         return self._report_slowest(after)
 
     def _report_slowest(self, heartbeats: dict[int, Heartbeat]) -> str:
-        """Report the ranks that have begun the fewest parts; every rank is alive."""
+        """Report the live ranks that have begun the fewest parts."""
         least = min(heartbeat.passed for heartbeat in heartbeats.values())
         slowest = [heartbeat for heartbeat in heartbeats.values() if heartbeat.passed == least]
         if len(slowest) < self._ranks:
@@ -296,23 +297,23 @@ def _failed(heartbeats: dict[int, Heartbeat]) -> list[str]:
 
 
 def _last_seen(heartbeat: Heartbeat, state: str) -> str:
-    """Describe a rank; its heartbeat is some seconds old."""
+    """Describe a rank by its last heartbeat, which is a few seconds old."""
     return f"{heartbeat.describe()} {state}, last seen in {heartbeat.position()}"
 
 
 def start_time() -> str:
-    """Return the start time of this process in clock ticks since boot; with the process id it is unique."""
+    """Return the start time of this process in clock ticks since boot, which identifies it together with its id."""
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def limit_collectives(seconds: float) -> None:
-    """Set the timeout of every process group, also of DeepSpeed's expert groups, whose default is 30 minutes."""
+    """Set the timeout of every process group, including DeepSpeed's expert groups; the default is 30 minutes."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Return whether a collective failed; gloo raises a bare RuntimeError."""
+    """Return whether a collective failed; gloo raises a plain RuntimeError."""
     if isinstance(error, UserError | MachineError):
         return False
     return isinstance(error, torch.distributed.DistError) or (

@@ -9,7 +9,7 @@ from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.losses import LossMeter
 from hypermoe_ds.monitor.memory import MemoryMeter
-from hypermoe_ds.monitor.routing import StepMeter
+from hypermoe_ds.monitor.routing import RoutingMeter
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.similarity import hyper_expert_similarity
 from hypermoe_ds.monitor.step_clock import Part, StepClock
@@ -62,7 +62,7 @@ class Recorder(StepObserver):
         self._profiler = profiler
         self._losses = LossMeter()
         self._memory = MemoryMeter()
-        self._routing = StepMeter(engine.module.config.num_experts)
+        self._routing = RoutingMeter(engine.module.config.num_experts)
 
     def begin(self, step: int) -> None:
         """Decide what to measure in a step and start the profiler if it is due."""

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from hypermoe_ds.config import LARGEST_COUNT, Settings
 
 
-def as_whole_number(value: Any) -> Any:
+def integral_to_int(value: Any) -> Any:
     """Convert a float without a fraction, such as 300e9 in YAML, to an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -24,7 +24,7 @@ class TrainConfig(Settings):
         le=LARGEST_COUNT,
         description="length of the run and of its schedule in optimizer steps, unless `train.tokens` is set",
     )
-    tokens: Annotated[int | None, BeforeValidator(as_whole_number)] = Field(
+    tokens: Annotated[int | None, BeforeValidator(integral_to_int)] = Field(
         None,
         ge=1,
         le=LARGEST_COUNT**3,

@@ -64,7 +64,7 @@ class StepMonitor:
         Raises:
             MachineError: some ranks skipped the step and others did not.
         """
-        # DeepSpeed decides by the gradient norm, which is the same on all ranks.
+        # DeepSpeed decides from the gradient norm whether to skip a step, and the norm is the same on all ranks.
         skipped = bool(self._engine.optimizer.overflow)
         losses = self._losses.end_step()
         return all_reduce_status(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)

@@ -32,7 +32,7 @@ from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import hyper_experts
 from hypermoe_ds.monitor.losses import LossMeter
-from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
+from hypermoe_ds.monitor.routing import RoutingMeter, StepStatistics
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
@@ -77,7 +77,7 @@ class Watcher(StepObserver):
     def __init__(self, num_experts: int) -> None:
         self.logs = True
         self._losses = LossMeter()
-        self._meter = StepMeter(num_experts)
+        self._meter = RoutingMeter(num_experts)
         self._routing: list[StepRouting] = []
 
     def observe(self, output: Any) -> None:

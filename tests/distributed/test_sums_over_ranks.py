@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hypermoe_ds.data.loader import validation_batches
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 from hypermoe_ds.monitor.losses import LossMeter
-from hypermoe_ds.monitor.routing import StepMeter, StepStatistics
+from hypermoe_ds.monitor.routing import RoutingMeter, StepStatistics
 from hypermoe_ds.training.evaluation import Evaluation, evaluate
 from tests.helpers.ranks import run_on_ranks
 
@@ -62,13 +62,13 @@ def output_of(number: int) -> Any:
     losses = torch.rand(4, generator=generator)
     norms_2 = torch.rand(2, generator=generator) + 0.5
     return SimpleNamespace(
-        loss=losses[0], lm_loss=losses[1], aux_loss=losses[2], z_loss=losses[3], branch_norms=(norms_2,),
+        loss=losses[0], lm_loss=losses[1], aux_loss=losses[2], z_loss=losses[3], hyper_expert_norms=(norms_2,),
         router_logits=(logits_TN,), selected_experts=(logits_TN.topk(K).indices,),
     )  # fmt: skip
 
 
 def meter_on_rank() -> tuple[StepStatistics, dict[str, float]]:
-    meter, losses = StepMeter(N), LossMeter()
+    meter, losses = RoutingMeter(N), LossMeter()
     for micro_batch in range(2):
         output = output_of(2 * torch.distributed.get_rank() + micro_batch)
         meter.add(output)
@@ -77,7 +77,7 @@ def meter_on_rank() -> tuple[StepStatistics, dict[str, float]]:
 
 
 def test_statistics_over_ranks_are_those_of_all_micro_batches_together() -> None:
-    alone, outputs = StepMeter(N), [output_of(number) for number in range(4)]
+    alone, outputs = RoutingMeter(N), [output_of(number) for number in range(4)]
     for output in outputs:
         alone.add(output)
     expected = alone.read()

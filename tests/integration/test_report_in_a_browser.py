@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hypermoe_ds.report.page import bins_of, build_page
+from hypermoe_ds.report.page import bins_per_run, build_page
 from hypermoe_ds.report.reading import read_run
 from tests.helpers.synthetic_runs import write_run
 
@@ -39,7 +39,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     made = {}
     for count in (1, 2):
         made[count] = folder / f"{count}.html"
-        made[count].write_text(build_page([read_run(run, run.name, bins_of(count)) for run in runs[:count]]))
+        made[count].write_text(build_page([read_run(run, run.name, bins_per_run(count)) for run in runs[:count]]))
     return made
 
 

@@ -142,11 +142,11 @@ from pathlib import Path
 from hypermoe_ds.cluster import supervisor
 from hypermoe_ds.cluster.training_command import TrainingCommand
 from hypermoe_ds.cluster.attempts import Limits
-from hypermoe_ds.cluster.host_selection import HostChoice
+from hypermoe_ds.cluster.host_selection import HostSelector
 
 supervisor._FIRST_PAUSE = 0.1
 command = TrainingCommand.read(sys.argv[1:])
-choice = HostChoice(Path("all"), command, [sys.executable, "preflight.py"], "zero1.json")
+choice = HostSelector(Path("all"), command, [sys.executable, "preflight.py"], "zero1.json")
 choice.hosts = []
 sys.exit(supervisor.Supervisor(command, Limits(4, 100), choice).run())
 """

@@ -53,7 +53,7 @@ def test_imported_models_get_hyper_experts_that_start_at_zero_and_have_gradients
     model = HyperMoEForCausalLM(weights.config)
     model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=False)
     output = model.train()(input_ids=ids(), labels=ids(), output_router_logits=True)
-    assert [float(norms[1]) for norms in output.branch_norms] == [0.0, 0.0]
+    assert [float(norms[1]) for norms in output.hyper_expert_norms] == [0.0, 0.0]
     output.loss.backward()
     assert float(model.model.hypernetwork.up_weight.weight.grad.norm()) > 0
     embedding = model.model.layers[0].hyper_experts.encoder.expert_embedding.weight

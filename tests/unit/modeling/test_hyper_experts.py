@@ -17,7 +17,7 @@ from hypermoe_ds.modeling.hyper_experts import (
     SelectionEncoder,
     generate_ahead,
 )
-from hypermoe_ds.modeling.selections import all_sets, distinct_sets, rank_sets
+from hypermoe_ds.modeling.selections import all_selections, distinct_selections, selection_ids
 
 FORMS = ("per_set", "factored", "per_token", "auto")
 SHAPES = sorted({(N, K) for N in (1, 2, 4, 8, 16, 32, 64) for K in (1, 2, 4, 8, N) if K <= N})
@@ -203,7 +203,7 @@ def test_distinct_sets_match_python_sets(N: int, K: int) -> None:
     pool = random_selection(90, N, K)
     selected = pool[torch.randint(0, 90, (400,))]
     selected = selected.gather(1, torch.rand(400, K).argsort(dim=1))
-    sets, inverse = distinct_sets(selected, N)
+    sets, inverse = distinct_selections(selected, N)
     wanted = [frozenset(row) for row in selected.tolist()]
     found = [frozenset(row) for row in sets.tolist()]
     assert len(set(found)) == len(found) == len(set(wanted))
@@ -213,19 +213,19 @@ def test_distinct_sets_match_python_sets(N: int, K: int) -> None:
 @pytest.mark.parametrize("N", [25, 62, 63, 64, 65, 100, 125, 128])
 def test_different_pairs_of_experts_have_different_keys(N: int) -> None:
     pairs = torch.tensor(list(itertools.combinations(range(N), 2)))
-    sets, inverse = distinct_sets(pairs[torch.randperm(len(pairs))], N)
+    sets, inverse = distinct_selections(pairs[torch.randperm(len(pairs))], N)
     assert len(sets) == math.comb(N, 2)
     assert inverse.unique().numel() == math.comb(N, 2)
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (8, 1), (8, 2), (8, 7), (8, 8), (16, 4), (64, 2), (64, 63), (128, 127)])
 def test_every_set_has_a_unique_rank_for_any_order_of_its_experts(N: int, K: int) -> None:
-    sets = all_sets(N, K, torch.device("cpu"))
+    sets = all_selections(N, K, torch.device("cpu"))
     wanted = {frozenset(experts) for experts in itertools.combinations(range(N), K)}
     assert {frozenset(row) for row in sets.tolist()} == wanted
     assert len(sets) == len(wanted)
     shuffled = sets.gather(1, torch.rand(len(sets), K).argsort(dim=1))
-    assert rank_sets(shuffled, N).tolist() == list(range(len(sets)))
+    assert selection_ids(shuffled, N).tolist() == list(range(len(sets)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -345,12 +345,12 @@ def test_routing_is_returned_on_request_for_every_moe_layer(variant: str) -> Non
     for scores, selected in zip(output.router_logits, output.selected_experts, strict=True):
         assert torch.equal(selected.sort(-1).values, scores.topk(K).indices.sort(-1).values)
     if config.hypernetwork:
-        assert [tuple(norms.shape) for norms in output.branch_norms] == [(2,)] * layers
+        assert [tuple(norms.shape) for norms in output.hyper_expert_norms] == [(2,)] * layers
     else:
-        assert output.branch_norms is None
+        assert output.hyper_expert_norms is None
 
     silent = model(input_ids=ids, labels=ids)
-    assert silent.router_logits is silent.selected_experts is silent.branch_norms is None
+    assert silent.router_logits is silent.selected_experts is silent.hyper_expert_norms is None
 
 
 def test_branch_norms_are_norms_of_experts_and_hyper_experts() -> None:
@@ -361,7 +361,7 @@ def test_branch_norms_are_norms_of_experts_and_hyper_experts() -> None:
         seen.append(pair)
         layer.mlp.register_forward_hook(lambda _module, _inputs, output, pair=pair: pair.insert(0, output))
         layer.hyper_experts.register_forward_hook(lambda _module, _inputs, output, pair=pair: pair.append(output))
-    norms = model(input_ids=ids, output_router_logits=True).branch_norms
+    norms = model(input_ids=ids, output_router_logits=True).hyper_expert_norms
     for layer_norms, pair in zip(norms, seen, strict=True):
         assert layer_norms.tolist() == pytest.approx([part.norm().item() for part in pair], rel=1e-5)
 

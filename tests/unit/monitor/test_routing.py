@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypermoe_ds.monitor.routing import StepMeter, count_distinct
+from hypermoe_ds.monitor.routing import RoutingMeter, count_distinct
 from tests.helpers.synchronisations import Synchronisations
 
 T, MICRO_BATCHES, LAYERS = 40, 3, 2
@@ -35,20 +35,21 @@ def case(experts: int, chosen: int, seed: int = 0) -> Case:
     )
 
 
-def outputs(step: Case, branch_norms: bool = True) -> list[Any]:
+def outputs(step: Case, with_hyper_experts: bool = True) -> list[Any]:
+    norms = [tuple(torch.tensor(layer).float() for layer in norms) for norms in step.norms]
     return [
         SimpleNamespace(
             loss=torch.tensor(1.0),
             router_logits=tuple(torch.tensor(layer, requires_grad=True) for layer in step.logits[number]),
             selected_experts=tuple(torch.tensor(layer) for layer in step.selected[number]),
-            branch_norms=tuple(torch.tensor(layer).float() for layer in step.norms[number]) if branch_norms else None,
+            hyper_expert_norms=norms[number] if with_hyper_experts else None,
         )
         for number in range(MICRO_BATCHES)
     ]
 
 
 def read(step: Case, experts: int, **kwargs: Any) -> Any:
-    meter = StepMeter(experts)
+    meter = RoutingMeter(experts)
     for output in outputs(step, **kwargs):
         meter.add(output)
     return meter.read()
@@ -79,7 +80,7 @@ def test_statistics_are_means_over_micro_batches(experts: int, chosen: int) -> N
 
 
 def test_read_resets_the_meter() -> None:
-    meter = StepMeter(4)
+    meter = RoutingMeter(4)
     for seed in (1, 2):
         step = case(4, 2, seed)
         for output in outputs(step):
@@ -88,15 +89,15 @@ def test_read_resets_the_meter() -> None:
 
 
 def test_moe_without_hyper_experts_has_no_norm_ratio() -> None:
-    with_them, without = (read(case(4, 2), 4, branch_norms=has_norms).scalars for has_norms in (True, False))
+    with_them, without = (read(case(4, 2), 4, with_hyper_experts=has_norms).scalars for has_norms in (True, False))
     ratios = {f"hyper_expert_norm_ratio/moe_layer_{layer}" for layer in range(LAYERS)}
     assert with_them.keys() - without.keys() == ratios
     assert without == pytest.approx({key: with_them[key] for key in without})
 
 
 def test_dense_model_has_no_routing_statistics() -> None:
-    meter = StepMeter(4)
-    meter.add(SimpleNamespace(loss=torch.tensor(2.0), router_logits=(), selected_experts=(), branch_norms=None))
+    meter = RoutingMeter(4)
+    meter.add(SimpleNamespace(loss=torch.tensor(2.0), router_logits=(), selected_experts=(), hyper_expert_norms=None))
     statistics = meter.read()
     assert statistics.scalars == {}
     assert statistics.load_MN.numel() == 0
@@ -132,7 +133,7 @@ def test_count_distinct_matches_python_sets(experts: int, chosen: int, tokens: i
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 1), (8, 2), (70, 3)])
 def test_adding_a_micro_batch_does_not_wait_for_the_device(experts: int, chosen: int) -> None:
-    meter = StepMeter(experts)
+    meter = RoutingMeter(experts)
     with Synchronisations() as waits:
         for output in outputs(case(experts, chosen)):
             waits.seen.clear()  # ignore those that made the output

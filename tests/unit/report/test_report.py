@@ -18,7 +18,7 @@ import pytest
 
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.metrics import METRICS, PAGES
-from hypermoe_ds.report.page import bins_of, build_page
+from hypermoe_ds.report.page import bins_per_run, build_page
 from hypermoe_ds.report.reading import flat, labels, read_run
 from hypermoe_ds.report.summary import differing_settings, restarts, summary, trained_seconds
 from tests.helpers.synthetic_runs import write_run
@@ -104,7 +104,7 @@ def test_runs_with_the_same_name_have_distinct_labels() -> None:
 
 
 def test_page_has_every_metric_and_needs_no_other_file(run_dir: Path, other_dir: Path) -> None:
-    page = build_page([read_run(folder, folder.name, bins_of(2)) for folder in (run_dir, other_dir)])
+    page = build_page([read_run(folder, folder.name, bins_per_run(2)) for folder in (run_dir, other_dir)])
     assert re.findall(r"(?:src|href)=[\"'](?!#|data:)[^\"']+", page) == []
     assert re.findall(r"@import|url\((?!data:)", page) == []
     assert len(re.findall(r"</script>", page)) == 3, "a sample text ended a script"
@@ -155,7 +155,7 @@ def test_long_samples_and_odd_settings_fit_into_a_page(tmp_path: Path) -> None:
 
 
 def test_page_of_four_runs_is_below_three_megabytes(run_dir: Path, other_dir: Path) -> None:
-    runs = [read_run(folder, str(number), bins_of(4)) for number, folder in enumerate([run_dir, other_dir] * 2)]
+    runs = [read_run(folder, str(number), bins_per_run(4)) for number, folder in enumerate([run_dir, other_dir] * 2)]
     assert len(build_page(runs).encode()) < MOST_BYTES
 
 
@@ -167,7 +167,7 @@ def test_page_of_100_000_logged_steps_is_below_three_megabytes(tmp_path: Path) -
         for step in range(1, 100_001):
             line = templates[step % len(templates)]
             file.write(re.sub(r'"step": \d+, "time": [\d.]+', f'"step": {step}, "time": {step}', line, count=1) + "\n")
-    page = build_page([read_run(folder, "long", bins_of(1))])
+    page = build_page([read_run(folder, "long", bins_per_run(1))])
     assert 1_000_000 < len(page.encode()) < MOST_BYTES
     [run] = data_of(page)["runs"]
     assert max(max(group["step"]) for group in run["groups"]) == 100_000

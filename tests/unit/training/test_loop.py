@@ -333,7 +333,7 @@ def recorder_of(folder: Path, fp16: bool = False, **config: Any) -> tuple[Record
 def micro_batch(loss: float) -> Any:
     value = torch.tensor(loss)
     return SimpleNamespace(
-        loss=value, lm_loss=value, aux_loss=value, z_loss=value, branch_norms=None,
+        loss=value, lm_loss=value, aux_loss=value, z_loss=value, hyper_expert_norms=None,
         router_logits=(torch.zeros(3, 2),), selected_experts=(torch.tensor([[0], [1], [1]]),),
     )  # fmt: skip
 

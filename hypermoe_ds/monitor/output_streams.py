@@ -18,7 +18,7 @@ _VARIABLE = "HYPERMOE_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
-class Screen:
+class OutputStreams:
     """Output streams of a rank.
 
     Attributes:
@@ -34,14 +34,14 @@ class Screen:
     level: str
 
 
-def take_launchers_screen() -> None:
+def restore_terminal() -> None:
     """Print to the terminal of launch/local.sh, which redirects the output of DeepSpeed's launcher to a file."""
     folder = os.environ.get("HYPERMOE_SCREEN")
     for number, kept in ((1, 3), (2, 4)) if folder else ():
         with suppress(OSError):  # cannot be opened if it is a socket: keep the launcher's file
-            screen = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
-            os.dup2(screen, number)
-            os.close(screen)
+            terminal = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
+            os.dup2(terminal, number)
+            os.close(terminal)
 
 
 def log_level(verbose: bool) -> str | None:
@@ -59,7 +59,7 @@ def log_level(verbose: bool) -> str | None:
     return (given or ("info" if verbose else "")).upper() or None
 
 
-def open_screen(run_dir: Path, level: str | None) -> Screen:
+def redirect_output(run_dir: Path, level: str | None) -> OutputStreams:
     """Redirect stdout and stderr, also of C++ libraries, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
 
     Args:
@@ -72,7 +72,7 @@ def open_screen(run_dir: Path, level: str | None) -> Screen:
     if level is not None:
         logging.basicConfig(level=level)
         logging.getLogger("hypermoe_ds").propagate = False  # the console prints its messages
-        return Screen(sys.stdout, sys.stderr, None, level)
+        return OutputStreams(sys.stdout, sys.stderr, None, level)
     log = run_dir / "logs" / f"rank_{global_rank():05d}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -92,4 +92,4 @@ def open_screen(run_dir: Path, level: str | None) -> Screen:
     print(f"\n=== launch of {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}")
     faulthandler.enable()  # writes the stacks if a signal such as SIGSEGV kills the rank
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return Screen(out, err, log, "INFO")
+    return OutputStreams(out, err, log, "INFO")
