@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from hypermoe_ds.cluster.attempts import Attempt, HistoryFile, Limits, classify, decide
-from hypermoe_ds.cluster.host_selection import SelectedHosts, HostSelector
+from hypermoe_ds.cluster.host_selection import HostSelector, SelectedHosts
 from hypermoe_ds.cluster.job_processes import RANK_VARIABLES, JobProcesses
 from hypermoe_ds.cluster.training_command import HOSTS, TrainingCommand
 from hypermoe_ds.errors import EXIT_SAVED, UserError
