@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of elastic resume: a run saved under one layout continues under others."""
+"""Code that ranks run in the tests of elastic resume: save a run under one layout and resume it under others."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,23 +20,23 @@ LAYOUTS = tuple(Layout(ranks=ranks, expert=expert, stage=stage) for ranks, exper
 
 
 def name_of(layout: Layout) -> str:
-    """A layout in a few characters."""
+    """Return a short label of a layout."""
     return f"{layout.ranks} ranks EP {layout.expert} ZeRO {layout.stage}"
 
 
 def batches_from(layout: Layout, rank: int, step: int) -> Iterator[dict[str, Tensor]]:
-    """A rank's micro-batches from `step` on; the same sequences of a step under any layout."""
+    """Yield a rank's micro-batches from `step` on; each step uses the same sequences under any layout."""
     for tokens in random_tokens(5, BEFORE + AFTER, GLOBAL_BATCH, S + 1)[step:]:
         for block in tokens.chunk(layout.accumulation):
             own = block.chunk(layout.ranks)[rank]
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
 
 
-Ended = tuple[list[Step], Tensor]  # the steps after the checkpoint, the last logits
+Ended = tuple[list[Step], Tensor]  # the steps after the checkpoint, and the final logits
 
 
 def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
-    """Under each layout, of the same ranks: train, save in the background, continue."""
+    """For each layout, train, save a checkpoint in the background, and continue; all layouts use the same ranks."""
     return [_save(layout, folder) for layout, folder in zip(layouts, folders, strict=True)]
 
 
@@ -54,7 +54,7 @@ def _save(layout: Layout, folder: Path) -> Ended:
 
 
 def resume_each(layouts: list[Layout], folders: list[Path], again: list[Path]) -> list[Ended]:
-    """Resume each run under its new layout, of the same ranks, save it at once elsewhere, continue as above."""
+    """Resume each run under a new layout, save a copy at once, and continue; all layouts use the same ranks."""
     return [_resume(*run) for run in zip(layouts, folders, again, strict=True)]
 
 
@@ -71,7 +71,7 @@ def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
 
 
 def first_norms(layouts: list[Layout]) -> list[float]:
-    """Norm of the first step's gradient under each layout, of the same ranks."""
+    """Return the gradient norm of the first step under each layout; all layouts use the same ranks."""
     norms = []
     for layout in layouts:
         engine = engine_of(layout, BEFORE + AFTER)
@@ -82,7 +82,7 @@ def first_norms(layouts: list[Layout]) -> list[float]:
 
 
 def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
-    """Save the model as it is built, weights alone, then train: the steps."""
+    """Save only the initial weights, then train; return the steps."""
     engine = engine_of(layout, BEFORE + AFTER)
     checkpoints = manager_of(engine, RunFolder(folder))
     checkpoints.save(0, {"step": 0})
@@ -91,14 +91,14 @@ def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
 
 
 def train_untrained(layout: Layout, folder: Path) -> list[Step]:
-    """The same from the checkpoint, in an engine that was built with other weights."""
+    """Resume from the saved weights in an engine with different initial weights, then train; return the steps."""
     engine = build_engine_with_other_weights(layout)
     assert manager_of(engine, RunFolder(folder)).resume() == {"step": 0}
     return steps_on(engine, batches_from(layout, torch.distributed.get_rank(), 0), AFTER)
 
 
 def build_engine_with_other_weights(layout: Layout) -> Any:
-    """Every weight is one and a half times what it would be."""
+    """Build an engine whose initial weights are 1.5 times the usual ones."""
     initialise = HyperMoEForCausalLM.__init__
 
     def larger(model: HyperMoEForCausalLM, *arguments: Any) -> None:
@@ -107,11 +107,11 @@ def build_engine_with_other_weights(layout: Layout) -> Any:
             for parameter in model.parameters():
                 parameter.mul_(1.5)
 
-    HyperMoEForCausalLM.__init__ = larger  # type: ignore[method-assign] (this process runs nothing else)
+    HyperMoEForCausalLM.__init__ = larger  # type: ignore[method-assign] (only affects this test process)
     return engine_of(layout, BEFORE + AFTER)
 
 
 def with_one_micro_batch(layout: Layout) -> Layout:
-    """The same in micro-batches of two sequences, where experts' loads are counted; accumulation follows the ranks."""
+    """Return the layout with micro-batches of two sequences, over each of which the expert loads are counted."""
     accumulation = GLOBAL_BATCH // layout.ranks // 2
     return replace(layout, accumulation=accumulation, model={"router_aux_loss_scope": "micro_batch"})

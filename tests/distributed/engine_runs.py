@@ -1,4 +1,4 @@
-"""What the ranks do in the tests: training runs through the engine."""
+"""Code that ranks run in the tests: training runs with the DeepSpeed engine."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -61,10 +61,10 @@ def ds_config_of(layout: Layout) -> dict[str, Any]:
 
 
 def engine_of(layout: Layout, steps: int = STEPS) -> Any:
-    """An engine whose learning rate falls to `LAST_RATE` of the first in step `steps`."""
+    """Build an engine whose learning rate falls to `LAST_RATE` times its first value at step `steps`."""
     wake_hypernetwork()
     if layout.form is not None:
-        hyper_experts.cheaper_form = lambda *_: layout.form  # this process runs nothing else
+        hyper_experts.cheaper_form = lambda *_: layout.form  # only affects this test process
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     schedule = ScheduleConfig(name="linear", min_lr_ratio=LAST_RATE)
     train = train_config(layout, steps)
@@ -72,7 +72,7 @@ def engine_of(layout: Layout, steps: int = STEPS) -> Any:
 
 
 class Watcher(StepObserver):
-    """Stands where the recorder stands in the loop."""
+    """Minimal replacement of the recorder: collects losses and routing."""
 
     def __init__(self, num_experts: int) -> None:
         self.logs = True
@@ -86,20 +86,20 @@ class Watcher(StepObserver):
         self._routing.append(routing_of(output))
 
     def read(self) -> StepStatistics:
-        """Losses and routing statistics of the step just taken, over all ranks (collective)."""
+        """Return the losses and routing statistics of the last step over all ranks (collective)."""
         routing = self._meter.read()
         return StepStatistics(self._losses.read() | routing.scalars, routing.load_MN)
 
     def read_routing(self) -> StepRouting:
-        """The routing of the step just taken, of all ranks (collective)."""
-        whole = of_all_ranks(self._routing)
+        """Return the routing of the last step over all ranks (collective)."""
+        routing = of_all_ranks(self._routing)
         self._routing.clear()
-        return whole
+        return routing
 
 
 @dataclass
 class Step:
-    """A step of a run: its numbers, and what all its tokens were routed to."""
+    """Loss, gradient norm and routing of one step."""
 
     loss: float
     grad_norm: float
@@ -112,7 +112,7 @@ class Step:
 
 @dataclass
 class RankRun:
-    """What one rank saw of a run."""
+    """Results of a run on one rank."""
 
     first_logits: Tensor
     steps: list[StepStatistics]
@@ -125,7 +125,7 @@ class RankRun:
 
 
 def train_on_rank(layout: Layout) -> RankRun:
-    """`STEPS` steps, with the logits of the rank's probe before and after."""
+    """Train `STEPS` steps, and compute the logits of the rank's probe batch before and after."""
     rank = torch.distributed.get_rank()
     engine = engine_of(layout)
     routers = [module for name, module in engine.module.named_modules() if name.endswith("mlp.router")]
@@ -152,7 +152,7 @@ def _hooks(routers: list[nn.Module]) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counter of the operations that run inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Operations(TorchDispatchMode):
 
 
 def operations_of_a_step(layout: Layout) -> Counter[str]:
-    """The operations of DeepSpeed's step after one micro-batch, on this rank."""
+    """Count the operations of DeepSpeed's optimizer step after one micro-batch, on this rank."""
     engine = engine_of(layout)
     batch = next(batches_of_rank(layout, torch.distributed.get_rank()))
     engine.backward(engine(input_ids=batch["input_ids"], shift_labels=batch["labels"], use_cache=False).loss)
@@ -198,7 +198,11 @@ def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> l
 
 
 def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ...]:
-    """Train to `SAVED_STEP`, save, continue to the end; the logits when saved, the steps after, the logits then."""
+    """Train to `SAVED_STEP`, save, and continue to the end.
+
+    Returns:
+        The logits at the checkpoint, the steps after it, and the logits at the end.
+    """
     rank = torch.distributed.get_rank()
     engine, run = engine_of(layout), RunFolder(folder)
     batches = batches_of_rank(layout, rank)
@@ -214,7 +218,7 @@ def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ..
 
 
 def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
-    """The same from the checkpoint on."""
+    """Resume from the checkpoint and continue to the end; return the same results as `save_on_rank`."""
     rank = torch.distributed.get_rank()
     engine = engine_of(layout)
     state = manager_of(engine, RunFolder(folder)).resume()
@@ -229,16 +233,19 @@ def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
 def resume_into_each(
     layout: Layout, folder: Path, others: list[dict[str, Any]], named: bool = True
 ) -> list[tuple[str, bool]]:
-    """Save a model, then resume into others: the errors, and whether a weight was changed.
+    """Save a model, then try to resume the checkpoint with other models.
 
     Args:
-        layout: of all.
+        layout: layout of all models.
         folder: the run folder.
-        others: fields of the other models.
-        named: whether the checkpoint says which model it is of.
+        others: configuration fields of the other models.
+        named: whether the checkpoint records its model's configuration.
+
+    Returns:
+        For each other model, the error, and whether any of its weights changed.
     """
     if not named:
-        EngineState.model = lambda _self: {}  # type: ignore[method-assign] (this process runs nothing else)
+        EngineState.model = lambda _self: {}  # type: ignore[method-assign] (only affects this test process)
     checkpoints = manager_of(engine_of(layout), RunFolder(folder))
     checkpoints.save(0, {"step": 0})
     checkpoints.finish()

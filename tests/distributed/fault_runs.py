@@ -1,4 +1,4 @@
-"""What the ranks do in the trials of faults: they save tensors of their own, an engine's stand-in."""
+"""Code that ranks run in the checkpoint fault tests: save checkpoints of a small replacement of the engine's state."""
 
 import errno
 import logging
@@ -23,7 +23,7 @@ NUMEL = 200_000
 
 
 class Part:
-    """A rank's half of one parameter; its values say which step wrote them."""
+    """Replacement of `EngineState`: one rank's half of a parameter, whose values are the number of the step."""
 
     device = torch.device("cpu")
 
@@ -49,15 +49,15 @@ class Part:
 
 
 def manager_of(folder: Path, **config: Any) -> tuple[CheckpointManager, Part]:
-    """A manager of this rank's part."""
-    manager.EngineState = Part  # type: ignore[assignment,misc] (this process runs nothing else)
+    """Build a checkpoint manager that saves a `Part`."""
+    manager.EngineState = Part  # type: ignore[assignment,misc] (only affects this test process)
     checkpoints = CheckpointManager(Part(None), folder / "checkpoints", CheckpointConfig(**config), {})
     part: Part = checkpoints._state  # type: ignore[assignment]
     return checkpoints, part
 
 
 def save_without_end(folder: Path, asynchronous: bool) -> None:
-    """Resume, then save step after step until killed; rank 0 notes the steps whose save has ended."""
+    """Resume, then save every step until killed; each rank records the steps whose save has completed."""
     checkpoints, part = manager_of(folder, asynchronous=asynchronous, verify="full")
     state = checkpoints.resume()
     step = 0 if state is None else state["step"]
@@ -76,7 +76,11 @@ def save_without_end(folder: Path, asynchronous: bool) -> None:
 def save_steps(
     folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None
 ) -> tuple[int, str | None, list[str]]:
-    """Resume and save up to `last`, on rank 1 without success at `fails_at`; the step resumed from, an error, a log."""
+    """Resume and save every step up to `last`; the save of `fails_at` fails on rank 1.
+
+    Returns:
+        The step resumed from, the error or None, and the log messages.
+    """
     checkpoints, part = manager_of(folder, **config)
     write = manager.write_shard
 
@@ -86,9 +90,9 @@ def save_steps(
         return write(partial, rank, tensors)
 
     manager.write_shard = write_or_fail
-    told: list[str] = []
+    messages: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     ours = logging.getLogger("hypermoe_ds")
     ours.setLevel(logging.INFO)
     ours.addHandler(listener)
@@ -102,12 +106,12 @@ def save_steps(
             checkpoints.save(step, {"step": step})
         checkpoints.finish()
     except (UserError, MachineError) as error:
-        return resumed, str(error), told
-    return resumed, None, told
+        return resumed, str(error), messages
+    return resumed, None, messages
 
 
 def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | None]:
-    """Save two steps, then three with a NaN in rank 1's part; errors that were raised, the last good checkpoint."""
+    """Save two steps, then three with a NaN on rank 1; return the errors and the last good checkpoint."""
     checkpoints, part = manager_of(folder, asynchronous=asynchronous, keep_last=1)
     raised = []
     for step in range(1, 6):
@@ -123,7 +127,7 @@ def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | 
 
 
 def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str | None]:
-    """Save good steps 1 to 3, then 4 and 5 in a row of bad ones; the last good, then with 3 damaged, then 2 and 1."""
+    """Save good steps 1 to 3 and bad steps 4 and 5; return the last good checkpoint after damaging 5, 3, 2 and 1."""
     checkpoints, part = manager_of(folder, keep_last=1, asynchronous=False, verify="sizes")
     for step in range(1, 6):
         part.values.fill_(step)
@@ -140,16 +144,16 @@ def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str 
 
 
 def save_on_full_disk(folder: Path) -> list[str]:
-    """Save until the disk is full although it was said to have room; then once more with room made."""
+    """Save until the disk is full, with a faked measurement of free space; then free space and save once more."""
     manager.shutil.disk_usage = lambda _: _Plenty  # type: ignore[attr-defined]
     checkpoints, part = manager_of(folder, asynchronous=False, keep_last=9)
-    told = []
+    errors = []
     for step in range(1, 9):
         part.values.fill_(step)
         try:
             checkpoints.save(step, {"step": step})
         except MachineError as error:
-            told.append(str(error))
+            errors.append(str(error))
             break
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -157,11 +161,11 @@ def save_on_full_disk(folder: Path) -> list[str]:
     torch.distributed.barrier()
     part.values.fill_(20)
     checkpoints.save(20, {"step": 20})
-    return told
+    return errors
 
 
-def save_after_the_folder_went(folder: Path, aside: Path) -> list[str]:
-    """Save, then again with another folder in the place of the run's, as where it was unmounted."""
+def save_after_the_folder_was_replaced(folder: Path, aside: Path) -> list[str]:
+    """Save, then replace the run folder by an empty one, as after an unmount, and save again; return the errors."""
     checkpoints, part = manager_of(folder)
     part.values.fill_(1)
     checkpoints.save(1, {"step": 1})
@@ -171,16 +175,16 @@ def save_after_the_folder_went(folder: Path, aside: Path) -> list[str]:
         folder.rename(aside)
         folder.mkdir()
     torch.distributed.barrier()
-    told = []
+    errors = []
     try:
         checkpoints.save(2, {"step": 2})
     except MachineError as error:
-        told.append(str(error))
-    return told
+        errors.append(str(error))
+    return errors
 
 
-def see_a_failed_save(folder: Path) -> tuple[bool, bool]:
-    """Whether a failed save in the background is known, before it is waited for and after the next one."""
+def report_failed_save(folder: Path) -> tuple[bool, bool]:
+    """Return whether a failed background save is reported after it fails, and after the next save succeeds."""
     checkpoints, _ = manager_of(folder)
     write, manager.write_shard = manager.write_shard, _full
     checkpoints.save(1, {"step": 1})

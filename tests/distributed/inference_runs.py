@@ -1,4 +1,4 @@
-"""What ranks run to load an exported model split between them, for test_inference_plans.py."""
+"""Code that ranks run to load a sharded exported model, for test_inference_plans.py."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ import hypermoe_ds.modeling  # noqa: F401 (registers the model)
 
 
 def load_and_run(folders: list[Path], ids_BS: Tensor, sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """Load each folder split over the ranks; logits, greedy continuation and this rank's share of the split weights."""
+    """Load each folder sharded over the ranks.
+
+    Returns:
+        For each folder, the logits, the greedy continuation and this rank's shard of the weights.
+    """
     results = []
     for folder in folders:
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes)).eval()

@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of metrics: steps whose norms are measured, and measured again naively."""
+"""Code that ranks run in the tests of metrics: measure norms with the product and with a naive computation."""
 
 import re
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ PATTERNS = {
 
 
 def named_group(name: str) -> str:
-    """The group of a parameter, by patterns of their own."""
+    """Return the group of a parameter, by patterns that are independent of the product's."""
     [*found] = [group for group, pattern in PATTERNS.items() if re.search(pattern, name)]
     assert len(found) <= 1, name
     return found[0] if found else "rest"
 
 
 class Norms(StepObserver):
-    """Measures the gradients of each step."""
+    """Observer that measures the gradients of each step."""
 
     def __init__(self, engine: Any) -> None:
         self.norms = ParameterNorms(engine, OPTIMIZER)
@@ -45,7 +45,7 @@ class Norms(StepObserver):
 
 
 class MeasuredStep(NamedTuple):
-    """Norms of a step by the product, and by the differences of the weights.
+    """Norms of a step, measured by the product and computed from the weight differences.
 
     Attributes:
         global_norm: DeepSpeed's.
@@ -60,13 +60,13 @@ class MeasuredStep(NamedTuple):
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
-    """A copy of what this rank owns of the fp32 weights."""
+    """Copy this rank's part of the fp32 weights."""
     parts = EngineState(engine).tensors()
     return {key.removeprefix("weight/"): part.clone() for key, part in parts if key.startswith("weight/")}
 
 
 def summed_squares(parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Sums of squares by group, over all ranks."""
+    """Return the sums of squares by group, over all ranks."""
     sums = dict.fromkeys(("experts", "hypernetwork", "routers", "rest"), 0.0)
     for name, part in parts.items():
         sums[named_group(name)] += float(part.double().square().sum())
@@ -76,7 +76,7 @@ def summed_squares(parts: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def measure_each(layouts: list[Layout]) -> list[list[MeasuredStep]]:
-    """Three steps under each layout."""
+    """Measure three steps under each layout."""
     return [_measure(layout) for layout in layouts]
 
 
@@ -97,8 +97,8 @@ def _measure(layout: Layout) -> list[MeasuredStep]:
     return steps
 
 
-def plain_gradient_norms() -> dict[str, float]:
-    """Norms of the first step's gradient by group, of the unconverted model on the whole batch."""
+def serial_gradient_norms() -> dict[str, float]:
+    """Return the gradient norms by group of the first step of the serial run."""
     torch.manual_seed(SEED)
     network = HyperMoEForCausalLM(HyperMoEConfig(**SMALL))
     step = training_tokens()[0]
@@ -112,7 +112,7 @@ def plain_gradient_norms() -> dict[str, float]:
 
 
 class Shown(NamedTuple):
-    """What a rank showed of a model.
+    """Metrics and outputs of a model on one rank.
 
     Attributes:
         similarity: by the product.
@@ -133,7 +133,7 @@ PROMPT, NEW_TOKENS = [5, 17, 3, 99], 12
 
 
 def show_each(layouts: list[Layout]) -> list[Shown]:
-    """Similarity, logits without HyperExperts and a sample, under each layout."""
+    """Return similarity, logits without HyperExperts and a sample, for each layout."""
     return [_show(layout) for layout in layouts]
 
 
@@ -156,7 +156,7 @@ def _show(layout: Layout) -> Shown:
 
 
 def _pairs(weights: HyperExpertWeights) -> float:
-    """Mean cosine over all pairs of generated weights, in fp64."""
+    """Return the mean cosine over all pairs of generated weights, computed in fp64."""
     count = len(weights.up_bias)
     vectors = [
         [*weights.down_weight[u].flatten().tolist(), *weights.up_weight[u].flatten().tolist()] for u in range(count)

@@ -1,7 +1,7 @@
-"""Small training runs for the tests of the ranks, and one of them written out plainly on one process.
+"""Small training runs for the distributed tests, and a serial reference run on one process.
 
-The plain run is what the engine is compared with: the unconverted model on the whole batch, PyTorch's
-AdamW, gradients clipped by hand. It calls nothing of `hypermoe_ds` but the model itself.
+The engine is compared with the serial run: the model without expert parallelism on the full batch, PyTorch's AdamW, and
+gradient clipping in plain code. The serial run uses only the model from `hypermoe_ds`.
 """
 
 import math
@@ -48,27 +48,27 @@ STEPS = 4
 GLOBAL_BATCH = 8
 MOST_RANKS = 4
 LEARNING_RATE = 1e-2
-LAST_RATE = 0.2  # of the last step, relative to the first
+LAST_RATE = 0.2  # learning rate of the last step, relative to the first
 WEIGHT_DECAY = 0.1
-EPSILON = 1e-6  # above the rounding of the gradients, which Adam would else magnify
+EPSILON = 1e-6  # larger than the rounding error of the gradients, which Adam would otherwise amplify
 CLIP = 0.8  # some steps are clipped and some are not
 SEED = 7
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over ranks.
+    """Parallel layout of a run.
 
     Attributes:
         ranks: number of ranks.
-        expert: ranks that share the experts.
+        expert: expert-parallel size.
         stage: ZeRO stage.
-        accumulation: micro-batches of a rank in a step.
-        recompute: activation checkpointing.
-        precision: of weights and activations.
-        accumulate: in which gradients are added up; None leaves it to the default.
-        form: of the HyperExperts; None leaves it to the cost, which at these sizes says "factored".
-        model: fields of the model that differ from `SMALL`.
+        accumulation: micro-batches per rank and step.
+        recompute: whether to use activation checkpointing.
+        precision: precision of weights and activations.
+        accumulate: dtype in which gradients are accumulated; None selects the default.
+        form: form of the HyperExperts; None selects the cheaper one, which is "factored" at these sizes.
+        model: configuration fields that differ from `SMALL`.
     """
 
     ranks: int = 2
@@ -83,14 +83,14 @@ class Layout:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of one forward pass on one rank."""
+        """Number of sequences in one forward pass on one rank."""
         return GLOBAL_BATCH // self.accumulation // self.ranks
 
     @property
     def pieces(self) -> int:
-        """Parts of a step's batch whose losses are averaged: an expert's load is counted in each for itself."""
-        alone = self.model.get("router_aux_loss_scope") == "micro_batch"
-        return self.accumulation * (self.ranks if alone else 1)
+        """Number of parts of the global batch over which expert loads are counted and whose losses are averaged."""
+        per_rank = self.model.get("router_aux_loss_scope") == "micro_batch"
+        return self.accumulation * (self.ranks if per_rank else 1)
 
 
 def model_config(layout: Layout) -> HyperMoEConfig:
@@ -98,7 +98,7 @@ def model_config(layout: Layout) -> HyperMoEConfig:
 
 
 def wake_hypernetwork() -> None:
-    """In this process the generated weights start large: near zero, errors in them would not show."""
+    """Initialise generated weights with large values in this process, because errors in tiny weights stay unnoticed."""
     GeneratorHead.reset_parameters = nn.Linear.reset_parameters  # type: ignore[method-assign]
 
 
@@ -107,29 +107,29 @@ def random_tokens(seed: int, *shape: int) -> Tensor:
 
 
 def training_tokens() -> Tensor:
-    """[STEPS, GLOBAL_BATCH, S + 1]."""
+    """Return the token ids of all steps, [STEPS, GLOBAL_BATCH, S + 1]."""
     return random_tokens(3, STEPS, GLOBAL_BATCH, S + 1)
 
 
 def probe_of(rank: int) -> Tensor:
-    """What a rank shows its logits on: another batch on each rank, so that their routing differs."""
+    """Return the batch on which a rank computes logits; it differs between ranks, so that their routing differs."""
     return random_tokens(11, MOST_RANKS, 2, S)[rank]
 
 
 def batches_of_rank(layout: Layout, rank: int) -> Iterator[dict[str, Tensor]]:
-    """A rank's micro-batches, step after step."""
+    """Yield the micro-batches of a rank in order."""
     for step in training_tokens():
         for block in step.chunk(layout.accumulation):
             own = block.chunk(layout.ranks)[rank]
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
 
 
-# The plain run
+# The serial reference run
 
 
 @dataclass
-class PlainRun:
-    """What the plain run showed: per step, and logits of each rank's probe before and after."""
+class SerialRun:
+    """Results of the serial run: values per step, and logits of each rank's probe batch before and after."""
 
     first_logits: list[Tensor]
     losses: list[float] = field(default_factory=list)
@@ -142,20 +142,20 @@ class PlainRun:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def plain_run(layout: Layout) -> PlainRun:
-    """Train on one process what `layout` trains on ranks."""
-    return _plain_run(layout.pieces, tuple(sorted(layout.model.items())))
+def serial_run(layout: Layout) -> SerialRun:
+    """Train the same model as `layout` on one process."""
+    return _serial_run(layout.pieces, tuple(sorted(layout.model.items())))
 
 
 @cache
-def _plain_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> PlainRun:
+def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> SerialRun:
     usual = GeneratorHead.reset_parameters
     wake_hypernetwork()
     torch.manual_seed(SEED)
     network = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **dict(model)}))
     GeneratorHead.reset_parameters = usual  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(_groups(network), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
-    run = PlainRun(_probe(network))
+    run = SerialRun(_probe(network))
     for number, step in enumerate(training_tokens()):
         outputs = [
             network(
@@ -183,7 +183,7 @@ def _plain_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> PlainRun:
 
 
 def _clip(network: nn.Module) -> float:
-    """Scale the gradients so that their norm is at most `CLIP`; the norm before."""
+    """Scale the gradients so that their norm is at most `CLIP`; return the original norm."""
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
     for gradient in gradients:
@@ -191,8 +191,8 @@ def _clip(network: nn.Module) -> float:
     return norm
 
 
-def _note_routing(run: PlainRun, outputs: list[Any], num_experts: int) -> None:
-    """The first MoE layer's mean entropy, and the loads of all layers, over the whole batch."""
+def _note_routing(run: SerialRun, outputs: list[Any], num_experts: int) -> None:
+    """Record the mean router entropy of the first MoE layer and the expert loads of all layers over the full batch."""
     logits = np.concatenate([output.router_logits[0].detach().double().numpy() for output in outputs])
     probabilities = np.exp(logits - logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Whatever happens while a checkpoint is written, older ones stay, and a run resumes from the newest good one."""
+"""After any fault during a save, older checkpoints remain and the run resumes from the newest intact one."""
 
 import os
 import random
@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from fault_runs import (
-    save_after_the_folder_went,
+    report_failed_save,
+    save_after_the_folder_was_replaced,
     save_in_bad_steps,
     save_not_finite,
     save_on_full_disk,
     save_steps,
     save_without_end,
-    see_a_failed_save,
 )
 
 from hypermoe_ds.checkpoint.manifest import MANIFEST
@@ -31,7 +31,7 @@ KILLS = 20
 
 
 def newest(folder: Path) -> int:
-    """The step that `latest` names, all of it read and compared; 0 where there is none."""
+    """Verify the checkpoint that `latest` names and return its step; 0 without a checkpoint."""
     step = latest_step(folder / "checkpoints")
     if step is None:
         return 0
@@ -43,13 +43,13 @@ def newest(folder: Path) -> int:
 
 
 def noted(folder: Path) -> int:
-    """The last step whose save a rank saw end."""
+    """Return the last step whose save completed on some rank."""
     notes = [path.read_text().split() for path in folder.glob("saved_by_*")]
     return max((int(steps[-1]) for steps in notes if steps), default=0)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_killing_ranks_at_random_moments_of_saving_loses_no_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+def test_killing_ranks_at_random_times_during_saves_loses_no_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
     moments = random.Random(int(asynchronous))
     before = 0
     for _ in range(KILLS // 2):
@@ -60,7 +60,7 @@ def test_killing_ranks_at_random_moments_of_saving_loses_no_checkpoint(tmp_path:
             while noted(tmp_path) < before + 2:
                 assert all(rank.is_alive() for rank in ranks)
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.1))  # into some save
+            time.sleep(moments.uniform(0, 0.1))  # usually within a save
             ranks[moments.randrange(RANKS)].kill()
         assert newest(tmp_path) >= noted(tmp_path)
         before = newest(tmp_path)
@@ -79,18 +79,18 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("file", [MANIFEST, shard_name(0), shard_name(1)])
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(
     tmp_path: Path, file: str, damage: Any
 ) -> None:
     config = {"keep_last": 3}
     run_on_ranks(RANKS, save_steps, tmp_path, 3, config)
     damage(tmp_path / "checkpoints" / step_name(3) / file)
-    (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 4, config)
+    (resumed, error, messages), _ = run_on_ranks(RANKS, save_steps, tmp_path, 4, config)
     assert (resumed, error) == (2, None)
-    [warning] = [line for line in told if line.startswith("warning: ")]
+    [warning] = [line for line in messages if line.startswith("warning: ")]
     assert f"{step_name(3)}/{file}" in warning
     assert warning.endswith(f"(renamed to {tmp_path}/checkpoints/{step_name(3)}.damaged)")
-    assert "using the checkpoint of step 2 instead" in told
+    assert "using the checkpoint of step 2 instead" in messages
     assert newest(tmp_path) == 4
     assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
 
@@ -99,26 +99,26 @@ def no_header(path: Path) -> None:
     path.write_bytes(bytes(64) + path.read_bytes()[64:])
 
 
-def test_without_hashes_a_damaged_header_is_named_and_the_checkpoint_before_used(tmp_path: Path) -> None:
+def test_without_hashes_a_damaged_header_is_reported_and_the_previous_checkpoint_is_used(tmp_path: Path) -> None:
     config = {"verify": "sizes", "keep_last": 3}
     run_on_ranks(RANKS, save_steps, tmp_path, 3, config)
     no_header(tmp_path / "checkpoints" / step_name(3) / shard_name(1))
-    (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, config)
+    (resumed, error, messages), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, config)
     assert (resumed, error) == (2, None)
-    [warning] = [line for line in told if line.startswith("warning: ")]
+    [warning] = [line for line in messages if line.startswith("warning: ")]
     assert f"{step_name(3)}/{shard_name(1)}: has a damaged header (" in warning
 
 
 @pytest.mark.parametrize("latest", [b"", b"\xff\0garbage", b"step_00000009\n"])
-def test_with_a_latest_that_names_none_the_newest_good_checkpoint_is_used_and_named(
+def test_with_an_invalid_latest_file_the_newest_intact_checkpoint_is_used_and_reported(
     tmp_path: Path, latest: bytes
 ) -> None:
     run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 3})
     (tmp_path / "checkpoints/latest").write_bytes(latest)
     cut(tmp_path / "checkpoints" / step_name(3) / shard_name(1))
-    (resumed, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
+    (resumed, error, messages), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
     assert (resumed, error) == (2, None)
-    first, second = [line for line in told if line.startswith("warning: ")]
+    first, second = [line for line in messages if line.startswith("warning: ")]
     assert (
         first == f"warning: {tmp_path}/checkpoints/latest: names no checkpoint next to it; the newest is step_00000003"
     )
@@ -127,9 +127,7 @@ def test_with_a_latest_that_names_none_the_newest_good_checkpoint_is_used_and_na
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_good_checkpoint(
-    tmp_path: Path, asynchronous: bool
-) -> None:
+def test_a_state_with_nan_is_never_saved_and_deletes_no_good_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
     for raised, good in run_on_ranks(RANKS, save_not_finite, tmp_path, asynchronous):
         assert good == step_name(2)
         assert len(raised) == (1 if asynchronous else 3), "written in the background it is logged, then raised"
@@ -138,19 +136,19 @@ def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_good_checkpoin
     assert saved_steps(tmp_path / "checkpoints") == [2]
 
 
-def test_the_last_good_checkpoint_is_from_before_the_bad_steps_and_intact(tmp_path: Path) -> None:
+def test_the_last_good_checkpoint_is_intact_and_older_than_the_bad_steps(tmp_path: Path) -> None:
     for found in run_on_ranks(RANKS, save_in_bad_steps, tmp_path, flip):
         assert found == [step_name(3), step_name(2), step_name(1), None]
 
 
-def test_what_was_used_in_place_of_a_damaged_one_is_the_newest_from_then_on(tmp_path: Path) -> None:
+def test_the_replacement_of_a_damaged_checkpoint_becomes_the_latest(tmp_path: Path) -> None:
     run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 3})
     cut(tmp_path / "checkpoints" / step_name(3) / shard_name(0))
     assert [resumed for resumed, *_ in run_on_ranks(RANKS, save_steps, tmp_path, 0, {})] == [2, 2]
     assert newest(tmp_path) == 2
 
 
-def test_a_run_stops_where_no_checkpoint_is_good(tmp_path: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_stops(tmp_path: Path) -> None:
     run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
     for step in (1, 2):
         cut(tmp_path / "checkpoints" / step_name(step) / shard_name(1))
@@ -163,7 +161,7 @@ def test_a_run_stops_where_no_checkpoint_is_good(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
+    """Mount a file system of 16 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = shutil.which("mount")
@@ -176,19 +174,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_disk_that_fills_up_ends_the_save_on_all_ranks_and_nothing_that_was_saved(small_disk: Path) -> None:
+def test_a_full_disk_fails_the_save_on_all_ranks_and_keeps_saved_checkpoints(small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(b"0" * 7 * 2**20)  # leaves room for one checkpoint of 4.6 MiB, not for two
     first, second = run_on_ranks(RANKS, save_on_full_disk, small_disk)
     assert first == second
-    [told] = first
-    assert f"checkpoints: cannot be written on {socket.gethostname()} (" in told
-    assert "No space left" in told or "StorageFull" in told
+    [error] = first
+    assert f"checkpoints: cannot be written on {socket.gethostname()} (" in error
+    assert "No space left" in error or "StorageFull" in error
     assert saved_steps(small_disk / "checkpoints") == [1, 20]
     assert newest(small_disk) == 20
     assert not list((small_disk / "checkpoints").glob(".step*"))
 
 
-def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
+def test_a_read_only_folder_is_reported_in_one_line(small_disk: Path) -> None:
     run_on_ranks(RANKS, save_steps, small_disk, 1, {})
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     results = run_on_ranks(RANKS, save_steps, small_disk, 2, {"asynchronous": False})
@@ -200,27 +198,27 @@ def test_a_read_only_folder_is_told_in_one_line(small_disk: Path) -> None:
     assert newest(small_disk) == 1
 
 
-def test_a_failed_save_beside_the_training_is_followed_by_one_that_waits(
+def test_after_a_failed_background_save_the_next_save_blocks_training(
     tmp_path: Path,
 ) -> None:
-    (_, error, told), _ = run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}, 2)
+    (_, error, messages), _ = run_on_ranks(RANKS, save_steps, tmp_path, 3, {"keep_last": 9}, 2)
     assert error is None
-    assert [line for line in told if line.startswith("error: ")] == [
+    assert [line for line in messages if line.startswith("error: ")] == [
         f"error: {tmp_path}/checkpoints: cannot be written on {socket.gethostname()} (No space left on device); "
         "fix that and start again"
     ]
     assert newest(tmp_path) == 3
     assert saved_steps(tmp_path / "checkpoints") == [1, 3]
     (tmp_path / "other").mkdir()
-    assert run_on_ranks(RANKS, see_a_failed_save, tmp_path / "other") == [(True, False)] * RANKS
+    assert run_on_ranks(RANKS, report_failed_save, tmp_path / "other") == [(True, False)] * RANKS
 
 
-def test_a_run_folder_that_is_another_one_than_at_the_start_ends_the_save_on_all_ranks(tmp_path: Path) -> None:
+def test_a_replaced_run_folder_fails_the_save_on_all_ranks(tmp_path: Path) -> None:
     run, aside = tmp_path / "run", tmp_path / "aside"
     run.mkdir()
-    first, second = run_on_ranks(RANKS, save_after_the_folder_went, run, aside)
+    first, second = run_on_ranks(RANKS, save_after_the_folder_was_replaced, run, aside)
     assert first == second
-    [told] = first
-    assert told.startswith(f"run.dir={run}: is no longer the folder in which the run began, on ")
+    [error] = first
+    assert error.startswith(f"run.dir={run}: is no longer the folder in which the run began, on ")
     assert list(run.iterdir()) == []
     assert newest(aside) == 1

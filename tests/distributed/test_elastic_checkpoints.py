@@ -1,4 +1,4 @@
-"""A run continues under any number of ranks, expert parallelism and ZeRO stage as if it had never stopped."""
+"""A run resumed under any number of ranks, expert-parallel size and ZeRO stage equals an uninterrupted run."""
 
 import json
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ from hypermoe_ds.checkpoint.store import step_name
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.routing import Tie, assert_same_until_a_tie
 
-LIMIT = 1e-4  # relative; 2e-7 was measured, and a ReLU that is at zero for a token may add to that
+LIMIT = 1e-4  # relative difference; 2e-7 was measured, but a ReLU input close to zero can change the result more
 
-# Every layout is left once and taken up once, and every pair of stages occurs.
+# Every layout occurs once as the saved and once as the resumed layout, and every pair of ZeRO stages occurs.
 COVERING = [
     (LAYOUTS[3 * ((onto - 1 - stage) % len(SPREADS)) + stage], LAYOUTS[3 * onto + (stage + onto) % len(STAGES)])
     for onto in range(len(SPREADS))
@@ -40,7 +40,7 @@ COVERING = [
 
 @dataclass
 class Saved:
-    """A run that was saved and went on.
+    """A run that saved a checkpoint and continued.
 
     Attributes:
         folder: its folder.
@@ -55,7 +55,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
-    """Runs by the names of their layouts."""
+    """Train one run per layout; return them by the name of the layout."""
     runs = {}
     for ranks, expert in SPREADS:
         layouts = [layout for layout in LAYOUTS if (layout.ranks, layout.expert) == (ranks, expert)]
@@ -67,7 +67,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
 
 
 def assert_same_content(one: Path, other: Path) -> None:
-    """Two checkpoints hold the same numbers, however they are cut."""
+    """Check that two checkpoints have the same values, regardless of how they are sharded."""
     with (
         CheckpointReader(RunFolder(one).checkpoints / step_name(BEFORE)) as first,
         CheckpointReader(RunFolder(other).checkpoints / step_name(BEFORE)) as second,
@@ -80,34 +80,34 @@ def assert_same_content(one: Path, other: Path) -> None:
         assert first.manifest.state["engine"] == second.manifest.state["engine"]
 
 
-def assert_goes_on_as(steps: list[Step], others: list[Step]) -> Tie | None:
-    """Losses and gradient norms agree, up to a tie between experts if there is one."""
+def assert_same_steps(steps: list[Step], others: list[Step]) -> Tie | None:
+    """Check that losses and gradient norms agree, up to a tie between experts if there is one."""
     ours, theirs = ([step.numbers for step in of] for of in (steps, others))
     routing = ([step.routing for step in steps], [step.routing for step in others])
     return assert_same_until_a_tie(ours, theirs, routing, LIMIT)
 
 
 def largest_difference(steps: list[Step], others: list[Step]) -> float:
-    """Of losses and gradient norms, relative."""
+    """Return the largest relative difference of losses and gradient norms."""
     one, other = (torch.tensor([step.numbers for step in of]) for of in (steps, others))
     return float(((one - other) / other).abs().max())
 
 
 def differences_after_resuming(saved: dict[str, Saved], pairs: list[tuple[Layout, Layout]], place: Path) -> list[float]:
-    """Of each run from those that it would have had; moments and weights are compared bit for bit on the way."""
+    """Resume each run and return its largest difference from the uninterrupted run; check the saved state bitwise."""
     runs = [saved[name_of(source)] for source, _ in pairs]
     targets = [target for _, target in pairs]
     copies = [place / str(number) for number in range(len(pairs))]
     ended = run_on_ranks(targets[0].ranks, resume_each, targets, [run.folder for run in runs], copies)[0]
     for run, copy, (steps, logits) in zip(runs, copies, ended, strict=True):
         assert_same_content(run.folder, copy)
-        if assert_goes_on_as(steps, run.steps) is None:
+        if assert_same_steps(steps, run.steps) is None:
             assert (logits - run.logits).abs().max() <= 1e-3 * run.logits.abs().max()
     return [largest_difference(steps, run.steps) for run, (steps, _) in zip(runs, ended, strict=True)]
 
 
 @pytest.mark.parametrize("spread", SPREADS, ids=lambda spread: f"onto {spread[0]} ranks EP {spread[1]}")
-def test_a_run_goes_on_under_another_layout_with_the_same_moments_and_losses(
+def test_a_run_resumes_under_another_layout_with_the_same_moments_and_losses(
     saved: dict[str, Saved], tmp_path: Path, spread: tuple[int, int]
 ) -> None:
     pairs = [pair for pair in COVERING if (pair[1].ranks, pair[1].expert) == spread]
@@ -115,25 +115,25 @@ def test_a_run_goes_on_under_another_layout_with_the_same_moments_and_losses(
     differences_after_resuming(saved, pairs, tmp_path)
 
 
-def test_the_same_micro_batch_on_fewer_ranks_accumulates_and_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+def test_with_the_same_micro_batch_on_fewer_ranks_a_run_accumulates_and_keeps_its_losses(tmp_path: Path) -> None:
     source, target = with_one_micro_batch(LAYOUTS[6]), with_one_micro_batch(LAYOUTS[0])
     assert (source.accumulation, target.accumulation) == (2, 4)
     [(steps, _)] = run_on_ranks(source.ranks, save_each, [source], [tmp_path / "run"])[0]
     [(again, _)] = run_on_ranks(target.ranks, resume_each, [target], [tmp_path / "run"], [tmp_path / "copy"])[0]
-    assert_goes_on_as(again, steps)
+    assert_same_steps(again, steps)
 
 
 @pytest.mark.parametrize("target", [LAYOUTS[8], LAYOUTS[4], LAYOUTS[0]], ids=name_of)
-def test_weights_alone_are_trained_on_as_a_model_just_built(tmp_path: Path, target: Layout) -> None:
+def test_training_from_saved_weights_equals_training_from_initialisation(tmp_path: Path, target: Layout) -> None:
     source = LAYOUTS[3]
     built = run_on_ranks(source.ranks, save_untrained_and_train, source, tmp_path)[0]
     with CheckpointReader(RunFolder(tmp_path).checkpoints / step_name(0)) as reader:
         assert reader.manifest.kinds == (WEIGHT,)
     loaded = run_on_ranks(target.ranks, train_untrained, target, tmp_path)[0]
-    assert_goes_on_as(loaded, built)
+    assert_same_steps(loaded, built)
 
 
-def test_the_covering_pairs_cover() -> None:
+def test_the_chosen_pairs_cover_all_layouts_and_stages() -> None:
     everything = {name_of(layout) for layout in LAYOUTS}
     assert {name_of(source) for source, _ in COVERING} == everything == {name_of(target) for _, target in COVERING}
     assert len({(source.stage, target.stage) for source, target in COVERING}) == 9
@@ -141,8 +141,8 @@ def test_the_covering_pairs_cover() -> None:
 
 
 @pytest.mark.slow
-def test_every_layout_goes_on_under_every_other(saved: dict[str, Saved], tmp_path: Path) -> None:
-    """Print a table: largest relative difference of ten losses and gradient norms."""
+def test_every_layout_resumes_under_every_other(saved: dict[str, Saved], tmp_path: Path) -> None:
+    """Print a table of the largest relative differences of ten losses and gradient norms."""
     table = {}
     for number, target in enumerate(LAYOUTS):
         pairs = [(source, target) for source in LAYOUTS]

@@ -1,4 +1,4 @@
-"""Transformers splits a saved model over ranks by the plans of its configuration."""
+"""Transformers shards an exported model over ranks by the tensor- and expert-parallel plans in its configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ SMALL = {
 ATTENTION = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
 SWIGLU = {f"{name}_proj.weight" for name in ("gate", "up", "down")}
 EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-# Settings, and which weights of layer 0 and layer 1 are split.
+# Settings of each case, and the sharded weights of layers 0 and 1.
 CASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     "dense and shared, untied": (
         {"first_dense_layers": 1, "shared_expert_size": 12, "tie_word_embeddings": False},
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
 
 
 def saved(settings: dict[str, Any], folder: Path) -> HyperMoEForCausalLM:
-    """A model whose HyperExperts and norms matter."""
+    """Save a model whose HyperExperts and norms affect the output noticeably."""
     torch.manual_seed(0)
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **settings})).eval()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def saved(settings: dict[str, Any], folder: Path) -> HyperMoEForCausalLM:
 def runs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[HyperMoEForCausalLM, Tensor, list[dict[str, Any]]]]:
-    """Each case's model, the ids and what the two ranks found."""
+    """Return, for each case, the model, the token ids and the results of both ranks."""
     folder = tmp_path_factory.mktemp("split")
     models = {name: saved(case[0], folder / name) for name, case in CASES.items()}
     ids = torch.randint(0, 61, (2, 9))
@@ -71,7 +71,7 @@ def runs(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_model_split_over_two_ranks_gives_the_logits_and_text_of_the_whole(name: str, runs: Any) -> None:
+def test_a_model_sharded_over_two_ranks_gives_the_same_logits_and_text(name: str, runs: Any) -> None:
     model, ids, found = runs[name]
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -82,7 +82,7 @@ def test_a_model_split_over_two_ranks_gives_the_logits_and_text_of_the_whole(nam
         assert torch.equal(rank["text"], text)
 
 
-def test_a_model_with_half_of_the_experts_on_each_rank_gives_the_logits_of_the_whole(tmp_path: Path) -> None:
+def test_a_model_with_half_of_the_experts_on_each_rank_gives_the_same_logits(tmp_path: Path) -> None:
     settings = {"first_dense_layers": 1, "shared_expert_size": 12}
     model, ids = saved(settings, tmp_path), torch.randint(0, 61, (2, 9))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_a_model_with_half_of_the_experts_on_each_rank_gives_the_logits_of_the_w
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_rank_holds_half_of_the_attention_of_all_swiglus_and_of_the_embeddings(name: str, runs: Any) -> None:
+def test_each_rank_has_half_of_the_attention_mlp_and_embedding_weights(name: str, runs: Any) -> None:
     _, first, second = CASES[name]
     split = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if "untied" in name else set())
     split |= {f"model.layers.{i}.{part}" for i, layer in enumerate((first, second)) for part in layer}

@@ -1,7 +1,7 @@
-"""Ranks change where numbers are computed, not the numbers.
+"""Every parallel layout gives the same results as a serial run.
 
-Every layout is compared with one plain run on a single process: the unconverted model on the whole
-batch, PyTorch's AdamW, gradients clipped by hand.
+The serial run trains the model without expert parallelism on the full batch in one process, with PyTorch's AdamW and
+gradient clipping in plain code.
 """
 
 import re
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import RankRun, train_on_rank
-from small_runs import CLIP, MOST_RANKS, STEPS, Layout, PlainRun, model_config, plain_run
+from small_runs import CLIP, MOST_RANKS, STEPS, Layout, SerialRun, model_config, serial_run
 
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.routing import assert_same_until_a_tie, first_tie
 
 TOP_1 = {"num_experts_per_tok": 1}
 ROUTE = {"hyper_conditioning": "route"}
-WIDE = {"num_experts": 16, "adapter_size": 16}  # more modules than fit
+WIDE = {"num_experts": 16, "adapter_size": 16}  # more HyperExperts than fit in the cache
 BARE = {"shared_expert_size": 0, "first_dense_layers": 0, "norm_topk_prob": False}
 
 LAYOUTS = {
@@ -57,77 +57,77 @@ REPLICATED_IN_MEMORY = [name for name, layout in LAYOUTS.items() if layout.stage
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[RankRun]]:
-    """Every layout trained, and what each of its ranks saw."""
+    """Train every layout and return the results of its ranks."""
     return {name: run_on_ranks(layout.ranks, train_on_rank, layout) for name, layout in LAYOUTS.items()}
 
 
 @pytest.fixture(params=LAYOUTS)
-def compared(request: pytest.FixtureRequest, runs: dict[str, list[RankRun]]) -> tuple[list[RankRun], PlainRun, Layout]:
-    return runs[request.param], plain_run(LAYOUTS[request.param]), LAYOUTS[request.param]
+def compared(request: pytest.FixtureRequest, runs: dict[str, list[RankRun]]) -> tuple[list[RankRun], SerialRun, Layout]:
+    return runs[request.param], serial_run(LAYOUTS[request.param]), LAYOUTS[request.param]
 
 
-Compared = tuple[list[RankRun], PlainRun, Layout]
+Compared = tuple[list[RankRun], SerialRun, Layout]
 
 
-def test_the_plain_run_clips_some_steps_and_not_others() -> None:
-    norms = plain_run(Layout()).grad_norms
+def test_the_serial_run_clips_some_steps_only() -> None:
+    norms = serial_run(Layout()).grad_norms
     assert min(norms) < CLIP < max(norms)
 
 
-def test_the_expert_parallel_model_is_the_unconverted_model(compared: Compared) -> None:
-    ranks, plain, _ = compared
-    for run, logits in zip(ranks, plain.first_logits, strict=False):
+def test_the_expert_parallel_model_computes_the_same_logits(compared: Compared) -> None:
+    ranks, serial, _ = compared
+    for run, logits in zip(ranks, serial.first_logits, strict=False):
         assert (run.first_logits - logits).abs().max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:compared up to a tie")
-def test_losses_and_gradient_norms_are_those_of_one_process_up_to_a_tie_between_experts(compared: Compared) -> None:
-    ranks, plain, _ = compared
-    expected = list(zip(plain.losses, plain.grad_norms, plain.aux_losses, strict=True))
+def test_losses_and_gradient_norms_equal_those_of_one_process_up_to_a_tie_between_experts(compared: Compared) -> None:
+    ranks, serial, _ = compared
+    expected = list(zip(serial.losses, serial.grad_norms, serial.aux_losses, strict=True))
     for run in ranks:
         scalars = [step.scalars for step in run.steps]
         found = [(s["total_loss"], norm, s["aux_loss"]) for s, norm in zip(scalars, run.grad_norms, strict=True)]
-        assert_same_until_a_tie(found, expected, (run.routing, plain.routing), 1e-5)
+        assert_same_until_a_tie(found, expected, (run.routing, serial.routing), 1e-5)
 
 
-def parted(run: RankRun, plain: PlainRun) -> int:
-    """Steps before the first one in which a token went to another of two experts as good as equal."""
-    tie = first_tie(run.routing, plain.routing)
+def steps_before_tie(run: RankRun, serial: SerialRun) -> int:
+    """Return the number of steps before rounding changes the selection of a token with nearly tied experts."""
+    tie = first_tie(run.routing, serial.routing)
     return STEPS if tie is None else tie.step
 
 
-def test_the_trained_model_is_that_of_one_process(compared: Compared) -> None:
-    ranks, plain, _ = compared
+def test_the_trained_model_equals_that_of_one_process(compared: Compared) -> None:
+    ranks, serial, _ = compared
     for rank, run in enumerate(ranks):
-        if parted(run, plain) < STEPS:
+        if steps_before_tie(run, serial) < STEPS:
             continue
-        moved = (plain.last_logits[rank] - plain.first_logits[rank]).abs().max()
-        assert (run.last_logits - plain.last_logits[rank]).abs().max() < 1e-3 * moved
+        moved = (serial.last_logits[rank] - serial.first_logits[rank]).abs().max()
+        assert (run.last_logits - serial.last_logits[rank]).abs().max() < 1e-3 * moved
 
 
-def test_routing_statistics_are_those_of_the_whole_batch(compared: Compared) -> None:
-    ranks, plain, _ = compared
+def test_routing_statistics_equal_those_of_the_global_batch(compared: Compared) -> None:
+    ranks, serial, _ = compared
     for run in ranks:
-        for number in range(parted(run, plain)):
+        for number in range(steps_before_tie(run, serial)):
             step = run.steps[number]
-            assert step.scalars["router_entropy/moe_layer_0"] == pytest.approx(plain.entropies[number], rel=1e-5)
-            np.testing.assert_allclose(step.load_MN, plain.loads[number], rtol=1e-6)
+            assert step.scalars["router_entropy/moe_layer_0"] == pytest.approx(serial.entropies[number], rel=1e-5)
+            np.testing.assert_allclose(step.load_MN, serial.loads[number], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", REPLICATED_IN_MEMORY)
-def test_the_weights_are_those_of_one_process_on_every_rank(name: str, runs: dict[str, list[RankRun]]) -> None:
-    layout, plain = LAYOUTS[name], plain_run(LAYOUTS[name])
+def test_the_weights_on_every_rank_equal_those_of_one_process(name: str, runs: dict[str, list[RankRun]]) -> None:
+    layout, serial = LAYOUTS[name], serial_run(LAYOUTS[name])
     for rank, run in enumerate(runs[name]):
-        if parted(run, plain) < STEPS:
+        if steps_before_tie(run, serial) < STEPS:
             continue
-        expected = converted(plain.parameters, layout, rank)
+        expected = converted(serial.parameters, layout, rank)
         assert run.parameters.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.allclose(run.parameters[key], value, rtol=0, atol=2e-4), key
 
 
 def converted(parameters: dict[str, Any], layout: Layout, rank: int) -> dict[str, Any]:
-    """The plain model's weights under the names and in the cut of the expert-parallel one."""
+    """Rename and split the serial model's weights as in the expert-parallel model."""
     width = model_config(layout).moe_intermediate_size
     own = model_config(layout).num_experts // layout.expert
     mine = slice(rank % layout.expert * own, (rank % layout.expert + 1) * own)
@@ -144,7 +144,7 @@ def converted(parameters: dict[str, Any], layout: Layout, rank: int) -> dict[str
 
 
 @pytest.mark.parametrize("name", REPLICATED_IN_MEMORY)
-def test_what_is_replicated_stays_the_same_on_all_ranks_to_the_bit(name: str, runs: dict[str, list[RankRun]]) -> None:
+def test_replicated_weights_stay_bitwise_identical_on_all_ranks(name: str, runs: dict[str, list[RankRun]]) -> None:
     first, *others = runs[name]
     replicated = [key for key in first.parameters if not re.search(r"\.experts\.w[123]$", key)]
     hypernetwork = [key for key in replicated if "hypernetwork" in key or "hyper_experts" in key]
@@ -154,7 +154,7 @@ def test_what_is_replicated_stays_the_same_on_all_ranks_to_the_bit(name: str, ru
             assert torch.equal(first.parameters[key], other.parameters[key]), key
 
 
-def test_recomputing_activations_leaves_every_number_and_no_hook_behind(runs: dict[str, list[RankRun]]) -> None:
+def test_recomputing_activations_changes_no_result_and_leaves_no_hooks(runs: dict[str, list[RankRun]]) -> None:
     for kept, recomputed in (("EP 2", "EP 2, recomputed"), ("EP 2, ZeRO 3", "EP 2, ZeRO 3, recomputed")):
         for one, other in zip(runs[kept], runs[recomputed], strict=True):
             assert [step.scalars for step in one.steps] == [step.scalars for step in other.steps]
@@ -162,5 +162,5 @@ def test_recomputing_activations_leaves_every_number_and_no_hook_behind(runs: di
             assert (one.router_passes, other.router_passes) == (STEPS, 2 * STEPS)
 
 
-def test_observing_the_router_leaves_no_hook_behind(compared: Compared) -> None:
+def test_observing_the_router_leaves_no_hooks(compared: Compared) -> None:
     assert {run.hooks_left for run in compared[0]} == {0}

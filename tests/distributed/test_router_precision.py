@@ -1,4 +1,4 @@
-"""The expert-parallel layer's router computes its logits in the precision that the model's own router has."""
+"""The router of the expert-parallel layer computes logits in the same precision as the model's own router."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.helpers.ranks import run_on_ranks
 
 
 def routing_of(model: HyperMoEForCausalLM, rank: int) -> tuple[Tensor, Tensor]:
-    """Logits and selection of the first MoE layer, before which both models run the same modules."""
+    """Return logits and selection of the first MoE layer; up to it, both models run the same modules."""
     with torch.no_grad():
         output = model.eval()(input_ids=probe_of(rank), use_cache=False, output_router_logits=True)
     return output.router_logits[0], output.selected_experts[0]
@@ -28,7 +28,7 @@ Routed = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[float]]
 
 
 def routed_on_rank(layouts: list[Layout]) -> list[Routed]:
-    """For each layout, routing by AutoEP and by the model's own block, and the losses of the steps after it."""
+    """Return for each layout the routing of AutoEP and of the model's own block, and the losses of later steps."""
     wake_hypernetwork()
     rank = torch.distributed.get_rank()
     results = []
@@ -45,13 +45,13 @@ def routed_on_rank(layouts: list[Layout]) -> list[Routed]:
 
 @pytest.fixture(scope="module")
 def routed() -> dict[str, list[Routed]]:
-    """Per layout, what each rank saw."""
+    """Return the results of each rank by layout."""
     ranks = run_on_ranks(2, routed_on_rank, list(LAYOUTS.values()))
     return dict(zip(LAYOUTS, map(list, zip(*ranks, strict=True)), strict=True))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_autoep_and_the_model_route_alike_in_either_precision(name: str, routed: dict[str, list[Routed]]) -> None:
+def test_autoep_and_the_model_route_identically_in_both_precisions(name: str, routed: dict[str, list[Routed]]) -> None:
     dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
     for parallel, plain, losses in routed[name]:
         assert parallel[0].dtype == plain[0].dtype == dtype

@@ -1,4 +1,4 @@
-"""A rank that is lost ends the whole job and is named, whichever it is and however it was lost."""
+"""A lost rank ends the job and is named in the failure report, whichever rank it is and for any cause."""
 
 import re
 import signal
@@ -25,14 +25,14 @@ CASES = [*((kind, 1) for kind in FOUND), ("killed", 0), pytest.param("stopped", 
 
 
 def signal_as_the_launcher(rank: int | None) -> None:
-    """DeepSpeed's, when another rank has failed."""
+    """Send the signal that DeepSpeed's launcher sends when another rank has failed."""
     process = psutil.Process(rank)
     for signalled in (*process.children(recursive=True), process):
         signalled.terminate()
 
 
 @pytest.mark.parametrize(("kind", "lost"), CASES)
-def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, tmp_path: Path) -> None:
+def test_a_lost_rank_is_reported_with_its_step_and_ends_the_job(kind: str, lost: int, tmp_path: Path) -> None:
     with process_group(RANKS) as environments, ranks_of(environments, lose, tmp_path, kind, lost) as ranks:
         others = [rank for rank in range(RANKS) if rank != lost]
         began = time.monotonic()
@@ -44,12 +44,12 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
             signal_as_the_launcher(ranks[lost].pid)
             ranks[lost].join(30)
             assert ranks[lost].exitcode == -signal.SIGKILL, "it cannot end itself"
-    told = (tmp_path / FAILURE_REPORT).read_text()
-    assert re.match(rf"rank {lost} \(process \d+ on [\w.-]+\) {FOUND[kind]}", told), told
-    # Any rank may speak; one that hangs for data says nothing of its own waiting.
+    report = (tmp_path / FAILURE_REPORT).read_text()
+    assert re.match(rf"rank {lost} \(process \d+ on [\w.-]+\) {FOUND[kind]}", report), report
+    # Any rank may write the report; a rank that hangs while loading data does not mention its own wait.
     waited = rf"rank \d waited in step {LAST_GOOD + 1}, forward and backward; "
-    assert re.search(rf"; ({waited}{'|' * (kind == 'hangs')})stacks of ", told), told
-    assert len(re.findall(r"rank \d", told)) <= 2, "nobody else is blamed"
+    assert re.search(rf"; ({waited}{'|' * (kind == 'hangs')})stacks of ", report), report
+    assert len(re.findall(r"rank \d", report)) <= 2, "nobody else is blamed"
     for rank in others:
         stack = (tmp_path / f"stack_{rank:05d}.txt").read_text()
         assert f"in step {LAST_GOOD + 1}" in stack
@@ -57,7 +57,7 @@ def test_a_lost_rank_is_named_with_its_step_and_ends_all(kind: str, lost: int, t
         assert read_heartbeats(tmp_path)[rank].end == "lost"
 
 
-def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_put_aside(tmp_path: Path) -> None:
+def test_progressing_ranks_continue_and_files_of_an_earlier_launch_are_moved(tmp_path: Path) -> None:
     previous = tmp_path / "previous"
     previous.mkdir()
     (previous / "stack_00007.txt").write_text("of a start before")
@@ -80,14 +80,14 @@ def test_steps_that_come_on_are_left_alone_and_what_an_earlier_start_left_is_put
     assert TIMEOUT / 4 * 5 > TIMEOUT
 
 
-def test_a_rank_that_takes_long_to_start_is_waited_for(tmp_path: Path) -> None:
+def test_a_slow_launch_of_a_rank_is_tolerated(tmp_path: Path) -> None:
     assert run_on_ranks(2, start_slowly, tmp_path) == [0, 1]
     assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path).values()} == {"done"}
     assert not list(tmp_path.glob("stack_*"))
 
 
 @pytest.mark.parametrize(("kind", "fate"), [("killed", "died"), ("stopped", "sends no heartbeat")])
-def test_a_rank_that_is_lost_before_it_trains_ends_all(kind: str, fate: str, tmp_path: Path) -> None:
+def test_a_rank_lost_before_training_ends_the_job(kind: str, fate: str, tmp_path: Path) -> None:
     with process_group(2) as environments, ranks_of(environments, lose_at_the_start, tmp_path, kind) as ranks:
         ranks[0].join(60)
         assert ranks[0].exitcode == EXIT_FAULT
@@ -97,7 +97,7 @@ def test_a_rank_that_is_lost_before_it_trains_ends_all(kind: str, fate: str, tmp
 
 
 @pytest.mark.parametrize("hosts", [["a", "a", "a"], ["a", "b", "b"]])
-def test_where_no_rank_is_behind_each_host_tells_once_and_two_are_sent_to_look_at_their_network(
+def test_if_no_rank_is_behind_each_host_prints_one_report_that_names_the_network_of_several_hosts(
     hosts: list[str], tmp_path: Path
 ) -> None:
     folder, consoles = tmp_path / "watch", tmp_path / "consoles"
@@ -106,8 +106,8 @@ def test_where_no_rank_is_behind_each_host_tells_once_and_two_are_sent_to_look_a
         for rank in ranks:
             rank.join(60)
         assert [rank.exitcode for rank in ranks] == [EXIT_FAULT] * RANKS
-    told = (folder / FAILURE_REPORT).read_text()
+    report = (folder / FAILURE_REPORT).read_text()
     remedy = "check the network between a, b; " if "b" in hosts else ""
-    assert re.match(f"no rank has made progress for 2 s and none is behind; {remedy}(rank|stacks)", told), told
+    assert re.match(f"no rank has made progress for 2 s and none is behind; {remedy}(rank|stacks)", report), report
     lines = {host: "".join((consoles / str(n)).read_text() for n in range(RANKS) if hosts[n] == host) for host in hosts}
-    assert lines == dict.fromkeys(hosts, f"error: {told}")
+    assert lines == dict.fromkeys(hosts, f"error: {report}")

@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of the watchdog: steps that are one collective, until one rank is lost."""
+"""Code that ranks run in the watchdog tests: each step is one collective, until a rank is lost."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ LAST_GOOD = 5
 
 
 def batches(kind: str, lost: bool) -> Iterator[torch.Tensor]:
-    """Endless, but for what goes wrong after the last good step."""
+    """Yield batches forever; on the lost rank, fail as `kind` says after the last good step."""
     for step in range(1, 10**9):
         if step > LAST_GOOD and lost and kind == "hangs":
             time.sleep(10**6)
@@ -26,7 +26,7 @@ def batches(kind: str, lost: bool) -> Iterator[torch.Tensor]:
 
 
 def lose(folder: Path, kind: str, lost: int) -> None:
-    """Go on until a rank is killed, stopped, hangs for data, fails or ends before the others."""
+    """Train until one rank is killed, is stopped, hangs while loading data, fails or ends early."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
@@ -43,7 +43,7 @@ def lose(folder: Path, kind: str, lost: int) -> None:
 
 
 def come_to_an_end(folder: Path) -> int:
-    """A few steps that take longer together than the timeout allows one to; how many threads are left."""
+    """Take steps that together exceed the timeout but individually do not; return the number of remaining threads."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
@@ -56,7 +56,7 @@ def come_to_an_end(folder: Path) -> int:
 
 
 def start_slowly(folder: Path) -> int:
-    """A rank takes twice the timeout before it trains."""
+    """Let one rank start training only after twice the timeout."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
@@ -68,7 +68,7 @@ def start_slowly(folder: Path) -> int:
 
 
 def lose_at_the_start(folder: Path, kind: str) -> None:
-    """Rank 1 dies or stops before it trains; the others wait for it."""
+    """Let rank 1 die or stop before it trains, while the others wait for it."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
@@ -78,7 +78,7 @@ def lose_at_the_start(folder: Path, kind: str) -> None:
 
 
 def stand_still(folder: Path, consoles: Path, hosts: list[str]) -> None:
-    """All ranks stand in the same place, on these hosts; what each tells goes to a file of its own."""
+    """Block all ranks in the same part of a step, on the given hosts; each rank prints to its own file."""
     rank = torch.distributed.get_rank()
     socket.gethostname = lambda: hosts[rank]
     sys.stderr = (consoles / str(rank)).open("w")

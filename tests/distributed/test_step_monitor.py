@@ -1,10 +1,10 @@
-"""A step with NaN or Inf is skipped on all ranks alike, a spike and a signal are known to all, copies are compared."""
+"""All ranks skip a step with NaN or Inf, all see loss spikes and stop signals, and replicas are compared."""
 
 from pathlib import Path
 
 import pytest
-from guard_runs import EXPERTS, HYPERNETWORK, asked_to_stop, flip_each, skip_each, spike, too_many_bad_steps
 from small_runs import Layout
+from step_monitor_runs import EXPERTS, HYPERNETWORK, asked_to_stop, flip_each, skip_each, spike, too_many_bad_steps
 
 from tests.helpers.ranks import run_on_ranks
 
@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "bf16", "fp32")
         pytest.param("loss", "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_a_bad_step_of_one_rank_is_as_if_its_samples_had_not_been_there(what: str, precision: str) -> None:
+def test_a_bad_step_on_one_rank_only_skips_its_samples(what: str, precision: str) -> None:
     stages = STAGES if what != "loss" else (2,)
     layouts = [Layout(RANKS, expert=2, stage=stage, accumulation=2, precision=precision) for stage in stages]
     run_on_ranks(RANKS, skip_each, layouts, what)
@@ -42,35 +42,35 @@ def test_a_bad_step_of_one_rank_is_as_if_its_samples_had_not_been_there(what: st
         pytest.param(None, "start again (no good checkpoint)", marks=pytest.mark.slow),
     ],
 )
-def test_more_bad_steps_in_a_row_than_allowed_end_the_run_and_name_checkpoint_and_data(
+def test_too_many_consecutive_bad_steps_end_the_run_and_report_checkpoint_and_data(
     good: Path | None, again: str
 ) -> None:
-    for told, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS), good):
+    for error, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS), good):
         assert step == 4, "one that is alone is borne"
-        assert told == (
+        assert error == (
             "train.max_bad_steps=1: 2 steps in a row up to step 4 had a NaN or Inf in loss or gradient; "
             f"{again} with a smaller optimizer.lr, or skip their data with train.skip_samples=[[16, 31]]"
         )
 
 
-def test_a_flipped_bit_is_found_and_parameter_and_rank_are_named() -> None:
-    # At this size ZeRO-3 keeps every parameter whole.
+def test_a_flipped_bit_is_reported_with_parameter_and_rank() -> None:
+    # ZeRO 3 does not partition parameters of this size.
     layouts = [
         Layout(4, expert=2, stage=stage, precision=precision)
         for stage, precision in zip(STAGES, PRECISIONS, strict=True)
     ]
-    for told in run_on_ranks(4, flip_each, layouts, 3):
-        for equal, hypernetwork, experts in told:
+    for errors in run_on_ranks(4, flip_each, layouts, 3):
+        for equal, hypernetwork, experts in errors:
             assert equal is None
             start = f"the copies of {HYPERNETWORK} differ after step 5: on rank 3 differs from the majority; "
             assert hypernetwork.startswith(start)
-            # Two ranks hold each expert.
+            # Two ranks have a replica of each expert.
             assert experts.startswith(f"the copies of {EXPERTS} differ after step 5: ranks 1, 3 disagree, and no ")
 
 
-def test_a_spike_of_one_micro_batch_is_told_with_its_samples() -> None:
-    for said in run_on_ranks(RANKS, spike, Layout(RANKS, accumulation=2)):
-        [line] = said
+def test_a_loss_spike_in_one_micro_batch_is_reported_with_its_samples() -> None:
+    for lines in run_on_ranks(RANKS, spike, Layout(RANKS, accumulation=2)):
+        [line] = lines
         assert line.startswith("warning: loss 3.7650 of step 21 is ")
         assert line.endswith(
             "samples 160 to 167, largest loss (9.0000) in 166 (of 166), 167 (of 167); "
@@ -78,5 +78,5 @@ def test_a_spike_of_one_micro_batch_is_told_with_its_samples() -> None:
         )
 
 
-def test_a_signal_to_one_rank_ends_all_after_the_same_step() -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step() -> None:
     assert run_on_ranks(RANKS, asked_to_stop, Layout(RANKS), 1) == [[False, False, True, True]] * RANKS

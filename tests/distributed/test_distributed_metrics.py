@@ -1,8 +1,8 @@
-"""Metrics that ranks measure together, against the same measured naively or on one process."""
+"""Metrics over ranks equal a naive computation or that of one process."""
 
 import pytest
 import torch
-from metric_runs import NEW_TOKENS, PROMPT, measure_each, plain_gradient_norms, show_each
+from metric_runs import NEW_TOKENS, PROMPT, measure_each, serial_gradient_norms, show_each
 from small_runs import SEED, SMALL, Layout, training_tokens, wake_hypernetwork
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
@@ -27,7 +27,7 @@ SHOWN = {
 }
 
 
-def test_norms_by_group_are_those_of_the_whole_gradient_and_of_the_weights_that_changed() -> None:
+def test_norms_by_group_equal_those_of_the_full_gradient_and_of_the_weight_changes() -> None:
     for ranks in run_on_ranks(2, measure_each, list(NORMS.values())):
         for name, steps in zip(NORMS, ranks, strict=True):
             for step in steps:
@@ -36,21 +36,21 @@ def test_norms_by_group_are_those_of_the_whole_gradient_and_of_the_weights_that_
                 assert step.weights == pytest.approx(step.expected, rel=1e-3), name
 
 
-def test_gradient_norms_by_group_are_those_of_one_process() -> None:
+def test_gradient_norms_by_group_equal_those_of_one_process() -> None:
     exact = [layout for layout in NORMS.values() if layout.precision == "fp32" and layout.accumulation == 1]
-    expected = run_on_ranks(1, _plain)[0]
+    expected = run_on_ranks(1, _serial)[0]
     for ranks in run_on_ranks(2, measure_each, exact):
         for steps in ranks:
             assert steps[0].gradients == pytest.approx(expected, rel=1e-4)
 
 
-def _plain() -> dict[str, float]:
+def _serial() -> dict[str, float]:
     wake_hypernetwork()
-    return plain_gradient_norms()
+    return serial_gradient_norms()
 
 
-def _plain_model(**changes: object) -> HyperMoEForCausalLM:
-    """The model of the runs on one process; without the hypernetwork the other weights are the same."""
+def _serial_model(**changes: object) -> HyperMoEForCausalLM:
+    """Build the model of the runs on one process; without a hypernetwork, the other weights stay the same."""
     wake_hypernetwork()
     torch.manual_seed(SEED)
     whole = HyperMoEForCausalLM(HyperMoEConfig(**SMALL)).eval()
@@ -63,16 +63,16 @@ def _plain_model(**changes: object) -> HyperMoEForCausalLM:
 
 @torch.no_grad()
 def _references() -> tuple[torch.Tensor, list[int]]:
-    """Logits of a model without hypernetwork, and Transformers' greedy continuation with it."""
+    """Return the logits of a model without hypernetwork, and Transformers' greedy continuation with hypernetwork."""
     probe = training_tokens()[0, :2, :-1]
-    without = _plain_model(hypernetwork=False)(input_ids=probe, use_cache=False).logits
-    generated = _plain_model().generate(
+    without = _serial_model(hypernetwork=False)(input_ids=probe, use_cache=False).logits
+    generated = _serial_model().generate(
         torch.tensor([PROMPT]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     return without, generated[0, len(PROMPT) :].tolist()
 
 
-def test_similarity_contribution_and_samples_are_those_of_plain_computations() -> None:
+def test_similarity_contribution_and_samples_equal_naive_computations() -> None:
     [(without, tokens)] = run_on_ranks(1, _references)
     for ranks in run_on_ranks(2, show_each, list(SHOWN.values())):
         for name, shown in zip(SHOWN, ranks, strict=True):

@@ -1,4 +1,4 @@
-"""What ranks tell each other on the host: one value on all, and the failure of one is the failure of all."""
+"""The control group gives all ranks the same values, and a failure on one rank fails all of them."""
 
 import os
 
@@ -12,8 +12,8 @@ from tests.helpers.ranks import run_on_ranks
 RANKS = 3
 
 
-def tell(fails: int | None) -> tuple[list[int], object, object]:
-    """Everybody's rank, rank 0's process, everybody's process; or the failure of a rank."""
+def exchange(fails: int | None) -> tuple[list[int], object, object]:
+    """Return all ranks, the process of rank 0 and all processes; or the error of the failing rank."""
     group = ControlGroup()
 
     def action() -> int:
@@ -32,8 +32,8 @@ def tell(fails: int | None) -> tuple[list[int], object, object]:
 
 
 @pytest.mark.parametrize("fails", [None, 0, 2])
-def test_all_ranks_know_the_same(fails: int | None) -> None:
-    first, *others = run_on_ranks(RANKS, tell, fails)
+def test_all_ranks_get_the_same_values_or_the_same_error(fails: int | None) -> None:
+    first, *others = run_on_ranks(RANKS, exchange, fails)
     assert others == [first] * (RANKS - 1)
     ranks, of_first, of_all = first
     assert ranks == list(range(RANKS))

@@ -1,4 +1,4 @@
-"""A checkpoint holds the run: continuing from it, and reading the model out of it on one process, change no bit."""
+"""Resuming from a checkpoint, and reading its model in one process, are bitwise exact."""
 
 import re
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Saved(layout, folder, run_on_ranks(layout.ranks, save_on_rank, layout, folder, tokenizer))
 
 
-def test_a_resumed_run_goes_on_to_the_bit(saved: Saved) -> None:
+def test_a_resumed_run_is_bitwise_identical(saved: Saved) -> None:
     resumed = run_on_ranks(saved.layout.ranks, resume_on_rank, saved.layout, saved.folder)
     for (logits, steps, last_logits), (loaded, steps_again, last_logits_again) in zip(
         saved.ranks, resumed, strict=True
@@ -51,7 +51,7 @@ def test_a_resumed_run_goes_on_to_the_bit(saved: Saved) -> None:
         assert torch.equal(last_logits_again, last_logits)
 
 
-def test_the_model_read_out_of_a_checkpoint_is_the_one_that_trains(saved: Saved) -> None:
+def test_the_model_read_from_a_checkpoint_equals_the_training_model(saved: Saved) -> None:
     model = load_model(RunFolder(saved.folder), SAVED_STEP)
     assert model.dtype == PRECISIONS[saved.layout.precision]
     assert not model.training
@@ -73,7 +73,7 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_different_model_is_refused_before_loading(tmp_path: Path) -> None:
     models = [model for model, _ in OTHERS]
     refused = run_on_ranks(1, resume_into_each, Layout(ranks=1), tmp_path, models)[0]
     assert len(refused) == len(OTHERS)
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_loaded(tmp_
     assert saved_steps(tmp_path / "checkpoints") == [0], "it is not set aside"
 
 
-def test_shapes_are_compared_where_a_checkpoint_does_not_name_its_model(tmp_path: Path) -> None:
+def test_shapes_are_compared_if_a_checkpoint_does_not_record_its_model(tmp_path: Path) -> None:
     models = [model for model, _ in OTHERS if "num_experts_per_tok" not in model]
     refused = run_on_ranks(1, resume_into_each, Layout(ranks=1), tmp_path, models, False)[0]
     assert len(refused) == len(models)
@@ -94,7 +94,7 @@ def test_shapes_are_compared_where_a_checkpoint_does_not_name_its_model(tmp_path
     assert "(there it is [4, 32])" in refused[0][0]
 
 
-def test_reading_a_model_leaves_the_checkpoints_as_they_are(saved: Saved) -> None:
+def test_reading_a_model_does_not_change_the_checkpoints(saved: Saved) -> None:
     before = sorted(saved.folder.rglob("*"))
     load_model(RunFolder(saved.folder))
     assert sorted(saved.folder.rglob("*")) == before

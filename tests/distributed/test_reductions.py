@@ -1,4 +1,4 @@
-"""What ranks add up: validation losses, routing statistics, and their own failures."""
+"""Reductions over ranks: validation losses, routing statistics and failures."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def evaluate_on_rank(micro_batch: int) -> Evaluation:
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 1), (2, 2), (3, 3)])
-def test_validation_over_ranks_is_that_of_one_process_however_the_samples_divide(ranks: int, micro_batch: int) -> None:
+def test_validation_over_ranks_equals_one_process_for_any_split_of_the_samples(ranks: int, micro_batch: int) -> None:
     network, losses = model(), []
     for index in range(SAMPLES):
         sample = Numbered()[index]
@@ -56,7 +56,7 @@ def test_validation_over_ranks_is_that_of_one_process_however_the_samples_divide
 
 
 def output_of(number: int) -> Any:
-    """What a forward pass with one MoE layer returns."""
+    """Return the output of a forward pass with one MoE layer."""
     generator = torch.Generator().manual_seed(number)
     logits_TN = torch.randn(24, N, generator=generator) * 2
     losses = torch.rand(4, generator=generator)
@@ -76,7 +76,7 @@ def meter_on_rank() -> tuple[StepStatistics, dict[str, float]]:
     return meter.read(), losses.read()
 
 
-def test_statistics_over_ranks_are_those_of_all_micro_batches_together() -> None:
+def test_statistics_over_ranks_equal_those_of_all_micro_batches() -> None:
     alone, outputs = RoutingMeter(N), [output_of(number) for number in range(4)]
     for output in outputs:
         alone.add(output)

@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of numbers that go wrong and of copies that differ."""
+"""Code that ranks run in the tests of bad steps, loss spikes, stop signals and diverged replicas."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ EXPERTS = "model.layers.1.mlp.experts.w2"
 
 
 def spoil_gradient(engine: Any, name: str, value: float) -> None:
-    """One element of a gradient of this rank becomes `value` in the next backward pass."""
+    """Set one element of a gradient of this rank to `value` in the next backward pass."""
     parameter = dict(engine.module.named_parameters())[name]
 
     def spoil(gradient: Tensor) -> Tensor:
@@ -39,18 +39,18 @@ def spoil_gradient(engine: Any, name: str, value: float) -> None:
 
 
 def infinite_loss(loss: Tensor) -> Tensor:
-    """An infinite value with the gradients of the loss."""
+    """Return an infinite loss with finite gradients."""
     return loss + torch.full_like(loss, torch.inf)
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    """Copies of the master weights and moments, and of the weights that compute."""
-    held = {name: tensor.clone() for name, tensor in EngineState(engine).tensors()}
+    """Copy the master weights, the moments and the weights used for computation."""
+    owned = {name: tensor.clone() for name, tensor in EngineState(engine).tensors()}
     computing = {
         f"computing/{name}": getattr(parameter, "ds_tensor", parameter).detach().clone()
         for name, parameter in engine.module.named_parameters()
     }
-    return held | computing
+    return owned | computing
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -58,7 +58,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 class Checkpoints:
-    """As much of a manager as the guard asks."""
+    """Minimal replacement of the checkpoint manager for the step monitor."""
 
     failed = False
 
@@ -72,20 +72,22 @@ class Checkpoints:
         return self._good
 
 
-def guard_of(engine: Any, layout: Layout, said: list[str], good: Path | None = None, **train: Any) -> StepMonitor:
+def step_monitor_of(
+    engine: Any, layout: Layout, lines: list[str], good: Path | None = None, **train: Any
+) -> StepMonitor:
     config = train_config(layout).model_copy(update=train)
-    return StepMonitor(engine, config, layout.expert, said.append, Checkpoints(good), lambda sample: f"of {sample}")  # type: ignore[arg-type]
+    return StepMonitor(engine, config, layout.expert, lines.append, Checkpoints(good), lambda sample: f"of {sample}")  # type: ignore[arg-type]
 
 
 def batches(layout: Layout, without: int | None) -> Iterator[dict[str, Tensor]]:
-    """This rank's micro-batches, those of one step left out."""
+    """Yield this rank's micro-batches, except those of step `without`."""
     for number, batch in enumerate(batches_of_rank(layout, torch.distributed.get_rank())):
         if number // layout.accumulation + 1 != without:
             yield batch
 
 
 def end_step(engine: Any, step_monitor: StepMonitor, state: TrainState) -> StepStatus:
-    """Advance and check the state after a step, as the training loop does."""
+    """Update and check the training state after a step, as the training loop does."""
     status, first_sample = step_monitor.synchronize(), state.consumed_samples
     state.advance(first_sample + engine.train_batch_size(), status.skipped)
     step_monitor.check(state, first_sample, status)
@@ -93,7 +95,7 @@ def end_step(engine: Any, step_monitor: StepMonitor, state: TrainState) -> StepS
 
 
 def take(engine: Any, step_monitor: StepMonitor, state: TrainState, source: Iterator[Any]) -> tuple[float, float]:
-    """A guarded step: the loss and the rate it was taken with."""
+    """Take one step with the step monitor; return its loss and learning rate."""
     watcher = Watcher(engine.module.config.num_experts)
     rate = engine.get_lr()[0]
     optimizer_step(engine, source, watcher, step_monitor.watch)
@@ -102,11 +104,11 @@ def take(engine: Any, step_monitor: StepMonitor, state: TrainState, source: Iter
 
 
 def skip_each(layouts: list[Layout], what: str) -> None:
-    """Under each layout: a bad step changes nothing, and the run continues as if its samples had not been there."""
+    """Check that a bad step changes no weights and that the run continues as if its samples did not exist."""
     for layout in layouts:
-        said: list[str] = []
+        lines: list[str] = []
         engine = engine_of(layout)
-        step_monitor, state, source = guard_of(engine, layout, said), TrainState(), batches(layout, None)
+        step_monitor, state, source = step_monitor_of(engine, layout, lines), TrainState(), batches(layout, None)
         taken, before = [], {}
         for step in range(1, STEPS + 1):
             if step == BAD_STEP:
@@ -121,7 +123,7 @@ def skip_each(layouts: list[Layout], what: str) -> None:
                 assert changed == {"global_steps", "global_samples", "skipped_steps"}, changed
                 assert (state.bad_steps, state.consumed_samples) == (1, BAD_STEP * GLOBAL_BATCH)
         assert (state.bad_steps, engine.skipped_steps) == (0, 1)
-        [line] = said
+        [line] = lines
         assert line.startswith(f"warning: step {BAD_STEP} skipped: NaN or Inf in its loss (")
         ended = state_of(engine)
         engine.destroy()
@@ -142,9 +144,9 @@ def _make_bad(engine: Any, step_monitor: StepMonitor, what: str) -> None:
 
 
 def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, Tensor]) -> None:
-    """With a run that never saw the samples of the bad step; its rates are those of the steps that were taken."""
+    """Compare with a run without the samples of the bad step; its learning rates are those of the good steps."""
     engine = engine_of(layout)
-    step_monitor, state, source = guard_of(engine, layout, []), TrainState(), batches(layout, BAD_STEP)
+    step_monitor, state, source = step_monitor_of(engine, layout, []), TrainState(), batches(layout, BAD_STEP)
     without = [take(engine, step_monitor, state, source) for _ in range(STEPS - 1)]
     del taken[BAD_STEP - 1]
     assert taken == without
@@ -153,9 +155,9 @@ def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, 
 
 
 def too_many_bad_steps(layout: Layout, good: Path | None) -> tuple[str, int]:
-    """Two bad steps where one is allowed, with this good checkpoint: what is raised, after which step."""
+    """Take two bad steps where only one is allowed; return the error and the step at which it is raised."""
     engine = engine_of(layout)
-    step_monitor = guard_of(engine, layout, [], good, max_bad_steps=1)
+    step_monitor = step_monitor_of(engine, layout, [], good, max_bad_steps=1)
     state, source = TrainState(), batches(layout, None)
     try:
         for step in range(STEPS):
@@ -168,27 +170,27 @@ def too_many_bad_steps(layout: Layout, good: Path | None) -> tuple[str, int]:
 
 
 def flip_each(layouts: list[Layout], rank: int) -> list[list[str | None]]:
-    """Under each layout: what the comparison says of equal copies, then with a bit flipped on one rank."""
-    told = []
+    """Compare equal replicas, then replicas with one bit flipped on one rank; return the errors for each layout."""
+    errors = []
     for layout in layouts:
         engine = engine_of(layout)
         optimizer_step(engine, batches(layout, None), StepObserver())
         check = ReplicaCheck(engine, ControlGroup(), layout.expert)
-        found: list[str | None] = [_told(check)]
+        found: list[str | None] = [_error_of(check)]
         for name in (HYPERNETWORK, EXPERTS):
             parameter = dict(engine.module.named_parameters())[name]
             bits = parameter.data.view(torch.int16).view(-1)
             if torch.distributed.get_rank() == rank:
                 bits[-1] ^= 4
-            found.append(_told(check))
+            found.append(_error_of(check))
             if torch.distributed.get_rank() == rank:
                 bits[-1] ^= 4
-        told.append(found)
+        errors.append(found)
         engine.destroy()
-    return told
+    return errors
 
 
-def _told(check: ReplicaCheck) -> str | None:
+def _error_of(check: ReplicaCheck) -> str | None:
     try:
         check.run(5)
     except MachineError as fault:
@@ -197,22 +199,22 @@ def _told(check: ReplicaCheck) -> str | None:
 
 
 def spike(layout: Layout) -> list[str]:
-    """Twenty calm losses, then one micro-batch of rank 1 that stands out."""
+    """Log twenty similar losses, then one much larger loss in a micro-batch of rank 1; return the log lines."""
     engine = engine_of(layout)
-    said: list[str] = []
-    step_monitor, state = guard_of(engine, layout, said), TrainState()
+    lines: list[str] = []
+    step_monitor, state = step_monitor_of(engine, layout, lines), TrainState()
     for step in range(21):
         for number in range(layout.accumulation):
             bad = step == 20 and torch.distributed.get_rank() == 1 and number == 1
             step_monitor.watch(torch.tensor(9.0 if bad else 2.0 + 0.01 * (step % 3)))
         end_step(engine, step_monitor, state)
-    return said
+    return lines
 
 
 def asked_to_stop(layout: Layout, rank: int) -> list[bool]:
-    """Whether each step ends the run, where one rank is asked to after the second."""
+    """Send SIGTERM to one rank after the second step; return for each step whether it stops the run."""
     engine = engine_of(layout)
-    step_monitor, state = guard_of(engine, layout, []), TrainState()
+    step_monitor, state = step_monitor_of(engine, layout, []), TrainState()
     stops = []
     for step in range(4):
         if step == 2 and torch.distributed.get_rank() == rank:
