@@ -48,9 +48,9 @@ class MeasuredStep(NamedTuple):
     """Norms of a step, measured by the product and computed from the weight differences.
 
     Attributes:
-        global_norm: DeepSpeed's.
-        gradients, weights: of the product.
-        expected: parameter norms and update ratios of the naive computation.
+        global_norm: gradient norm that DeepSpeed reports.
+        gradients, weights: norms that the product measures.
+        expected: naively computed parameter norms and update ratios.
     """
 
     global_norm: float
@@ -111,14 +111,14 @@ def serial_gradient_norms() -> dict[str, float]:
     return {f"grad_norm/{group}": square**0.5 for group, square in squares.items()}
 
 
-class Shown(NamedTuple):
+class ModelResults(NamedTuple):
     """Metrics and outputs of a model on one rank.
 
     Attributes:
-        similarity: by the product.
-        pairs: mean cosine over all pairs, one by one.
-        without: logits with the HyperExperts switched off.
-        again: logits after they were switched on again, and before.
+        similarity: similarity that the product measures.
+        pairs: mean cosine over all pairs, computed naively.
+        without: logits without HyperExperts.
+        again: logits with HyperExperts, before and after disabling them.
         tokens: greedy continuation of a prompt.
     """
 
@@ -132,13 +132,13 @@ class Shown(NamedTuple):
 PROMPT, NEW_TOKENS = [5, 17, 3, 99], 12
 
 
-def show_each(layouts: list[Layout]) -> list[Shown]:
+def evaluate_each(layouts: list[Layout]) -> list[ModelResults]:
     """Return similarity, logits without HyperExperts and a sample, for each layout."""
-    return [_show(layout) for layout in layouts]
+    return [_evaluate(layout) for layout in layouts]
 
 
 @torch.no_grad()
-def _show(layout: Layout) -> Shown:
+def _evaluate(layout: Layout) -> ModelResults:
     engine = engine_of(layout)
     model, seen = engine.module.model, []
     handle = model.hypernetwork.register_forward_hook(lambda _module, _inputs, weights: seen.append(weights))
@@ -152,7 +152,7 @@ def _show(layout: Layout) -> Shown:
         without = engine(input_ids=probe, use_cache=False).logits
     after = engine(input_ids=probe, use_cache=False).logits
     tokens = continue_greedily(engine, PROMPT, NEW_TOKENS, engine.device)
-    return Shown(similarity, [_pairs(weights) for weights in seen], without, (before, after), tokens)
+    return ModelResults(similarity, [_pairs(weights) for weights in seen], without, (before, after), tokens)
 
 
 def _pairs(weights: HyperExpertWeights) -> float:

@@ -42,7 +42,7 @@ def newest(folder: Path) -> int:
     return step
 
 
-def noted(folder: Path) -> int:
+def last_saved(folder: Path) -> int:
     """Return the last step whose save completed on some rank."""
     notes = [path.read_text().split() for path in folder.glob("saved_by_*")]
     return max((int(steps[-1]) for steps in notes if steps), default=0)
@@ -57,12 +57,12 @@ def test_killing_ranks_at_random_times_during_saves_loses_no_checkpoint(tmp_path
             process_group(RANKS) as environments,
             ranks_of(environments, save_without_end, tmp_path, asynchronous) as ranks,
         ):
-            while noted(tmp_path) < before + 2:
+            while last_saved(tmp_path) < before + 2:
                 assert all(rank.is_alive() for rank in ranks)
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.1))  # usually within a save
             ranks[moments.randrange(RANKS)].kill()
-        assert newest(tmp_path) >= noted(tmp_path)
+        assert newest(tmp_path) >= last_saved(tmp_path)
         before = newest(tmp_path)
     assert before >= KILLS // 2
 
@@ -162,16 +162,16 @@ def test_a_run_without_an_intact_checkpoint_stops(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    disk = tmp_path / "disk"
+    disk.mkdir()
     mount = shutil.which("mount")
     if os.geteuid() or mount is None:
         pytest.skip("mounting a small file system needs root")
-    mounted = subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True, check=False)
+    mounted = subprocess.run([mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_full_disk_fails_the_save_on_all_ranks_and_keeps_saved_checkpoints(small_disk: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from metric_runs import NEW_TOKENS, PROMPT, measure_each, serial_gradient_norms, show_each
+from metric_runs import NEW_TOKENS, PROMPT, measure_each, serial_gradient_norms, evaluate_each
 from small_runs import SEED, SMALL, Layout, training_tokens, wake_hypernetwork
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
@@ -74,11 +74,11 @@ def _references() -> tuple[torch.Tensor, list[int]]:
 
 def test_similarity_contribution_and_samples_equal_naive_computations() -> None:
     [(without, tokens)] = run_on_ranks(1, _references)
-    for ranks in run_on_ranks(2, show_each, list(SHOWN.values())):
-        for name, shown in zip(SHOWN, ranks, strict=True):
-            assert list(shown.similarity) == [f"hyper_expert_similarity/moe_layer_{layer}" for layer in range(2)]
-            assert list(shown.similarity.values()) == pytest.approx(shown.pairs, abs=1e-5), name
-            assert torch.allclose(shown.without, without, atol=1e-4), name
-            assert not torch.allclose(shown.without, shown.again[0], atol=1e-2), name
-            assert torch.equal(*shown.again), name
-            assert shown.tokens == tokens, name
+    for ranks in run_on_ranks(2, evaluate_each, list(SHOWN.values())):
+        for name, results in zip(SHOWN, ranks, strict=True):
+            assert list(results.similarity) == [f"hyper_expert_similarity/moe_layer_{layer}" for layer in range(2)]
+            assert list(results.similarity.values()) == pytest.approx(results.pairs, abs=1e-5), name
+            assert torch.allclose(results.without, without, atol=1e-4), name
+            assert not torch.allclose(results.without, results.again[0], atol=1e-2), name
+            assert torch.equal(*results.again), name
+            assert results.tokens == tokens, name

@@ -93,11 +93,13 @@ def largest_difference(steps: list[Step], others: list[Step]) -> float:
     return float(((one - other) / other).abs().max())
 
 
-def differences_after_resuming(saved: dict[str, Saved], pairs: list[tuple[Layout, Layout]], place: Path) -> list[float]:
+def differences_after_resuming(
+    saved: dict[str, Saved], pairs: list[tuple[Layout, Layout]], folder: Path
+) -> list[float]:
     """Resume each run and return its largest difference from the uninterrupted run; check the saved state bitwise."""
     runs = [saved[name_of(source)] for source, _ in pairs]
     targets = [target for _, target in pairs]
-    copies = [place / str(number) for number in range(len(pairs))]
+    copies = [folder / str(number) for number in range(len(pairs))]
     ended = run_on_ranks(targets[0].ranks, resume_each, targets, [run.folder for run in runs], copies)[0]
     for run, copy, (steps, logits) in zip(runs, copies, ended, strict=True):
         assert_same_content(run.folder, copy)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from watchdog_runs import LAST_GOOD, TIMEOUT, come_to_an_end, lose, lose_at_the_start, stand_still, start_slowly
+from watchdog_runs import (
+    LAST_GOOD,
+    TIMEOUT,
+    train_to_the_end,
+    lose,
+    lose_before_training,
+    block_all_ranks,
+    start_slowly,
+)
 
 from hypermoe_ds.errors import EXIT_FAULT
 from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, read_heartbeats
@@ -71,7 +79,7 @@ def test_progressing_ranks_continue_and_files_of_an_earlier_launch_are_moved(tmp
     ):  # a user's folder, and ours as folders
         (tmp_path / name).mkdir()
         (tmp_path / name / "note").touch()
-    assert run_on_ranks(2, come_to_an_end, tmp_path) == [0, 1]
+    assert run_on_ranks(2, train_to_the_end, tmp_path) == [0, 1]
     assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path).values()} == {"done"}
     left = ["notes", "previous", "rank_00000.json", "rank_00001.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
@@ -88,7 +96,7 @@ def test_a_slow_launch_of_a_rank_is_tolerated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "fate"), [("killed", "died"), ("stopped", "sends no heartbeat")])
 def test_a_rank_lost_before_training_ends_the_job(kind: str, fate: str, tmp_path: Path) -> None:
-    with process_group(2) as environments, ranks_of(environments, lose_at_the_start, tmp_path, kind) as ranks:
+    with process_group(2) as environments, ranks_of(environments, lose_before_training, tmp_path, kind) as ranks:
         ranks[0].join(60)
         assert ranks[0].exitcode == EXIT_FAULT
     assert re.match(
@@ -102,7 +110,10 @@ def test_if_no_rank_is_behind_each_host_prints_one_report_that_names_the_network
 ) -> None:
     folder, consoles = tmp_path / "watch", tmp_path / "consoles"
     consoles.mkdir()
-    with process_group(RANKS) as environments, ranks_of(environments, stand_still, folder, consoles, hosts) as ranks:
+    with (
+        process_group(RANKS) as environments,
+        ranks_of(environments, block_all_ranks, folder, consoles, hosts) as ranks,
+    ):
         for rank in ranks:
             rank.join(60)
         assert [rank.exitcode for rank in ranks] == [EXIT_FAULT] * RANKS

@@ -42,7 +42,7 @@ def lose(folder: Path, kind: str, lost: int) -> None:
             torch.distributed.all_reduce(batch)
 
 
-def come_to_an_end(folder: Path) -> int:
+def train_to_the_end(folder: Path) -> int:
     """Take steps that together exceed the timeout but individually do not; return the number of remaining threads."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
@@ -67,7 +67,7 @@ def start_slowly(folder: Path) -> int:
     return rank
 
 
-def lose_at_the_start(folder: Path, kind: str) -> None:
+def lose_before_training(folder: Path, kind: str) -> None:
     """Let rank 1 die or stop before it trains, while the others wait for it."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
@@ -77,7 +77,7 @@ def lose_at_the_start(folder: Path, kind: str) -> None:
         torch.distributed.barrier()
 
 
-def stand_still(folder: Path, consoles: Path, hosts: list[str]) -> None:
+def block_all_ranks(folder: Path, consoles: Path, hosts: list[str]) -> None:
     """Block all ranks in the same part of a step, on the given hosts; each rank prints to its own file."""
     rank = torch.distributed.get_rank()
     socket.gethostname = lambda: hosts[rank]
