@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from metric_runs import NEW_TOKENS, PROMPT, measure_each, serial_gradient_norms, evaluate_each
+from metric_runs import NEW_TOKENS, PROMPT, evaluate_each, measure_each, serial_gradient_norms
 from small_runs import SEED, SMALL, Layout, training_tokens, wake_hypernetwork
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM

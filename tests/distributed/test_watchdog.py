@@ -10,11 +10,11 @@ import pytest
 from watchdog_runs import (
     LAST_GOOD,
     TIMEOUT,
-    train_to_the_end,
+    block_all_ranks,
     lose,
     lose_before_training,
-    block_all_ranks,
     start_slowly,
+    train_to_the_end,
 )
 
 from hypermoe_ds.errors import EXIT_FAULT

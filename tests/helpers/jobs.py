@@ -39,7 +39,7 @@ class Done:
     stdout: str
     stderr: str
 
-    def told(self) -> str:
+    def output(self) -> str:
         """Return the complete output."""
         return f"{self.stdout}\n{self.stderr}"
 
@@ -118,7 +118,7 @@ def run_script(
     with process_group(ranks) as environments:
         given = [environment | variables for environment in environments]
         done = run_in_processes(given, run_here, REPOSITORY / script, words, folder, free_bytes)
-    assert ranks == 1 or {rank.returncode for rank in done} == {code}, "\n".join(rank.told() for rank in done)
+    assert ranks == 1 or {rank.returncode for rank in done} == {code}, "\n".join(rank.output() for rank in done)
     first: Done = done[0]
     return first
 

@@ -30,11 +30,11 @@ def recipe(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def whole_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train 8 steps on two ranks through the launcher, without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     done = launch(RANKS, *arguments_of(recipe, f"run.dir={folder / 'run'}", EP), folder=folder)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     return folder / "run"
 
 
@@ -62,7 +62,7 @@ def moved_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     one_rank = run_script(
         RECORDED_TRAIN, *arguments_of(recipe, f"run.dir={run}", "train.stop_at_step=6", stage=3), folder=run.parent
     )
-    assert one_rank.returncode == 0, one_rank.told()
+    assert one_rank.returncode == 0, one_rank.output()
     run_script(RECORDED_TRAIN, *arguments_of(recipe, f"run.dir={run}", EP, stage=2), folder=run.parent, ranks=RANKS)
     return run
 

@@ -1,4 +1,4 @@
-"""Bad input to the training command: one line that names key, value and remedy, and nothing written."""
+"""Bad input to the training command gives one line with key, value and remedy, and writes nothing."""
 
 import json
 import os
@@ -26,8 +26,8 @@ from tests.helpers.ranks import process_group, run_in_processes
 
 
 @dataclass
-class Place:
-    """What a bad job finds."""
+class Files:
+    """Files and folders that a case uses."""
 
     folder: Path
     corpus: TokenisedCorpus
@@ -40,142 +40,144 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A mistake.
+class BadInput:
+    """A case of bad input.
 
     Attributes:
-        says: parts of the line that tells it.
-        overrides: of the recipe; FOLDER and OTHER are filled in.
-        ds_json: the DeepSpeed file.
-        prepare: makes what the overrides name.
-        free_bytes: what the disk claims to have left.
+        message: parts of the error message.
+        overrides: overrides of the recipe; FOLDER and OTHER are replaced.
+        ds_json: content of the DeepSpeed JSON; None writes invalid JSON.
+        prepare: creates the files that the overrides name.
+        free_bytes: faked free disk space.
     """
 
-    says: tuple[str, ...]
+    message: tuple[str, ...]
     overrides: tuple[str, ...] = ()
     ds_json: object = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
-    prepare: Callable[[Place], None] | None = None
+    prepare: Callable[[Files], None] | None = None
     free_bytes: int | None = None
 
 
-def truncated_data(place: Place) -> None:
+def truncated_data(files: Files) -> None:
     for suffix in (".bin", ".idx"):
-        shutil.copy(f"{place.corpus.train}{suffix}", place.folder / f"cut{suffix}")
-    with (place.folder / "cut.bin").open("r+b") as file:
+        shutil.copy(f"{files.corpus.train}{suffix}", files.folder / f"cut{suffix}")
+    with (files.folder / "cut.bin").open("r+b") as file:
         file.truncate(1000)
 
 
-def large_ids(place: Place) -> None:
-    write_token_files(str(place.folder / "large"), [[1, 2, 599] * 40])
+def large_ids(files: Files) -> None:
+    write_token_files(str(files.folder / "large"), [[1, 2, 599] * 40])
 
 
-def a_file(place: Place) -> None:
-    (place.folder / "file").touch()
+def a_file(files: Files) -> None:
+    (files.folder / "file").touch()
 
 
-def lock_of_another_job(place: Place) -> None:
-    """Held by this process, the job is another one."""
-    place.lock = RunLock(place.other_run)
+def lock_of_another_job(files: Files) -> None:
+    """Lock the other run in this process, so that the job finds it in use."""
+    files.lock = RunLock(files.other_run)
 
 
 CASES = {
-    "unknown key": Bad(("error: train.step: unknown key", "did you mean 'steps'?"), ("train.step=3",)),
-    "unknown section": Bad(("error: optimiser: unknown key", "did you mean 'optimizer'?"), ("optimiser.lr=3",)),
-    "wrong type": Bad(("train.steps='many': is not valid",), ("train.steps=many",)),
-    "unknown DeepSpeed key": Bad(
+    "unknown key": BadInput(("error: train.step: unknown key", "did you mean 'steps'?"), ("train.step=3",)),
+    "unknown section": BadInput(("error: optimiser: unknown key", "did you mean 'optimizer'?"), ("optimiser.lr=3",)),
+    "wrong type": BadInput(("train.steps='many': is not valid",), ("train.steps=many",)),
+    "unknown DeepSpeed key": BadInput(
         ("ds.json: zero_optimizaton: unknown key", "did you mean 'zero_optimization'?"),
         ds_json={"zero_optimizaton": {"stage": 1}},
     ),
-    "stated twice": Bad(
+    "setting of the recipe": BadInput(
         ("ds.json: gradient_clipping: belongs to the recipe", "set train.clip_grad_norm"),
         ds_json={"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0},
     ),
-    "no JSON": Bad(("ds.json: is not JSON", "start from ds_configs/zero1.json"), ds_json=None),
-    "experts do not divide": Bad(
+    "invalid JSON": BadInput(("ds.json: is not JSON", "start from ds_configs/zero1.json"), ds_json=None),
+    "experts do not divide": BadInput(
         ("parallel.expert=3: does not divide model.num_experts=4", "choose 1"), ("parallel.expert=3",)
     ),
-    "ranks do not divide": Bad(
+    "ranks do not divide": BadInput(
         ("parallel.expert=2: does not divide the number of ranks, 1", "choose 1"), ("parallel.expert=2",)
     ),
-    "more experts chosen than there are": Bad(
+    "more selected experts than experts": BadInput(
         ("model.num_experts_per_tok=5: more than num_experts=4", "choose 1 to 4"), ("model.num_experts_per_tok=5",)
     ),
-    "batches do not divide": Bad(
+    "batches do not divide": BadInput(
         (
             "train.micro_batch_size=2: times 1 ranks does not divide train.global_batch_size=7",
             "these micro-batches fit: 1, 7",
         ),
         ("train.global_batch_size=7",),
     ),
-    "vocabulary too small": Bad(
+    "vocabulary too small": BadInput(
         ("has token ids up to 499 and the model 64 embeddings", "set model.vocab_size to 500 or more"),
         ("model.vocab_size=64",),
     ),
-    "token ids beyond the vocabulary": Bad(
+    "token ids beyond the vocabulary": BadInput(
         ("large: has 600 token ids and the model 512", "set model.vocab_size to 600 or more"),
         ("data.train=[{prefix: FOLDER/large}]",),
         prepare=large_ids,
     ),
-    "no data": Bad(("none.idx: no such file",), ("data.valid=[{prefix: FOLDER/none}]",)),
-    "truncated data": Bad(
+    "no data": BadInput(("none.idx: no such file",), ("data.valid=[{prefix: FOLDER/none}]",)),
+    "truncated data": BadInput(
         ("cut.bin: is truncated (1000 bytes instead of", "run tools/preprocess_data.py again"),
         ("data.train=[{prefix: FOLDER/cut}]",),
         prepare=truncated_data,
     ),
-    "no tokenizer": Bad(("none: no such tokenizer folder", "give a folder with"), ("data.tokenizer=FOLDER/none",)),
-    "another model's run": Bad(
+    "no tokenizer": BadInput(("none: no such tokenizer folder", "give a folder with"), ("data.tokenizer=FOLDER/none",)),
+    "another model's run": BadInput(
         ("model.adapter_size=4: ", "has another model (there it is 8)", "choose another run.dir"),
         ("run.dir=OTHER", "model.adapter_size=4"),
     ),
-    "a run that another job trains": Bad(
+    "run that another job trains": BadInput(
         ("run.dir=", "is training in it; end that job or choose another run.dir"),
         ("run.dir=OTHER",),
         prepare=lock_of_another_job,
     ),
-    "a run that is there already": Bad(
+    "existing run without resume": BadInput(
         ("checkpoints: has checkpoints", "set checkpoint.resume=auto"), ("run.dir=OTHER", "checkpoint.resume=none")
     ),
-    "full disk": Bad(("GiB are free and a checkpoint needs", "choose another run.dir"), free_bytes=1000),
-    "run folder that cannot be": Bad(("file/run: cannot be written",), ("run.dir=FOLDER/file/run",), prepare=a_file),
-    "sequences too long": Bad(
+    "full disk": BadInput(("GiB are free and a checkpoint needs", "choose another run.dir"), free_bytes=1000),
+    "run folder inside a file": BadInput(
+        ("file/run: cannot be written",), ("run.dir=FOLDER/file/run",), prepare=a_file
+    ),
+    "sequences too long": BadInput(
         ("data.sequence_length=64: longer than model.max_position_embeddings=32",), ("data.sequence_length=64",)
     ),
 }
 
 
-def start(case: Bad, place: Place, launched_ranks: int | None = None) -> Done:
-    if case.prepare is not None:
-        case.prepare(place)
-    recipe = write_recipe(place.folder / "recipe.yaml", small_recipe(place.corpus, place.run_dir))
-    ds_json = place.folder / "ds.json"
-    ds_json.write_text("{" if case.ds_json is None else json.dumps(case.ds_json))
+def start(bad: BadInput, files: Files, launched_ranks: int | None = None) -> Done:
+    if bad.prepare is not None:
+        bad.prepare(files)
+    recipe = write_recipe(files.folder / "recipe.yaml", small_recipe(files.corpus, files.run_dir))
+    ds_json = files.folder / "ds.json"
+    ds_json.write_text("{" if bad.ds_json is None else json.dumps(bad.ds_json))
     filled = [
-        text.replace("FOLDER", str(place.folder)).replace("OTHER", str(place.other_run)) for text in case.overrides
+        text.replace("FOLDER", str(files.folder)).replace("OTHER", str(files.other_run)) for text in bad.overrides
     ]
     arguments = ["--config", recipe, "--deepspeed_config", ds_json, *filled]
     if launched_ranks is not None:
-        return launch(launched_ranks, *arguments, folder=place.folder)
-    return run_script(TRAIN, *arguments, folder=place.folder, free_bytes=case.free_bytes)
+        return launch(launched_ranks, *arguments, folder=files.folder)
+    return run_script(TRAIN, *arguments, folder=files.folder, free_bytes=bad.free_bytes)
 
 
 @pytest.fixture
-def place(tmp_path: Path, corpus: TokenisedCorpus, finished: Path) -> Place:
-    return Place(tmp_path, corpus, finished)
+def files(tmp_path: Path, corpus: TokenisedCorpus, finished: Path) -> Files:
+    return Files(tmp_path, corpus, finished)
 
 
 @pytest.fixture(scope="module")
 def finished(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step on one rank."""
+    """Train one step on one rank."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder / "recipe.yaml", small_recipe(corpus, folder / "run"))
     overrides = ["train.steps=1", "schedule.warmup_steps=0"]
     done = run_script(TRAIN, *arguments_of(recipe, *overrides), folder=folder)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     return folder / "run"
 
 
 def contents(folder: Path) -> dict[Path, float]:
-    """All files except the lock, the ranks' heartbeats and their logs."""
+    """Return the modification times of all files except the lock, heartbeats and logs."""
     files = [
         path
         for path in folder.rglob("*")
@@ -184,30 +186,30 @@ def contents(folder: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def assert_told_once(done: Done, says: tuple[str, ...]) -> None:
+def assert_one_error(done: Done, message: tuple[str, ...]) -> None:
     assert done.returncode != 0
-    told = [line for line in done.told().splitlines() if "error:" in line]
-    assert len(told) == 1, done.told()
-    assert told[0].startswith("error: ")
-    for part in says:
-        assert part in told[0]
-    assert "Traceback" not in done.told()
+    errors = [line for line in done.output().splitlines() if "error:" in line]
+    assert len(errors) == 1, done.output()
+    assert errors[0].startswith("error: ")
+    for part in message:
+        assert part in errors[0]
+    assert "Traceback" not in done.output()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_ends_with_one_line_and_nothing_written(name: str, place: Place) -> None:
-    before = contents(place.other_run)
-    done = start(CASES[name], place)
-    assert_told_once(done, CASES[name].says)
+def test_bad_input_prints_one_line_and_writes_nothing(name: str, files: Files) -> None:
+    before = contents(files.other_run)
+    done = start(CASES[name], files)
+    assert_one_error(done, CASES[name].message)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert contents(place.run_dir) == {}
-    assert contents(place.other_run) == before
+    assert contents(files.run_dir) == {}
+    assert contents(files.other_run) == before
 
 
 ON_TWO_RANKS = {
     "an unknown key": CASES["unknown key"],
-    "ZeRO off under expert parallelism": Bad(
+    "ZeRO off under expert parallelism": BadInput(
         ("zero_optimization.stage=0: is not supported", "set it to 1, 2 or 3"),
         ("parallel.expert=2",),
         ds_json={},
@@ -216,24 +218,24 @@ ON_TWO_RANKS = {
 
 
 @pytest.mark.parametrize("name", ON_TWO_RANKS)
-def test_two_ranks_tell_a_mistake_once(name: str, place: Place) -> None:
-    done = start(ON_TWO_RANKS[name], place, launched_ranks=2)
-    assert_told_once(done, ON_TWO_RANKS[name].says)
-    assert contents(place.run_dir) == {}
+def test_two_ranks_report_bad_input_once(name: str, files: Files) -> None:
+    done = start(ON_TWO_RANKS[name], files, launched_ranks=2)
+    assert_one_error(done, ON_TWO_RANKS[name].message)
+    assert contents(files.run_dir) == {}
 
 
 def train_with_own_steps(folder: Path, *arguments: str) -> Done:
-    """The training command, with other steps on each rank."""
+    """Run the training command with a different number of steps on each rank."""
     steps = 8 + 4 * int(os.environ["RANK"])
     return run_here(REPOSITORY / TRAIN, [*arguments, f"train.steps={steps}"], folder)
 
 
-def test_two_hosts_with_other_overrides_are_told_and_nothing_is_written(place: Place) -> None:
-    recipe = write_recipe(place.folder / "recipe.yaml", small_recipe(place.corpus, place.run_dir))
+def test_different_overrides_on_two_hosts_are_reported_and_nothing_is_written(files: Files) -> None:
+    recipe = write_recipe(files.folder / "recipe.yaml", small_recipe(files.corpus, files.run_dir))
     with process_group(2) as environments:
-        alone = [environment | {"LOCAL_RANK": "0"} for environment in environments]
-        hosts = run_in_processes(alone, train_with_own_steps, place.folder, *arguments_of(recipe))
+        separate = [environment | {"LOCAL_RANK": "0"} for environment in environments]
+        hosts = run_in_processes(separate, train_with_own_steps, files.folder, *arguments_of(recipe))
     for done in hosts:
-        assert_told_once(done, ("train.steps: is 8 on rank 0 and 12 on rank 1 (", "give all ranks the same settings"))
+        assert_one_error(done, ("train.steps: is 8 on rank 0 and 12 on rank 1 (", "give all ranks the same settings"))
         assert done.returncode == 2
-    assert contents(place.run_dir) == {}
+    assert contents(files.run_dir) == {}

@@ -1,4 +1,4 @@
-"""The comparison of training steps, end to end at a tiny size. How fast a side is, no test says."""
+"""Run the benchmarks end to end at a tiny size; timings are not checked."""
 
 import json
 import math
@@ -44,10 +44,10 @@ def run(script: str, *arguments: object, python_path: str = str(REPOSITORY)) -> 
 
 @pytest.fixture(scope="module")
 def compare(tmp_path_factory: pytest.TempPathFactory) -> Compare:
-    """A comparison at the tiny size, in an environment without megatron-core and with chatty imports; what it wrote."""
+    """Return a function that runs a tiny comparison, without megatron-core and with a library that prints on import."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "megatron.py").write_text("raise ImportError('a benchmark needs no megatron-core')\n")
-    (folder / "sitecustomize.py").write_text("print('a library speaks')\n")
+    (folder / "sitecustomize.py").write_text("print('output of a library')\n")
 
     def compared(*arguments: object) -> dict[str, Any]:
         model = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
@@ -82,7 +82,7 @@ def test_every_side_steps_and_reports_a_finite_loss(on_two_ranks: dict[str, Any]
             assert min(side["peak_memory_gib"]) > 0
 
 
-def test_ratios_are_those_of_the_medians_and_of_the_fullest_ranks(
+def test_ratios_compare_medians_and_the_ranks_with_the_largest_memory(
     on_two_ranks: dict[str, Any], peers: dict[str, Any]
 ) -> None:
     for found in (on_two_ranks, peers):
@@ -96,7 +96,7 @@ def test_ratios_are_those_of_the_medians_and_of_the_fullest_ranks(
             assert side["tokens_per_second"] == pytest.approx(ranks * 2 * 16 / side["median_seconds"])
 
 
-def test_every_micro_batch_of_a_step_counts_and_recomputing_layers_changes_no_loss(compare: Compare) -> None:
+def test_all_micro_batches_count_and_activation_checkpointing_changes_no_loss(compare: Compare) -> None:
     common = ("--ranks", 1, "--steps", 2, "--warmup", 0)
     plain = compare(*common)
     found = compare(*common, "--accumulation", 2, "--activation-checkpointing")
@@ -105,7 +105,7 @@ def test_every_micro_batch_of_a_step_counts_and_recomputing_layers_changes_no_lo
         assert side["losses"][0] == pytest.approx(plain["sides"][name]["losses"][0], rel=1e-6)
 
 
-def test_sides_have_the_same_parameters_but_for_the_hypernetwork(
+def test_sides_have_the_same_parameters_except_the_hypernetwork(
     on_two_ranks: dict[str, Any], peers: dict[str, Any]
 ) -> None:
     counts = HyperMoEConfig(**TINY).parameter_counts()
@@ -115,7 +115,7 @@ def test_sides_have_the_same_parameters_but_for_the_hypernetwork(
     assert {name: side["parameters"] for name, side in sides.items()} == expected
 
 
-def test_deepspeeds_layer_begins_as_our_plain_mixture_of_experts(peers: dict[str, Any]) -> None:
+def test_the_deepspeed_layer_starts_with_the_loss_of_our_moe(peers: dict[str, Any]) -> None:
     ours, theirs = (peers["sides"][name]["losses"][0] for name in ("moe", "deepspeed_moe"))
     assert theirs == pytest.approx(ours, rel=1e-5)
 
@@ -129,8 +129,8 @@ def test_the_profile_has_every_category_of_both_sides(on_two_ranks: dict[str, An
             assert f"| {kind} |" in on_two_ranks["profile"]
 
 
-def test_bad_arguments_end_in_one_line() -> None:
-    for arguments, told in (
+def test_bad_arguments_give_one_line() -> None:
+    for arguments, message in (
         (("--sides", "moe,mixtrol"), "did you mean 'mixtral'?"),
         (("hidden_size=3.5",), "wrong type"),
         (("--sides", "moe,mixtral", "--activation-checkpointing"), "only of hypermoe, moe, per_token"),
@@ -139,7 +139,7 @@ def test_bad_arguments_end_in_one_line() -> None:
         assert done.returncode == 2
         [line] = done.stderr.splitlines()
         assert line.startswith("error: ")
-        assert told in line
+        assert message in line
 
 
 def test_losses_that_differ_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A trained model as others use it: the very same model where this project is absent."""
+"""An exported model gives the same results in an environment without this project."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from hypermoe_ds.checkpoint.weights import load_model
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import Done, run_script
 
-# Loads each folder, with nothing of ours in reach, and saves the logits of token ids read from a file.
+# Loads each folder without access to this project, and saves the logits of token ids read from a file.
 STRANGER = """
 import sys
 
@@ -45,13 +45,13 @@ PRECISE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="session")
-def exported(whole_run: Path, zero3_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
-    """The Hugging Face folder of each run."""
+def exported(reference_run: Path, zero3_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    """Export each run; return its Hugging Face folder."""
     folder = tmp_path_factory.mktemp("exported")
     result = {}
-    for name, run in (("whole", whole_run), ("zero3", zero3_run)):
+    for name, run in (("whole", reference_run), ("zero3", zero3_run)):
         done = run_script("tools/convert_to_hf.py", "--checkpoint", run, "--output", name, folder=folder)
-        assert done.returncode == 0, done.told()
+        assert done.returncode == 0, done.output()
         parameters = RunFolder(run).model_config().parameter_counts().total
         assert done.stdout.splitlines() == [f"{name}: {parameters / 1e6:,.1f} M parameters in float32"]
         result[run] = folder / name
@@ -68,7 +68,7 @@ def token_ids() -> Tensor:
 def seen_by_a_stranger(
     exported: dict[Path, Path], token_ids: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Path, dict[str, object]]:
-    """Logits and token ids, computed in a process that cannot import this project."""
+    """Compute logits and token ids in a process that cannot import this project."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.save(token_ids, folder / "ids.pt")
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -81,13 +81,13 @@ def seen_by_a_stranger(
     return {run: torch.load(folder / f"{number}.pt") for number, run in enumerate(exported)}
 
 
-@pytest.fixture(params=["whole_run", "zero3_run"])
+@pytest.fixture(params=["reference_run", "zero3_run"])
 def run(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
 
 
-def test_the_export_gives_the_trained_models_logits_where_this_project_is_absent(
+def test_without_this_project_an_export_gives_the_logits_of_the_trained_model(
     run: Path, seen_by_a_stranger: dict[Path, dict[str, Tensor]], token_ids: Tensor
 ) -> None:
     with torch.no_grad():
@@ -95,50 +95,50 @@ def test_the_export_gives_the_trained_models_logits_where_this_project_is_absent
     torch.testing.assert_close(seen_by_a_stranger[run]["logits"], logits, **PRECISE)
 
 
-def test_the_exports_tokenizer_gives_the_token_ids_of_training(
+def test_the_tokenizer_of_an_export_gives_the_token_ids_of_training(
     run: Path, seen_by_a_stranger: dict[Path, dict[str, object]], corpus: TokenisedCorpus
 ) -> None:
     expected = AutoTokenizer.from_pretrained(corpus.tokenizer)("def f(x):\n\treturn x")["input_ids"]
     assert seen_by_a_stranger[run]["ids"] == expected
 
 
-def loss_told(done: Done) -> float:
-    assert done.returncode == 0, done.told()
+def printed_loss(done: Done) -> float:
+    assert done.returncode == 0, done.output()
     match = re.search(r"^loss ([\d.]+) \| perplexity ([\d.]+) \| .+ \| ([\d,]+) tokens of ", done.stdout, re.MULTILINE)
     assert match is not None, done.stdout
     return float(match[1])
 
 
-def test_evaluating_the_run_and_the_export_gives_the_trainers_last_validation_loss(
+def test_evaluating_a_run_or_its_export_gives_the_last_validation_loss(
     run: Path, exported: dict[Path, Path], corpus: TokenisedCorpus, tmp_path: Path
 ) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    trainers = [record["valid_loss"] for record in records if "valid_loss" in record][-1]
+    expected = [record["valid_loss"] for record in records if "valid_loss" in record][-1]
     for checkpoint in (run, exported[run]):
         done = run_script(
             "pretrain/evaluate.py", "--checkpoint", checkpoint, "--data", corpus.valid, folder=tmp_path
         )  # fmt: skip
-        assert loss_told(done) == pytest.approx(trainers, abs=2e-6)
+        assert printed_loss(done) == pytest.approx(expected, abs=2e-6)
 
 
 def test_an_earlier_step_is_evaluated_and_exported_on_request(
-    whole_run: Path, exported: dict[Path, Path], corpus: TokenisedCorpus, tmp_path: Path
+    reference_run: Path, exported: dict[Path, Path], corpus: TokenisedCorpus, tmp_path: Path
 ) -> None:
     data = ["--data", corpus.valid]
-    run_script("tools/convert_to_hf.py", "--checkpoint", whole_run, "--step", 6, "--output", "hf", folder=tmp_path)
-    earlier = run_script("pretrain/evaluate.py", "--checkpoint", whole_run, "--step", 6, *data, folder=tmp_path)
+    run_script("tools/convert_to_hf.py", "--checkpoint", reference_run, "--step", 6, "--output", "hf", folder=tmp_path)
+    earlier = run_script("pretrain/evaluate.py", "--checkpoint", reference_run, "--step", 6, *data, folder=tmp_path)
     of_export = run_script("pretrain/evaluate.py", "--checkpoint", "hf", *data, folder=tmp_path)
-    newest = run_script("pretrain/evaluate.py", "--checkpoint", whole_run, *data, folder=tmp_path)
-    assert loss_told(earlier) == loss_told(of_export) != loss_told(newest)
+    newest = run_script("pretrain/evaluate.py", "--checkpoint", reference_run, *data, folder=tmp_path)
+    assert printed_loss(earlier) == printed_loss(of_export) != printed_loss(newest)
 
 
-def test_generated_text_goes_on_from_the_prompt_and_follows_the_seed(
-    whole_run: Path, exported: dict[Path, Path], tmp_path: Path
+def test_generated_text_continues_the_prompt_and_depends_on_the_seed(
+    reference_run: Path, exported: dict[Path, Path], tmp_path: Path
 ) -> None:
     def generate(*arguments: object) -> str:
-        common = ["--checkpoint", exported[whole_run], "--prompt", "def read(path):", "--max-new-tokens", 12]
+        common = ["--checkpoint", exported[reference_run], "--prompt", "def read(path):", "--max-new-tokens", 12]
         done = run_script("tools/generate.py", *common, *arguments, folder=tmp_path)
-        assert done.returncode == 0, done.told()
+        assert done.returncode == 0, done.output()
         return done.stdout
 
     texts = [generate("--seed", seed) for seed in (1, 1, 2)]
@@ -146,7 +146,7 @@ def test_generated_text_goes_on_from_the_prompt_and_follows_the_seed(
     assert texts[0] == texts[1] != texts[2]
     likeliest = generate("--temperature", 0, "--seed", 1)
     assert likeliest == generate("--temperature", 0, "--seed", 2)
-    assert likeliest == generate("--checkpoint", whole_run, "--temperature", 0)
+    assert likeliest == generate("--checkpoint", reference_run, "--temperature", 0)
 
 
 BAD = {
@@ -170,11 +170,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_with_one_line_and_nothing_written(
-    name: str, whole_run: Path, exported: dict[Path, Path], corpus: TokenisedCorpus, tmp_path: Path
+def test_bad_input_prints_one_line_and_writes_nothing(
+    name: str, reference_run: Path, exported: dict[Path, Path], corpus: TokenisedCorpus, tmp_path: Path
 ) -> None:
     (tmp_path / "EMPTY").mkdir()
-    places = {"RUN": str(whole_run), "HF": str(exported[whole_run]), "VALID": corpus.valid}
+    places = {"RUN": str(reference_run), "HF": str(exported[reference_run]), "VALID": corpus.valid}
     script, *arguments = [places.get(word, word) for word in BAD[name][0].split()]
     done = run_script(script, *arguments, folder=tmp_path)
     assert done.returncode == 2
@@ -184,8 +184,8 @@ def test_bad_input_ends_with_one_line_and_nothing_written(
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]
 
 
-def test_a_full_disk_ends_an_export_with_one_line_and_nothing_written(whole_run: Path, tmp_path: Path) -> None:
-    arguments = ["--checkpoint", whole_run, "--output", "hf"]
+def test_an_export_to_a_full_disk_prints_one_line_and_writes_nothing(reference_run: Path, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", reference_run, "--output", "hf"]
     done = run_script("tools/convert_to_hf.py", *arguments, folder=tmp_path, free_bytes=1000)
     assert done.returncode == 2
     assert re.fullmatch(r"error: hf: needs [\d.]+ GiB and 0.00 are free; free some disk\n", done.stderr)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder becomes a run that the trainer continues with, from exactly its weights."""
+"""Convert a Hugging Face folder to a run that training continues from exactly the same weights."""
 
 import json
 import re
@@ -32,11 +32,11 @@ HYPER = [f"{key}=8" for key in ("expert_embedding_size", "selection_hidden_size"
 
 def convert(script: str, *arguments: object, folder: Path) -> str:
     done = run_script(f"tools/{script}.py", *arguments, folder=folder)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["whole_run", "zero3_run"])
+@pytest.mark.parametrize("name", ["reference_run", "zero3_run"])
 def test_a_run_exported_imported_and_exported_again_is_bit_identical(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -47,33 +47,33 @@ def test_a_run_exported_imported_and_exported_again_is_bit_identical(
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == files
     assert "README.md" in files
-    for file in set(files) - {"README.md"}:  # the model card has the steps of its own run
+    for file in set(files) - {"README.md"}:  # the model card records the steps of the run
         assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "first" / file).read_bytes(), file
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "run", "second"]
 
 
-def go_on(run: Path, corpus: TokenisedCorpus, *overrides: str, ranks: int = RANKS) -> list[dict[str, Any]]:
-    """Train as the converter says; what was logged."""
+def train(run: Path, corpus: TokenisedCorpus, *overrides: str, ranks: int = RANKS) -> list[dict[str, Any]]:
+    """Train with the command that the converter prints, and return the logged records."""
     recipe = small_recipe(corpus, run) | yaml.safe_load((run / "resolved" / "model.yaml").read_text())
     recipe["data"]["tokenizer"] = str(run / "resolved" / "tokenizer")
     path = write_recipe(run.parent / "recipe.yaml", recipe)
     done = run_script(TRAIN, *arguments_of(path, *overrides), folder=run.parent, ranks=ranks)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     assert "; new run\n" in done.stdout
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-STILL = ("train.steps=1", "schedule.warmup_steps=0", "optimizer.lr=1e-12")  # takes a step and stays where it is
+STILL = ("train.steps=1", "schedule.warmup_steps=0", "optimizer.lr=1e-12")  # take a step without changing the weights
 
 
-def test_training_goes_on_from_the_weights_of_an_export(
-    whole_run: Path, corpus: TokenisedCorpus, tmp_path: Path
+def test_training_continues_from_the_weights_of_an_export(
+    reference_run: Path, corpus: TokenisedCorpus, tmp_path: Path
 ) -> None:
-    convert("convert_to_hf", "--checkpoint", whole_run, "--output", "hf", folder=tmp_path)
-    told = convert("convert_from_hf", "--checkpoint", "hf", "--output", "run", folder=tmp_path)
-    assert re.search(r"^start: deepspeed pretrain/train.py .* run.dir=run train.precision=fp32$", told, re.MULTILINE)
-    records = go_on(tmp_path / "run", corpus, *STILL)
-    before = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    convert("convert_to_hf", "--checkpoint", reference_run, "--output", "hf", folder=tmp_path)
+    output = convert("convert_from_hf", "--checkpoint", "hf", "--output", "run", folder=tmp_path)
+    assert re.search(r"^start: deepspeed pretrain/train.py .* run.dir=run train.precision=fp32$", output, re.MULTILINE)
+    records = train(tmp_path / "run", corpus, *STILL)
+    before = [json.loads(line) for line in (reference_run / "metrics.jsonl").read_text().splitlines()]
     [expected] = [record["valid_loss"] for record in before if "valid_loss" in record][-1:]
     assert records[-1]["valid_loss"] == pytest.approx(expected, abs=2e-6)
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json").read_text())
@@ -82,7 +82,7 @@ def test_training_goes_on_from_the_weights_of_an_export(
 
 @torch.no_grad()
 def loss_of(model: PreTrainedModel, corpus: TokenisedCorpus) -> float:
-    """Of a model of Transformers' own on the validation samples."""
+    """Return the loss of a Transformers model on the validation samples."""
     samples = build_validation_set(corpus.valid, str(corpus.tokenizer), LENGTH, SIZES["vocab_size"])
     total, tokens = 0.0, 0
     for batch in validation_batches(samples, 8, rank=0, size=1):
@@ -101,7 +101,7 @@ def loss_of(model: PreTrainedModel, corpus: TokenisedCorpus) -> float:
         ("mixtral", [], 1e-5),
     ],
 )
-def test_a_model_of_others_is_evaluated_and_trained_on_under_expert_parallelism_from_its_own_loss(
+def test_a_converted_model_keeps_its_loss_in_evaluation_and_expert_parallel_training(
     kind: str, options: list[object], tolerance: float, corpus: TokenisedCorpus, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -114,10 +114,10 @@ def test_a_model_of_others_is_evaluated_and_trained_on_under_expert_parallelism_
     convert("convert_from_hf", *arguments, folder=tmp_path)
     expected = loss_of(model, corpus)
     done = run_script("pretrain/evaluate.py", "--checkpoint", "run", "--data", corpus.valid, folder=tmp_path)
-    assert done.returncode == 0, done.told()
-    [told] = re.findall(r"^loss ([\d.]+) ", done.stdout, re.MULTILINE)
-    assert float(told) == pytest.approx(expected, abs=tolerance)
-    assert go_on(tmp_path / "run", corpus, *STILL, "parallel.expert=2")[-1]["valid_loss"] == pytest.approx(
+    assert done.returncode == 0, done.output()
+    [loss] = re.findall(r"^loss ([\d.]+) ", done.stdout, re.MULTILINE)
+    assert float(loss) == pytest.approx(expected, abs=tolerance)
+    assert train(tmp_path / "run", corpus, *STILL, "parallel.expert=2")[-1]["valid_loss"] == pytest.approx(
         expected, abs=tolerance
     )
 
@@ -128,7 +128,7 @@ def test_an_upcycled_model_learns(corpus: TokenisedCorpus, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "theirs")
     options = ["--upcycle", "--experts", 4, "--top-k", 1, *HYPER, "--tokenizer", corpus.tokenizer]
     convert("convert_from_hf", "--checkpoint", "theirs", "--output", "run", *options, folder=tmp_path)
-    records = go_on(tmp_path / "run", corpus, "parallel.expert=2", "train.steps=12")
+    records = train(tmp_path / "run", corpus, "parallel.expert=2", "train.steps=12")
     steps = [record for record in records if "loss" in record]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     ratios = [f"hyper_expert_norm_ratio/moe_layer_{layer}" for layer in range(2)]
@@ -155,14 +155,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_converted_ends_with_one_line_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_a_failed_conversion_prints_one_line_and_writes_nothing(name: str, tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "LLAMA")
     (tmp_path / "TAKEN").mkdir()
     (tmp_path / "TAKEN" / "thesis").touch()
-    arguments, says = BAD[name]
+    arguments, message = BAD[name]
     done = run_script("tools/convert_from_hf.py", *arguments.split(), folder=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert says in line
+    assert message in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LLAMA", "TAKEN"]

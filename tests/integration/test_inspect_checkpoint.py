@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py as a user starts it."""
+"""Run tools/inspect_checkpoint.py as a user does."""
 
 import json
 import math
@@ -26,14 +26,14 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", small_model(), {3: first, 5: second})
 
 
-def test_a_run_its_checkpoint_and_its_export_are_told_apart_and_hold_the_same(run: Path, tmp_path: Path) -> None:
+def test_a_run_its_checkpoint_and_its_export_are_identified_and_have_equal_weights(run: Path, tmp_path: Path) -> None:
     small_model(2).save_pretrained(tmp_path / "hf")
     parameters = small_model().config.parameter_counts().total
     for path, kind in ((run, "run folder"), (run / "checkpoints/step_00000005", "checkpoint folder")):
         done = run_script(
             TOOL, "--checkpoint", path, "--compare", tmp_path / "hf", "--json", "seen.json", folder=tmp_path
         )
-        assert done.returncode == 0, done.told()
+        assert done.returncode == 0, done.output()
         assert f": {kind}\n" in done.stdout
         assert ": Hugging Face folder\n" in done.stdout
         assert done.stdout.count(f" {parameters:,}\n") >= 1
@@ -48,13 +48,13 @@ def test_an_earlier_step_differs(run: Path, tmp_path: Path) -> None:
     done = run_script(
         TOOL, "--checkpoint", run, "--compare", run / "checkpoints/step_00000005", "--step", 3, folder=tmp_path
     )
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     assert "step_00000003: run folder\n" in done.stdout
     assert "no difference" not in done.stdout
     assert "exp_avg_sq: ||second - first|| / ||first||" in done.stdout
 
 
-def test_nan_ends_with_exit_code_1_and_the_tensors_name(tmp_path: Path) -> None:
+def test_nan_gives_exit_code_1_and_the_name_of_the_tensor(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     weights["model.norm.weight"] = torch.full((32,), math.nan)
     write_cut_checkpoint(tmp_path / "cut", weights, moments=False)
@@ -73,7 +73,7 @@ def test_nan_ends_with_exit_code_1_and_the_tensors_name(tmp_path: Path) -> None:
         ("RUN --json none/seen.json", "cannot be written"),
     ],
 )
-def test_bad_input_ends_with_one_line(arguments: str, message: str, run: Path, tmp_path: Path) -> None:
+def test_bad_input_gives_one_line(arguments: str, message: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "EMPTY").mkdir()
     words = [str(run) if word == "RUN" else word for word in arguments.split()]
     done = run_script(TOOL, "--checkpoint", *words, folder=tmp_path)
@@ -83,8 +83,8 @@ def test_bad_input_ends_with_one_line(arguments: str, message: str, run: Path, t
     assert message in line
 
 
-# Runs the tool and tells the most memory of its own that the process held meanwhile: maps of files, which the
-# system may drop at any time, are not counted.
+# Runs the tool and prints the peak anonymous memory of the process. Memory-mapped files are not counted, because the
+# operating system can drop them at any time.
 WATCHED = """
 import pathlib, runpy, sys, threading, time
 import torch, transformers, safetensors.torch, numpy, hypermoe_ds.inspection.statistics
@@ -114,14 +114,14 @@ sys.exit(code)
 
 
 def large_weights() -> Iterator[tuple[str, Tensor]]:
-    """416 MiB in fp32, the largest tensor 128 of them."""
+    """Yield 416 MiB of fp32 weights; the largest tensor has 128 MiB."""
     yield "model.embed_tokens.weight", torch.randn(2**16, 512)
     for layer in range(2):
         for part in ("w1", "w2", "w3"):
             yield f"model.layers.{layer}.mlp.experts.{part}", torch.randn(24, 1024, 512)
 
 
-def test_memory_stays_far_below_the_model_and_below_its_largest_tensor(tmp_path: Path) -> None:
+def test_memory_stays_below_the_size_of_the_largest_tensor(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         write_weights(tmp_path / name, large_weights(), {}, {}, shard_bytes=200 * MIB)

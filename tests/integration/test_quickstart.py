@@ -1,4 +1,4 @@
-"""The quickstart as a new user runs it, shortened: fewer files, fewer steps, a smaller model."""
+"""Run the quickstart as a new user does, with fewer files, fewer steps and a smaller model."""
 
 import os
 import re
@@ -24,7 +24,7 @@ SHORTER = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a finished quickstart and what it printed."""
+    """Run the quickstart; return its folder and output."""
     folder = tmp_path_factory.mktemp("quickstart")
     environment = {**os.environ, "QUICKSTART_DIR": str(folder), "QUICKSTART_EVERY": "8"}
     command = ["bash", str(REPOSITORY / "launch" / "quickstart.sh"), *SHORTER]
@@ -42,7 +42,7 @@ def test_the_quickstart_trains_validates_saves_and_exports(finished: tuple[Path,
     assert "def read_lines(path):" in output
 
 
-def test_the_quickstart_tells_what_it_reached(finished: tuple[Path, str]) -> None:
+def test_the_quickstart_prints_its_results(finished: tuple[Path, str]) -> None:
     folder, output = finished
     rows = dict(re.findall(r"^(steps|tokens|validation loss|unigram loss|run folder) +(.+)$", output, re.M))
     assert rows["steps"] == str(STEPS)

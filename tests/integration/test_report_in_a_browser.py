@@ -1,4 +1,4 @@
-"""The report in a browser: charts are drawn, tooltips appear, nothing is wider than the window."""
+"""In a browser, the report draws its charts, shows tooltips and fits the window."""
 
 import itertools
 import shutil
@@ -33,7 +33,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A page of one run and one of two."""
+    """Build a report of one run and a report of two runs."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [write_run(folder / name, steps=steps, layers=4, experts=8) for name, steps in (("a", 1000), ("b", 700))]
     made = {}
@@ -48,7 +48,7 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get_log("browser")  # forget those of earlier pages
+    browser.get_log("browser")  # discard messages of earlier pages
     browser.get(page.as_uri())
 
 
@@ -57,7 +57,7 @@ def wait_for(browser: Any, script: str) -> Any:
 
 
 def tooltip(browser: Any, chart: str, tip: str, beginning: str = "") -> str:
-    """Hover over a chart until its tooltip begins so; a redraw may replace the chart in between."""
+    """Hover over a chart until its tooltip starts with `beginning`; retry if a redraw replaces the chart."""
     offsets = itertools.cycle((0, 5))
 
     def hover(driver: Any) -> str | None:
@@ -74,7 +74,7 @@ def tooltip(browser: Any, chart: str, tip: str, beginning: str = "") -> str:
 
 
 def stacked_values(browser: Any) -> dict[str, str]:
-    """What the tooltip of the parts of a step shows."""
+    """Return the values in the tooltip of the chart of step parts."""
     parts = "#speed section:last-child"
     return {
         line.split()[0]: line.split()[1]

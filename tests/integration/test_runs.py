@@ -1,4 +1,4 @@
-"""Whole runs: resuming equals never having stopped, and a run folder holds what it should."""
+"""Resumed runs equal uninterrupted runs, and a run folder has the documented content."""
 
 import gzip
 import json
@@ -34,19 +34,22 @@ def training_records(run: Path) -> list[dict[str, Any]]:
     return [record for record in records(run) if "loss" in record]
 
 
-def test_a_stopped_and_resumed_run_logs_what_a_whole_one_does_to_the_bit(whole_run: Path, stopped_run: Path) -> None:
+def test_a_resumed_run_logs_bitwise_identical_metrics(reference_run: Path, stopped_run: Path) -> None:
     def without_clock(run: Path) -> list[dict[str, Any]]:
         return [
             {key: value for key, value in record.items() if key.partition("/")[0] not in CLOCK}
             for record in records(run)
         ]
 
-    assert without_clock(stopped_run) == without_clock(whole_run)
+    assert without_clock(stopped_run) == without_clock(reference_run)
 
 
-def test_a_stopped_and_resumed_run_saves_what_a_whole_one_does_to_the_bit(whole_run: Path, stopped_run: Path) -> None:
+def test_a_resumed_run_saves_a_bitwise_identical_checkpoint(reference_run: Path, stopped_run: Path) -> None:
     last = f"checkpoints/step_{STEPS:08d}"
-    with CheckpointReader(whole_run / last, "full") as whole, CheckpointReader(stopped_run / last, "full") as stopped:
+    with (
+        CheckpointReader(reference_run / last, "full") as whole,
+        CheckpointReader(stopped_run / last, "full") as stopped,
+    ):
         assert whole.manifest.files == stopped.manifest.files, "with their hashes"
         assert len(whole.manifest.files) == 2
         assert whole.manifest.state == stopped.manifest.state
@@ -54,9 +57,7 @@ def test_a_stopped_and_resumed_run_saves_what_a_whole_one_does_to_the_bit(whole_
         assert whole.manifest.kinds == ("weight", "exp_avg", "exp_avg_sq")
 
 
-def test_a_run_moved_to_other_ranks_and_stages_logs_what_one_that_stayed_does(
-    stopped_run: Path, moved_run: Path
-) -> None:
+def test_a_run_moved_to_other_ranks_and_stages_logs_the_same_metrics(stopped_run: Path, moved_run: Path) -> None:
     moved, stayed = training_records(moved_run), training_records(stopped_run)
     assert len(moved) == len(stayed) == STEPS
     for key in ("step", "consumed_samples", "lr"):
@@ -71,25 +72,25 @@ def test_a_run_moved_to_other_ranks_and_stages_logs_what_one_that_stayed_does(
         {record["step"]: record["valid_loss"] for record in records(run) if "valid_loss" in record}
         for run in (moved_run, stopped_run)
     )
-    for step in (4, 8):  # the routing of a validation is not recorded, and it may have a tie of its own
+    for step in (4, 8):  # the routing of validations is not recorded, so ties within them cannot be found
         relative = 1e-3 if tie is None or step <= tie.step else AFTER_A_TIE
         assert ours[step] == pytest.approx(theirs[step], rel=relative)
 
 
-def test_the_newest_checkpoints_are_kept(whole_run: Path, stopped_run: Path) -> None:
-    for run in (whole_run, stopped_run):
+def test_the_newest_checkpoints_are_kept(reference_run: Path, stopped_run: Path) -> None:
+    for run in (reference_run, stopped_run):
         folder = run / "checkpoints"
         assert sorted(path.name for path in folder.glob("*_0*")) == ["step_00000006", "step_00000008"]
         assert (folder / "latest").read_text().strip() == "step_00000008"
 
 
-def test_metrics_hold_each_logged_step_once_and_in_order(whole_run: Path, stopped_run: Path) -> None:
-    for run in (whole_run, stopped_run):
+def test_metrics_have_each_logged_step_once_and_in_order(reference_run: Path, stopped_run: Path) -> None:
+    for run in (reference_run, stopped_run):
         assert [record["step"] for record in training_records(run)] == list(range(1, STEPS + 1))
         assert all(one["step"] <= other["step"] for one, other in pairwise(records(run)))
 
 
-def test_metrics_hold_what_is_documented(whole_run: Path, corpus: TokenisedCorpus) -> None:
+def test_metrics_have_the_documented_keys(reference_run: Path, corpus: TokenisedCorpus) -> None:
     name, groups = Path(corpus.train).name, ("experts", "hypernetwork", "routers", "rest")
     parts = ("data", "forward", "backward", "optimizer", "checkpoint", "other")
     per_layer = ("router_entropy", "hyper_expert_norm_ratio", "distinct_selections", "expert_load")
@@ -101,7 +102,7 @@ def test_metrics_hold_what_is_documented(whole_run: Path, corpus: TokenisedCorpu
     named |= {f"{metric}/moe_layer_{layer}" for metric in per_layer for layer in (0, 1)}
     normed = {f"{metric}/{group}" for metric in ("parameter_norm", "update_ratio") for group in groups}
     normed |= {f"hyper_expert_similarity/moe_layer_{layer}" for layer in (0, 1)}
-    for number, record in enumerate(training_records(whole_run), start=1):
+    for number, record in enumerate(training_records(reference_run), start=1):
         assert record.keys() == named | (normed if number % 4 == 0 else set())
         assert record["consumed_samples"] == 8 * number
         assert record["consumed_tokens"] == record[f"consumed_tokens/{name}"] == 8 * 32 * number
@@ -116,44 +117,44 @@ def test_metrics_hold_what_is_documented(whole_run: Path, corpus: TokenisedCorpu
             assert sum(load) == pytest.approx(1, abs=1e-4)
             largest = record[f"expert_load_max_over_mean/moe_layer_{layer}"]
             assert max(load) * len(load) == pytest.approx(largest, abs=1e-4)
-    validations = [record for record in records(whole_run) if "valid_loss" in record]
+    validations = [record for record in records(reference_run) if "valid_loss" in record]
     assert [record["step"] for record in validations] == [4, 8]
     valid, losses = Path(corpus.valid).name, ("loss", "perplexity", "bits_per_byte", "loss_without_hyper_experts")
     keys = {*(f"valid_{loss}" for loss in losses), "hyper_expert_contribution"}
     for record in validations:
         assert record.keys() == {"step", "time"} | keys | {f"{key}/{valid}" for key in keys}
-    first = training_records(whole_run)[0]["lr"]
-    assert first == yaml.safe_load((whole_run / "resolved" / "config.yaml").read_text())["optimizer"]["lr"] / 2
-    keys_seen = {key for record in records(whole_run) for key in record} - {"step", "time"}
+    first = training_records(reference_run)[0]["lr"]
+    assert first == yaml.safe_load((reference_run / "resolved" / "config.yaml").read_text())["optimizer"]["lr"] / 2
+    keys_seen = {key for record in records(reference_run) for key in record} - {"step", "time"}
     assert {key for key in keys_seen if metric_of(key) is None} == set(), "every metric is in the registry"
     not_seen = {metric.name for metric in METRICS} - {key.partition("/")[0] for key in keys_seen}
     assert not_seen == {"loss_scale", "tflops_per_gpu", "mfu", "memory_allocated_gib", "memory_reserved_gib"}
 
 
-def test_bits_per_byte_are_those_of_the_text(whole_run: Path, corpus: TokenisedCorpus) -> None:
+def test_bits_per_byte_equal_those_of_the_text(reference_run: Path, corpus: TokenisedCorpus) -> None:
     text = corpus.texts[0].read_bytes()
     tokens = inspect(corpus.valid).tokens
-    for record in records(whole_run):
+    for record in records(reference_run):
         if "valid_loss" in record:
             bits = record["valid_loss"] / math.log(2) * tokens
             assert record["valid_bits_per_byte"] == pytest.approx(bits / len(text.strip()), rel=1e-2)
 
 
-def test_what_is_measured_changes_no_weight(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_measuring_metrics_changes_no_weight(recipe: Path, reference_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     off = ["monitor.interval=8", "monitor.norms_interval=null", "monitor.tensorboard=false"]
     off += ["evaluation.hyper_expert_contribution=false", "evaluation.interval=8", "evaluation.prompts=[]"]
     run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", "parallel.expert=2", *off), folder=tmp_path, ranks=2)
-    with CheckpointReader(run / LAST) as plain, CheckpointReader(whole_run / LAST) as measured:
+    with CheckpointReader(run / LAST) as plain, CheckpointReader(reference_run / LAST) as measured:
         assert plain.manifest.files == measured.manifest.files, "with their hashes"
-    assert records(run)[-1]["valid_loss"] == records(whole_run)[-1]["valid_loss"]
-    samples = [json.loads(line) for line in (whole_run / "samples.jsonl").read_text().splitlines()]
+    assert records(run)[-1]["valid_loss"] == records(reference_run)[-1]["valid_loss"]
+    samples = [json.loads(line) for line in (reference_run / "samples.jsonl").read_text().splitlines()]
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [(4, "import os"), (8, "import os")]
     assert not (run / "samples.jsonl").exists()
 
 
 def test_a_profile_names_the_parts_of_the_model_and_changes_no_weight(
-    recipe: Path, whole_run: Path, tmp_path: Path
+    recipe: Path, reference_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     given = ["monitor.profile_steps=[2, 3]", "monitor.profile_ranks=[1]", "evaluation.interval=8", "train.steps=8"]
@@ -174,17 +175,17 @@ def test_a_profile_names_the_parts_of_the_model_and_changes_no_weight(
     operators = [line.split()[0] for line in table.splitlines() if re.match(r" +(?!Name)\S+.*%", line)]
     assert len(operators) == 10
     assert not {"forward", "backward", "attention"} & set(operators)
-    with CheckpointReader(run / LAST) as profiled, CheckpointReader(whole_run / LAST) as plain:
+    with CheckpointReader(run / LAST) as profiled, CheckpointReader(reference_run / LAST) as plain:
         assert profiled.manifest.files == plain.manifest.files, "with their hashes"
 
 
-def test_the_run_learns(whole_run: Path) -> None:
-    losses = [record["valid_loss"] for record in records(whole_run) if "valid_loss" in record]
+def test_the_run_learns(reference_run: Path) -> None:
+    losses = [record["valid_loss"] for record in records(reference_run) if "valid_loss" in record]
     assert losses[1] < losses[0] < 6.3, "ln 512 is 6.24"
 
 
-def test_tensorboard_holds_the_metrics_and_the_experts_loads(whole_run: Path) -> None:
-    folder, written = whole_run / "tensorboard" / "run", training_records(whole_run)
+def test_tensorboard_has_the_metrics_and_the_expert_loads(reference_run: Path) -> None:
+    folder, written = reference_run / "tensorboard" / "run", training_records(reference_run)
     board = EventAccumulator(str(folder))
     board.Reload()
     for tag, name in (("1_loss/loss", "loss"), ("3_optimization/grad_norm", "grad_norm")):
@@ -200,11 +201,11 @@ def test_tensorboard_holds_the_metrics_and_the_experts_loads(whole_run: Path) ->
     assert entropies == pytest.approx([record["router_entropy/moe_layer_1"] for record in written], rel=1e-6)
 
 
-def test_the_settings_as_run_are_kept_whole(whole_run: Path, recipe: Path) -> None:
-    resolved = whole_run / "resolved"
+def test_all_resolved_settings_are_saved(reference_run: Path, recipe: Path) -> None:
+    resolved = reference_run / "resolved"
     settings = yaml.safe_load((resolved / "config.yaml").read_text())
     given = yaml.safe_load(recipe.read_text())
-    assert settings["run"]["dir"] == str(whole_run)
+    assert settings["run"]["dir"] == str(reference_run)
     assert settings["parallel"] == {"expert": 2, "overlap_hyper_experts": True}
     assert settings["optimizer"] == {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     assert given["train"].items() <= settings["train"].items()
@@ -218,14 +219,14 @@ def test_the_settings_as_run_are_kept_whole(whole_run: Path, recipe: Path) -> No
         assert (resolved / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_recipe_as_run_starts_the_run_again(stopped_run: Path) -> None:
+def test_the_resolved_recipe_relaunches_the_run(stopped_run: Path) -> None:
     from hypermoe_ds.run_config import load_run_config  # noqa: PLC0415
 
     config = load_run_config(stopped_run / "resolved" / "config.yaml")
     assert config.run.dir == str(stopped_run)
 
 
-def test_a_launch_survives_what_others_left_in_the_run_folder(stopped_run: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_launch_ignores_unrelated_files_in_the_run_folder(stopped_run: Path, recipe: Path, tmp_path: Path) -> None:
     run, archive = tmp_path / "run", tmp_path / "archive"
     shutil.copytree(stopped_run, run)
     checkpoints = run / "checkpoints"
@@ -242,7 +243,7 @@ def test_a_launch_survives_what_others_left_in_the_run_folder(stopped_run: Path,
         metrics.write(b'\xff\xfe\0\n[]\n{"st')
     words = ["train.steps=10", "train.stop_at_step=9", "checkpoint.keep_last=1", "checkpoint.interval=1"]
     done = run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", *words), folder=tmp_path)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert "checkpoints/latest: names no checkpoint next to it; the newest is step_00000010" in warnings[0]
     assert "step_00000010/shard_00001.safetensors: differs from what was written" in warnings[1]
@@ -253,7 +254,7 @@ def test_a_launch_survives_what_others_left_in_the_run_folder(stopped_run: Path,
     assert [record["step"] for record in training_records(run)] == list(range(1, STEPS + 2))
 
 
-def test_a_launch_writes_a_removed_configuration_again_and_names_a_damaged_one(
+def test_a_launch_rewrites_a_missing_configuration_and_reports_a_damaged_one(
     stopped_run: Path, recipe: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -269,5 +270,5 @@ def test_a_launch_writes_a_removed_configuration_again_and_names_a_damaged_one(
     assert done.returncode == EXIT_BAD_INPUT
     assert f"error: model.num_experts_per_tok=1: {run} has another model (there it is 2); " in done.stderr
     done = run_script(TRAIN, *words, folder=tmp_path)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     assert model.read_bytes() == before

@@ -1,6 +1,6 @@
-"""Faults of ranks, launchers, hosts, cables and disks in a supervised job over two hosts: it ends as if undisturbed.
+"""After faults of ranks, launchers, hosts, networks and disks, a supervised job on two hosts reaches the same results.
 
-Most are marked slow: each starts a job at least twice, with a look at the hosts before.
+Most tests are marked slow, because they launch a job at least twice, each time after a preflight.
 """
 
 import json
@@ -25,8 +25,9 @@ from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
 
 STEPS, INTERVAL, TIMEOUT = 60, 5, 20
 LONGEST_WAIT = 300
-# In a run that moves to another layout: at the recipe's rate, ten times as high, AdamW turns the rounding of small
-# gradients into other selections and other ReLU branches within 20 steps. At this one all 60 losses agreed to 2e-7.
+# Learning rate for runs that change their layout. At the recipe's rate, which is ten times higher, AdamW amplifies the
+# rounding error of small gradients until selections and ReLUs differ after 20 steps. At this rate, all 60 losses agreed
+# within 2e-7.
 STEADY = "optimizer.lr=1e-3"
 SETTINGS = [
     "parallel.expert=2", f"train.collective_timeout={TIMEOUT}", "evaluation.interval=1000000",
@@ -36,30 +37,37 @@ SETTINGS = [
 
 @dataclass
 class SupervisedJob:
-    """A job of one rank on each host, with the supervisor on the first one; `run` is its run folder as seen here."""
+    """A job with one rank per host and the supervisor on the first host.
+
+    Attributes:
+        hosts: the two hosts.
+        folder: working directory.
+        run: the run folder as this test sees it.
+        process: the supervisor.
+    """
 
     hosts: TwoHosts
     folder: Path
     run: Path
     process: "subprocess.Popen[str]"
 
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.folder / "stdout").read_text() + (self.folder / "stderr").read_text()
 
     def heartbeats(self) -> dict[int, Heartbeat]:
         return read_heartbeats(self.run / "watch")
 
     def step(self) -> int:
-        """The last one that was logged."""
+        """Return the last logged step."""
         path = self.run / "metrics.jsonl"
         return max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
 
     def until(self, condition: Callable[[], bool]) -> float:
-        """Wait; the seconds that it took."""
+        """Wait for a condition and return the waiting time in seconds."""
         began = time.monotonic()
         while not condition():
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() - began < LONGEST_WAIT, self.said()
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() - began < LONGEST_WAIT, self.output()
             time.sleep(0.05)
         return time.monotonic() - began
 
@@ -67,22 +75,22 @@ class SupervisedJob:
         self.until(lambda: self.step() >= step)
 
     def rank_on(self, host: str) -> int:
-        """The process of the rank there, by the host's own numbers."""
+        """Return the process id of the rank on a host, in the host's own PID namespace."""
         [heartbeat] = [heartbeat for heartbeat in self.heartbeats().values() if heartbeat.host == host]
         return heartbeat.process
 
     def on(self, host: str, *words: object) -> str:
         done = self.hosts.run(host, *words, folder=self.folder)
-        assert done.returncode == 0, done.told()
+        assert done.returncode == 0, done.output()
         return done.stdout.strip()
 
     def ends(self) -> list[dict[str, Any]]:
-        """Wait until it is done; what ended each try."""
-        assert self.process.wait(LONGEST_WAIT) == 0, self.said()
+        """Wait until the job is done and return the record of each attempt."""
+        assert self.process.wait(LONGEST_WAIT) == 0, self.output()
         return [json.loads(line) for line in (self.run / "supervisor.jsonl").read_text().splitlines()]
 
-    def leaves_nothing_on(self, *hosts: str) -> bool:
-        """Whether no process of the job runs there any more, a moment after its end."""
+    def has_ended_on(self, *hosts: str) -> bool:
+        """Return whether all processes of the job have ended on these hosts, after waiting up to 15 s."""
         end = time.monotonic() + 15
         words = ["bash", "-c", "grep -lzs ^HYPERMOE_JOB= /proc/[0-9]*/environ || true"]
         while left := [host for host in hosts if self.on(host, *words)]:
@@ -113,19 +121,19 @@ def supervised(
     run: str = "run",
     seen: str = "run",
 ) -> Iterator[SupervisedJob]:
-    """A job started as a user would.
+    """Start a supervised job with the user's command.
 
     Args:
-        hosts: where.
+        hosts: the hosts.
         folder: working directory.
-        recipe: of the job.
-        overrides: of the recipe.
+        recipe: recipe of the job.
+        overrides: overrides of the recipe.
         steps: length of the run.
-        restarts: how many the supervisor allows.
-        fault: KIND:RANK:STEP, one of faulty_train.py.
-        recorded: whether the ranks write down which experts each token chose.
-        run: the run folder.
-        seen: where it is for who is on no host.
+        restarts: number of restarts that the supervisor allows.
+        fault: KIND:RANK:STEP, a fault of faulty_train.py.
+        recorded: whether the ranks record the routing of each token.
+        run: the run folder on the hosts.
+        seen: the run folder as this test sees it.
     """
     (folder / "hostfile").write_text("left slots=1\nright slots=1\n")
     train = "tests/helpers/faulty_train.py" if fault else RECORDED_TRAIN if recorded else None
@@ -148,7 +156,7 @@ def supervised(
 
 
 def with_other_train(folder: Path, script: str) -> Path:
-    """This repository with another train.py."""
+    """Create a copy of this repository, made of symbolic links, with a different train.py."""
     repository = folder / "repository"
     repository.mkdir()
     for name in ("hypermoe_ds", "launch", "tools", "tests", "ds_configs"):
@@ -162,7 +170,7 @@ def with_other_train(folder: Path, script: str) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> "Undisturbed":
-    """The run folder of the same two ranks on one host after so many steps, with overrides of the recipe."""
+    """Return a function that trains the same two ranks on one host, without faults, and returns the run folder."""
     found: dict[tuple[object, ...], Path] = {}
 
     def run(steps: int, *overrides: str) -> Path:
@@ -180,12 +188,12 @@ Undisturbed = Callable[..., Path]
 
 
 def assert_same_steps(job: SupervisedJob, expected: Path) -> None:
-    """On the same ranks every number is the same bit for bit."""
+    """Check that all logged values are bitwise identical, as expected on the same ranks."""
     assert logged_steps(job.run) == logged_steps(expected)
 
 
 def assert_same_losses(job: SupervisedJob, expected: Path) -> None:
-    """On fewer ranks sums have another order, so a token may go to another of two experts that are as good as equal."""
+    """Check that losses agree up to a tie between experts, because rounding differs on fewer ranks."""
     found, there = ([[step["loss"], step["grad_norm"]] for step in logged_steps(run)] for run in (job.run, expected))
     routing = read_routing(job.run, STEPS), read_routing(expected, STEPS)
     assert_same_until_a_tie(list(found), list(there), routing, 1e-5)
@@ -196,43 +204,43 @@ def outcomes(tries: list[dict[str, Any]]) -> list[str]:
 
 
 def work_lost(job: SupervisedJob) -> list[int]:
-    """Steps that each launch took again."""
+    """Return the number of steps that each launch repeated."""
     launches = map(json.loads, (job.run / "launches.jsonl").read_text().splitlines())
     resumed = [launch["step"] for launch in launches if "ended" not in launch]
     ended = [json.loads(line)["step"] for line in (job.run / "supervisor.jsonl").read_text().splitlines()]
     return [last - first for last, first in zip(ended, resumed[1:], strict=False)]
 
 
-def test_a_killed_rank_of_the_second_host_costs_less_than_an_interval(
+def test_a_killed_rank_on_the_second_host_costs_less_than_a_checkpoint_interval(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe) as job:
         job.reaches(12)
         job.on("right", "kill", "-KILL", job.rank_on("right"))
         tries = job.ends()
-        assert job.leaves_nothing_on("left", "right")
+        assert job.has_ended_on("left", "right")
     assert outcomes(tries) == ["lost", "done"]
     assert "rank 1 (process " in tries[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_steps(job, undisturbed(STEPS))
 
 
-def test_a_host_whose_power_fails_is_left_out_and_the_run_goes_on_without_it(
+def test_after_a_power_failure_of_a_host_the_run_continues_without_it(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe, STEADY, recorded=True) as job:
         job.reaches(12)
         hosts.crash("right")
         tries = job.ends()
-        assert job.leaves_nothing_on("left")
+        assert job.has_ended_on("left")
     assert outcomes(tries) == ["lost", "done"]
-    assert "1 of 2 hosts can train: left parallel.expert=1" in job.said()
+    assert "1 of 2 hosts can train: left parallel.expert=1" in job.output()
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_losses(job, undisturbed(STEPS, STEADY))
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_of_the_second_host_has_its_rank_save_and_all_start_again(
+def test_after_a_killed_launcher_on_the_second_host_the_job_saves_and_restarts(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe) as job:
@@ -240,7 +248,7 @@ def test_a_killed_launcher_of_the_second_host_has_its_rank_save_and_all_start_ag
         launcher = job.on("right", "ps", "-o", "ppid=", "-p", job.rank_on("right"))
         job.on("right", "kill", "-KILL", launcher)
         tries = job.ends()
-        assert job.leaves_nothing_on("left", "right")
+        assert job.has_ended_on("left", "right")
     assert outcomes(tries) == ["saved", "done"]
     assert work_lost(job)[0] == 0
     assert_same_steps(job, undisturbed(STEPS))
@@ -248,7 +256,7 @@ def test_a_killed_launcher_of_the_second_host_has_its_rank_save_and_all_start_ag
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [5, 120])
-def test_a_cable_that_is_out_for_less_than_the_timeout_is_waited_for_and_for_longer_its_host_left_out(
+def test_a_network_outage_is_tolerated_up_to_the_timeout_and_excludes_the_host_after_it(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed, seconds: int
 ) -> None:
     with supervised(hosts, tmp_path, recipe, STEADY, recorded=True) as job:
@@ -258,7 +266,7 @@ def test_a_cable_that_is_out_for_less_than_the_timeout_is_waited_for_and_for_lon
         job.until(lambda: time.monotonic() - cut > seconds or job.step() == STEPS)
         hosts.mend("right")
         tries = job.ends()
-        assert job.leaves_nothing_on("left", "right")
+        assert job.has_ended_on("left", "right")
     short = seconds < TIMEOUT
     assert outcomes(tries) == (["done"] if short else ["lost", "done"])
     assert short or max(work_lost(job)) <= INTERVAL + 1
@@ -267,24 +275,24 @@ def test_a_cable_that_is_out_for_less_than_the_timeout_is_waited_for_and_for_lon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["rank", "launcher"])
-def test_a_signal_to_one_rank_or_to_the_launcher_saves_and_starts_again(
+def test_a_signal_to_one_rank_or_to_the_launcher_saves_and_restarts(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed, to: str
 ) -> None:
     with supervised(hosts, tmp_path, recipe) as job:
         job.reaches(12)
         process = job.rank_on("right")
-        if to == "launcher":  # DeepSpeed's command, which ends the jobs of its hosts by their names
+        if to == "launcher":  # the deepspeed command, which ends the job on all hosts
             process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed --force_multi"))
         job.on("right" if to == "rank" else "left", "kill", "-TERM", process)
         tries = job.ends()
-        assert job.leaves_nothing_on("left", "right")
+        assert job.has_ended_on("left", "right")
     assert outcomes(tries) == ["saved", "done"]
     assert work_lost(job)[0] == 0
     assert_same_steps(job, undisturbed(STEPS))
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_ended_with_the_job(
+def test_a_stopped_rank_is_killed_with_the_job(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe) as job:
@@ -292,7 +300,7 @@ def test_a_stopped_rank_is_ended_with_the_job(
         job.on("right", "kill", "-STOP", job.rank_on("right"))
         stopped = time.monotonic()
         tries = job.ends()
-        assert job.leaves_nothing_on("left", "right")
+        assert job.has_ended_on("left", "right")
         assert tries[0]["began"] + tries[0]["seconds"] - time.time() + time.monotonic() - stopped < 3 * TIMEOUT
     assert outcomes(tries) == ["lost", "done"]
     assert "on right) sends no heartbeat" in tries[0]["what"]
@@ -301,19 +309,19 @@ def test_a_stopped_rank_is_ended_with_the_job(
 
 
 @contextmanager
-def small_disk(place: Path, mebibytes: int) -> Iterator[Path]:
-    """A file system of its own, which hosts that are booted inside see."""
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", place], check=True)
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """Mount a small file system, which is visible to hosts started inside the context."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", folder], check=True)
     try:
-        yield place
+        yield folder
     finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("until", ["the next save", "the job has ended"])
-def test_a_disk_that_is_full_while_saving_is_waited_for(
+def test_a_job_continues_after_a_full_disk_is_freed(
     recipe: Path, tmp_path: Path, undisturbed: Undisturbed, until: str
 ) -> None:
     if missing := why_not("pdsh"):
@@ -327,10 +335,10 @@ def test_a_disk_that_is_full_while_saving_is_waited_for(
         ballast = disk / "ballast"
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free - (1 << 16))  # room for lines, not for checkpoints
-        job.until(lambda: "checkpoints: " in job.said() and "GiB are free" in job.said())
+            os.posix_fallocate(file.fileno(), 0, free - (1 << 16))  # leaves room for log lines, but not for checkpoints
+        job.until(lambda: "checkpoints: " in job.output() and "GiB are free" in job.output())
         if until == "the job has ended":
-            job.until(lambda: "supervisor: no host can train" in job.said())
+            job.until(lambda: "supervisor: no host can train" in job.output())
         ballast.unlink()
         tries = job.ends()
         assert_same_steps(job, undisturbed(STEPS))
@@ -340,7 +348,7 @@ def test_a_disk_that_is_full_while_saving_is_waited_for(
 
 
 @pytest.mark.slow
-def test_a_host_that_lost_the_run_folder_is_left_out(
+def test_a_host_that_lost_the_run_folder_is_excluded(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     (tmp_path / "storage").mkdir()
@@ -358,13 +366,13 @@ def test_a_host_that_lost_the_run_folder_is_left_out(
 
 
 @pytest.mark.slow
-def test_a_nan_in_one_gradient_skips_the_step_and_goes_on(
+def test_a_nan_in_one_gradient_skips_the_step_and_training_continues(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe, fault="nan:1:4") as job:
         tries = job.ends()
     assert outcomes(tries) == ["done"]
-    assert "warning: step 4 skipped: NaN or Inf in its loss (" in job.said()
+    assert "warning: step 4 skipped: NaN or Inf in its loss (" in job.output()
     found = logged_steps(job.run)
     assert (found[3]["skipped_steps"], found[-1]["skipped_steps"]) == (1, 1)
     assert found[:3] == logged_steps(undisturbed(STEPS))[:3]
@@ -372,7 +380,7 @@ def test_a_nan_in_one_gradient_skips_the_step_and_goes_on(
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_one_replica_is_found_and_the_job_started_again(
+def test_a_flipped_bit_in_one_replica_is_reported_and_the_job_restarts(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe, "train.consistency_interval=1", fault="flip:1:12") as job:
@@ -384,7 +392,7 @@ def test_a_flipped_bit_in_one_replica_is_found_and_the_job_started_again(
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing_but_time(
+def test_twenty_kills_at_random_times_change_no_result(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     kills, steps, moments = 20, 800, random.Random(7)
@@ -396,13 +404,13 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_time(
             victim = moments.choice(list(job.heartbeats().values()))
             job.on(victim.host, "kill", "-KILL", victim.process)
         tries = job.ends()
-        assert job.leaves_nothing_on("left", "right")
+        assert job.has_ended_on("left", "right")
     assert outcomes(tries) == ["lost"] * kills + ["done"]
     assert_same_steps(job, undisturbed(steps))
 
 
 def new_ranks(job: SupervisedJob, known: set[tuple[str, int]]) -> set[tuple[str, int]]:
-    """Hosts and processes of the ranks of a try, once they have met, of which none is known."""
+    """Wait for the ranks of a new attempt, and return their hosts and processes."""
 
     def found() -> set[tuple[str, int]]:
         return {

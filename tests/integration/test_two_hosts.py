@@ -57,7 +57,7 @@ def test_losses_on_two_hosts_are_bitwise_identical_to_those_on_one_host(
     run = folder / script
     arguments = arguments_of(recipe, f"run.dir={run}", *SETTINGS)
     done = run_on_left(hosts, "bash", REPOSITORY / "launch" / script, "--no-preflight", *arguments, folder=folder)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     assert len(losses_on_one_host) == STEPS
     assert losses(run) == losses_on_one_host
     assert "2 ranks on 2 hosts; expert parallel 2" in done.stdout
@@ -68,7 +68,7 @@ def test_losses_on_two_hosts_are_bitwise_identical_to_those_on_one_host(
 def test_preflight_lists_both_hosts_and_the_bandwidth_between_them(hosts: TwoHosts, folder: Path, recipe: Path) -> None:
     arguments = [*arguments_of(recipe, f"run.dir={folder / 'run'}"), "--mebibytes=8"]
     done = run_on_left(hosts, "python", REPOSITORY / "tools/preflight.py", *arguments, folder=folder)
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     header, *rows, interconnect = done.stdout.splitlines()
     assert [row.split()[:2] for row in rows] == [["left", "1"], ["right", "1"]]
     assert "settings" in header
@@ -85,7 +85,7 @@ def test_preflight_rejects_a_host_that_sees_another_recipe_and_another_run_folde
     other.write_text(recipe.read_text().replace("steps: 8", "steps: 9"))
     for mount in (["-t", "tmpfs", "tmpfs", run], ["--bind", other, shared]):  # visible only on this host
         done = hosts.run("right", "mount", *mount, folder=folder)
-        assert done.returncode == 0, done.told()
+        assert done.returncode == 0, done.output()
     command = ["python", REPOSITORY / "tools/preflight.py", *arguments_of(shared, f"run.dir={run}")]
     done = run_on_left(hosts, *command, folder=folder)
     assert done.returncode == 2

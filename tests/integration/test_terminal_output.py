@@ -1,4 +1,4 @@
-"""What reaches the screen of a job, and what its log files: through launch/local.sh and the launcher itself."""
+"""Check which output of a job reaches the terminal and which goes to log files."""
 
 import json
 import os
@@ -14,7 +14,7 @@ FAULTY = "tests/helpers/faulty_train.py"
 
 
 def local(folder: Path, recipe: Path, *words: str) -> list[str]:
-    """Return the lines of the screen after launch/local.sh with one rank."""
+    """Run launch/local.sh with one rank and return the lines on the terminal."""
     environment = {
         **os.environ, **CPU, "HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "MASTER_PORT": "29617"
     }  # fmt: skip
@@ -27,11 +27,11 @@ def local(folder: Path, recipe: Path, *words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_mistake_is_the_last_line_of_the_screen(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_a_user_error_is_the_last_line_on_the_terminal(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", small_recipe(corpus, tmp_path / "run"))
     assert local(tmp_path, recipe, "train.step=3") == ["error: train.step: unknown key; did you mean 'steps'?"]
     assert not (tmp_path / "run").exists()
-    command, error = local(tmp_path, recipe, "parallel.expert=2")  # shows once there are ranks
+    command, error = local(tmp_path, recipe, "parallel.expert=2")  # detected only after the ranks start
     assert command.startswith("+ deepspeed --log_level info --num_gpus 1 ")
     assert error == "error: parallel.expert=2: does not divide the number of ranks, 1; choose 1"
     log = (tmp_path / "run/logs/launcher.log").read_text()
@@ -39,18 +39,18 @@ def test_a_mistake_is_the_last_line_of_the_screen(corpus: TokenisedCorpus, tmp_p
     assert "exits with return code = 2" in log
 
 
-def screen_of(recipe: Path, folder: Path, *words: str, **variables: str) -> Done:
+def output_of(recipe: Path, folder: Path, *words: str, **variables: str) -> Done:
     return run_script(FAULTY, *arguments_of(recipe, f"run.dir={folder}/run", *words), folder=folder, **variables)
 
 
-def test_the_screen_has_the_run_and_the_log_file_the_libraries(recipe: Path, tmp_path: Path) -> None:
-    done = screen_of(recipe, tmp_path, "train.stop_at_step=2", HYPERMOE_FAULT=f"none:0:1:{tmp_path}/fault")
-    assert done.returncode == 0, done.told()
+def test_the_terminal_shows_the_run_and_the_log_file_has_library_output(recipe: Path, tmp_path: Path) -> None:
+    done = output_of(recipe, tmp_path, "train.stop_at_step=2", HYPERMOE_FAULT=f"none:0:1:{tmp_path}/fault")
+    assert done.returncode == 0, done.output()
     assert done.stderr == ""
     names = [line.split()[0] for line in done.stdout.splitlines() if line and line[0] != " "]
     assert names[:7] == ["model", "layout", "batch", "data", "length", "device", "run"]
     assert names[-5:] == ["validation", "resume", "evaluate", "export", "report"]
-    assert "auto_ep" not in done.told(), "a warning of DeepSpeed's"
+    assert "auto_ep" not in done.output(), "a warning of DeepSpeed's"
     log = (tmp_path / "run/logs/rank_00000.log").read_text()
     assert "auto_ep" in log
     assert log.count("=== launch of ") == 1
@@ -59,23 +59,23 @@ def test_the_screen_has_the_run_and_the_log_file_the_libraries(recipe: Path, tmp
     assert (ended["step"], ended["ended"]) == (2, "stop_at_step")
 
 
-def test_the_libraries_are_shown_where_the_user_asks_for_them(recipe: Path, tmp_path: Path) -> None:
+def test_verbose_shows_library_output_on_the_terminal(recipe: Path, tmp_path: Path) -> None:
     fault = f"none:0:1:{tmp_path}/fault"
-    done = screen_of(recipe, tmp_path, "--verbose", "train.stop_at_step=1", HYPERMOE_FAULT=fault)
-    assert "auto_ep" in done.told()
+    done = output_of(recipe, tmp_path, "--verbose", "train.stop_at_step=1", HYPERMOE_FAULT=fault)
+    assert "auto_ep" in done.output()
     assert not (tmp_path / "run/logs").exists()
-    quiet = screen_of(recipe, tmp_path, HYPERMOE_FAULT=fault, HYPERMOE_LOG_LEVEL="loud")
+    quiet = output_of(recipe, tmp_path, HYPERMOE_FAULT=fault, HYPERMOE_LOG_LEVEL="loud")
     assert quiet.stderr == (
         "error: HYPERMOE_LOG_LEVEL=loud: is not a level; set it to one of debug, info, warning, error, critical\n"
     )
 
 
-def test_an_unexpected_error_is_one_line_that_names_the_file_of_its_traceback(recipe: Path, tmp_path: Path) -> None:
-    done = screen_of(recipe, tmp_path, HYPERMOE_FAULT=f"error:0:2:{tmp_path}/fault")
+def test_an_unexpected_error_is_one_line_that_names_the_file_with_the_traceback(recipe: Path, tmp_path: Path) -> None:
+    done = output_of(recipe, tmp_path, HYPERMOE_FAULT=f"error:0:2:{tmp_path}/fault")
     log = tmp_path / "run/logs/rank_00000.log"
     assert done.returncode == 1
-    told = f"error: rank 0: ZeroDivisionError: division by zero; the traceback is at the end of {log}\n"
-    assert done.stderr == told
+    expected = f"error: rank 0: ZeroDivisionError: division by zero; the traceback is at the end of {log}\n"
+    assert done.stderr == expected
     *_, last = log.read_text().splitlines()
     assert last == "ZeroDivisionError: division by zero"
     assert "Traceback (most recent call last):" in log.read_text()

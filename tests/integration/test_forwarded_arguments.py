@@ -1,4 +1,4 @@
-"""Words and variables on their way to other hosts, through the real launchers and a shell in the place of ssh."""
+"""Arguments and environment variables reach other hosts unchanged, through the real launchers and a fake ssh."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ WORDS = [
     "a\\b", "a\\b c\\", "a\tb", "100%", "%h", "a=%n %%u",
 ]  # fmt: skip
 VALUE = "$(touch ran) `touch ran` \\ \" ' %h $HOME;"
-# Stands for ssh; what DeepSpeed would start there is the script below.
+# A fake ssh that runs the command locally and starts the script below instead of DeepSpeed's launcher.
 SSH = """
 while [[ $1 != node? ]]; do shift; done
 shift
 exec sh -c "$(sed 's#[^ ]*python[0-9.]* -u -m deepspeed.launcher.launch#python#' <<<"$*")"
 """
-RANK = 'while [[ $1 != *train.py ]]; do shift; done; printf "%s\\0" "$HYPERMOE_X" "${@:2}" >told.$$'
+RANK = 'while [[ $1 != *train.py ]]; do shift; done; printf "%s\\0" "$HYPERMOE_X" "${@:2}" >arguments.$$'
 
 
 def program(path: Path, body: str) -> None:
@@ -31,7 +31,7 @@ def program(path: Path, body: str) -> None:
 
 
 @pytest.mark.parametrize(("script", "command"), [("pdsh.sh", "pdsh"), ("openmpi.sh", "mpirun")])
-def test_each_word_and_variable_reaches_the_ranks_of_other_hosts_as_it_was_typed(
+def test_arguments_and_variables_reach_the_ranks_on_other_hosts_unchanged(
     script: str, command: str, tmp_path: Path
 ) -> None:
     if shutil.which(command) is None:
@@ -51,6 +51,6 @@ def test_each_word_and_variable_reaches_the_ranks_of_other_hosts_as_it_was_typed
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    told = [path.read_text().split("\0")[:-1] for path in tmp_path.glob("told.*")]
-    assert [(value, rest[-len(WORDS) :]) for value, *rest in told] == [(VALUE, WORDS)] * 2
+    received = [path.read_text().split("\0")[:-1] for path in tmp_path.glob("arguments.*")]
+    assert [(value, rest[-len(WORDS) :]) for value, *rest in received] == [(VALUE, WORDS)] * 2
     assert not (tmp_path / "ran").exists()

@@ -1,6 +1,6 @@
-"""Faults of every kind, in real jobs: each ends as documented, and what continues ends where an undisturbed run does.
+"""Real jobs with faults end as documented, and resumed jobs end with the results of an undisturbed run.
 
-Faults that need the launcher's half a minute, or a row of starts, are marked slow.
+Tests that wait 30 s for the launcher or launch a job several times are marked slow.
 """
 
 import json
@@ -30,17 +30,17 @@ def arguments(recipe: Path, folder: Path, *overrides: str) -> list[str]:
 
 
 def faulty(fault: str, recipe: Path, folder: Path, *overrides: str, before: tuple[object, ...] = ()) -> Job:
-    """A job with a fault, KIND:RANK:STEP."""
+    """Start a job with a fault, given as KIND:RANK:STEP."""
     words = arguments(recipe, folder, *overrides)
     return start(
         RANKS, *words, folder=folder, script=FAULTY, before=before, HYPERMOE_FAULT=f"{fault}:{folder / 'fault'}"
     )
 
 
-def goes_on(recipe: Path, folder: Path, *overrides: str) -> None:
-    """The same command again, without a fault."""
+def resume(recipe: Path, folder: Path, *overrides: str) -> None:
+    """Run the same command again, without a fault."""
     done = start(RANKS, *arguments(recipe, folder, *overrides), folder=folder).finish()
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_ends_as(folder: Path, undisturbed: Path) -> None:
-    """Every step was logged with the same numbers, and the last checkpoint is the same bit for bit."""
+    """Check that all logged steps are equal and that the last checkpoint is bitwise identical."""
     assert logged_steps(folder / "run") == logged_steps(undisturbed)
     ours, theirs = (
         json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
@@ -58,7 +58,7 @@ def assert_ends_as(folder: Path, undisturbed: Path) -> None:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """What still runs of a job."""
+    """Return the running processes of a job."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -70,20 +70,20 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def assert_nothing_is_left(folder: Path) -> None:
-    """Workers that load data look for their rank every 5 s."""
+def assert_no_process_remains(folder: Path) -> None:
+    """Check that all processes end; data loader workers check every 5 s whether their rank still runs."""
     _, alive = psutil.wait_procs(processes_of(folder), timeout=20)
     assert alive == []
 
 
 def one_error_line(done: Done) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.told()
+    assert len(lines) == 1, done.output()
     return lines[0]
 
 
-def test_a_signal_to_one_rank_saves_the_step_on_all_and_the_same_command_goes_on(
-    recipe: Path, whole_run: Path, tmp_path: Path
+def test_a_signal_to_one_rank_saves_on_all_ranks_and_the_same_command_resumes(
+    recipe: Path, reference_run: Path, tmp_path: Path
 ) -> None:
     words = arguments(recipe, tmp_path)
     fault = f"term:1:3:{tmp_path / 'fault'}"
@@ -91,25 +91,25 @@ def test_a_signal_to_one_rank_saves_the_step_on_all_and_the_same_command_goes_on
     assert "received a signal: saving step 3" in done.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
     run_script(TRAIN, *words, folder=tmp_path, ranks=RANKS)
-    assert_ends_as(tmp_path, whole_run)
+    assert_ends_as(tmp_path, reference_run)
 
 
 @pytest.mark.slow
-def test_the_launcher_passes_the_code_of_a_saved_run_on(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_the_launcher_returns_the_exit_code_of_a_saved_run(recipe: Path, reference_run: Path, tmp_path: Path) -> None:
     done = faulty("term:1:3", recipe, tmp_path).finish()
-    assert done.returncode == EXIT_SAVED, done.told()
+    assert done.returncode == EXIT_SAVED, done.output()
     assert "received a signal: saving step 3" in done.stdout
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000003"
-    assert_nothing_is_left(tmp_path)
-    goes_on(recipe, tmp_path)
-    assert_ends_as(tmp_path, whole_run)
+    assert_no_process_remains(tmp_path)
+    resume(recipe, tmp_path)
+    assert_ends_as(tmp_path, reference_run)
 
 
-def test_a_killed_rank_is_named_and_the_supervisor_starts_the_job_again(
-    recipe: Path, whole_run: Path, tmp_path: Path
+def test_a_killed_rank_is_reported_and_the_supervisor_restarts_the_job(
+    recipe: Path, reference_run: Path, tmp_path: Path
 ) -> None:
     done = faulty("kill:1:4", recipe, tmp_path, before=(*SUPERVISOR, "--")).finish()
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     line = one_error_line(done)
     assert line.startswith("error: rank 1 (process ")
     assert " died, last seen in step " in line
@@ -117,39 +117,39 @@ def test_a_killed_rank_is_named_and_the_supervisor_starts_the_job_again(
     first, second = history(tmp_path)
     assert (first["outcome"], first["step"], second["outcome"]) == ("lost", 4, "done")
     assert first["what"] in line
-    assert_nothing_is_left(tmp_path)
-    assert_ends_as(tmp_path, whole_run)
+    assert_no_process_remains(tmp_path)
+    assert_ends_as(tmp_path, reference_run)
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_saves_the_step(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_saves_the_step(recipe: Path, reference_run: Path, tmp_path: Path) -> None:
     done = faulty("term_launcher:0:3", recipe, tmp_path).finish()
-    assert done.returncode == 1, "a code of the launcher's own"
+    assert done.returncode == 1, "the launcher's own exit code"
     saved = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
     assert saved in (3, 4), "the launcher polls"
     assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path / "run/watch").values()} == {"saved"}
-    assert_nothing_is_left(tmp_path)
-    goes_on(recipe, tmp_path)
-    assert_ends_as(tmp_path, whole_run)
+    assert_no_process_remains(tmp_path)
+    resume(recipe, tmp_path)
+    assert_ends_as(tmp_path, reference_run)
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_ended_with_the_job(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_reported_and_ends_with_the_job(recipe: Path, reference_run: Path, tmp_path: Path) -> None:
     done = faulty("stop:1:4", recipe, tmp_path, "train.collective_timeout=10").finish()
-    assert done.returncode == EXIT_FAULT, done.told()
+    assert done.returncode == EXIT_FAULT, done.output()
     line = one_error_line(done)
     assert line.startswith("error: rank 1 (process ")
     assert " sends no heartbeat, last seen in step " in line
     assert "; rank 0 waited in step 4, forward and backward; stacks" in line
     assert "all_to_all_single" in (tmp_path / "run/watch/stack_00000.txt").read_text()
-    assert_nothing_is_left(tmp_path)
-    goes_on(recipe, tmp_path)
-    assert_ends_as(tmp_path, whole_run)
+    assert_no_process_remains(tmp_path)
+    resume(recipe, tmp_path)
+    assert_ends_as(tmp_path, reference_run)
 
 
-def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(recipe: Path, tmp_path: Path) -> None:
+def test_a_step_with_a_nan_in_one_gradient_only_skips_its_samples(recipe: Path, tmp_path: Path) -> None:
     fault = f"nan:1:4:{tmp_path / 'fault'}"
-    no_norms = "monitor.norms_interval=null"  # would be measured after other steps
+    no_norms = "monitor.norms_interval=null"  # the two runs would measure norms at different steps
     words = arguments(recipe, tmp_path, no_norms)
     done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, HYPERMOE_FAULT=fault)
     assert "warning: step 4 skipped: NaN or Inf in its loss (" in done.stdout
@@ -164,31 +164,31 @@ def test_a_step_with_a_nan_in_one_gradient_is_as_if_its_samples_were_left_out(re
     for one, other in zip(spoilt, whole, strict=True):
         for record in (one, other):
             del record["step"], record["skipped_steps"]
-        counted = {key for key in one if key.startswith(("consumed_tokens", "epochs/"))}  # a bad step's tokens too
+        counted = {key for key in one if key.startswith(("consumed_tokens", "epochs/"))}  # count the bad step
         assert {key: one[key] for key in one.keys() - counted} == {key: other[key] for key in other.keys() - counted}
 
 
 @pytest.mark.slow
-def test_more_bad_steps_than_allowed_stop_the_run_and_name_the_last_good_checkpoint(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_too_many_bad_steps_stop_the_run_and_report_the_last_good_checkpoint(recipe: Path, tmp_path: Path) -> None:
     done = faulty("nan:0:5", recipe, tmp_path, "train.max_bad_steps=0").finish()
-    assert done.returncode == EXIT_BAD_INPUT, done.told()
+    assert done.returncode == EXIT_BAD_INPUT, done.output()
     assert f"resume from the last good checkpoint, {tmp_path}/run/checkpoints/step_00000004" in one_error_line(done)
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_one_copy_of_a_parameter_stops_the_run(recipe: Path, whole_run: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_one_replica_of_a_parameter_stops_the_run(
+    recipe: Path, reference_run: Path, tmp_path: Path
+) -> None:
     done = faulty("flip:1:5", recipe, tmp_path, "train.consistency_interval=1").finish()
-    assert done.returncode == EXIT_FAULT, done.told()
+    assert done.returncode == EXIT_FAULT, done.output()
     line = one_error_line(done)
     assert f"the copies of {PARAMETER} differ after step 5: ranks 0, 1 disagree" in line
-    goes_on(recipe, tmp_path, "train.consistency_interval=1")
-    assert_ends_as(tmp_path, whole_run)
+    resume(recipe, tmp_path, "train.consistency_interval=1")
+    assert_ends_as(tmp_path, reference_run)
 
 
 @pytest.mark.slow
-def test_five_kills_at_random_moments_lose_nothing_but_time(recipe: Path, tmp_path: Path) -> None:
+def test_five_kills_at_random_times_change_no_result(recipe: Path, tmp_path: Path) -> None:
     steps = ["train.steps=250", "evaluation.interval=250"]
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -197,18 +197,18 @@ def test_five_kills_at_random_moments_lose_nothing_but_time(recipe: Path, tmp_pa
     job = start(RANKS, *arguments(recipe, tmp_path, *steps), folder=tmp_path, before=(*SUPERVISOR, "--"))
     known: set[int] = set()
     for _ in range(5):
-        ranks = begun(job, known)
+        ranks = wait_for_ranks(job, known)
         known |= set(ranks)
         time.sleep(moments.uniform(0, 0.6))
         psutil.Process(ranks[moments.randrange(RANKS)]).kill()
     done = job.finish()
-    assert done.returncode == 0, done.told()
+    assert done.returncode == 0, done.output()
     assert [entry["outcome"] for entry in history(tmp_path)] == ["lost"] * 5 + ["done"]
     assert logged_steps(tmp_path / "run") == logged_steps(whole / "run")
 
 
-def begun(job: Job, known: set[int]) -> list[int]:
-    """The processes of a try that is about to train, once there are some that are not known."""
+def wait_for_ranks(job: Job, known: set[int]) -> list[int]:
+    """Wait for the ranks of a new attempt to be ready to train, and return their processes."""
     while True:
         heartbeats = read_heartbeats(job.folder / "run/watch").values()
         if len(heartbeats) == RANKS and not any(
@@ -220,26 +220,26 @@ def begun(job: Job, known: set[int]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_supervisor_reaches_the_ranks_and_ends_it(recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_supervisor_reaches_the_ranks_and_ends_the_job(recipe: Path, tmp_path: Path) -> None:
     words = arguments(recipe, tmp_path, "train.steps=100000", "evaluation.interval=100000")
     job = start(RANKS, *words, folder=tmp_path, before=(*SUPERVISOR, "--"))
-    begun(job, set())
-    while not (tmp_path / "run/metrics.jsonl").exists():  # before its first step there is nothing to save
+    wait_for_ranks(job, set())
+    while not (tmp_path / "run/metrics.jsonl").exists():  # before the first step, there is nothing to save
         assert job.process.poll() is None
         time.sleep(0.02)
     job.process.terminate()
     done = job.finish()
-    assert done.returncode == EXIT_SAVED, done.told()
+    assert done.returncode == EXIT_SAVED, done.output()
     assert [entry["outcome"] for entry in history(tmp_path)] == ["saved"]
     assert (tmp_path / "run/checkpoints/latest").exists()
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_remains(tmp_path)
 
 
 @pytest.mark.slow
-def test_an_error_at_the_same_step_is_not_tried_for_ever(recipe: Path, tmp_path: Path) -> None:
+def test_an_error_that_repeats_at_the_same_step_ends_the_restarts(recipe: Path, tmp_path: Path) -> None:
     job = faulty("error:1:3", recipe, tmp_path, before=(*SUPERVISOR, "--"))
     done = job.finish()
     assert done.returncode != 0
     assert [entry["outcome"] for entry in history(tmp_path)] == ["error"] * 2
     assert "the same error at step 3 as in the attempt before: ZeroDivisionError" in done.stdout
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_remains(tmp_path)

@@ -1,4 +1,4 @@
-"""Conversions hold about one file of weights in memory, or one layer, and never the model."""
+"""Conversions need memory for about one weight file or one layer, not for the full model."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from hypermoe_ds.training.state import TrainState
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import REPOSITORY
 
-# Runs a script and prints by how much it raised the most memory that the process ever held, files it maps included.
+# Runs a script and prints by how much it raised the peak memory of the process, including memory-mapped files.
 MEASURED = """
 import re, runpy, sys
 from pathlib import Path
@@ -32,7 +32,7 @@ from hypermoe_ds.export import from_hf, hf
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held now
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current memory
 before = peak()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -51,7 +51,7 @@ def random_weights() -> Iterator[tuple[str, Tensor]]:
 
 
 def raised_by(script: str, *arguments: object) -> int:
-    """Bytes by which a script raised its process's peak."""
+    """Return by how many bytes a script raised the peak memory of its process."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(REPOSITORY / script), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
@@ -69,7 +69,7 @@ def run(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_conversions_hold_a_file_or_a_layer_and_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
+def test_conversions_need_little_memory_and_a_round_trip_is_bitwise_identical(run: Path, tmp_path: Path) -> None:
     model = 4 * CONFIG.parameter_counts().total
     layer = model // CONFIG.num_hidden_layers
     to_hf = raised_by(
@@ -77,9 +77,9 @@ def test_conversions_hold_a_file_or_a_layer_and_come_back_bit_for_bit(run: Path,
     )  # fmt: skip
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 8
     back = raised_by("tools/convert_from_hf.py", "--checkpoint", tmp_path / "hf", "--output", tmp_path / "back")
-    told = f"model {model / MB:.0f} MB, layer {layer / MB:.0f} MB, to hf {to_hf / MB:.0f} MB, back {back / MB:.0f} MB"
-    assert max(to_hf, back) < model / 2, told
-    print(told)
+    sizes = f"model {model / MB:.0f} MB, layer {layer / MB:.0f} MB, to hf {to_hf / MB:.0f} MB, back {back / MB:.0f} MB"
+    assert max(to_hf, back) < model / 2, sizes
+    print(sizes)
     with open_weights(RunFolder(tmp_path / "back")) as found:
         expected = open_folder(tmp_path / "hf")
         assert all(torch.equal(found.read(name), expected.read(name)) for name in expected.shapes)
