@@ -162,9 +162,9 @@ class HyperNetwork(nn.Module):
             if recompute and torch.is_grad_enabled():
                 rows = sort_rows(assignment, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
                 # Recompute only what is inside: parameters are gathered in this forward, which runs once.
-                y_TD: Tensor = checkpoint(self._per_selection, x_TD, assignment, u_UB, rows, use_reentrant=False)
+                y_TD: Tensor = checkpoint(self._per_set, x_TD, assignment, u_UB, rows, use_reentrant=False)
                 return y_TD
-            return self._per_selection(x_TD, assignment, u_UB)
+            return self._per_set(x_TD, assignment, u_UB)
         x_RD = x_TD.repeat_interleave(assignment.ids_TJ.shape[1], dim=0)
         u_RB = u_UB[assignment.ids_TJ.flatten()]
         if form == "per_token":
@@ -181,9 +181,7 @@ class HyperNetwork(nn.Module):
             self.up_bias(u_UB),
         )
 
-    def _per_selection(
-        self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None
-    ) -> Tensor:
+    def _per_set(self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None) -> Tensor:
         """Generate weights once per selection and apply them by grouped matrix products."""
         return apply_generated(x_TD, assignment, self._generate(u_UB), rows)
 

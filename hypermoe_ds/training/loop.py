@@ -51,7 +51,7 @@ def train(
     step_monitor: StepMonitor,
     watchdog: Watchdog,
 ) -> bool:
-    """Train until `last_step` or until a signal arrives, with logging, validation and checkpoints.
+    """Train until `last_step` or a stop signal, and return whether a signal ended the training.
 
     The last step is saved and, unless a signal ended the run, validated. A failed checkpoint is retried. A checkpoint
     due during bad steps is postponed to the next good step, because the weights may contain NaN.
@@ -68,9 +68,6 @@ def train(
         skipped_samples: samples that the run skips.
         step_monitor: synchronises and checks each step.
         watchdog: monitors the progress of this rank.
-
-    Returns:
-        Whether a signal ended the training.
     """
     stopping = unsaved = False
     while state.step < last_step and not stopping:

@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_reported_with_parameter_and_rank() -> None:
     for errors in run_on_ranks(4, flip_each, layouts, 3):
         for equal, hypernetwork, experts in errors:
             assert equal is None
-            start = f"the copies of {HYPERNETWORK} differ after step 5: on rank 3 differs from the majority; "
+            start = f"the copies of {HYPERNETWORK} differ after step 5: rank 3 differs from the majority; "
             assert hypernetwork.startswith(start)
             # Two ranks have a replica of each expert.
             assert experts.startswith(f"the copies of {EXPERTS} differ after step 5: ranks 1, 3 disagree, and no ")

@@ -139,7 +139,7 @@ def test_a_port_in_use_is_reported_and_ends_the_interconnect_test_on_all_hosts(
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: MASTER_PORT=29500: is in use on left; set another MASTER_PORT, or end the job that has it\n"
+        == "error: MASTER_PORT=29500: is in use on left; set another MASTER_PORT, or end the job that uses it\n"
     )
     assert interconnect_processes(hosts, folder) == []
 
