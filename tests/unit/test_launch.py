@@ -50,7 +50,7 @@ def plain(words: list[str]) -> list[str]:
          ["--config", "r.yaml", "--deepspeed_config=z.json"]),
     ],
 )  # fmt: skip
-def test_pdsh_starts_deepspeeds_launcher_after_a_look_at_the_hosts(
+def test_pdsh_starts_the_deepspeed_launcher_after_the_preflight(
     folder: Path, arguments: list[str], environment: dict[str, str], options: list[str], train: list[str]
 ) -> None:
     look, start = commands("pdsh.sh", *arguments, folder=folder, **environment)
@@ -85,7 +85,7 @@ PASSED = {
 }  # fmt: skip
 
 
-def test_what_matters_travels_and_nothing_else(folder: Path) -> None:
+def test_only_the_listed_variables_are_forwarded(folder: Path) -> None:
     (folder / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nOWN=value=1\n")
     (folder / "home").mkdir()
     (folder / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=TRACE\nHOME_TOO=1")
@@ -133,7 +133,7 @@ def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[
 
 
 @pytest.mark.parametrize("script", EVERY)
-def test_a_launch_script_explains_itself_and_starts_nothing_without_a_recipe(folder: Path, script: str) -> None:
+def test_a_launch_script_without_a_recipe_prints_its_usage(folder: Path, script: str) -> None:
     told = launch(script, "--help", folder=folder)
     assert told.stdout.startswith("usage: ")
     assert "--dry-run" in told.stdout
@@ -159,7 +159,7 @@ def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str)
 
 
 @pytest.mark.parametrize("script", EVERY)
-def test_a_dry_run_tells_a_mistake_in_the_recipe_and_no_command(folder: Path, script: str) -> None:
+def test_a_dry_run_reports_an_error_in_the_recipe(folder: Path, script: str) -> None:
     (folder / "r.yaml").write_text("modle: {}\n")
     environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY)}
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **environment)
@@ -168,7 +168,7 @@ def test_a_dry_run_tells_a_mistake_in_the_recipe_and_no_command(folder: Path, sc
     assert [line for line in done.stdout.splitlines() if not line.startswith("# ")] == []
 
 
-def test_a_dry_run_tells_a_batch_that_the_hosts_of_the_hostfile_cannot_share(folder: Path) -> None:
+def test_a_dry_run_reports_a_batch_that_the_hosts_cannot_split(folder: Path) -> None:
     words = ["--config", f"{REPOSITORY}/pretrain/recipes/quickstart.yaml", "train.global_batch_size=8"]
     environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
     done = launch("openmpi.sh", "--dry-run", *words, folder=folder, **environment)
@@ -185,9 +185,7 @@ def test_a_dry_run_tells_a_batch_that_the_hosts_of_the_hostfile_cannot_share(fol
         ("MASTER_PORT", "$(id)", "not a number"),
     ],
 )
-def test_a_place_to_meet_that_is_none_is_refused(
-    folder: Path, script: str, name: str, value: str, problem: str
-) -> None:
+def test_an_invalid_rendezvous_is_refused(folder: Path, script: str, name: str, value: str, problem: str) -> None:
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **{name: value})
     assert (done.returncode, done.stderr[: done.stderr.index(";")]) == (2, f"{script}: {name}={value}: is {problem}")
 
@@ -206,7 +204,7 @@ def test_a_place_to_meet_that_is_none_is_refused(
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
     ],
 )
-def test_what_a_launcher_cannot_start_with_is_told_in_one_line(
+def test_invalid_launch_options_are_reported_in_one_line(
     folder: Path, script: str, environment: dict[str, str], told: str
 ) -> None:
     (folder / "a b").symlink_to("venv")
@@ -236,7 +234,7 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
         ("slurm.sbatch", "--hostfile=h", f"hosts and ranks are set by {SBATCH}"),
     ],
 )
-def test_an_option_that_a_launch_script_does_not_have_is_named_before_anything_starts(
+def test_an_unknown_option_is_reported_before_anything_starts(
     folder: Path, script: str, option: str, told: str
 ) -> None:
     done = launch(script, "--config", "my.yaml", option, "2", folder=folder)
@@ -250,7 +248,7 @@ def test_an_option_without_its_file_is_named(folder: Path, option: str) -> None:
     assert (done.returncode, done.stderr) == (2, f"pdsh.sh: {option}: no file is named; add its path\n")
 
 
-def test_an_environment_without_python_is_refused_where_a_user_names_it(folder: Path) -> None:
+def test_a_given_environment_without_python_is_refused(folder: Path) -> None:
     done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder, HYPERMOE_VENV="/nowhere")
     remedy = "name the environment that launch/setup.sh made, or unset it"
     assert done.stderr == f"pdsh.sh: HYPERMOE_VENV=/nowhere: has no bin/python; {remedy}\n"
@@ -258,7 +256,7 @@ def test_an_environment_without_python_is_refused_where_a_user_names_it(folder: 
 
 
 @pytest.mark.parametrize("path", ["{venv}:/usr/bin:/bin", "/usr/bin:{venv}:/bin", "/usr/bin:/bin:{venv}"])
-def test_the_environment_stands_once_and_first_in_the_path_that_travels(folder: Path, path: str) -> None:
+def test_the_environment_is_first_and_once_in_the_forwarded_path(folder: Path, path: str) -> None:
     venv = f"{folder}/venv/bin"
     done = launch("openmpi.sh", "--dry-run", "--config", "r.yaml", folder=folder, path=path.format(venv=venv))
     assert f": PATH={venv}:/usr/bin:/bin\n" in done.stdout
@@ -281,7 +279,7 @@ def test_torchrun_with_gpus_starts_a_rank_for_each(folder: Path) -> None:
     assert "--nproc_per_node gpu" in (folder / "started").read_text()
 
 
-def test_a_failed_look_at_the_hosts_keeps_the_job_from_starting(folder: Path) -> None:
+def test_a_failed_preflight_prevents_the_launch(folder: Path) -> None:
     for name in ("python", "deepspeed", "pdsh", "ssh"):
         stub(folder / "venv/bin" / name, f'echo "{name} $1" >> calls; exit 2')
     done = launch("pdsh.sh", "--config", "r.yaml", folder=folder)
@@ -289,7 +287,7 @@ def test_a_failed_look_at_the_hosts_keeps_the_job_from_starting(folder: Path) ->
     assert (folder / "calls").read_text() == f"python {PREFLIGHT}\n"
 
 
-def test_the_example_is_a_hostfile() -> None:
+def test_the_example_is_a_valid_hostfile() -> None:
     assert [(host.name, host.slots) for host in read_hostfile(LAUNCH / "hostfile.example")] == [
         ("node1", 8),
         ("node2", 8),
@@ -335,7 +333,7 @@ def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Pope
     return process, folder / "calls"
 
 
-def test_before_its_time_is_up_a_slurm_job_saves_and_goes_back_into_the_queue(folder: Path) -> None:
+def test_before_its_time_limit_a_slurm_job_saves_and_is_requeued(folder: Path) -> None:
     process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
@@ -343,7 +341,7 @@ def test_before_its_time_is_up_a_slurm_job_saves_and_goes_back_into_the_queue(fo
     assert process.returncode == 0
 
 
-def test_a_slurm_job_whose_last_step_was_done_as_its_time_was_up_is_not_queued_again(folder: Path) -> None:
+def test_a_slurm_job_that_finished_at_its_time_limit_is_not_requeued(folder: Path) -> None:
     process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done", code=0)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
@@ -352,7 +350,7 @@ def test_a_slurm_job_whose_last_step_was_done_as_its_time_was_up_is_not_queued_a
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_slurm_job_that_ends_by_itself_is_not_queued_again(folder: Path, code: int) -> None:
+def test_a_slurm_job_that_ends_early_is_not_requeued(folder: Path, code: int) -> None:
     process, calls = slurm_job(folder, f"exit {code}")
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -429,11 +427,11 @@ def manifest(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_manifest_has_the_fields_of_its_operator(name: str) -> None:
+def test_a_manifest_has_only_fields_of_its_operator(name: str) -> None:
     assert misfits(manifest(name), SCHEMAS[name]) == []
 
 
-def test_a_field_that_an_operator_does_not_know_is_found() -> None:
+def test_an_unknown_field_of_an_operator_is_found() -> None:
     wrong = manifest("pytorchjob.yaml")
     wrong["spec"]["nprocPerNode"] = 8
     wrong["spec"]["slots"] = 8

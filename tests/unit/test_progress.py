@@ -37,7 +37,7 @@ def test_without_a_terminal_short_work_prints_nothing(capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-def test_of_known_work_the_line_has_the_total(
+def test_the_line_has_the_total_if_it_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter([0.0, *[40.0] * 9])
@@ -46,7 +46,7 @@ def test_of_known_work_the_line_has_the_total(
     assert capsys.readouterr().err == "convert: 1 of 2 tensors\n"
 
 
-def test_on_a_terminal_there_is_a_bar_that_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_a_progress_bar_is_shown_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("convert", "tensors", 2) as shown:

@@ -52,14 +52,14 @@ def test_every_recipe_of_the_repository_loads(path: Path) -> None:
     assert config.build_model_config().num_experts % config.parallel.expert == 0
 
 
-def test_a_preset_stands_below_the_fields_of_the_recipe(recipe: Path) -> None:
+def test_fields_of_the_recipe_override_the_preset(recipe: Path) -> None:
     for preset, fields in PRESETS.items():
         model = load_run_config(recipe, [f"model.preset={preset}", "model.adapter_size=5"]).build_model_config()
         expected = HyperMoEConfig(**{**fields, **SMALL["model"], "adapter_size": 5})  # type: ignore[dict-item]
         assert model.to_dict() == expected.to_dict()
 
 
-def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
+def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
     assert load_run_config(recipe).build_model_config().to_dict() == HyperMoEConfig(**SMALL["model"]).to_dict()  # type: ignore[arg-type]
 
 
@@ -110,7 +110,7 @@ def test_without_a_preset_the_models_own_defaults_hold(recipe: Path) -> None:
         ("train.steps", "train.steps: is not an override; write section.key=value"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
+def test_inconsistent_settings_are_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
     assert says in refusal(recipe, override)
 
 
@@ -129,7 +129,7 @@ OUT_OF_RANGE = ("-1", ".nan", ".inf", "-.inf", "1e300", str(10**30), "true", "'3
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key: str) -> None:
+def test_numbers_must_be_finite_of_their_type_and_within_limits(recipe: Path, key: str) -> None:
     section, leaf = key.rsplit(".", 1)
     for value in OUT_OF_RANGE:
         if section in ("data.train", "data.valid"):
@@ -140,18 +140,18 @@ def test_every_number_is_finite_of_its_type_and_within_limits(recipe: Path, key:
 
 @pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "data.cache", "data.train.prefix"])
 @pytest.mark.parametrize("value", ["''", '"a\\0b"', "x" * 256, "x/" * 2100])
-def test_what_cannot_be_a_path_is_refused(recipe: Path, key: str, value: str) -> None:
+def test_invalid_paths_are_refused(recipe: Path, key: str, value: str) -> None:
     if key == "data.train.prefix":
         assert "data.train.0.prefix=" in refusal(recipe, f"data.train=[{{prefix: {value}}}]")
     else:
         assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
-def test_ranks_are_given_a_second_to_meet(recipe: Path) -> None:
+def test_the_rendezvous_timeout_is_at_least_one_second(recipe: Path) -> None:
     assert refusal(recipe, "train.collective_timeout=0.9").startswith("train.collective_timeout=0.9: is not valid")
 
 
-def test_there_are_numbers_of_every_section() -> None:
+def test_the_tested_numbers_cover_every_section() -> None:
     sections = {key.partition(".")[0] for key in NUMBERS}
     assert sections == RunConfig.model_fields.keys() - {"run"}
     assert NUMBERS["train.consistency_interval"] is int
@@ -169,27 +169,27 @@ def test_there_are_numbers_of_every_section() -> None:
         ({}, "train={steps: 0}", "train.steps=0: is not valid"),
     ],
 )
-def test_a_mistake_of_the_command_line_is_not_blamed_on_the_recipe(
+def test_an_error_in_an_override_does_not_name_the_recipe(
     recipe: Path, train: dict[str, int], override: str, says: str
 ) -> None:
     recipe.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | train}))
     assert refusal(recipe, override).removeprefix(f"{recipe.parent}/").startswith(says)
 
 
-def test_warm_up_and_decay_together_fit_into_the_run(recipe: Path) -> None:
+def test_warmup_and_decay_must_fit_into_the_run(recipe: Path) -> None:
     ramps = ["schedule.name=warmup_stable_decay", "schedule.warmup_steps=4"]
     assert load_run_config(recipe, [*ramps, "schedule.decay_steps=6"]).schedule.decay_steps == 6
     assert "with decay_steps=7 longer than train.steps=10" in refusal(recipe, *ramps, "schedule.decay_steps=7")
 
 
 @pytest.mark.parametrize("section", ["run", "model", "data", "train", "optimizer"])
-def test_a_section_without_defaults_must_be_there(tmp_path: Path, section: str) -> None:
+def test_a_section_without_defaults_is_required(tmp_path: Path, section: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in SMALL.items() if key != section}))
     assert refusal(path) == f"{path}: {section}: is missing; add this key"
 
 
-def test_overrides_change_what_they_name_and_nothing_else(recipe: Path) -> None:
+def test_overrides_change_only_the_settings_they_name(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.steps=20", "optimizer.lr=3e-4", "data.valid=[{prefix: b}]"])
     assert (config.train.steps, config.optimizer.lr) == (20, 3e-4)
     assert [source.prefix for source in config.data.valid] == ["b"]
@@ -198,7 +198,7 @@ def test_overrides_change_what_they_name_and_nothing_else(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(("stop", "last"), [("null", 10), ("4", 4), ("10", 10), ("40", 10)])
-def test_a_start_ends_where_it_is_stopped_or_where_the_run_ends(recipe: Path, stop: str, last: int) -> None:
+def test_a_launch_ends_at_stop_at_step_or_at_the_end_of_the_run(recipe: Path, stop: str, last: int) -> None:
     assert load_run_config(recipe, [f"train.stop_at_step={stop}"]).last_step == last
 
 
@@ -235,7 +235,7 @@ def test_every_setting_has_a_row_with_its_default_and_meaning() -> None:
 CHOICES = ("router_dtype", "router_aux_loss_scope", "hyper_conditioning", "qk_norm_scope")
 
 
-def test_the_model_section_has_the_models_fields_with_their_types_and_meanings() -> None:
+def test_the_model_section_lists_the_fields_of_the_model() -> None:
     own = set(HyperMoEConfig.__annotations__) - {
         "use_cache",
         "bos_token_id",
@@ -251,7 +251,7 @@ def test_the_model_section_has_the_models_fields_with_their_types_and_meanings()
         assert not any(f"{other}: " in field.description for other in own), "one setting's text alone"
 
 
-def test_the_samples_needed_are_those_consumed_and_those_to_come(recipe: Path) -> None:
+def test_the_needed_samples_are_the_consumed_and_the_remaining_ones(recipe: Path) -> None:
     ten = load_run_config(recipe, ["train.global_batch_size=4"])
     assert ten.samples(TrainState()) == 40
     assert ten.samples(TrainState(step=6, consumed_samples=24)) == 40
@@ -262,7 +262,7 @@ def test_the_samples_needed_are_those_consumed_and_those_to_come(recipe: Path) -
     assert skipped_samples.samples(TrainState(step=4, consumed_samples=6)) == 13
 
 
-def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
+def test_skipped_samples_beyond_the_end_are_refused(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.skip_samples=[[3, 4], [42, 43]]"])
     with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; remove"):
         config.samples(TrainState())
@@ -272,7 +272,7 @@ def test_samples_to_skip_that_never_come_are_refused(recipe: Path) -> None:
 @pytest.mark.parametrize(
     "override", ["train.skip_samples=[[0, 1000000000000000000]]", "train.global_batch_size=1000000000"]
 )
-def test_more_samples_than_an_index_can_have_are_refused(recipe: Path, override: str) -> None:
+def test_more_samples_than_an_index_supports_are_refused(recipe: Path, override: str) -> None:
     config = load_run_config(recipe, [override, "train.steps=100"])
     with pytest.raises(UserError, match=r"^train\.steps=100: with .* needs [0-9,]+ samples; stay below 10,000,000,000"):
         config.samples(TrainState())
@@ -297,7 +297,7 @@ def write_tokenizer(folder: Path, largest_id: int) -> None:
 
 
 @pytest.mark.parametrize(("largest_id", "vocabulary"), [(127, 128), (128, 256), (300, 384)])
-def test_a_vocabulary_that_nothing_gives_is_the_tokenizers_in_multiples_of_128(
+def test_the_default_vocabulary_is_that_of_the_tokenizer_rounded_up_to_128(
     tmp_path: Path, largest_id: int, vocabulary: int
 ) -> None:
     write_tokenizer(tmp_path / "tokenizer", largest_id)
@@ -312,7 +312,7 @@ def test_a_vocabulary_that_nothing_gives_is_the_tokenizers_in_multiples_of_128(
     assert load_run_config(tmp_path / "recipe.yaml", ["model.vocab_size=64"]).build_model_config().vocab_size == 64
 
 
-def test_without_a_vocabulary_and_a_tokenizer_the_tokenizer_is_named(tmp_path: Path) -> None:
+def test_without_a_vocabulary_size_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"model": {}}))
     assert refusal(path).startswith("t: no such tokenizer folder; ")
@@ -323,19 +323,19 @@ def test_without_a_vocabulary_and_a_tokenizer_the_tokenizer_is_named(tmp_path: P
     # A step has 4 sequences of 32 tokens.
     [("128", 1), ("129", 2), ("12.8e3", 100), ("3e6", 23438)],
 )
-def test_a_length_in_tokens_is_rounded_up_to_whole_steps(recipe: Path, tokens: str, steps: int) -> None:
+def test_a_length_in_tokens_is_rounded_up_to_full_steps(recipe: Path, tokens: str, steps: int) -> None:
     overrides = ["train.steps=null", f"train.tokens={tokens}", "train.global_batch_size=4"]
     train = load_run_config(recipe, overrides).train
     assert (train.steps, train.tokens) == (steps, float(tokens))
     assert load_run_config(recipe, [*overrides, f"train.steps={steps}"]).train == train, "as a run folder has them"
 
 
-def test_a_length_in_steps_is_one_in_tokens_too(recipe: Path) -> None:
+def test_a_length_in_steps_sets_the_length_in_tokens(recipe: Path) -> None:
     assert load_run_config(recipe, ["train.global_batch_size=4"]).train.tokens == 10 * 4 * 32
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_printed_recipe_is_the_resolved_one_with_the_same_model(path: Path, tmp_path: Path) -> None:
+def test_the_printed_recipe_is_the_resolved_recipe(path: Path, tmp_path: Path) -> None:
     config = load_run_config(path, ["optimizer.lr=1e-5", "data.valid=[{prefix: b, name: 'yes'}]"])
     printed = tmp_path / "printed.yaml"
     printed.write_text(config.resolved().to_yaml(), encoding="utf-8")
@@ -381,7 +381,7 @@ finally:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_what_needs_no_torch_is_told_without_it(
+def test_errors_in_settings_are_reported_without_importing_torch(
     recipe: Path, tmp_path: Path, words: list[str], code: int, told: str
 ) -> None:
     write_tokenizer(tmp_path / "tokenizer", 3)

@@ -61,7 +61,7 @@ def setup(path: Path, venv: Path, *extras: str, repository: Path = REPOSITORY) -
     return run("bash", repository / "launch/setup.sh", *extras, **environment)
 
 
-def test_setup_tells_each_missing_thing_in_one_line_and_how_to_get_it(bare_path: Path, tmp_path: Path) -> None:
+def test_setup_reports_each_missing_dependency_in_one_line_with_a_remedy(bare_path: Path, tmp_path: Path) -> None:
     result = setup(bare_path, tmp_path / "venv")
     python, compiler = result.stderr.splitlines()
     assert "missing Python" in python
@@ -72,7 +72,7 @@ def test_setup_tells_each_missing_thing_in_one_line_and_how_to_get_it(bare_path:
     assert not (tmp_path / "venv").exists()
 
 
-def test_setup_with_python_misses_the_compiler_alone(bare_path: Path, tmp_path: Path) -> None:
+def test_setup_with_python_reports_only_the_missing_compiler(bare_path: Path, tmp_path: Path) -> None:
     (bare_path / "python3.11").symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
     result = setup(bare_path, tmp_path / "venv")
     assert ["C++ compiler" in line for line in result.stderr.splitlines()] == [True]
@@ -85,7 +85,7 @@ def test_setup_refuses_an_unknown_extra(bare_path: Path, tmp_path: Path) -> None
     assert result.returncode == 1
 
 
-def test_setup_leaves_a_folder_that_is_no_environment_alone(tmp_path: Path) -> None:
+def test_setup_does_not_change_a_folder_that_is_not_an_environment(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     result = run("bash", REPOSITORY / "launch/setup.sh", HYPERMOE_VENV=str(tmp_path))
     assert "is not a virtual environment" in result.stderr
@@ -110,7 +110,7 @@ def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path
 
 
 @pytest.mark.parametrize("asked", [(), ("dev",), ("mpi", "dev")])
-def test_setup_has_nothing_to_do_twice_and_keeps_earlier_extras(
+def test_a_second_setup_changes_nothing_and_keeps_earlier_extras(
     bare_path: Path, tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     venv = environment_as_set_up(tmp_path, REPOSITORY, "dev,mpi")
@@ -119,7 +119,7 @@ def test_setup_has_nothing_to_do_twice_and_keeps_earlier_extras(
     assert result.returncode == 0
 
 
-def test_setup_begins_anew_when_the_dependencies_change(bare_path: Path, tmp_path: Path) -> None:
+def test_setup_installs_again_if_the_dependencies_change(bare_path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "launch").mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/setup.sh", copy / "launch")
@@ -139,7 +139,7 @@ def test_setup_begins_anew_when_the_dependencies_change(bare_path: Path, tmp_pat
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("script", ["setup.sh", "quickstart.sh"])
-def test_help_prints_the_usage_and_sets_nothing_up(bare_path: Path, tmp_path: Path, script: str, option: str) -> None:
+def test_help_prints_the_usage_without_setup(bare_path: Path, tmp_path: Path, script: str, option: str) -> None:
     variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
     result = run("bash", REPOSITORY / "launch" / script, option, **variables)
     assert (result.returncode, result.stderr) == (0, "")
@@ -149,7 +149,7 @@ def test_help_prints_the_usage_and_sets_nothing_up(bare_path: Path, tmp_path: Pa
     assert not (tmp_path / "new").exists()
 
 
-def test_the_quickstart_refuses_an_option_before_it_sets_anything_up(bare_path: Path, tmp_path: Path) -> None:
+def test_the_quickstart_refuses_an_unknown_option_before_setup(bare_path: Path, tmp_path: Path) -> None:
     variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
     result = run("bash", REPOSITORY / "launch/quickstart.sh", "train.steps=3", "--num_gpus", "1", **variables)
     assert (result.returncode, result.stderr) == (2, "quickstart.sh: --num_gpus: is not an option; see --help\n")
@@ -178,7 +178,7 @@ def run_checks(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedPro
     return result, (checkout / "calls").read_text().splitlines()
 
 
-def test_the_checks_run_all_with_their_times_and_pass_arguments_on(checkout: Path) -> None:
+def test_all_checks_run_print_their_times_and_get_the_arguments(checkout: Path) -> None:
     result, calls = run_checks(checkout, "-k", "foo")
     assert calls == [
         "setup dev mpi",
@@ -194,7 +194,7 @@ def test_the_checks_run_all_with_their_times_and_pass_arguments_on(checkout: Pat
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_failing_check_fails_the_run_and_hides_no_other(checkout: Path, name: str) -> None:
+def test_a_failing_check_fails_the_run_but_the_other_checks_still_run(checkout: Path, name: str) -> None:
     (checkout / f"fail-{name}").write_text("1")
     result, calls = run_checks(checkout)
     assert len(calls) == 7
@@ -221,7 +221,7 @@ def test_a_failing_setup_ends_the_run(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.name)
-def test_a_benchmark_explains_itself(script: Path) -> None:
+def test_a_benchmark_prints_its_usage(script: Path) -> None:
     result = run(sys.executable, script, "--help", DS_ACCELERATOR="cpu")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: ")
@@ -242,7 +242,7 @@ def run_without_libraries(script: Path, *arguments: str | Path) -> subprocess.Co
 
 
 @pytest.mark.parametrize("script", PYTHON_SCRIPTS, ids=lambda path: path.name)
-def test_a_script_explains_itself_before_it_imports_torch(script: Path) -> None:
+def test_a_script_prints_its_usage_without_importing_torch(script: Path) -> None:
     result = run_without_libraries(script, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: ")
@@ -259,7 +259,7 @@ def test_a_script_explains_itself_before_it_imports_torch(script: Path) -> None:
         "tools/summarize_run.py --checkpoint MISSING",
     ],
 )
-def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_without_importing_torch(command: str, tmp_path: Path) -> None:
     script, *words = command.replace("MISSING", str(tmp_path / "frist")).replace("new", str(tmp_path / "new")).split()
     result = run_without_libraries(REPOSITORY / script, *words)
     told = f"error: {tmp_path}/frist: is not a folder; check the path; give the run folder or Hugging Face folder\n"
@@ -278,7 +278,7 @@ def test_a_folder_that_is_not_there_is_told_before_torch_is_imported(command: st
         "tools/preflight.py --config x --deepspeed_config x --mebibytes=0",
     ],
 )
-def test_a_number_that_no_tool_can_take_is_refused_by_its_option(command: str) -> None:
+def test_an_invalid_number_is_refused_with_its_option(command: str) -> None:
     script, *words = command.split()
     result = run_without_libraries(REPOSITORY / script, *words)
     assert (result.returncode, result.stdout) == (2, "")
@@ -290,7 +290,7 @@ JSON = REPOSITORY / "ds_configs/zero1.json"
 
 
 @pytest.mark.parametrize("script", ["pretrain/train.py", "tools/preflight.py"])
-def test_a_mistake_in_a_deepspeed_json_is_told_before_torch_is_imported(script: str, tmp_path: Path) -> None:
+def test_an_error_in_a_deepspeed_json_is_reported_without_importing_torch(script: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimizaton": {}}')
     words = ["--config", REPOSITORY / "pretrain/recipes/quickstart.yaml", "--deepspeed_config", tmp_path / "ds.json"]
     result = run_without_libraries(REPOSITORY / script, *words)
@@ -311,7 +311,7 @@ def test_a_mistake_in_a_deepspeed_json_is_told_before_torch_is_imported(script: 
         ({"schedule": {"warmup_steps": 10**6}}, "schedule.warmup_steps=1000000: with decay_steps="),
     ],
 )
-def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(
+def test_an_error_in_a_recipe_is_reported_without_importing_torch(
     script: str, changes: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "r.yaml"
@@ -321,7 +321,7 @@ def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(
     assert result.stderr.startswith("error: " + told.format(recipe=recipe))
 
 
-def test_the_benchmarks_of_a_gpu_say_in_one_line_that_there_is_none(bare_path: Path) -> None:
+def test_gpu_benchmarks_report_a_missing_gpu_in_one_line(bare_path: Path) -> None:
     suite = run("bash", REPOSITORY / "benchmarks/gpu_suite.sh", PATH=str(bare_path))
     overlap = run(sys.executable, REPOSITORY / "benchmarks/overlap.py", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     assert suite.stderr == "gpu_suite: no NVIDIA GPU on this machine; run it on one that has it\n"

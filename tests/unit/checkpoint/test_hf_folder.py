@@ -60,7 +60,7 @@ def test_a_folder_of_several_files_is_read_by_all_readers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "ABSOLUTE", "sub/a.safetensors", "..", "pytorch_model.bin"])
-def test_an_index_that_names_a_file_elsewhere_or_a_pickle_is_refused(
+def test_an_index_that_names_an_outside_file_or_a_pickle_is_refused(
     name: str, folder: Path, read: Callable[[Path], Any]
 ) -> None:
     outside = folder.parent / "outside.safetensors"
@@ -79,7 +79,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(name: str, folder: Path,
         read(folder)
 
 
-def test_links_inside_the_folder_and_into_the_hub_caches_blobs_are_followed(folder: Path, tmp_path: Path) -> None:
+def test_links_inside_the_folder_and_into_the_hub_cache_are_followed(folder: Path, tmp_path: Path) -> None:
     shard = first_shard(folder)
     shard.rename(folder / "other")
     shard.symlink_to("other")
@@ -99,7 +99,7 @@ def test_links_inside_the_folder_and_into_the_hub_caches_blobs_are_followed(fold
         read_model(snapshot)
 
 
-def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     (tmp_path / "loop.json").symlink_to("loop.json")
     for name in ("config.json", "loop.json", "none.json", "a\0.json", "a" * 300):
@@ -136,7 +136,7 @@ def test_a_malformed_index_is_refused_in_one_line(
         read(folder)
 
 
-def test_json_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+def test_too_large_json_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("w") as file:
         file.truncate(2**26 + 1)
     with pytest.raises(UserError, match="is larger than 64 MiB"):
@@ -178,14 +178,14 @@ def test_a_malformed_or_hostile_configuration_is_refused_in_one_short_line(
         assert len(str(refusal.value)) < len(str(folder)) + 500
 
 
-def test_only_the_models_own_fields_are_read(folder: Path) -> None:
+def test_unknown_fields_are_ignored(folder: Path) -> None:
     """`_attn_implementation` can name code on the Hub, `num_labels` makes a table of so many entries."""
     edit(folder / "config.json", _attn_implementation="org/kernel", num_labels=10**9, dtype="load", auto_map={"a": 1})
     assert read_hypermoe_config(folder).to_dict().get("num_labels", 2) == 2
     assert read_model(folder).config._attn_implementation == "sdpa"
 
 
-def test_control_tokens_alone_are_taken_from_the_generation_config(folder: Path) -> None:
+def test_only_control_tokens_are_read_from_the_generation_config(folder: Path) -> None:
     edit(folder / "generation_config.json", eos_token_id=[2, 7], num_beams=10**9, custom_generate="org/code")
     generation = read_model(folder).generation_config
     assert (generation.eos_token_id, generation.num_beams) == ([2, 7], None)
@@ -198,7 +198,7 @@ def test_control_tokens_alone_are_taken_from_the_generation_config(folder: Path)
         read_model(folder)
 
 
-def test_tensors_that_are_not_the_models_are_refused(folder: Path) -> None:
+def test_tensors_of_a_different_model_are_refused(folder: Path) -> None:
     shard = first_shard(folder)
     tensors = load_file(shard)
     save_file({**tensors, "model.more": torch.zeros(1)}, shard)

@@ -46,9 +46,7 @@ def run(tmp_path: Path) -> RunFolder:
     ],
     ids=str,
 )
-def test_a_configuration_that_is_not_the_checkpoints_is_refused(
-    changes: dict[str, Any], says: str, run: RunFolder
-) -> None:
+def test_a_configuration_of_a_different_model_is_refused(changes: dict[str, Any], says: str, run: RunFolder) -> None:
     path = run.model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UserError, match=says):
@@ -86,18 +84,18 @@ def test_a_damaged_recipe_is_refused(text: str, says: str, run: RunFolder) -> No
         run.section("evaluation", EvaluationConfig)
 
 
-def test_experts_without_end_are_not_compared_with_each_other() -> None:
+def test_too_many_experts_are_not_compared_with_each_other() -> None:
     assert expert_blocks({"a.experts.w1": (4096, 1, 1), "b.experts.w1": (4097, 1, 1)}) == {"a": ["a.experts.w1"]}
 
 
-def test_names_with_numbers_without_end_are_inspected(tmp_path: Path) -> None:
+def test_names_with_very_long_numbers_are_inspected(tmp_path: Path) -> None:
     name = f"model.layers.{'9' * 900}.\u00b2.experts.w1"
     write_weights(tmp_path, [(name, torch.ones(2, 1, 1))], {}, {}, shard_bytes=100)
     with open_tensor_reader(tmp_path) as source:
         assert inspect(source).tensors["weight"][name].elements == 2
 
 
-def test_a_configuration_that_is_a_link_out_of_the_run_is_refused(run: RunFolder, tmp_path: Path) -> None:
+def test_a_configuration_that_links_out_of_the_run_folder_is_refused(run: RunFolder, tmp_path: Path) -> None:
     path = run.model / "config.json"
     path.rename(tmp_path / "config.json")
     path.symlink_to(tmp_path / "config.json")

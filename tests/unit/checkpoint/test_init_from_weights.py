@@ -47,7 +47,7 @@ def write(output: Path, weights: Iterator[tuple[str, Tensor]], tokenizer: Path) 
     return init_from_weights(output, CONFIG, weights, tokenizer, settings, TrainState().to_dict())
 
 
-def test_a_new_run_holds_the_weights_at_step_0_and_no_moments(
+def test_a_new_run_has_the_weights_at_step_0_and_no_moments(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     run = write(tmp_path / "runs" / "new", model.named_parameters(), tokenizer)
@@ -61,7 +61,7 @@ def test_a_new_run_holds_the_weights_at_step_0_and_no_moments(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["new"]
 
 
-def test_its_model_section_in_a_recipe_is_its_model(
+def test_the_written_model_section_builds_the_same_model(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     run = write(tmp_path / "new", model.named_parameters(), tokenizer)
@@ -75,7 +75,7 @@ def test_its_model_section_in_a_recipe_is_its_model(
     assert recipe["model"] == json.loads(json.dumps(model_section(CONFIG)))
 
 
-def test_its_tokenizer_is_copied_without_the_model_beside_it(
+def test_only_the_tokenizer_files_of_a_folder_are_copied(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path
 ) -> None:
     run = write(tmp_path / "new", model.named_parameters(), tokenizer)
@@ -84,7 +84,7 @@ def test_its_tokenizer_is_copied_without_the_model_beside_it(
         assert path.read_bytes() == (tokenizer / path.name).read_bytes()
 
 
-def test_a_new_run_that_fails_leaves_nothing(model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_failed_initialisation_leaves_no_files(model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path) -> None:
     def cut_off() -> Iterator[tuple[str, Tensor]]:
         yield from list(model.named_parameters())[:3]
         raise UserError("lm_head.weight", "is missing", "copy the folder again")
@@ -96,7 +96,7 @@ def test_a_new_run_that_fails_leaves_nothing(model: HyperMoEForCausalLM, tokeniz
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_taken_place_and_a_full_disk_are_refused(
+def test_an_existing_folder_and_a_full_disk_are_refused(
     model: HyperMoEForCausalLM, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").touch()

@@ -21,7 +21,7 @@ def hold(folder: Path, told: Connection, until: Connection) -> None:
     del lock
 
 
-def test_a_second_process_is_refused_with_the_first_ones_name_until_that_is_killed(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     told, tells = context.Pipe()
     ends, until = context.Pipe()
@@ -47,7 +47,7 @@ def test_a_second_process_is_refused_with_the_first_ones_name_until_that_is_kill
         ends.close()
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^run.dir=.*file/run: cannot be written \(.*\); choose another run.dir$"):
         RunLock(tmp_path / "file" / "run")

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_a_folder_gives_back_what_was_written(run: RunFolder) -> None:
+def test_written_settings_are_read_back(run: RunFolder) -> None:
     assert run.exists()
     assert run.read_settings() == {"run": {"dir": "x"}, "train": {"steps": 3}}
     assert json.loads(run.ds_config.read_text()) == LAYOUT
@@ -44,13 +44,13 @@ def test_a_folder_gives_back_what_was_written(run: RunFolder) -> None:
     }
 
 
-def test_settings_can_be_written_again_from_the_folders_own_tokenizer(run: RunFolder) -> None:
+def test_settings_can_be_rewritten_with_the_tokenizer_of_the_folder(run: RunFolder) -> None:
     run.write_settings({"run": {"dir": "y"}}, {}, HyperMoEConfig(**FIELDS), run.tokenizer)
     assert run.read_settings() == {"run": {"dir": "y"}}
     assert (run.tokenizer / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_the_tokenizer_of_the_first_launch_stays_the_runs(run: RunFolder, tmp_path: Path) -> None:
+def test_the_tokenizer_of_the_first_launch_is_kept(run: RunFolder, tmp_path: Path) -> None:
     run.check_same_tokenizer(tmp_path / "tokenizer")
     other = tmp_path / "other"
     other.mkdir()
@@ -64,7 +64,7 @@ def test_the_tokenizer_of_the_first_launch_stays_the_runs(run: RunFolder, tmp_pa
         assert (run.tokenizer / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_a_new_run_takes_any_tokenizer(tmp_path: Path) -> None:
+def test_a_new_run_accepts_any_tokenizer(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").check_same_tokenizer(tmp_path / "anything")
 
 
@@ -87,7 +87,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         ("tie_word_embeddings", False, True),
     ],
 )
-def test_another_model_is_refused_by_the_name_of_the_field(
+def test_a_different_model_is_refused_with_the_name_of_the_field(
     run: RunFolder, field: str, value: object, there: object
 ) -> None:
     expected = f"model.{field}={value!r}: {run.path} has another model (there it is {there!r}); "
@@ -95,7 +95,7 @@ def test_another_model_is_refused_by_the_name_of_the_field(
         run.check_same_model(HyperMoEConfig(**{**FIELDS, field: value}))
 
 
-def test_a_field_that_is_newer_than_a_checkpoint_is_not_compared_with_it(tmp_path: Path) -> None:
+def test_fields_missing_in_an_older_checkpoint_are_not_compared(tmp_path: Path) -> None:
     now = model_fields(HyperMoEConfig(**FIELDS))
     before = {key: value for key, value in now.items() if key != "router_dtype"}
     refuse_other_model(now, before, tmp_path)
@@ -103,7 +103,7 @@ def test_a_field_that_is_newer_than_a_checkpoint_is_not_compared_with_it(tmp_pat
         refuse_other_model(now, {**before, "num_experts": 8}, tmp_path)
 
 
-def test_of_a_folder_that_holds_a_model_too_the_tokenizer_alone_is_kept(tmp_path: Path) -> None:
+def test_only_the_tokenizer_of_a_model_folder_is_kept(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
@@ -113,13 +113,13 @@ def test_of_a_folder_that_holds_a_model_too_the_tokenizer_alone_is_kept(tmp_path
     assert {path.name for path in run.tokenizer.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
 
 
-def test_the_same_model_may_go_on(run: RunFolder) -> None:
+def test_the_same_model_is_accepted(run: RunFolder) -> None:
     run.check_same_model(HyperMoEConfig(**FIELDS))
     run.check_same_model(run.model_config())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", 200_000 * b"[", b'{"hidden_size": "wide"}'])
-def test_a_damaged_configuration_is_refused_in_one_line_and_may_be_removed(run: RunFolder, content: bytes) -> None:
+def test_a_damaged_configuration_is_refused_in_one_line_and_can_be_deleted(run: RunFolder, content: bytes) -> None:
     (run.model / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config.json: is damaged \(.*; restore it, or remove it: the next"):
         run.check_same_model(HyperMoEConfig(**FIELDS))
@@ -127,7 +127,7 @@ def test_a_damaged_configuration_is_refused_in_one_line_and_may_be_removed(run: 
     run.check_same_model(HyperMoEConfig(**FIELDS))
 
 
-def test_settings_are_written_whole_or_not_at_all(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_written_atomically(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
     def full(_file: int) -> None:

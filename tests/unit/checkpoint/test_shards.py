@@ -41,7 +41,7 @@ def cut_over(folder: Path, shards: int) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
-def test_any_range_is_read_whatever_the_cuts(tmp_path: Path, shards: int) -> None:
+def test_any_range_is_read_for_any_sharding(tmp_path: Path, shards: int) -> None:
     torch.manual_seed(shards)
     cut_over(tmp_path, shards)
     with CheckpointReader(tmp_path, "full") as reader:
@@ -63,7 +63,7 @@ def test_any_range_is_read_whatever_the_cuts(tmp_path: Path, shards: int) -> Non
 
 
 @pytest.mark.parametrize(("shard_bytes", "shards"), [(1, 3), (4 * 40, 2), (10**6, 1)])
-def test_weights_alone_are_written_in_shards_of_at_most_a_size(tmp_path: Path, shard_bytes: int, shards: int) -> None:
+def test_weights_are_written_in_shards_of_a_maximum_size(tmp_path: Path, shard_bytes: int, shards: int) -> None:
     in_half = {name: tensor.bfloat16() for name, tensor in weights().items()}
     write_weights(tmp_path, in_half.items(), {}, {}, shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == shards
@@ -80,7 +80,7 @@ def flip(path: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 9, -1, -9])
-def test_a_flipped_bit_of_a_shard_is_found_by_its_hash_unless_told_otherwise(tmp_path: Path, position: int) -> None:
+def test_a_flipped_bit_in_a_shard_is_found_by_its_hash_if_hashes_are_verified(tmp_path: Path, position: int) -> None:
     cut_over(tmp_path, 2)
     flip(tmp_path / shard_name(1), position)
     with pytest.raises(UserError, match=r"shard_00001.safetensors: differs from what was written .*; choose another"):
@@ -107,9 +107,7 @@ def test_a_damaged_header_is_found_without_hashes(tmp_path: Path, damage: bytes)
         ("weight/norm", torch.zeros(5, dtype=torch.bfloat16)),
     ],
 )
-def test_a_shard_that_does_not_hold_what_the_manifest_says_is_refused(
-    tmp_path: Path, name: str, tensor: Tensor
-) -> None:
+def test_a_shard_that_contradicts_the_manifest_is_refused(tmp_path: Path, name: str, tensor: Tensor) -> None:
     write_weights(tmp_path, {"norm": torch.ones(5)}.items(), {}, {}, 10**6)
     manifest = Manifest.read(tmp_path)
     files = {shard_name(0): write_shard(tmp_path, 0, {name: tensor, "padding": torch.zeros(9)})}
@@ -118,7 +116,7 @@ def test_a_shard_that_does_not_hold_what_the_manifest_says_is_refused(
         CheckpointReader(tmp_path)
 
 
-def test_a_range_outside_a_parameter_is_never_made_up(tmp_path: Path) -> None:
+def test_a_range_outside_a_parameter_is_refused(tmp_path: Path) -> None:
     cut_over(tmp_path, 2)
     with CheckpointReader(tmp_path) as reader:
         for start, stop in ((0, 36), (-1, 3), (36, 37), (4, 3)):
@@ -134,12 +132,12 @@ def test_a_range_outside_a_parameter_is_never_made_up(tmp_path: Path) -> None:
         ({"a": torch.tensor([3e38, 3e38, -3e38]), "none": torch.empty(0), "state": torch.zeros(2).byte()}, None),
     ],
 )
-def test_a_tensor_that_is_not_finite_is_named(tensors: dict[str, Tensor], found: str | None) -> None:
+def test_a_tensor_with_nan_or_inf_is_named(tensors: dict[str, Tensor], found: str | None) -> None:
     assert first_not_finite(tensors.items()) == found
 
 
 @pytest.mark.parametrize("verify", ["sizes", "full"])
-def test_a_shard_cut_short_or_gone_is_found(tmp_path: Path, verify: str) -> None:
+def test_a_truncated_or_missing_shard_is_found(tmp_path: Path, verify: str) -> None:
     cut_over(tmp_path, 2)
     path = tmp_path / shard_name(0)
     path.write_bytes(path.read_bytes()[:-1])
@@ -150,7 +148,7 @@ def test_a_shard_cut_short_or_gone_is_found(tmp_path: Path, verify: str) -> None
         CheckpointReader(tmp_path, verify)  # type: ignore[arg-type]
 
 
-def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+def test_any_flipped_bit_in_the_manifest_is_found(tmp_path: Path) -> None:
     cut_over(tmp_path, 2)
     path = tmp_path / MANIFEST
     whole = path.read_bytes()
@@ -170,7 +168,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
     CheckpointReader(tmp_path)
 
 
-def test_a_manifest_gone_cut_short_or_no_object_is_refused(tmp_path: Path) -> None:
+def test_a_missing_truncated_or_invalid_manifest_is_refused(tmp_path: Path) -> None:
     cut_over(tmp_path, 1)
     path = tmp_path / MANIFEST
     for content in (path.read_bytes()[:-20], b"", b"[]", b"3"):
@@ -247,7 +245,7 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
         (["files", "shard_00000.safetensors", "sha256"], "?", "sha256: String should match"),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused_before_anything_is_allocated(
+def test_an_inconsistent_manifest_is_refused_before_memory_is_allocated(
     tmp_path: Path, keys: list[str], to: Any, says: str
 ) -> None:
     cut_over(tmp_path, 2)
@@ -256,7 +254,7 @@ def test_a_manifest_that_contradicts_itself_is_refused_before_anything_is_alloca
         CheckpointReader(tmp_path)
 
 
-def test_a_file_that_is_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_refused_and_a_link_inside_is_followed(tmp_path: Path) -> None:
     folder, outside = tmp_path / "checkpoint", tmp_path / "outside"
     for made in (folder, outside):
         made.mkdir()

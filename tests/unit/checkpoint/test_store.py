@@ -19,13 +19,13 @@ def make(folder: Path, *steps: int, latest: str | None = None) -> Path:
     return folder
 
 
-def test_folders_sort_as_their_steps_do(tmp_path: Path) -> None:
+def test_folder_names_sort_by_step(tmp_path: Path) -> None:
     steps = [1, 9, 10, 99, 12345678]
     assert sorted(map(step_name, steps)) == [step_name(step) for step in steps]
     assert saved_steps(make(tmp_path, *reversed(steps))) == steps
 
 
-def test_only_folders_named_by_a_step_count(tmp_path: Path) -> None:
+def test_only_folders_named_by_a_step_are_checkpoints(tmp_path: Path) -> None:
     make(tmp_path, 5)
     for name in (".step_00000007.partial", "step_00000008.damaged", "step_", "step_x", "step_6"):
         (tmp_path / name).mkdir()
@@ -35,7 +35,7 @@ def test_only_folders_named_by_a_step_count(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "none") == []
 
 
-def test_the_newest_is_the_one_that_latest_names_and_not_the_highest(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_the_one_that_latest_names(tmp_path: Path) -> None:
     assert latest_step(tmp_path) is None
     make(tmp_path, 10, 20, latest="step_00000010\n")
     assert latest_step(tmp_path) == 10
@@ -43,14 +43,14 @@ def test_the_newest_is_the_one_that_latest_names_and_not_the_highest(tmp_path: P
     assert find_checkpoint(tmp_path, 20) == tmp_path / "step_00000020"
 
 
-def test_checkpoints_without_a_latest_are_no_fresh_start(tmp_path: Path) -> None:
+def test_checkpoints_without_latest_do_not_start_a_new_run(tmp_path: Path) -> None:
     assert latest_step(make(tmp_path, 10, 20)) == 20
 
 
 @pytest.mark.parametrize(
     "latest", [b"step_00000030", b"step_10", b"", b"global_step10", b"../step_00000010", b"\xff\xfe\0", b"x" * 10**6]
 )
-def test_a_latest_that_names_nothing_is_reported_and_the_newest_used(
+def test_an_invalid_latest_is_reported_and_the_newest_step_is_used(
     tmp_path: Path, latest: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path, 10, 20)
@@ -62,19 +62,19 @@ def test_a_latest_that_names_nothing_is_reported_and_the_newest_used(
     )
 
 
-def test_a_latest_that_is_a_folder_is_reported_too(tmp_path: Path) -> None:
+def test_a_latest_that_is_a_folder_is_reported(tmp_path: Path) -> None:
     make(tmp_path, 10)
     (tmp_path / "latest").mkdir()
     assert latest_step(tmp_path) == 10
 
 
-def test_a_latest_alone_is_no_fresh_start(tmp_path: Path) -> None:
+def test_latest_without_checkpoints_does_not_start_a_new_run(tmp_path: Path) -> None:
     make(tmp_path, latest="step_00000010")
     with pytest.raises(UserError, match="latest: names no checkpoint, and there is none; restore one, or remove"):
         latest_step(tmp_path)
 
 
-def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path: Path) -> None:
+def test_a_missing_step_is_refused_with_a_list_of_saved_steps(tmp_path: Path) -> None:
     make(tmp_path, 10, 20, latest="step_00000020")
     with pytest.raises(UserError, match=r"step_00000015: does not exist; choose a saved step: 10, 20$"):
         find_checkpoint(tmp_path, 15)
@@ -84,7 +84,7 @@ def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path: Pat
         find_checkpoint(tmp_path / "none", None)
 
 
-def test_a_checkpoint_appears_under_its_name_when_it_is_published(tmp_path: Path) -> None:
+def test_a_checkpoint_gets_its_final_name_when_it_is_published(tmp_path: Path) -> None:
     make(tmp_path, 10, latest="step_00000010")
     store.begin(tmp_path, 20)
     (store.partial_folder(tmp_path, 20) / "content").write_text("whole")
@@ -105,13 +105,13 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", step_name(10)]
 
 
-def test_what_was_cut_off_is_removed_before_the_next_is_begun(tmp_path: Path) -> None:
+def test_an_interrupted_save_is_removed_before_the_next_save(tmp_path: Path) -> None:
     for step in (10, 20):
         store.begin(tmp_path, step)
     assert [path.name for path in tmp_path.iterdir()] == [".step_00000020.partial"]
 
 
-def test_what_is_not_ours_is_left_alone_and_what_is_may_be_a_file_or_a_link(tmp_path: Path) -> None:
+def test_unrelated_files_are_kept_and_unfinished_files_or_links_removed(tmp_path: Path) -> None:
     others = tmp_path / "others"
     make(others, 10)
     for name in (".step_notes", ".step_00000010.partial", ".step_00000020.removed"):
@@ -122,7 +122,7 @@ def test_what_is_not_ours_is_left_alone_and_what_is_may_be_a_file_or_a_link(tmp_
     assert saved_steps(others) == [10]
 
 
-def test_of_an_old_checkpoint_that_is_a_link_the_link_is_removed(tmp_path: Path) -> None:
+def test_only_the_link_of_a_linked_old_checkpoint_is_removed(tmp_path: Path) -> None:
     archive = make(tmp_path / "archive", 10)
     checkpoints = make(tmp_path / "checkpoints", 20, 30)
     (checkpoints / step_name(10)).symlink_to(archive / step_name(10))
@@ -132,7 +132,7 @@ def test_of_an_old_checkpoint_that_is_a_link_the_link_is_removed(tmp_path: Path)
     assert (archive / step_name(10) / "content").read_text() == "10"
 
 
-def test_a_checkpoint_that_cannot_be_removed_is_reported_and_stays(
+def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(path: Path, _: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_reported_and_stays(
         (2, 30, [30, 40, 50]),
     ],
 )
-def test_the_last_ones_are_kept_and_every_so_many_steps_one_for_good(
+def test_the_last_checkpoints_and_multiples_of_keep_every_are_kept(
     tmp_path: Path, keep_last: int, keep_every: int | None, kept: list[int]
 ) -> None:
     make(tmp_path, 10, 20, 30, 40, 50, 90)
@@ -167,7 +167,7 @@ def test_the_last_ones_are_kept_and_every_so_many_steps_one_for_good(
     assert all(path.name.startswith("step_") for path in tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_never_in_the_way(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_renamed_and_does_not_block_a_new_one(tmp_path: Path) -> None:
     names = []
     for _ in range(3):
         make(tmp_path, 10)
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_in_the_way(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("latest", [None, "step_00000010"])
-def test_damaged_checkpoints_alone_are_no_fresh_start(tmp_path: Path, latest: str | None) -> None:
+def test_only_damaged_checkpoints_do_not_start_a_new_run(tmp_path: Path, latest: str | None) -> None:
     make(tmp_path, 10, latest=latest)
     store.set_aside(tmp_path, 10)
     with pytest.raises(UserError, match=r"has only damaged checkpoints \(step_00000010.damaged\); restore one, or"):

@@ -69,7 +69,9 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_model_comes_back_weight_for_weight_in_the_runs_precision(tmp_path: Path, precision: str, tied: bool) -> None:
+def test_a_loaded_model_has_the_saved_weights_in_the_precision_of_the_run(
+    tmp_path: Path, precision: str, tied: bool
+) -> None:
     run, model = saved_run(tmp_path, precision, tie_word_embeddings=tied)
     loaded = load_model(run)
     assert not loaded.training
@@ -77,7 +79,7 @@ def test_a_model_comes_back_weight_for_weight_in_the_runs_precision(tmp_path: Pa
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
-def test_the_view_names_what_a_file_of_the_model_holds_and_reads_it_in_any_precision(tmp_path: Path) -> None:
+def test_weights_have_the_names_of_a_model_file_and_any_precision(tmp_path: Path) -> None:
     run, model = saved_run(tmp_path, "fp32")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     with open_weights(run, dtype=torch.bfloat16) as view:
@@ -87,13 +89,13 @@ def test_the_view_names_what_a_file_of_the_model_holds_and_reads_it_in_any_preci
         assert {name: tensor.shape for name, tensor in expected.items()} == view.shapes
 
 
-def test_files_that_are_let_go_of_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_files_are_reopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_MAPPED_BYTES", 1)
     run, model = saved_run(tmp_path)
     assert_same(load_model(run).state_dict(), model.state_dict())
 
 
-def test_parameters_cut_over_many_shards_are_put_together(tmp_path: Path) -> None:
+def test_parameters_split_over_many_shards_are_joined(tmp_path: Path) -> None:
     run, checkpoint = run_of(tmp_path, small())
     torch.manual_seed(5)
     model, ranks = HyperMoEForCausalLM(small()), 4
@@ -113,13 +115,13 @@ def test_parameters_cut_over_many_shards_are_put_together(tmp_path: Path) -> Non
     assert_same(load_model(run).state_dict(), model.state_dict())
 
 
-def test_tensors_under_the_training_models_names_are_those_put_together_expert_by_expert() -> None:
+def test_training_tensors_equal_the_tensors_joined_expert_by_expert() -> None:
     torch.manual_seed(1)
     model = HyperMoEForCausalLM(small())
     assert_same(dict(training_weights(model.named_parameters())), as_trained(model))
 
 
-def test_a_damaged_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_before_reading(tmp_path: Path) -> None:
     run, _ = saved_run(tmp_path)
     file = run.checkpoints / "step_00000000" / shard_name(1)
     file.write_bytes(file.read_bytes()[:100])
@@ -135,7 +137,7 @@ def test_a_damaged_file_is_refused_before_anything_is_read(tmp_path: Path) -> No
         ({"first_dense_layers": 0}, r"has no model.layers.0.mlp.router.gate.weight"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:
+def test_a_checkpoint_of_a_different_model_is_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:
     run, _ = saved_run(tmp_path)
     small(**overrides).save_pretrained(run.model)
     with pytest.raises(UserError, match=rf"step_00000000: is not a complete checkpoint of this run \({says}.*; choose"):

@@ -34,7 +34,7 @@ def build(corpus: TokenisedCorpus, folder: Path, sources: int) -> tuple[Sequence
 
 @pytest.mark.parametrize("sources", [1, 3])
 @pytest.mark.parametrize("skipped", [[], SKIPPED])
-def test_counts_are_those_of_the_samples_one_by_one(
+def test_counts_equal_a_count_sample_by_sample(
     corpus: TokenisedCorpus, tmp_path: Path, sources: int, skipped: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumption, "_CHUNK", 7)

@@ -91,7 +91,7 @@ def outcomes(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_with_one_line_and_nothing_half_written(name: str, outcomes: dict[str, Outcome]) -> None:
+def test_bad_input_prints_one_line_and_writes_nothing(name: str, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[name]
     assert outcome.done.returncode == 2
     lines = outcome.done.stderr.splitlines()
@@ -102,7 +102,7 @@ def test_bad_input_ends_with_one_line_and_nothing_half_written(name: str, outcom
     assert outcome.files_after == outcome.files_before
 
 
-def test_text_becomes_a_tokenizer_and_tokens(tmp_path: Path) -> None:
+def test_commands_turn_text_into_a_tokenizer_and_token_files(tmp_path: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in stdlib_texts(4)]
     write_jsonl(tmp_path / "a.jsonl", texts, "body")
     with (tmp_path / "a.jsonl").open("a") as lines:

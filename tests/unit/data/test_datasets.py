@@ -73,7 +73,7 @@ def test_labels_are_the_next_tokens(corpus: TokenisedCorpus) -> None:
             assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
 
 
-def test_samples_are_cuts_of_the_documents_laid_end_to_end(corpus: TokenisedCorpus) -> None:
+def test_samples_are_slices_of_the_concatenated_documents(corpus: TokenisedCorpus) -> None:
     samples = Counter(rows(valid_of(settings(corpus))))
     parts = documents(corpus.valid)
     assert len(parts) == 4
@@ -85,7 +85,7 @@ def test_samples_are_cuts_of_the_documents_laid_end_to_end(corpus: TokenisedCorp
     assert [cuts(order) == samples for order in permutations(parts)].count(True) == 1
 
 
-def test_an_epoch_holds_every_token_once(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_an_epoch_contains_every_token_once(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     lengths = [1, 700, 3, 3, 250, 64, 65, 1, 90]
     numbers = iter(range(10_000))
     write_token_files(f"{tmp_path}/t", [[next(numbers) for _ in range(length)] for length in lengths], large=True)
@@ -102,7 +102,7 @@ def test_an_epoch_holds_every_token_once(corpus: TokenisedCorpus, tmp_path: Path
 
 
 @pytest.mark.parametrize("sources", [1, 2])
-def test_the_origin_of_a_sample_names_the_documents_that_hold_its_tokens(
+def test_a_sample_is_described_by_the_documents_of_its_tokens(
     corpus: TokenisedCorpus, tmp_path: Path, sources: int
 ) -> None:
     names = [f"{tmp_path}/{number}" for number in range(sources)]
@@ -132,14 +132,14 @@ def test_validation_depends_on_neither_the_seed_nor_the_length_of_the_run(corpus
     assert build_datasets(settings(corpus, valid=[]), 1, 8, None)[1] == {}
 
 
-def test_validation_goes_through_every_source_once_whatever_its_weight(corpus: TokenisedCorpus) -> None:
+def test_validation_reads_every_dataset_once_regardless_of_its_weight(corpus: TokenisedCorpus) -> None:
     sources = [{"prefix": corpus.valid, "weight": 0.01}, {"prefix": corpus.train, "weight": 5}]
     both = build_datasets(settings(corpus, valid=sources), 1, 8, None)[1]
     apart = [rows(valid_of(settings(corpus, valid=[source]))) for source in sources]
     assert [rows(dataset) for dataset in both.values()] == apart
 
 
-def test_a_limit_of_validation_is_shared_in_proportion_to_the_lengths_of_datasets(
+def test_the_validation_limit_is_split_in_proportion_to_dataset_lengths(
     corpus: TokenisedCorpus,
 ) -> None:
     config = settings(corpus, valid=[{"prefix": corpus.valid, "name": "v"}, {"prefix": corpus.train, "name": "t"}])
@@ -157,7 +157,7 @@ def test_a_limit_of_validation_is_shared_in_proportion_to_the_lengths_of_dataset
         assert {name: len(part) for name, part in build_datasets(config, 1, 8, limit)[1].items()} == lengths
 
 
-def test_the_order_key_tells_whether_a_longer_run_keeps_the_order(corpus: TokenisedCorpus) -> None:
+def test_the_data_order_hash_changes_if_a_longer_run_changes_the_order(corpus: TokenisedCorpus) -> None:
     epoch = (len(stream(corpus.train)) - 1) // S
     lengths = (epoch // 4, epoch, epoch * 3 // 2, epoch * 2)
     quarter, one, half_more, two = (train_of(settings(corpus), length) for length in lengths)
@@ -169,7 +169,7 @@ def test_the_order_key_tells_whether_a_longer_run_keeps_the_order(corpus: Tokeni
     assert half_more.data_order_hash != quarter.data_order_hash, "into the second epoch"
 
 
-def test_sources_are_drawn_by_weight_and_evenly(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_datasets_are_sampled_evenly_by_weight(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     shares, prefixes = {"a": 6, "b": 1.5, "c": 2.5}, {}
     for number, name in enumerate(shares):
         prefixes[name] = f"{tmp_path}/{name}"
@@ -182,12 +182,12 @@ def test_sources_are_drawn_by_weight_and_evenly(corpus: TokenisedCorpus, tmp_pat
     assert np.abs(np.bincount(drawn) - [600, 150, 250]).max() <= 1
 
 
-def test_a_genuine_pad_token_stays_what_it_is(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_a_pad_token_in_the_data_is_kept(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     write_token_files(f"{tmp_path}/t", [[3] * 200])
     assert rows(train_of(settings(corpus, train=[{"prefix": f"{tmp_path}/t"}]), 1)) == [(3,) * (S + 1)]
 
 
-def test_replaced_files_are_indexed_anew(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_replaced_files_are_indexed_again(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     source = [{"prefix": f"{tmp_path}/t"}]
     for lengths in ((300, 100), (100, 300)):
         write_token_files(f"{tmp_path}/t", [[length] * length for length in lengths])
@@ -196,7 +196,7 @@ def test_replaced_files_are_indexed_anew(corpus: TokenisedCorpus, tmp_path: Path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_reads_on_from_consumed_samples(corpus: TokenisedCorpus, workers: int) -> None:
+def test_a_loader_continues_after_the_consumed_samples(corpus: TokenisedCorpus, workers: int) -> None:
     dataset = train_of(settings(corpus), 40)
     expected = rows(dataset)
     batches = build_loader(dataset, 3, rank=1, size=2, consumed_samples=12, workers=workers)
@@ -221,7 +221,7 @@ def test_indices_outside_the_dataset_are_refused(corpus: TokenisedCorpus) -> Non
         (b"junk" * 50, "written or read"),
     ],
 )
-def test_a_damaged_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path, content: bytes, problem: str) -> None:
+def test_a_damaged_cache_is_reported(corpus: TokenisedCorpus, tmp_path: Path, content: bytes, problem: str) -> None:
     config = settings(corpus, cache=str(tmp_path / "cache"))
     train_of(config, 5)
     for path in (tmp_path / "cache").glob("*-shuffle_index.npy"):
@@ -230,7 +230,7 @@ def test_a_damaged_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path, conten
         train_of(config, 5)
 
 
-def test_a_cache_that_cannot_be_written_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_a_read_only_cache_is_reported(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/cache: the indices cannot be written"):
         train_of(settings(corpus, cache=str(tmp_path / "file" / "cache")), 5)
@@ -243,7 +243,7 @@ def _build_on_rank(rank: int, store: Path, config: DataConfig, told: Any) -> Non
     dist.destroy_process_group()
 
 
-def test_ranks_build_the_datasets_of_one_process(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_all_ranks_build_the_same_datasets_as_one_process(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     both = [{"prefix": corpus.train, "weight": 2}, {"prefix": corpus.valid}]
     config = settings(corpus, train=both, valid=both, cache=str(tmp_path / "ranks"))
     context = get_context("fork")  # what is imported need not be imported again
@@ -259,7 +259,7 @@ def test_ranks_build_the_datasets_of_one_process(corpus: TokenisedCorpus, tmp_pa
     assert found == [(rank, rows(train), parts, train.data_order_hash) for rank in range(2)]
 
 
-def test_a_rank_that_does_not_see_the_cache_is_told(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_read_the_cache_is_reported(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     """What a rank meets on a node whose disk does not have what rank 0 wrote."""
     context = get_context("fork")
     told: Any = context.SimpleQueue()
@@ -295,7 +295,7 @@ def wrapped(cause: Exception) -> Exception:
 
 
 @pytest.mark.parametrize("error", [MemoryError("bad_alloc"), wrapped(MemoryError("bad_alloc"))])
-def test_an_index_without_room_in_memory_is_refused(error: Exception) -> None:
+def test_an_index_larger_than_memory_is_refused(error: Exception) -> None:
     says = r"^train\.steps: the index of so many samples does not fit into memory"
     with pytest.raises(UserError, match=says), _cache_errors("cache"):
         raise error

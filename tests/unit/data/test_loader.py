@@ -35,7 +35,7 @@ class Numbered:
 @pytest.mark.parametrize(
     ("length", "batch", "size", "consumed"), list(product((0, 1, 17, 64), (1, 3), (1, 2, 4), (0, 1)))
 )
-def test_ranks_together_take_the_samples_in_order(length: int, batch: int, size: int, consumed: int) -> None:
+def test_ranks_read_the_samples_in_order(length: int, batch: int, size: int, consumed: int) -> None:
     if consumed > length:
         return
     samplers = [ResumableSampler(length, batch, rank, size, consumed) for rank in range(size)]
@@ -46,7 +46,7 @@ def test_ranks_together_take_the_samples_in_order(length: int, batch: int, size:
     assert length - consumed - len(taken) < batch * size
 
 
-def test_a_run_goes_on_with_the_same_samples_on_another_number_of_ranks() -> None:
+def test_a_run_continues_with_the_same_samples_on_another_number_of_ranks() -> None:
     def global_steps(size: int, consumed: int) -> list[int]:
         ranks = [ResumableSampler(96, 12 // size, rank, size, consumed) for rank in range(size)]
         return [index for step in zip(*ranks, strict=True) for block in step for index in block]
@@ -63,7 +63,7 @@ def test_numbers_out_of_range_are_refused(arguments: tuple[int, int, int, int, i
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_hold_the_samples_of_the_sampler(workers: int) -> None:
+def test_batches_contain_the_samples_of_the_sampler(workers: int) -> None:
     state = torch.get_rng_state()
     batches = build_loader(Numbered(23), 2, rank=1, size=2, consumed_samples=3, workers=workers)
     for block in ResumableSampler(23, 2, 1, 2, 3):
@@ -77,7 +77,7 @@ def test_batches_hold_the_samples_of_the_sampler(workers: int) -> None:
         next(batches)
 
 
-def test_workers_outlive_a_signal_and_not_their_rank() -> None:
+def test_workers_survive_a_signal_but_end_with_their_rank() -> None:
     def rank() -> None:
         batches = build_loader(Numbered(2000), 1, rank=0, size=1, consumed_samples=0, workers=2)
         next(batches)
@@ -97,7 +97,7 @@ def test_workers_outlive_a_signal_and_not_their_rank() -> None:
     assert (ended, process_code) == (True, 3)
 
 
-def test_killed_workers_leave_no_folder_behind(tmp_path: Path) -> None:
+def test_killed_workers_leave_no_temporary_folders(tmp_path: Path) -> None:
     def rank() -> None:
         tempfile.tempdir = str(tmp_path)
         multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def batches_until(batches: Iterator[dict[str, torch.Tensor]], end: int) -> list[
     return [next(batches) for _ in range(1, end)]
 
 
-def test_a_loader_refuses_more_consumed_samples_than_there_are() -> None:
+def test_a_loader_refuses_more_consumed_samples_than_the_dataset_has() -> None:
     with pytest.raises(ValueError, match="consumed_samples=24 of 23"):
         build_loader(Numbered(23), 2, rank=0, size=1, consumed_samples=24, workers=0)
 
@@ -134,11 +134,11 @@ def test_validation_counts_every_sample_once_in_equal_steps(length: int, batch: 
     assert sorted(counted) == list(range(length))
 
 
-def test_validation_of_nothing_is_refused() -> None:
+def test_validation_without_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="is empty"):
         validation_batches(Numbered(0), 1, 0, 1)
 
 
-def test_an_endless_run_does_not_read_ahead_of_what_is_asked() -> None:
+def test_a_loader_does_not_read_ahead_of_the_requested_batches() -> None:
     batches = build_loader(Numbered(10**9), 2, rank=0, size=4, consumed_samples=10**8, workers=0)
     assert [batch["input_ids"][0, 0].item() for batch in islice(batches, 3)] == [10**8, 10**8 + 8, 10**8 + 16]

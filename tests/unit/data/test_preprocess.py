@@ -35,7 +35,7 @@ def job(corpus: TokenisedCorpus, inputs: list[Path], output: Path, **options: An
     return Job([str(path) for path in inputs], str(corpus.tokenizer), str(output), **options)
 
 
-def test_the_files_hold_the_tokens_of_each_document_and_its_end(corpus: TokenisedCorpus) -> None:
+def test_files_contain_the_tokens_of_each_document_and_an_end_token(corpus: TokenisedCorpus) -> None:
     tokenizer = load_tokenizer(corpus.tokenizer)
     texts = [path.read_text(encoding="utf-8") for path in corpus.texts[:-4]]
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
@@ -55,7 +55,7 @@ def test_the_files_hold_the_tokens_of_each_document_and_its_end(corpus: Tokenise
     assert inspect(corpus.train).tokens == len(stream)
 
 
-def test_a_document_that_names_the_end_of_documents_does_not_end_there(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_the_text_of_an_end_token_does_not_end_a_document(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a </s> b")
     preprocess(job(corpus, [tmp_path / "a.txt"], tmp_path / "out"))
     tokens = np.fromfile(tmp_path / "out.bin", dtype=np.uint16).tolist()
@@ -89,7 +89,7 @@ def test_the_files_do_not_depend_on_the_number_of_workers(corpus: TokenisedCorpu
     assert read_metadata(f"{tmp_path}/1").documents == sum(bool(line.strip()) for line in lines) + 3  # type: ignore[union-attr]
 
 
-def test_existing_files_stay_unless_they_may_be_replaced(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_existing_files_are_kept_without_overwrite(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     first, second = ([path] for path in corpus.texts[:2])
     preprocess(job(corpus, first, tmp_path / "out"))
     before = contents(f"{tmp_path}/out")
@@ -106,7 +106,7 @@ def test_existing_files_stay_unless_they_may_be_replaced(corpus: TokenisedCorpus
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_nothing_is_left_of_a_failure(corpus: TokenisedCorpus, tmp_path: Path, workers: int) -> None:
+def test_a_failure_leaves_no_files(corpus: TokenisedCorpus, tmp_path: Path, workers: int) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     inputs = [*corpus.texts[:3], tmp_path / "bad.txt"]
     with pytest.raises(UserError, match=r"bad\.txt: no UTF-8 text"):
@@ -114,7 +114,7 @@ def test_nothing_is_left_of_a_failure(corpus: TokenisedCorpus, tmp_path: Path, w
     assert os.listdir(tmp_path) == ["bad.txt"]
 
 
-def test_a_worker_that_dies_is_told(corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_is_reported(corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Encoder, "encode", lambda *_: os._exit(1))
     with pytest.raises(UserError, match="workers=2: a worker process died"):
         preprocess(job(corpus, corpus.texts[:3], tmp_path / "out", workers=2))
@@ -188,7 +188,7 @@ def test_the_files_do_not_depend_on_the_number_of_ranks(corpus: TokenisedCorpus,
 
 
 @pytest.mark.parametrize("place", [0, 3])
-def test_an_error_of_one_rank_ends_all_and_is_told_by_rank_0(
+def test_an_error_on_one_rank_ends_all_ranks_and_rank_0_reports_it(
     corpus: TokenisedCorpus, tmp_path: Path, place: int
 ) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 9000)
@@ -202,7 +202,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told_by_rank_0(
     assert os.listdir(tmp_path) == ["bad.txt"]
 
 
-def test_shares_are_neighbours_that_together_are_all_files() -> None:
+def test_contiguous_shares_cover_all_files() -> None:
     sizes = [0, 100, 1, 1, 50, 0, 400, 3, 90, 90]
     files = [Path(str(number)) for number in range(len(sizes))]
     for ranks in (1, 2, 3, 7, 20):

@@ -35,7 +35,7 @@ def read(files: list[Path], **options: object) -> tuple[list[str], ReadReport]:
     return list(read_documents(files, report, **options)), report  # type: ignore[arg-type]
 
 
-def test_the_same_text_comes_out_of_every_kind_of_file(tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_text(tmp_path: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in stdlib_texts(3)]
     texts.append("r\r\nn\n \t ünï\u2028 🎉 ")
     for number, text in enumerate(texts):
@@ -50,14 +50,14 @@ def test_the_same_text_comes_out_of_every_kind_of_file(tmp_path: Path) -> None:
         assert (report.documents, report.text_bytes, report.skipped) == (len(texts), size, {})
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
     assert read([tmp_path / "a.txt", tmp_path / "a.jsonl"])[0] == ["hello", "good"]
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_counted_with_its_first_place_and_refused_when_strict(tmp_path: Path, name: str) -> None:
+def test_bad_input_is_counted_with_its_first_location_and_refused_if_strict(tmp_path: Path, name: str) -> None:
     content, problem, line = BAD[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -73,7 +73,7 @@ def test_bad_input_is_counted_with_its_first_place_and_refused_when_strict(tmp_p
         read([path], strict=True)
 
 
-def test_lines_before_a_cut_of_a_gzip_file_are_read(tmp_path: Path) -> None:
+def test_lines_before_the_end_of_a_truncated_gzip_file_are_read(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(json.dumps({"text": str(n)}).encode() + b"\n" for n in range(9999)))[:-9])
     documents, report = read([path])
@@ -92,7 +92,7 @@ def test_reports_add_up_in_order() -> None:
     assert first.skipped == {Problem.NO_JSON: 2, Problem.NO_TEXT: 1}
 
 
-def test_a_folder_gives_its_visible_files_by_name(tmp_path: Path) -> None:
+def test_visible_files_of_a_folder_are_read_in_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a/b/c.txt", ".git/config", "a/.hidden"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -103,6 +103,6 @@ def test_a_folder_gives_its_visible_files_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"), [("none.txt", "no such file"), ("*.txt", "matches no file"), ("", "folder without files")]
 )
-def test_inputs_that_name_no_file_are_refused(tmp_path: Path, name: str, problem: str) -> None:
+def test_missing_inputs_are_refused(tmp_path: Path, name: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         expand_inputs([tmp_path / name])

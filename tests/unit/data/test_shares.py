@@ -15,7 +15,7 @@ def test_epochs_are_the_trained_tokens_of_a_dataset_over_its_size() -> None:
     assert (web.weight, web.epochs) == (0.75, pytest.approx(0.3))  # 15,000 of 50,000 tokens
 
 
-def test_names_and_sizes_are_those_of_the_token_files(tmp_path: Path) -> None:
+def test_names_and_sizes_match_the_token_files(tmp_path: Path) -> None:
     write_token_files(str(tmp_path / "books"), [[1, 2, 3] * 10, [4] * 10])
     write_token_files(str(tmp_path / "web"), [[1] * 60])
     sources = [DatasetConfig(prefix=str(tmp_path / "books")), DatasetConfig(prefix=str(tmp_path / "web"), name="net")]

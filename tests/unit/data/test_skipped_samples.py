@@ -10,7 +10,7 @@ from hypermoe_ds.data.skipped_samples import SkippedSamples
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_all_other_places_keep_their_order(seed: int) -> None:
+def test_the_remaining_samples_keep_their_order(seed: int) -> None:
     drawn = random.Random(seed)
     ranges = []
     for _ in range(drawn.randrange(5)):
@@ -27,7 +27,7 @@ def test_all_other_places_keep_their_order(seed: int) -> None:
             assert skipped_samples.kept(start, end) == sum(place not in out for place in range(start, end))
 
 
-def test_ranks_together_take_all_others_once_wherever_a_run_is_resumed() -> None:
+def test_ranks_read_each_remaining_sample_once_after_any_resume() -> None:
     skipped_samples = SkippedSamples([[3, 5], [10, 10], [20, 29]])
     kept = [place for place in range(60) if skipped_samples.kept(place, place + 1)]
 
@@ -40,5 +40,5 @@ def test_ranks_together_take_all_others_once_wherever_a_run_is_resumed() -> None
     assert taken(0, 2, 2, 2) + taken(place, 4, 1, 99) == kept[: len(kept) // 4 * 4]
 
 
-def test_what_was_consumed_before_may_be_left_out_later() -> None:
+def test_consumed_samples_may_be_skipped_later() -> None:
     assert list(ResumableSampler(12, 2, 0, 1, 6, SkippedSamples([[1, 2], [8, 9]]))) == [[6, 7], [10, 11]]

@@ -30,7 +30,9 @@ TEXTS = [
 ]
 
 
-def test_transformers_gives_the_ids_of_sentencepiece_and_the_exact_text_back(corpus: TokenisedCorpus) -> None:
+def test_transformers_and_sentencepiece_give_the_same_ids_and_decoding_restores_the_text(
+    corpus: TokenisedCorpus,
+) -> None:
     loaded = AutoTokenizer.from_pretrained(str(corpus.tokenizer), local_files_only=True)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(corpus.tokenizer / "tokenizer.model"))
     texts = TEXTS + [path.read_text(encoding="utf-8") for path in corpus.texts]
@@ -42,7 +44,7 @@ def test_transformers_gives_the_ids_of_sentencepiece_and_the_exact_text_back(cor
         assert not {0, 1, 2, 3} & set(ids), "the name of a control token is text"
 
 
-def test_the_sign_for_a_space_is_the_one_character_that_comes_back_changed(corpus: TokenisedCorpus) -> None:
+def test_only_the_space_symbol_changes_in_a_round_trip(corpus: TokenisedCorpus) -> None:
     loaded = load_tokenizer(corpus.tokenizer)
     assert loaded.decode(loaded("a\u2581b")["input_ids"]) == "a b"
 
@@ -67,7 +69,7 @@ def test_a_tokenizer_saved_again_by_transformers_gives_the_same_ids(corpus: Toke
     assert vocabulary_file(tmp_path).name == "tokenizer.json"
 
 
-def test_training_is_deterministic_whatever_the_kind_of_file(tmp_path: Path) -> None:
+def test_training_is_deterministic_for_every_kind_of_file(tmp_path: Path) -> None:
     files = stdlib_texts(4)
     lines = write_jsonl(tmp_path / "lines.jsonl", [path.read_text(encoding="utf-8") for path in files], "body")
     train_tokenizer(files, 500, tmp_path / "a")
@@ -79,7 +81,7 @@ def test_training_is_deterministic_whatever_the_kind_of_file(tmp_path: Path) -> 
     assert oct((tmp_path / "a").stat().st_mode) == oct((tmp_path / "b").stat().st_mode) != oct(0o40700)
 
 
-def test_lines_of_any_length_are_learned_from(tmp_path: Path) -> None:
+def test_training_uses_lines_of_any_length(tmp_path: Path) -> None:
     words = [f"wörd{number}" for number in range(3000)]
     (tmp_path / "one_line.txt").write_text(" ".join(words))
     train_tokenizer([tmp_path / "one_line.txt"], 287, tmp_path / "tokenizer")
@@ -106,7 +108,7 @@ def test_a_folder_without_a_tokenizer_is_refused(
         load_tokenizer(folder)
 
 
-def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_of_document_token_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models  # noqa: PLC0415
 
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
@@ -126,7 +128,7 @@ def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path: Path) -> No
         ({"tokenizer_class": None}, {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}),
     ],
 )
-def test_code_of_a_tokenizers_folder_is_never_run_nor_asked_about(
+def test_code_in_a_tokenizer_folder_is_never_run(
     corpus: TokenisedCorpus,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -25,7 +25,7 @@ def compared(folder: Path, first: dict[str, Tensor], second: dict[str, Tensor]) 
         return differences
 
 
-def test_a_changed_tensor_is_reported_and_its_group(tmp_path: Path) -> None:
+def test_a_changed_tensor_is_reported_with_its_group(tmp_path: Path) -> None:
     first = training_weights(small_model())
     second = first | {ROUTER: 1.5 * first[ROUTER], EXPERTS: first[EXPERTS] + 0.01}
     differences = compared(tmp_path, first, second)

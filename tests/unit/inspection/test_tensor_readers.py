@@ -41,7 +41,7 @@ def test_a_checkpoint_gives_its_weights_and_moments_however_they_are_sharded(tmp
         assert reader.provenance.written_by["torch"] == torch.__version__
 
 
-def test_a_checkpoint_written_by_one_process_is_read_alike(tmp_path: Path) -> None:
+def test_a_checkpoint_written_by_one_process_can_be_read(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     write_weights(tmp_path, weights.items(), {}, {}, shard_bytes=20_000)
     with open_tensor_reader(tmp_path) as reader:

@@ -199,7 +199,7 @@ def test_with_all_experts_selected_the_hyper_expert_is_an_unconditional_adapter(
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 2), (8, 7), (25, 2), (26, 4), (61, 3), (62, 3), (63, 3), (64, 8), (128, 8)])
-def test_distinct_sets_match_python_sets(N: int, K: int) -> None:
+def test_distinct_selections_match_python_sets(N: int, K: int) -> None:
     pool = random_selection(90, N, K)
     selected = pool[torch.randint(0, 90, (400,))]
     selected = selected.gather(1, torch.rand(400, K).argsort(dim=1))
@@ -230,7 +230,9 @@ def test_every_set_has_a_unique_rank_for_any_order_of_its_experts(N: int, K: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_more_sets_never_favour_per_set_and_more_tokens_never_favour_factored(device: str, dtype: torch.dtype) -> None:
+def test_more_selections_never_favour_per_set_and_more_tokens_never_favour_factored(
+    device: str, dtype: torch.dtype
+) -> None:
     for sizes in (Sizes(768, 64, 128), Sizes(4096, 64, 128)):
         assert cheaper_form(65536, 8, sizes, device, dtype) == "per_set"
         for tokens in (256, 1024, 65536):

@@ -49,7 +49,7 @@ def change(name: str, **values: object) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
-def test_whole_sources_pass(config: DataConfig) -> None:
+def test_intact_datasets_pass(config: DataConfig) -> None:
     check_datasets(config, VOCAB)
 
 
@@ -79,13 +79,15 @@ def test_whole_sources_pass(config: DataConfig) -> None:
         (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer: no such tokenizer folder"),
     ],
 )
-def test_damage_is_named(config: DataConfig, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_damaged_files_are_refused_by_name(
+    config: DataConfig, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
     damage(tmp_path / "copy")
     with pytest.raises(UserError, match=message):
         check_datasets(config, VOCAB)
 
 
-def test_the_same_vocabulary_in_a_folder_of_the_other_kind_is_another_tokenizer(
+def test_the_same_vocabulary_in_another_tokenizer_format_is_a_different_tokenizer(
     config: DataConfig, tmp_path: Path
 ) -> None:
     load_tokenizer(config.tokenizer).save_pretrained(tmp_path / "saved")
@@ -94,7 +96,7 @@ def test_the_same_vocabulary_in_a_folder_of_the_other_kind_is_another_tokenizer(
         check_datasets(config.model_copy(update={"tokenizer": str(tmp_path / "saved")}), VOCAB)
 
 
-def test_a_second_vocabulary_that_transformers_reads_instead_is_another_tokenizer(
+def test_a_second_vocabulary_file_that_takes_precedence_makes_a_different_tokenizer(
     config: DataConfig, tmp_path: Path
 ) -> None:
     load_tokenizer(config.tokenizer).save_pretrained(tmp_path / "both")
@@ -107,7 +109,7 @@ def test_a_second_vocabulary_that_transformers_reads_instead_is_another_tokenize
         check_datasets(config.model_copy(update={"tokenizer": str(tmp_path / "both")}), VOCAB)
 
 
-def test_a_tokenizer_of_the_same_vocabulary_that_encodes_text_otherwise_is_refused(
+def test_a_tokenizer_with_the_same_vocabulary_but_different_encoding_is_refused(
     config: DataConfig, tmp_path: Path
 ) -> None:
     change("tokenizer/tokenizer_config.json", add_prefix_space=True, model_max_length=512)(tmp_path / "copy")
@@ -118,12 +120,12 @@ def test_a_tokenizer_of_the_same_vocabulary_that_encodes_text_otherwise_is_refus
     check_datasets(config, VOCAB)
 
 
-def test_settings_of_a_tokenizer_that_change_no_id_do_not_matter(config: DataConfig, tmp_path: Path) -> None:
+def test_tokenizer_settings_that_change_no_id_are_ignored(config: DataConfig, tmp_path: Path) -> None:
     change("tokenizer/tokenizer_config.json", model_max_length=512, chat_template="{{ messages }}")(tmp_path / "copy")
     check_datasets(config, VOCAB)
 
 
-def test_more_token_ids_than_the_model_has_are_refused(config: DataConfig, tmp_path: Path) -> None:
+def test_token_ids_beyond_the_vocabulary_of_the_model_are_refused(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"tokenizer: has token ids up to 999 and the model 999 embeddings; set model\.vocab_size to"
     ):
@@ -172,11 +174,11 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, ob
         recipe(tmp_path, **changes)
 
 
-def test_every_setting_is_described() -> None:
+def test_every_setting_has_a_description() -> None:
     for section in (DataConfig, DataConfig.model_fields["train"].annotation.__args__[0]):  # type: ignore[union-attr]
         assert all(setting.description for setting in section.model_fields.values())
 
 
-def test_the_cache_lies_beside_the_first_source_unless_told(tmp_path: Path) -> None:
+def test_the_cache_is_next_to_the_first_dataset_by_default(tmp_path: Path) -> None:
     assert recipe(tmp_path).cache_folder == f"{tmp_path}/cache"
     assert recipe(tmp_path, cache="/elsewhere").cache_folder == "/elsewhere"
