@@ -1,7 +1,7 @@
 """Run pretrain/train.py with an injected fault, given by HYPERMOE_FAULT=KIND:RANK:STEP:MARKER.
 
-The fault creates the file MARKER and does not occur again while that file exists. A fault of kind `error` creates no
-file and recurs.
+The fault creates the file MARKER and does not recur while that file exists. A fault of kind `error` creates no file, so
+it recurs in every launch.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Run the project's commands as a user would, with a small recipe.
 
 `launch` runs DeepSpeed's launcher. `run_script` runs the same script in processes that have already loaded the
-libraries, with the environment that the launcher would set. It is ten times as fast.
+libraries, with the environment that the launcher would set. This is ten times as fast.
 """
 
 import os

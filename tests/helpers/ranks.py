@@ -21,7 +21,7 @@ from unittest import mock
 
 from torch.distributed import TCPStore
 
-# Only libraries: the ranks import the project from this checkout, even if another version is installed.
+# Preload only libraries, so that ranks import the project from this checkout even if another version is installed.
 _PRELOADED = [
     "torch._dynamo",
     "deepspeed.moe.utils",
@@ -55,10 +55,10 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 @contextmanager
 def process_group(world_size: int) -> Iterator[list[Environment]]:
     """Yield the environment variables that the launcher would set for each rank."""
-    # The system chooses the port, and the store holds it, so concurrent groups cannot use the same one.
+    # The operating system chooses a free port and the store keeps it open, so concurrent groups use different ports.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # LOCAL_SIZE is not set: with it, DeepSpeed leaves 66 MB per rank in /dev/shm.
+    # LOCAL_SIZE is not set, because DeepSpeed would then leave 66 MB per rank in /dev/shm.
     shared["WORLD_SIZE"] = str(world_size)
     yield [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
@@ -126,7 +126,7 @@ def _await_all(processes: list[Any]) -> None:
 
 def _main(environment: Environment, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
-    gc.freeze()  # ZeRO-3 calls the garbage collector, which would otherwise scan all objects of the libraries
+    gc.freeze()  # otherwise each garbage collection that ZeRO 3 triggers would scan all objects of the libraries
     # Without a GPU the group loads a DeepSpeed operator, which needs ninja on the PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:

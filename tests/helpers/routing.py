@@ -1,9 +1,9 @@
 """Compare two runs of one model on different layouts, up to the first tie of a top-K router.
 
-Another layout adds the same numbers in another order. If two experts of a token are almost tied for the last of its K
-selections, rounding may swap them. From then on the two runs compute different functions. So metrics are compared up
-to the first step in which a token selected another expert. That this was a tie is checked too: all earlier selections
-are equal, so the router logits of that layer must still agree on every token.
+Different layouts sum in different orders, so results differ by rounding. If two experts of a token are almost tied for
+the last of its K selections, rounding may swap them, and from then on the two runs compute different functions. Metrics
+are therefore compared up to the first step in which a token selects a different expert. The helper also checks that
+this was a tie: all earlier selections are equal, so the router logits of that layer must still agree for every token.
 """
 
 import warnings
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-4  # largest absolute rounding error of router logits in fp32
-AFTER_A_TIE = 1e-2  # largest relative difference of losses after a tie: the runs differ, but neither is wrong
+AFTER_A_TIE = (
+    1e-2  # largest relative difference of losses after a tie; both runs are correct but compute different functions
+)
 
 
 class LayerRouting(NamedTuple):
@@ -34,8 +36,8 @@ class Tie:
     """The first difference between the selections of two runs.
 
     Attributes:
-        step: index of the first step in which a token selected another expert.
-        layer: first MoE layer of that step in which a token did.
+        step: index of the first step in which a token selected a different expert.
+        layer: first MoE layer of that step with such a token.
         tokens: indices of those tokens in the step.
     """
 
@@ -97,9 +99,9 @@ def assert_same_until_a_tie(
     routing: tuple[Sequence[StepRouting], Sequence[StepRouting]],
     relative: float,
 ) -> Tie | None:
-    """Compare the metrics of each step; the first of them is the loss.
+    """Compare the metrics of each step; the first metric is the loss.
 
-    Before a tie all metrics must agree within `relative`. From the tie on only the losses are compared, within
+    Before a tie, all metrics must agree within `relative`. From the tie on, only losses are compared, with tolerance
     `AFTER_A_TIE`.
 
     Returns:

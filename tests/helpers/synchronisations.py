@@ -6,12 +6,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# bincount reads the largest value to size its result. lift_fresh copies a number of the host into a tensor.
+# bincount reads the largest value to size its result. lift_fresh copies a Python number into a tensor.
 _WAITING = ("_local_scalar_dense", "nonzero", "_unique", "unique_", "bincount", "masked_select", "lift_fresh")
 
 
 class _Lists(TorchFunctionMode):
-    """Recorder of `tolist` and `numpy`, which dispatch no operation on a CPU."""
+    """Recorder of `tolist` and `numpy`, which dispatch no PyTorch operation on a CPU."""
 
     def __init__(self, seen: list[str]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Synchronisations(TorchDispatchMode):
     """Recorder of the operations in its context that would make the host wait.
 
     Attributes:
-        seen: their names.
+        seen: names of the recorded operations.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Simulate two hosts on one machine, for launches over ssh.
 
-Each host has its own network, PID, mount, UTS and IPC namespaces, and sshd is its first process. So it has its own
-name, /etc/hosts, /etc/ssh and /dev/shm, and sees only its own processes. The hosts share the disk, as over NFS. One
-link connects them to each other and to no other network.
+Each host has its own network, PID, mount, UTS and IPC namespaces, with sshd as the first process. A host therefore has
+its own name, /etc/hosts, /etc/ssh and /dev/shm, and sees only its own processes. The hosts share the disk, as with NFS.
+One virtual link connects the two hosts; they have no other network.
 """
 
 import os
@@ -56,7 +56,7 @@ _SERVER = """
     MaxStartups 100
     SetEnv PATH={path}
     """
-# Runs as the first process of a host. sshd then replaces it as PID 1, so when sshd ends, the kernel kills all others.
+# First process of a host. sshd replaces it as PID 1, so the kernel kills all other processes when sshd ends.
 _BOOT = """
     set -e
     mount -t proc proc /proc
@@ -98,9 +98,9 @@ class TwoHosts:
     """The hosts `left` and `right`.
 
     Attributes:
-        folder: holds their configuration.
+        folder: folder with the configuration of both hosts.
         namespaces: network namespace of each host.
-        processes: first process of each host; when it ends, so do all others.
+        processes: first process of each host; when it ends, the kernel kills all other processes of the host.
     """
 
     folder: Path
@@ -164,7 +164,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     """Boot both hosts and connect them. Remove their processes and namespaces at the end.
 
     Args:
-        folder: a new folder for their configuration.
+        folder: a new folder for the configuration of both hosts.
     """
     hosts = TwoHosts(folder, {name: f"hm{os.getpid()}{name}" for name in NAMES}, {})
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Test how runs on different layouts are compared: ties pass, and faults do not pass as ties."""
+"""The comparison of runs on different layouts accepts ties and rejects faults."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Settings are strict: what is not understood is refused by name, never dropped or guessed."""
+"""Settings are strict: unknown or invalid ones are refused by name, never ignored or guessed."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: tables, paths, links, the example recipe and the figure."""
+"""The tables, paths, links, example recipe and figure in the documentation match the code."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ from hypermoe_ds.training import ds_config
 REPOSITORY = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "ds_configs/README.md", *DOCS]
-# These pages also name paths that do not exist: old ones, and folders that a user creates.
+# These pages also name paths that do not exist, such as old paths and folders that a user creates.
 PAGES_WITH_OTHER_PATHS = {"CHANGELOG.md", "CONTRIBUTING.md"}
 CODE_FOLDERS = ("pretrain", "hypermoe_ds", "launch", "tools", "benchmarks")
 

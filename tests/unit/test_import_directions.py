@@ -10,9 +10,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "hypermoe_ds"
 SCRIPTS = ("pretrain", "tools", "launch", "benchmarks")
-MEASUREMENTS = ("benchmarks/",)  # may define dataclasses for what they measure
+MEASUREMENTS = ("benchmarks/",)  # may define dataclasses for measurements
 ORDER = (
-    {PACKAGE},  # the package's own __init__
+    {PACKAGE},  # the __init__ of the package itself
     {"errors", "provenance"},
     {"files", "process", "config", "progress"},
     {"modeling", "data", "parallel"},

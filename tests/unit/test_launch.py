@@ -1,4 +1,4 @@
-"""The launch scripts: which command each starts from which input, and what they refuse."""
+"""The launch scripts start the right commands and refuse invalid input."""
 
 import os
 import shlex
@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def variables(words: list[str]) -> dict[str, str]:
-    """What stands behind `-x`."""
+    """Return the values of the `-x` options."""
     pairs = [words[number + 1] for number, word in enumerate(words) if word == "-x"]
     return dict(pair.split("=", maxsplit=1) for pair in pairs)
 
 
 def plain(words: list[str]) -> list[str]:
-    """Words without `-x NAME=VALUE`."""
+    """Return the words without the `-x NAME=VALUE` options."""
     behind = {number + 1 for number, word in enumerate(words) if word == "-x"}
     return [word for number, word in enumerate(words) if word != "-x" and number not in behind]
 
@@ -274,7 +274,7 @@ def test_torchrun_without_a_gpu_asks_for_the_number_of_ranks_before_anything_sta
 
 def test_torchrun_with_gpus_starts_a_rank_for_each(folder: Path) -> None:
     stub(folder / "venv/bin/torchrun", 'echo "$*" > started')
-    done = launch("torchrun.sh", "--config", "r.yaml", folder=folder)  # here torch finds a GPU
+    done = launch("torchrun.sh", "--config", "r.yaml", folder=folder)  # a torch that reports a GPU
     assert done.returncode == 0, done.stderr
     assert "--nproc_per_node gpu" in (folder / "started").read_text()
 
@@ -312,9 +312,9 @@ def test_slurm_starts_a_task_for_each_gpu(folder: Path) -> None:
 
 
 def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Popen[str], Path]:
-    """The script as Slurm would run it, with `ranks` in the place of srun; it has started when this returns.
+    """Start the script as Slurm would, with the script `ranks` instead of srun, and wait until it runs.
 
-    On a signal the ranks end with `code`.
+    On a signal, the ranks exit with `code`.
     """
     stub(folder / "bin" / "scontrol", 'if [ "$1" = show ]; then echo n1; else echo "$*" >> calls; fi')
     stub(
@@ -357,8 +357,9 @@ def test_a_slurm_job_that_ends_early_is_not_requeued(folder: Path, code: int) ->
     assert not calls.exists()
 
 
-# Kubernetes: fields of the operators' definitions, PyTorchJob v1 (training-operator 1.9) and MPIJob v2beta1
-# (mpi-operator 0.8), as far as the manifests use them. A type, a set of values, a list's item or a mapping; "*" is any.
+# Kubernetes: the fields that the manifests use, from PyTorchJob v1 (training-operator 1.9) and MPIJob v2beta1
+# (mpi-operator 0.8). Each value is a type, a set of allowed values, a list with the type of its items, or a mapping;
+# "*" matches any key.
 
 CONTAINER = {
     "name": str, "image": str, "command": [str], "args": [str], "env": [{"name": str, "value": str}],
@@ -406,7 +407,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 def misfits(value: Any, schema: Any, where: str = "") -> list[str]:
-    """Places at which a manifest is not of a form."""
+    """Return the paths in a manifest that do not match the expected fields."""
     if isinstance(schema, set):
         return [] if value in schema else [f"{where}: {value!r}"]
     if isinstance(schema, list):

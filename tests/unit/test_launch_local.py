@@ -1,4 +1,4 @@
-"""launch/local.sh: which command it starts, and what it refuses before that."""
+"""launch/local.sh starts the right command and refuses invalid input."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A user's mistake is told in one line: on stderr, with exit code 2, once a host."""
+"""A user error prints one line per host on stderr, with exit code 2."""
 
 import io
 import os
@@ -24,7 +24,7 @@ with process.one_line_errors():
 
 
 def start(code: str, rank: str | None) -> subprocess.Popen[str]:
-    """A Python process that has reached its error: it prints `up` right before."""
+    """Start a Python process and wait until just before its error, when it prints `up`."""
     environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
     if rank is not None:
         environment["LOCAL_RANK"] = rank
@@ -112,10 +112,10 @@ def test_no_error_passes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_host_of_two_ranks_prints_one_line() -> None:
-    """As a launcher does it: the first rank that ends has the others terminated."""
+    """When the first rank ends, a launcher terminates the others."""
     other = start(RAISE.format(before=""), "1")
     with pytest.raises(subprocess.TimeoutExpired):
-        other.wait(timeout=1)  # it neither ends nor speaks of its own accord
+        other.wait(timeout=1)  # it neither exits nor prints by itself
     first = start(RAISE.format(before=""), "0")
     first_err = first.communicate(timeout=20)[1]
     other.terminate()
@@ -131,7 +131,7 @@ def test_a_rank_whose_fault_is_its_own_speaks_in_the_end() -> None:
 
 
 def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
-    """Training handles SIGTERM to save before it stops; a rank that waits in silence has nothing to save."""
+    """Training handles SIGTERM to save before it stops, but a waiting rank has nothing to save."""
     handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)"
     process = start(RAISE.format(before=handler), "1")
     with pytest.raises(subprocess.TimeoutExpired):
@@ -144,7 +144,7 @@ def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
 
 
 class Terminal(io.StringIO):
-    """A file that is a terminal."""
+    """A text stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

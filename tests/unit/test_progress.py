@@ -1,4 +1,4 @@
-"""Progress of long work on a terminal and elsewhere."""
+"""The progress of long work is shown on a terminal and logged without one."""
 
 import io
 import sys
@@ -10,7 +10,7 @@ from hypermoe_ds.progress import Progress, progress
 
 
 class Terminal(io.StringIO):
-    """A file that is a terminal."""
+    """A text stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Recipes: every file of the repository loads, and what does not fit is refused by name."""
+"""Every recipe of the repository loads, and invalid settings are refused by name."""
 
 import json
 import re
@@ -115,7 +115,7 @@ def test_inconsistent_settings_are_refused_in_one_line(recipe: Path, override: s
 
 
 def numbers(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Dotted name and type of each numeric setting."""
+    """Yield the dotted name and type of each numeric setting."""
     for name, field in model.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Settings):
@@ -288,7 +288,7 @@ def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeyp
 
 
 def write_tokenizer(folder: Path, largest_id: int) -> None:
-    """A tokenizer folder of four tokens whose ids have a gap."""
+    """Write a tokenizer folder with four tokens and a gap between their ids."""
     model = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": largest_id}, unk_token="<unk>")
     folder.mkdir()
     tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
@@ -320,7 +320,7 @@ def test_without_a_vocabulary_size_a_missing_tokenizer_is_reported(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("tokens", "steps"),
-    # A step has 4 sequences of 32 tokens.
+    # Each step has 4 sequences of 32 tokens.
     [("128", 1), ("129", 2), ("12.8e3", 100), ("3e6", 23438)],
 )
 def test_a_length_in_tokens_is_rounded_up_to_full_steps(recipe: Path, tokens: str, steps: int) -> None:

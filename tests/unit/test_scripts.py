@@ -1,4 +1,4 @@
-"""The scripts that set up and check the project: what they refuse, what they report, what they pass on."""
+"""The setup and check scripts report problems, refuse invalid input and pass arguments on."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def executable(path: Path, body: str) -> None:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> Path:
-    """A PATH with the shell's own tools: no Python and no compiler."""
+    """Return a PATH with shell tools, but without Python and a compiler."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for command in COMMANDS:
@@ -94,7 +94,7 @@ def test_setup_does_not_change_a_folder_that_is_not_an_environment(tmp_path: Pat
 
 
 def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path:
-    """A folder that setup.sh takes for the one it made, with an interpreter that can do nothing else."""
+    """Create a folder that looks like an environment made by setup.sh, with a minimal fake interpreter."""
     venv = tmp_path / "venv"
     executable(venv / "bin" / "python", 'case "$*" in "-VV") echo Python 3.11;; *version_info*) ;; *) exit 9;; esac')
     decides = f"Python 3.11\n{extras} {repository}\n".encode()
@@ -130,7 +130,7 @@ def test_setup_installs_again_if_the_dependencies_change(bare_path: Path, tmp_pa
     with (copy / "pyproject.toml").open("a") as file:
         file.write("# one more dependency\n")
     result = setup(bare_path, venv, repository=copy)
-    assert "missing" in result.stderr  # it looks at the system: there is no compiler on this PATH
+    assert "missing" in result.stderr  # setup checks the system: this PATH has no compiler
     assert result.returncode == 1
 
 
@@ -161,7 +161,7 @@ def test_the_quickstart_refuses_an_unknown_option_before_setup(bare_path: Path, 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A repository with tests/run.sh, a set-up that does nothing and checks that only note how they were called."""
+    """Create a repository with tests/run.sh, an empty setup and checks that only record their arguments."""
     (tmp_path / "tests").mkdir()
     shutil.copy(REPOSITORY / "tests/run.sh", tmp_path / "tests")
     executable(tmp_path / "launch/setup.sh", 'echo "setup $*" >>calls')
@@ -227,7 +227,7 @@ def test_a_benchmark_prints_its_usage(script: Path) -> None:
     assert result.stdout.startswith("usage: ")
 
 
-# Libraries that take seconds to import are not to be found.
+# Libraries that take seconds to import are hidden.
 WITHOUT_LIBRARIES = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("torch", "transformers", "deepspeed", "megatron.core"))

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder can make its readers do: open its own regular safetensors files, and nothing else."""
+"""Readers of a Hugging Face folder open only its own regular safetensors files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def read(request: pytest.FixtureRequest) -> Callable[[Path], Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An export in several files, within a folder that is not its own."""
+    """Write an export with several weight files, inside a folder with unrelated files."""
     small_model().save_pretrained(tmp_path / "hf", max_shard_size="30KB")
     return tmp_path / "hf"
 
@@ -179,7 +179,7 @@ def test_a_malformed_or_hostile_configuration_is_refused_in_one_short_line(
 
 
 def test_unknown_fields_are_ignored(folder: Path) -> None:
-    """`_attn_implementation` can name code on the Hub, `num_labels` makes a table of so many entries."""
+    """`_attn_implementation` can name code on the Hub, and a huge `num_labels` would create a huge table."""
     edit(folder / "config.json", _attn_implementation="org/kernel", num_labels=10**9, dtype="load", auto_map={"a": 1})
     assert read_hypermoe_config(folder).to_dict().get("num_labels", 2) == 2
     assert read_model(folder).config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""A run folder that describes another or an impossible model is refused in one line, in bounded time and memory."""
+"""Run folders with a wrong or impossible model are refused in one line, with bounded time and memory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run made from weights that come from elsewhere is one that training continues from, and whole or not there."""
+"""Training continues from a run that was initialised from given weights; a failure leaves no run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""One process holds a run folder, as long as it lives."""
+"""A process locks a run folder until it ends."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from hypermoe_ds.errors import UserError
 
 def hold(folder: Path, told: Connection, until: Connection) -> None:
     lock = RunLock(folder)
-    child = multiprocessing.get_context("fork").Process(target=until.recv)  # as a data worker
+    child = multiprocessing.get_context("fork").Process(target=until.recv)  # like a data loader worker
     child.start()
     told.send((os.getpid(), child.pid))
     until.recv()
@@ -37,7 +37,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
         )
         holder.kill()
         holder.join()
-        os.kill(child, 0)  # its child lives on
+        os.kill(child, 0)  # its child process continues
         lock = RunLock(tmp_path / "run")
         del lock
         assert (tmp_path / "run" / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"

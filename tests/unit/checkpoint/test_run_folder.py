@@ -1,4 +1,4 @@
-"""A run folder gives back what was written and refuses to continue with another model."""
+"""A run folder stores settings and refuses to continue with a different model."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The format: what is written is read in any ranges, and what is damaged is named before it is read."""
+"""The checkpoint format supports reading any range, and reports damage before reading."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def cut_over(folder: Path, shards: int) -> None:
-    """A checkpoint in which each parameter is cut over the shards at places of its own, some shards holding none."""
+    """Write a checkpoint in which each parameter is split at different offsets; some shards have no part of it."""
     contents: list[dict[str, Tensor]] = [{} for _ in range(shards)]
     tensors = {}
     for name, tensor in weights().items():
@@ -85,7 +85,7 @@ def test_a_flipped_bit_in_a_shard_is_found_by_its_hash_if_hashes_are_verified(tm
     flip(tmp_path / shard_name(1), position)
     with pytest.raises(UserError, match=r"shard_00001.safetensors: differs from what was written .*; choose another"):
         CheckpointReader(tmp_path)
-    if position < 0:  # in the tensors
+    if position < 0:  # an offset within the tensor data
         CheckpointReader(tmp_path, "sizes")
 
 
@@ -159,7 +159,7 @@ def test_any_flipped_bit_in_the_manifest_is_found(tmp_path: Path) -> None:
             same = json.loads(path.read_bytes()) == json.loads(whole)
         except ValueError:
             same = False
-        if not same:  # a space may become another one
+        if not same:  # a flipped bit may turn a space into other whitespace
             changed += 1
             with pytest.raises(UserError, match=r"manifest.json: is (missing or damaged|of another format);"):
                 CheckpointReader(tmp_path)
@@ -180,7 +180,7 @@ def test_a_missing_truncated_or_invalid_manifest_is_refused(tmp_path: Path) -> N
         with pytest.raises(UserError, match=r"manifest.json: is missing or damaged"):
             Manifest.read(tmp_path)
     with path.open("wb") as file:
-        file.truncate(2**43)  # takes no space on the disk
+        file.truncate(2**43)  # a sparse file uses no disk space
     with pytest.raises(UserError, match=r"manifest.json: is missing or damaged"):
         Manifest.read(tmp_path)
     path.unlink()
@@ -189,7 +189,7 @@ def test_a_missing_truncated_or_invalid_manifest_is_refused(tmp_path: Path) -> N
 
 
 def forge(folder: Path, *keys: Any, to: Any) -> None:
-    """Change a value of the manifest, with a digest that fits."""
+    """Change a value of the manifest and update its digest."""
     content = json.loads((folder / MANIFEST).read_text())
     del content["digest"]
     inner = content
@@ -269,5 +269,5 @@ def test_a_link_out_of_the_folder_is_refused_and_a_link_inside_is_followed(tmp_p
         (folder / name).symlink_to("kept")
         CheckpointReader(folder).release()
         (folder / "kept").rename(folder / name)
-    (tmp_path / "link").symlink_to(folder)  # a checkpoint that was moved to other storage
+    (tmp_path / "link").symlink_to(folder)  # a checkpoint moved to other storage
     CheckpointReader(tmp_path / "link").release()

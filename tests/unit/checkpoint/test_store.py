@@ -1,4 +1,4 @@
-"""The folder of checkpoints: what is found in it, what appears, what is kept."""
+"""The checkpoint directory finds, publishes and removes checkpoints."""
 
 import errno
 from pathlib import Path

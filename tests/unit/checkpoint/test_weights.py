@@ -1,4 +1,4 @@
-"""The model is read out of a checkpoint bit for bit, however its tensors were cut, and nothing else is taken for it."""
+"""Models read from a checkpoint are bitwise identical for any sharding; damaged or wrong checkpoints are refused."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def small(**overrides: Any) -> HyperMoEConfig:
 
 
 def as_trained(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
-    """Parameters by the training model's names, the experts put together one by one."""
+    """Return the parameters by their names in the training model, joining the experts one by one."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     gate_up, down = tensors.pop(f"{BLOCK}.gate_up_proj"), tensors.pop(f"{BLOCK}.down_proj")
     tensors[f"{BLOCK}.w1"] = torch.stack([gate_up[expert, :F] for expert in range(N)])
@@ -43,7 +43,7 @@ def as_trained(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
 
 
 def run_of(folder: Path, config: HyperMoEConfig) -> tuple[RunFolder, Path]:
-    """A run folder with an empty checkpoint of step 0."""
+    """Create a run folder with an empty checkpoint of step 0."""
     run = RunFolder(folder / "run")
     config.save_pretrained(run.model)
     checkpoint = run.checkpoints / "step_00000000"

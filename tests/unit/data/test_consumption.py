@@ -1,4 +1,4 @@
-"""Consumed tokens and epochs by dataset, against counting samples one by one."""
+"""Consumed tokens and epochs by dataset equal a count sample by sample."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ SKIPPED = [[3, 9], [50, 50], [120, 140]]
 
 def build(corpus: TokenisedCorpus, folder: Path, sources: int) -> tuple[SequenceDataset, DataConfig]:
     weights = [3.0, 1.0, 0.5][:sources]
-    for number in range(sources):  # the tokens of each dataset have ids of their own
+    for number in range(sources):  # each dataset uses different token ids
         write_token_files(f"{folder}/d{number}", [[100 * number + 5] * 90 for _ in range(10)])
     given: dict[str, Any] = {
         "train": [{"prefix": f"{folder}/d{n}", "weight": weight} for n, weight in enumerate(weights)],

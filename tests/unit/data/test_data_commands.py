@@ -1,4 +1,4 @@
-"""The commands as a user starts them: bad input ends with one line, an exit code and nothing half-written."""
+"""Run the data commands as a user does; bad input gives one line and an exit code, and writes nothing."""
 
 import gzip
 import os
@@ -23,7 +23,7 @@ INPUTS = {
     "cut.jsonl.gz": gzip.compress(b'{"text": "good"}\n' * 999)[:-9],
 }
 
-# name: (script, arguments, what the one line says). TEXT is a good file, TOKENIZER a good folder, OUT the output.
+# name: (script, arguments, part of the error). TEXT is a valid file, TOKENIZER a valid folder, OUT the output.
 BAD = {
     "train missing input": ("train", "--input none.txt --vocab-size 400", "none.txt: no such file"),
     "train pattern": ("train", "--input *.nothing --vocab-size 400", "*.nothing: the pattern matches no file"),
@@ -74,7 +74,7 @@ def start(script: str, arguments: list[str], folder: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """All bad commands, each in a folder of its own, as many at a time as there are cores."""
+    """Run all bad commands, each in its own folder, in parallel on all cores."""
     names = {"TEXT": str(corpus.texts[0]), "TOKENIZER": str(corpus.tokenizer), "VALID": corpus.valid}
 
     def run(name: str) -> Outcome:

@@ -1,4 +1,4 @@
-"""Sources: what does not fit is told in one line before anything is built."""
+"""Datasets that do not match the settings are refused in one line before they are built."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ VOCAB = 1000
 
 @pytest.fixture
 def config(corpus: TokenisedCorpus, tmp_path: Path) -> DataConfig:
-    """Settings for a copy of the corpus, to be damaged."""
+    """Return data settings for a copy of the corpus that a test may damage."""
     folder = tmp_path / "copy"
     shutil.copytree(corpus.tokenizer.parent, folder, ignore=shutil.ignore_patterns("cache"))
     return recipe(folder)
@@ -115,7 +115,7 @@ def test_a_tokenizer_with_the_same_vocabulary_but_different_encoding_is_refused(
     change("tokenizer/tokenizer_config.json", add_prefix_space=True, model_max_length=512)(tmp_path / "copy")
     with pytest.raises(UserError, match=r"another tokenizer .*, which encodes text differently .*; set data.tokenizer"):
         check_datasets(config, VOCAB)
-    change("train.json", encoding_sha256="")(tmp_path / "copy")  # as files of earlier versions
+    change("train.json", encoding_sha256="")(tmp_path / "copy")  # like files written by earlier versions
     change("valid.json", encoding_sha256="")(tmp_path / "copy")
     check_datasets(config, VOCAB)
 

@@ -1,4 +1,4 @@
-"""Datasets: samples are the token stream, in an order that the settings fix."""
+"""Samples are slices of the token stream, in an order that the settings determine."""
 
 from collections import Counter
 from itertools import permutations
@@ -43,7 +43,7 @@ def valid_of(config: DataConfig, limit: int | None = None, seed: int = 1, train_
 
 
 def rows(dataset: SequenceDataset, count: int | None = None) -> list[tuple[int, ...]]:
-    """The samples with the token after each, [S + 1]."""
+    """Return all samples, each with the following token, [S + 1]."""
     samples = [dataset[index] for index in range(len(dataset) if count is None else count)]
     return [(*sample["tokens"].tolist(), int(sample["labels"][-1])) for sample in samples]
 
@@ -106,7 +106,7 @@ def test_a_sample_is_described_by_the_documents_of_its_tokens(
     corpus: TokenisedCorpus, tmp_path: Path, sources: int
 ) -> None:
     names = [f"{tmp_path}/{number}" for number in range(sources)]
-    for source, name in enumerate(names):  # a token tells its document
+    for source, name in enumerate(names):  # each document has its own token
         write_token_files(name, [[100 * source + number] * (20 + 9 * number) for number in range(30)])
     dataset = train_of(settings(corpus, train=[{"prefix": name} for name in names]), 40)
     for index in range(40):
@@ -246,7 +246,7 @@ def _build_on_rank(rank: int, store: Path, config: DataConfig, told: Any) -> Non
 def test_all_ranks_build_the_same_datasets_as_one_process(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     both = [{"prefix": corpus.train, "weight": 2}, {"prefix": corpus.valid}]
     config = settings(corpus, train=both, valid=both, cache=str(tmp_path / "ranks"))
-    context = get_context("fork")  # what is imported need not be imported again
+    context = get_context("fork")  # import before forking, so that each process does not import again
     told: Any = context.SimpleQueue()
     ranks = [context.Process(target=_build_on_rank, args=(rank, tmp_path / "store", config, told)) for rank in range(2)]
     for process in ranks:
@@ -260,7 +260,7 @@ def test_all_ranks_build_the_same_datasets_as_one_process(corpus: TokenisedCorpu
 
 
 def test_a_rank_that_cannot_read_the_cache_is_reported(corpus: TokenisedCorpus, tmp_path: Path) -> None:
-    """What a rank meets on a node whose disk does not have what rank 0 wrote."""
+    """Simulate a node whose disk lacks the files that rank 0 wrote."""
     context = get_context("fork")
     told: Any = context.SimpleQueue()
     store = tmp_path / "store"
@@ -288,7 +288,7 @@ def _build_apart(rank: int, store: Path, config: DataConfig, told: Any) -> None:
 
 
 def wrapped(cause: Exception) -> Exception:
-    """As megatron-core raises it under torch.distributed."""
+    """Wrap an error as megatron-core does under torch.distributed."""
     error = Exception("failed")
     error.__cause__ = cause
     return error

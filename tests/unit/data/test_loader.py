@@ -1,4 +1,4 @@
-"""Loader: which samples each rank takes, against a plain enumeration."""
+"""The samples that the loader gives each rank equal a plain enumeration."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ S = 5
 
 
 class Numbered:
-    """Sample i is S tokens i; counts nothing, remembers nothing."""
+    """Dataset without state whose sample i consists of S tokens with the value i."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -87,7 +87,7 @@ def test_workers_survive_a_signal_but_end_with_their_rank() -> None:
         sender.start()
         sender.join()
         assert [int(batch["input_ids"][0, 0]) for batch in batches_until(batches, 2000)] == list(range(1, 2000))
-        sys.exit(3)  # with the loader still in use, as where an error ends a rank
+        sys.exit(3)  # the loader is still in use, as when an error ends a rank
 
     process = multiprocessing.get_context("fork").Process(target=rank)
     process.start()
@@ -103,7 +103,7 @@ def test_killed_workers_leave_no_temporary_folders(tmp_path: Path) -> None:
         multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
         batches = build_loader(Numbered(20), 1, rank=0, size=1, consumed_samples=0, workers=2)
         assert [int(next(batches)["labels"][0, 0]) for _ in range(4)] == [1, 2, 3, 4]
-        os.kill(os.getpid(), signal.SIGKILL)  # its workers get one too
+        os.kill(os.getpid(), signal.SIGKILL)  # the workers receive the signal too
 
     process = multiprocessing.get_context("fork").Process(target=rank)
     process.start()

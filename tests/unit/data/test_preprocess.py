@@ -1,4 +1,4 @@
-"""Preprocessing: the files hold exactly the tokens of the documents, however many processes made them."""
+"""Preprocessed files contain exactly the tokens of the documents, for any number of processes."""
 
 import gzip
 import hashlib
@@ -121,11 +121,11 @@ def test_a_killed_worker_is_reported(corpus: TokenisedCorpus, tmp_path: Path, mo
     assert os.listdir(tmp_path) == []
 
 
-# Several ranks, as threads of this process.
+# MPI ranks, simulated by threads of this process.
 
 
 class ThreadRanks:
-    """The collective calls of MPI between threads."""
+    """MPI collectives between threads."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=60)
@@ -157,7 +157,7 @@ class ThreadRank:
 
 
 def on_ranks(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
-    """What `work` gave, or raised, on each rank."""
+    """Run `work` on each rank and return its results or exceptions."""
     ranks, results = ThreadRanks(size), [None] * size
 
     def run(rank: int) -> None:
@@ -213,7 +213,7 @@ def test_contiguous_shares_cover_all_files() -> None:
 
 
 def _mpirun() -> str | None:
-    """mpirun, where it and mpi4py work."""
+    """Return the mpirun command; skip the test if mpirun or mpi4py does not work."""
     found = shutil.which("mpirun")
     probe = [sys.executable, "-c", "from mpi4py import MPI"]
     return found if found and subprocess.run(probe, capture_output=True, check=False).returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Readers: every document of good input, every piece of bad input counted and placed."""
+"""Readers return all documents of valid input, and count and locate invalid input."""
 
 import gzip
 import json

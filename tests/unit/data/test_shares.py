@@ -1,4 +1,4 @@
-"""How much of each dataset a run reads."""
+"""Shares state how much of each dataset a run reads."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from tests.helpers.corpus import write_token_files
 
 def test_epochs_are_the_trained_tokens_of_a_dataset_over_its_size() -> None:
     books, web = shares(["books", "web"], [1000, 50_000], [1.0, 3.0], 20_000)
-    assert (books.weight, books.epochs) == (0.25, 5.0)  # 5,000 of 1,000 tokens
-    assert (web.weight, web.epochs) == (0.75, pytest.approx(0.3))  # 15,000 of 50,000 tokens
+    assert (books.weight, books.epochs) == (0.25, 5.0)  # 5,000 tokens read from 1,000
+    assert (web.weight, web.epochs) == (0.75, pytest.approx(0.3))  # 15,000 tokens read from 50,000
 
 
 def test_names_and_sizes_match_the_token_files(tmp_path: Path) -> None:

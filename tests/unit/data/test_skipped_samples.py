@@ -1,4 +1,4 @@
-"""Samples left out, against a plain enumeration."""
+"""Skipped samples equal those of a plain enumeration."""
 
 import random
 from itertools import count, islice

@@ -1,4 +1,4 @@
-"""Tokenizer: Transformers and SentencePiece agree on every id, and text comes back exactly."""
+"""Transformers and SentencePiece give the same ids, and decoding restores the text exactly."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_training_is_deterministic_for_every_kind_of_file(tmp_path: Path) -> Non
     files = stdlib_texts(4)
     lines = write_jsonl(tmp_path / "lines.jsonl", [path.read_text(encoding="utf-8") for path in files], "body")
     train_tokenizer(files, 500, tmp_path / "a")
-    (tmp_path / "b").mkdir()  # an empty folder is as good as none
+    (tmp_path / "b").mkdir()  # an empty output folder is accepted
     train_tokenizer([lines], 500, tmp_path / "b", text_field="body")
     first, second = (tmp_path / name / "tokenizer.model" for name in "ab")
     assert first.read_bytes() == second.read_bytes()

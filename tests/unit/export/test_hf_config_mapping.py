@@ -73,7 +73,7 @@ def test_the_config_of_smollm2_is_translated(tmp_path: Path) -> None:
         ),
         ("llama", {"depth_scale": 3}, "depth_scale=3: is unknown, and to drop it might change the model; remove"),
         ("llama", {"num_hidden_layers": "two"}, "config.json: is not valid"),
-        ("mistral", {"sliding_window": 32}, "sliding_window=32: .*; set max_position_embeddings in that file to at most"),
+        ("mistral", {"sliding_window": 32}, "sliding_window=32: .*; set max_position_embeddings in that file to"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding_window=16: "),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types=|is not valid"),
         ("qwen2", {}, "model_type='qwen2': has biases in its attention, which HyperMoE does not have; choose"),
