@@ -1,8 +1,8 @@
-# The CUDA release is the one torch 2.13.0 is built with; devel, because DeepSpeed compiles operators at first use.
-# Ubuntu 24.04 brings Python 3.12, for which megatron-core 0.16.1 has a wheel.
+# The CUDA version is that of torch 2.13.0. The devel image is needed because DeepSpeed compiles operators at first use.
+# Ubuntu 24.04 has Python 3.12, for which megatron-core 0.16.1 has a wheel.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
-# Versions are the distribution's: its security updates matter more here than the same byte twice.
+# Packages are not pinned: security updates matter more here than a reproducible image.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
@@ -14,7 +14,7 @@ RUN useradd --uid 10001 --create-home --shell /bin/bash trainer \
 USER 10001:10001
 WORKDIR /opt/hypermoe-ds
 
-# What decides the installation comes first, so that an edit elsewhere does not install torch anew.
+# Copy the files that determine the installation first, so that other edits do not reinstall torch.
 COPY --chown=10001:10001 pyproject.toml constraints.txt README.md ./
 COPY --chown=10001:10001 launch/setup.sh launch/
 COPY --chown=10001:10001 hypermoe_ds/__init__.py hypermoe_ds/

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every benchmark that needs a GPU, on one GPU, in about half an hour: JSON files, profiles, traces and summary.md.
+# Run all GPU benchmarks on one GPU, in about half an hour; write JSON files, profiles, traces and summary.md.
 #
-#   bash benchmarks/gpu_suite.sh      with an environment active that has torch for CUDA, DeepSpeed and Transformers
-#   OUT=DIR                            where everything is written (default: build/gpu_suite)
+#   bash benchmarks/gpu_suite.sh      in an environment with torch for CUDA, DeepSpeed and Transformers
+#   OUT=DIR                            output folder (default: build/gpu_suite)
 #   PYTHON=PATH                        the interpreter (default: python)
 #   ONLY=REGEX                         run the steps whose names match (default: all), as in ONLY='HyperExperts|Losses'
 set -uo pipefail
@@ -11,24 +11,24 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python}
 out=${OUT:-build/gpu_suite}
 only=${ONLY:-.}
-deadline=2400 # seconds for all of it
+deadline=2400 # seconds for the whole suite
 if ! [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]]; then
-    echo "gpu_suite: no NVIDIA GPU on this machine; run it on one that has it" >&2
+    echo "gpu_suite: no NVIDIA GPU on this machine; run it on a machine with a GPU" >&2
     exit 1
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "gpu_suite: $python has no torch that finds the GPU; set PYTHON to one that has" >&2
+    echo "gpu_suite: $python has no torch that finds the GPU; set PYTHON to one with CUDA" >&2
     exit 1
 fi
 unset DS_ACCELERATOR
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1
-export PYTORCH_ALLOC_CONF=expandable_segments:True # what is free is then not in pieces too small for the next step
+export PYTORCH_ALLOC_CONF=expandable_segments:True # avoid fragmentation between steps
 mkdir -p "$out" || exit 1
 summary=$out/summary.md
 failed=()
 
-# step NAME SECONDS COMMAND...: its output under its own heading of the summary; a failure does not end the suite.
+# step NAME SECONDS COMMAND...: run a command and add its output to the summary; a failure does not end the suite.
 step() {
     local name=$1 seconds=$2 started=$SECONDS status=0
     shift 2
@@ -68,7 +68,7 @@ step "HyperExperts" 240 "$python" benchmarks/hyper_experts.py --device cuda --dt
     --json "$out/hyper_experts.json"
 step "Overlap of the HyperExperts" 120 "$python" benchmarks/overlap.py --json "$out/overlap.json" \
     --trace "$out/trace.json"
-# As its recipe trains: layers recomputed, several micro-batches a step.
+# With the settings of its recipe: activation checkpointing and several micro-batches per step.
 step "Training step, 3b-a0.4b" 600 "${compare[@]}" "${long[@]}" --preset 3b-a0.4b --steps 4 --warmup 1 --micro-batch-size auto \
     --accumulation 2 --activation-checkpointing --in-turns 1 \
     --json "$out/train_step_3b-a0.4b.json" --profile "$out/profile_3b-a0.4b.md"

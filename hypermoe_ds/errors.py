@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-EXIT_BAD_INPUT = 2  # what argparse uses for bad usage
+EXIT_BAD_INPUT = 2  # as argparse uses for wrong usage
 EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command continues it
 EXIT_FAULT = 76  # a rank died or hung, or memory is faulty; the same command resumes from the last checkpoint
-_LONGEST_PART = 1500  # characters; the longest part that is not a user's value is a list of 60 settings
+_LONGEST_PART = 1500  # characters; enough for a list of all settings, and user values may be longer
 
 
 class UserError(Exception):
@@ -22,7 +22,9 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
-        super().__init__(where, problem, remedy)  # as arguments, so that it can be pickled and sent to other ranks
+        super().__init__(
+            where, problem, remedy
+        )  # as arguments, so that the error can be pickled and sent to other ranks
 
     def __str__(self) -> str:
         where, problem, remedy = (shortened(part) for part in self.args)
@@ -40,7 +42,7 @@ class MachineError(Exception):
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` into a `MachineError` that names the file; `path` if the error names none."""
+    """Convert an `OSError` to a `MachineError` that names the file, or `path` if the error has no file name."""
     try:
         yield
     except OSError as error:

@@ -12,24 +12,27 @@ from hypermoe_ds.errors import UserError
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder that others wrote.
+    """Return the path of a file in an untrusted folder.
 
-    A link is followed only to a file of the folder or, in a snapshot of the Hugging Face cache, to a file of its
-    `blobs`.
+    Links are followed only to files inside the folder or, in a snapshot of the Hugging Face cache, to its `blobs`.
 
     Args:
         folder: the folder.
         name: name of the file, without a folder.
 
     Raises:
-        UserError: the name or a link leads out of the folder, or it is not a regular file.
+        UserError: the name or a link leads out of the folder, or the path is not a regular file.
     """
     path = folder / name
     if Path(name).name != name:
         raise UserError(str(path), "is not a file of this folder", "fetch or export the folder again")
     try:
         root, target, is_file = folder.resolve(), path.resolve(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name that is too long or has a zero byte
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a link to itself, or a name that is too long or contains a zero byte
         raise UserError(repr(str(path)), f"cannot be read ({error})", "fetch or export the folder again") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not target.is_relative_to(root) and target.parent != blobs:
@@ -40,12 +43,12 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str) -> list[str]:
-    """Return a short name for each path: its shortest end that no other path has.
+    """Return a short name for each path, its shortest unique suffix.
 
     Args:
         paths: parts of each path, such as `Path.parts`.
-        separator: separator of the parts of a name.
-        numbered: format, from name and number, for a name that an earlier path has too.
+        separator: separator between the parts of a name.
+        numbered: format string, with name and number, for a repeated name.
     """
     ends = [tuple(path)[::-1] for path in paths]
     names = []
@@ -68,7 +71,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace the content of a file by lines, as `write_atomically`; the lines may be read from the old file.
+    """Replace the content of a file with lines atomically; the lines may be read from the old file.
 
     Raises:
         OSError: the file cannot be written.
@@ -80,7 +83,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace the content of a small file atomically and durably, so that it survives a power cut."""
+    """Replace the content of a small file atomically and durably, so that it survives a power failure."""
     beside = path.with_name(f".{path.name}.partial")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -91,7 +94,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the file names in a folder durable."""
+    """Sync a folder to disk, so that new and renamed files survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,16 +103,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output that exists.
+    """Refuse an existing output.
 
     Raises:
-        UserError: it is a file, or a folder that is not empty.
+        UserError: the output is a file or a folder that is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(str(output), "exists already", "remove it or choose another folder")
@@ -119,24 +122,24 @@ def check_input(folder: Path) -> None:
     """Refuse a missing folder, before libraries are imported to read it.
 
     Raises:
-        UserError: it is missing or not a folder.
+        UserError: the folder is missing or not a folder.
     """
     if not folder.is_dir():
         raise UserError(str(folder), "is not a folder", "check the path; give the run folder or Hugging Face folder")
 
 
-def check_room(output: Path, beside: Path, needed: int) -> None:
-    """Refuse to write more than the disk can hold.
+def check_room(output: Path, folder: Path, needed: int) -> None:
+    """Refuse an output that is larger than the free disk space.
 
     Args:
-        output: the output, for the message.
-        beside: an existing folder on the same file system.
+        output: the output, named in the error.
+        folder: an existing folder on the same file system.
         needed: size of the output in bytes.
 
     Raises:
-        UserError: less space is free.
+        UserError: the free space is smaller.
     """
-    free = shutil.disk_usage(beside).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             str(output), f"needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free", "free some disk"
@@ -153,7 +156,7 @@ def delete(path: Path) -> None:
 
 @contextmanager
 def writing_to(target: Path) -> Iterator[None]:
-    """Turn a disk failure into a `UserError` that names `target`."""
+    """Convert a disk failure to a `UserError` that names `target`."""
     try:
         yield
     except OSError as error:
@@ -163,12 +166,12 @@ def writing_to(target: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_path(target: Path) -> Iterator[Path]:
-    """Make a temporary hidden folder next to `target` and remove it at the end.
+    """Create a temporary hidden folder next to `target` and remove it at the end.
 
-    Missing parents of `target` are made, and removed again if the body fails.
+    Missing parents of `target` are created, and removed again if the code inside the context fails.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
     with writing_to(target):
         made = _make_parents(target.parent)
@@ -182,7 +185,7 @@ def scratch_path(target: Path) -> Iterator[Path]:
 
 
 def _make_parents(folder: Path) -> Path | None:
-    """Make `folder` and return the topmost folder that was missing, if any."""
+    """Create `folder` and return the topmost folder that was missing, if any."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing[-1] if missing else None

@@ -1,4 +1,4 @@
-"""A training job: build the parts, hand them to the loop, report how it began and ended."""
+"""Run a training job: build its components, run the training loop, and report the start and the end."""
 
 import socket
 import sys
@@ -75,7 +75,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
         launch = report_launch(config, model_config, ds_config, state, folder, console)
-        if rank == 0:  # finding the commit starts a process
+        if rank == 0:  # starts a git process
             logger.log_launch(settings, versions_now())
         train_set, valid_sets = load_datasets(config, state, console)
 
@@ -122,7 +122,7 @@ def load_datasets(
 
 
 def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int) -> Batches:
-    """Load this rank's micro-batches from `consumed_samples` on."""
+    """Load this rank's micro-batches, starting at `consumed_samples`."""
     return build_loader(
         train_set,
         micro_batch_size=config.train.micro_batch_size,
@@ -203,7 +203,7 @@ def report_launch(
     ranks = ControlGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
     tokens = config.samples(state) * config.data.sequence_length
-    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []  # it reads all token indices
+    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []  # reads all token indices
     launch = Launch(state.step, ranks.size, hosts, asdict(model_config.parameter_counts()), datasets)
     if ranks.rank == 0:
         stage = ds_config["zero_optimization"]["stage"]

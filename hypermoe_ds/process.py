@@ -18,9 +18,9 @@ STOP_SIGNALS = (
     signal.SIGINT,
     signal.SIGUSR1,
     signal.SIGHUP,
-)  # a rank that receives one finishes its step
+)  # after one of these, a rank finishes its step
 _SILENT_SECONDS = 30
-_CRASH_SECONDS = 3  # if an unexpected error is this rank's alone, the others wait for it
+_CRASH_SECONDS = 3  # short, because other ranks wait for this rank if only it has an unexpected error
 
 
 def local_rank() -> int:
@@ -59,8 +59,8 @@ def signal_when_parent_ends(number: signal.Signals) -> None:
 def _wait_for_local_rank_zero(seconds: float) -> None:
     """Wait until the launcher ends this rank, so that one host prints one line.
 
-    If this rank exited first, the launcher would kill local rank 0 before it printed the error. If nobody ends this
-    rank in that time the error is its own, and it prints it.
+    If this rank exited first, the launcher would kill local rank 0 before it printed the error. If no
+    signal arrives in that time, only this rank has the error, and it prints the error itself.
     """
     if local_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -72,9 +72,9 @@ def one_line_errors(err: TextIO | None = None, log: Path | None = None) -> Itera
     """Turn a `UserError` or `MachineError` into one line and exit code 2 or 76, without a traceback.
 
     Args:
-        err: where the line is printed; None takes stderr.
+        err: stream for the line; None selects stderr.
         log: file that stderr is redirected to. The traceback of any other exception is then written there, and one
-            line on `err` names the exception and the file (exit code 1). None leaves other exceptions alone.
+            line on `err` names the exception and the file (exit code 1). If None, other exceptions propagate.
     """
     try:
         yield

@@ -12,12 +12,12 @@ _PACKAGES = ("hypermoe-ds", "torch", "deepspeed", "transformers")
 
 
 def versions_now() -> dict[str, str]:
-    """Return the git commit of the code and the versions of the packages that decide what is computed."""
+    """Return the git commit of the code and the versions of the packages that affect results."""
     return {"git_commit": git_commit(), **{package: package_version(package) for package in _PACKAGES}}
 
 
 def package_version(package: str) -> str:
-    """Return the installed version of a package, "unknown" if it is not installed."""
+    """Return the installed version of a package, or "unknown"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -26,7 +26,7 @@ def package_version(package: str) -> str:
 
 @cache
 def git_commit() -> str:
-    """Return the commit of the checkout that this file belongs to, "unknown" outside one."""
+    """Return the git commit of the checkout that contains this file, or "unknown" outside a checkout."""
     # In containers the checkout often belongs to another user, and git then refuses to read it.
     command = ["git", "-C", str(_REPOSITORY), "-c", "safe.directory=*", "rev-parse", "HEAD"]
     try:
@@ -36,7 +36,7 @@ def git_commit() -> str:
 
 
 def source_digest(repository: Path = _REPOSITORY) -> str:
-    """Return a short digest of the Python sources that train, with edits that are not committed."""
+    """Return a short digest of the Python sources used in training, including uncommitted edits."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in _SOURCES for path in (repository / folder).rglob("*.py")):
         digest.update(path.relative_to(repository).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -33,25 +33,25 @@ from hypermoe_ds.training.state import TrainState
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
 
-_VOCABULARY_MULTIPLE = 128  # products with the embeddings are fastest on GPUs in multiples of it
+_VOCABULARY_MULTIPLE = 128  # matrix products with the embeddings are fastest on GPUs at multiples of 128
 
-# At 8 bytes each their index takes 80 GB; beyond, megatron-core counts epochs one by one for hours.
+# The index of this many samples takes 80 GB. With more, megatron-core counts epochs one by one for hours.
 _MOST_SAMPLES = 10**10
 
-# The tokenizer's, generation's or the export's.
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
+# Fields that the tokenizer, generation or export sets.
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
 
 
 @cache
 def _vocabulary_for(tokenizer: str) -> int:
-    """Return the vocabulary that a tokenizer folder needs; loaded once a process, since a launch asks several times."""
+    """Return the vocabulary size for a tokenizer folder; cached, because a launch needs it several times."""
     needed = embeddings_needed(load_tokenizer(tokenizer))
     return -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
 class RunSection(Settings):
-    """Where the run lives."""
+    """Location of the run."""
 
     dir: PathText = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
 
@@ -65,9 +65,10 @@ class _Declared(NamedTuple):
 
 
 def _read_model_source() -> tuple[dict[str, _Declared], dict[str, dict[str, Any]]]:
-    """Read the fields of `HyperMoEConfig` and the presets off the source.
+    """Parse the fields of `HyperMoEConfig` and the presets from its source code.
 
-    Importing it takes Transformers and torch, 3 s, and most mistakes in a recipe show without them.
+    Importing it would load Transformers and torch, which takes 3 s, and most errors in a recipe can be found without
+    them.
     """
     tree = ast.parse(_MODEL_SOURCE.read_text(encoding="utf-8"))
     literal: Any = Literal
@@ -83,8 +84,9 @@ def _read_model_source() -> tuple[dict[str, _Declared], dict[str, dict[str, Any]
         elif isinstance(node, ast.ClassDef) and node.name == "HyperMoEConfig":
             for item, below in pairwise(node.body):
                 if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) not in _NOT_SETTINGS:
+                    assert isinstance(below, ast.Expr), f"{ast.unparse(item.target)} has no description"
                     kind, default = kinds[ast.unparse(item.annotation)], ast.literal_eval(item.value)  # type: ignore[arg-type]
-                    description = " ".join(ast.literal_eval(below.value).split())  # type: ignore[attr-defined]
+                    description = " ".join(ast.literal_eval(below.value).split())
                     fields[ast.unparse(item.target)] = _Declared(kind, default, description.rstrip("."))
     return fields, presets
 
@@ -93,13 +95,13 @@ _MODEL_FIELDS, _PRESETS = _read_model_source()
 
 
 def _model_fields() -> dict[str, Any]:
-    """The fields of the model, each optional, so that a preset may stand below them."""
+    """Return the fields of the model section; each is optional, because a preset may provide it."""
     fields: dict[str, Any] = {"preset": (str | None, Field(None, description=f"start from {', '.join(_PRESETS)}"))}
     for name, field in _MODEL_FIELDS.items():
         description = field.description
         if name == "vocab_size":
             description += (
-                "; null takes the preset's, and without one the largest token id of data.tokenizer + 1, "
+                "; null uses that of the preset or, without a preset, the largest token id of data.tokenizer + 1, "
                 f"rounded up to a multiple of {_VOCABULARY_MULTIPLE}"
             )
         fields[name] = (field.kind | None, Field(None, description=description))
@@ -110,7 +112,7 @@ ModelSection = create_model("ModelSection", __base__=Settings, **_model_fields()
 
 
 def model_section(config: "HyperMoEConfig") -> dict[str, Any]:
-    """The section of a recipe that gives this model, with every field."""
+    """Return the `model` section of a recipe for this model, with every field."""
     return {key: getattr(config, key) for key in ModelSection.model_fields if key != "preset"}
 
 
@@ -142,7 +144,7 @@ class RunConfig(Settings):
         length: Any = data.get("sequence_length")
         given = [batch, length, *([value for value in (steps, tokens) if value is not None] or [None])]
         if not all(type(value) is int and 0 < value <= LARGEST_COUNT**3 for value in given):
-            return {**recipe, "train": {"steps": 1, **train}}  # validation names the one that is missing or wrong
+            return {**recipe, "train": {"steps": 1, **train}}  # validation reports the missing or invalid value
         if tokens is None:
             return {**recipe, "train": {**train, "tokens": steps * batch * length}}
         needed = -(-tokens // (batch * length))
@@ -153,22 +155,21 @@ class RunConfig(Settings):
 
     @property
     def last_step(self) -> int:
-        """Step after which this start ends."""
+        """Step after which this launch ends."""
         return min(self.train.steps, self.train.stop_at_step or self.train.steps)
 
     @property
     def skipped_samples(self) -> SkippedSamples:
-        """The samples that nobody trains on."""
+        """The samples that the run skips."""
         return SkippedSamples(self.train.skip_samples)
 
     def samples(self, state: TrainState) -> int:
-        """Return how many places of the order of the training samples the run needs: consumed and still to come.
+        """Return the number of samples in the data order that the run needs: consumed and remaining ones.
 
-        The steps taken may have had other batch sizes.
+        Earlier steps may have used a different batch size.
 
         Raises:
-            UserError: a stretch of `train.skip_samples` begins after the last sample, or there are more samples than an
-                index of them can have.
+            UserError: a range of `train.skip_samples` begins after the last sample, or the run needs too many samples.
         """
         to_come = max(self.train.steps - state.step, 0) * self.train.global_batch_size
         end = self.skipped_samples.after(state.consumed_samples, to_come) if to_come else state.consumed_samples
@@ -182,13 +183,12 @@ class RunConfig(Settings):
         return end
 
     def build_model_config(self) -> "HyperMoEConfig":
-        """The model: the preset, if one is named, with the recipe's fields over it.
+        """Build the configuration of the model from the preset, if any, and the fields of the recipe.
 
-        A vocabulary that neither gives is that of the tokenizer.
+        If neither gives the size of the vocabulary, it is derived from the tokenizer.
 
         Raises:
-            UserError: an unknown preset, fields that do not fit each other, or a tokenizer that is needed and does not
-                load.
+            UserError: the preset is unknown, fields are inconsistent, or the needed tokenizer cannot be loaded.
         """
         self._check_preset()
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
@@ -209,9 +209,9 @@ class RunConfig(Settings):
             raise UserError(f"model.preset={preset}", "is unknown", closest(preset, _PRESETS))
 
     def resolved(self) -> "RunConfig":
-        """Return the recipe with every field of the model: the preset and the model's defaults are applied.
+        """Return the recipe with every field of the model, after applying the preset and the model's defaults.
 
-        A vocabulary that neither the recipe nor a preset gives stays null: it is that of the tokenizer. Needs no torch.
+        The vocabulary size stays null if neither the recipe nor a preset gives it. This does not import torch.
         """
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         defaults = {name: field.default for name, field in _MODEL_FIELDS.items()}
@@ -219,14 +219,14 @@ class RunConfig(Settings):
         return self.model_copy(update={"model": ModelSection(**fields)})
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML that loads as this recipe."""
+        """Return the recipe as YAML that loads as the same recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def check(self) -> None:
-        """Refuse sections that do not fit each other; `architecture` checks the fields of the model.
+        """Refuse inconsistent sections; `build_model_config` checks the fields of the model.
 
         Raises:
-            UserError: the first misfit.
+            UserError: settings are inconsistent; the error names the first one.
         """
         self._check_preset()
         for first, last in self.train.skip_samples:
@@ -259,7 +259,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """Read a recipe, apply `section.key=value` overrides and check it without torch.
 
     Raises:
-        UserError: anything that is wrong with it, in one line.
+        UserError: the recipe is unreadable or invalid; the error names the first problem.
     """
     config = validate(RunConfig, apply_overrides(load_yaml(path), overrides), str(path), overrides)
     config.check()
@@ -267,7 +267,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 
 class _Setting(NamedTuple):
-    """A setting as documentation shows it."""
+    """A setting as shown in the documentation."""
 
     name: str
     kind: str
@@ -276,7 +276,7 @@ class _Setting(NamedTuple):
 
 
 def settings_table() -> str:
-    """Every setting of a recipe with its default and meaning, as a Markdown table."""
+    """Return every setting of a recipe with its default and meaning, as a Markdown table."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for setting in _all_settings():
         shown = "required" if setting.default is None else f"`{setting.default}`"
@@ -319,7 +319,7 @@ def _settings_of(section: str, model: type[Settings]) -> Iterator[_Setting]:
 
 
 def _kind(annotation: Any) -> str:
-    """Name a type as a recipe's reader knows it: int, bf16|fp16|fp32, list of int."""
+    """Format a type for users of recipes, such as int, bf16|fp16|fp32 or list of int."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join("null" if part is NoneType else _kind(part) for part in parts)

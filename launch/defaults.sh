@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the launch scripts share: defaults, their command line, the variables that travel to other hosts. Sourced by them.
-# A value set in the environment wins over the default here.
+# Shared by the launch scripts, which source this file: defaults, the command line, and the forwarded variables.
+# Environment variables override the defaults.
 
 repo=${HYPERMOE_REPOSITORY:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 
@@ -19,46 +19,46 @@ elif [ -n "${HYPERMOE_VENV:-}" ]; then
     fail "HYPERMOE_VENV=$venv: has no bin/python; name the environment that launch/setup.sh made, or unset it"
 fi
 
-: "${HYPERMOE_HOSTFILE:=hostfile}"                           # hosts and slots (ranks) of each
-: "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # where the command line names none
-: "${MASTER_PORT:=29500}"                                    # where the ranks meet; one job a port
+: "${HYPERMOE_HOSTFILE:=hostfile}"                           # hosts and their slots (ranks)
+: "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # used if the command line names none
+: "${MASTER_PORT:=29500}"                                    # rendezvous port; each job needs its own
 export MASTER_PORT
-# Without keepalive the launcher never returns when a cable is out.
+# Without keepalive, the launcher never returns if the network is cut.
 : "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 export HYPERMOE_SSH_OPTIONS
 
-# What a host may be called: nothing that ssh, pdsh or a shell would read as an option or a pattern.
+# Allowed host names: none that ssh, pdsh or a shell would read as an option or a pattern.
 readonly host_name='[A-Za-z0-9_:][A-Za-z0-9_.:@-]*'
 
-# check_meeting_place ADDRESS PORT: where the ranks meet, as far as it is known here.
-check_meeting_place() {
+# check_rendezvous ADDRESS PORT: refuse an invalid rendezvous address or port.
+check_rendezvous() {
     [[ -z $1 || $1 =~ ^$host_name$ ]] || fail "MASTER_ADDR=$1: is not a host; set it to a name or an address"
     [[ $2 =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$2: is not a number; set it to a free port"
 }
 
-# usage TEXT: what --help prints; a script whose TEXT has no --hostfile or --num_gpus takes none.
+# usage TEXT: print the help. A script accepts --hostfile and --num_gpus only if TEXT mentions them.
 usage() {
     printf 'usage: %s\n\n' "$1"
     if [[ $1 == *--hostfile* ]]; then
         echo "  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)"
     fi
     if [[ $1 == *--num_gpus* ]]; then
-        echo "  --num_gpus N            number of ranks on this host (default: its GPUs)"
+        echo "  --num_gpus N            number of ranks on this host (default: one per GPU)"
     else
-        echo "  --no-preflight          start without looking at the hosts first"
+        echo "  --no-preflight          start without checking the hosts first"
     fi
     cat <<TEXT
   --verbose               show the libraries' output (HYPERMOE_LOG_LEVEL=info)
-  --dry-run               check the settings and print the commands, run nothing
-  --help                  this
+  --dry-run               check the settings and print the commands without running them
+  --help                  show this help
 
-These go to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
-and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) say where the ranks meet. More: docs/CLUSTERS.md
+These arguments are passed to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
+and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) set the rendezvous. More: docs/CLUSTERS.md
 TEXT
 }
 
-# read_command_line USAGE DECIDES ARGUMENT...: sets hostfile, num_gpus, dry_run, with_preflight, launcher_level (of
-# DeepSpeed's launcher) and train, the arguments of train.py. DECIDES: what says which hosts and how many ranks there are.
+# read_command_line USAGE DECIDES ARGUMENT...: set hostfile, num_gpus, dry_run, with_preflight, launcher_level (of
+# DeepSpeed's launcher) and train, the arguments of train.py. DECIDES names what sets the hosts and the number of ranks.
 read_command_line() {
     local text=$1 decides=$2
     shift 2
@@ -98,14 +98,14 @@ read_command_line() {
         shift
     done
     launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # critical prints nothing
-    check_meeting_place "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
+    check_rendezvous "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
     [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; name a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then
         train=(--deepspeed_config "$HYPERMOE_DEEPSPEED_CONFIG" "${train[@]}")
     fi
 }
 
-# read_hostfile: sets ranks, the sum of all slots.
+# read_hostfile: set ranks to the sum of all slots.
 read_hostfile() {
     [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and name your hosts"
     local odd
@@ -115,30 +115,30 @@ read_hostfile() {
     [ "$ranks" -gt 0 ] || fail "$hostfile: names no host; write 'host slots=RANKS'"
 }
 
-# needs COMMAND PACKAGE...: a command that this launcher cannot do without.
+# needs COMMAND PACKAGE...: fail if a required command is missing.
 needs() {
     $dry_run || command -v "$1" >/dev/null || fail "$1: not found; install $2"
 }
 
-# forwarded_names: the names of the variables that are set and forwarded.
+# forwarded_names: print the names of the set variables that are forwarded.
 forwarded_names() {
     compgen -e | grep -E -f "$repo/launch/forwarded_environment.txt" | LC_ALL=C sort
 }
 
-# write_environment: sets environment, NAME=VALUE of what travels and over it that of the user's .deepspeed_env, home
-# and working directory, and environment_file, which holds them as DeepSpeed reads them (DS_ENV_FILE). The file's name
-# has a checksum of it: jobs that start at the same time do not overwrite each other's.
+# write_environment: set environment to the forwarded NAME=VALUE pairs, overridden by the user's .deepspeed_env files in
+# the home and the working directory, and write them to environment_file in the format of DeepSpeed (DS_ENV_FILE). The
+# file's name contains a checksum of its content, so jobs that start at the same time do not overwrite each other's file.
 write_environment() {
     local file name value
     local -A values=()
     for name in $(forwarded_names); do
-        [[ ${!name} != *$'\n'* ]] || fail "$name: has more than one line and cannot travel to other hosts; unset it"
+        [[ ${!name} != *$'\n'* ]] || fail "$name: has more than one line and cannot be forwarded to other hosts; unset it"
         if [ -n "${!name}" ]; then values[$name]=${!name}; fi
     done
     for file in "${HOME:-.}/.deepspeed_env" "${DS_ENV_FILE:-.deepspeed_env}"; do
         if [ ! -f "$file" ]; then continue; fi
         while IFS='=' read -r name value || [ -n "$name" ]; do
-            [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "$file: '$name' is not a variable; write NAME=VALUE, one a line"
+            [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "$file: '$name' is not a variable; write one NAME=VALUE per line"
             values[$name]=$value
         done <"$file"
     done
@@ -153,8 +153,9 @@ write_environment() {
     fi
 }
 
-# run [exec] COMMAND...: prints a command as it can be typed, and runs it unless only asked what it would be. With
-# launcher_log its output goes to that file, except that of ranks, which find the screen under HYPERMOE_SCREEN.
+# run [exec] COMMAND...: print a command so that it can be pasted into a shell, and run it unless --dry-run is given. If
+# launcher_log is set, the output goes to that file, except that of the ranks, which find the terminal in
+# HYPERMOE_SCREEN.
 run() {
     local how=()
     if [ "$1" = exec ]; then
@@ -173,8 +174,8 @@ run() {
     "${how[@]}" "$@"
 }
 
-# preflight ARGUMENT...: looks at the hosts before the job starts, or at the settings alone where nothing is to be run;
-# a failed check ends the script.
+# preflight ARGUMENT...: check the hosts before the job starts, or only the settings with --dry-run; a failed check ends
+# the script.
 preflight() {
     if $dry_run; then
         command -v python >/dev/null || fail "python: not found; build the environment: bash launch/setup.sh"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains on the hosts of a hostfile with DeepSpeed's own launcher, over pdsh and ssh.
+# Train on the hosts of a hostfile with DeepSpeed's launcher, over pdsh and ssh.
 set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
 
-# DeepSpeed joins all words to one line, which pdsh (%h, %n, %u) and each host's shell read once more. It puts double
-# quotes around words with a space, where it writes \" for ", and around values of variables, where it does not.
+# DeepSpeed joins all words into one line, which pdsh (%h, %n, %u) and each host's shell parse again. It quotes words with
+# a space and escapes double quotes in them. It also quotes the values of variables, but does not escape quotes in them.
 
-# in_double_quotes TEXT: what a shell reads as TEXT between double quotes, but for those in it.
+# in_double_quotes TEXT: escape TEXT for use between double quotes, except double quotes in it.
 in_double_quotes() { printf '%s' "${1//%/%%}" | sed 's/[\\$`]/\\&/g'; }
 
-# quoted WORD: what reaches train.py as WORD.
+# quoted WORD: quote WORD so that it reaches train.py unchanged.
 quoted() {
     if [[ $1 =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
         printf '%s' "$1"
@@ -27,13 +27,13 @@ read_hostfile
 needs deepspeed "the environment: bash launch/setup.sh"
 needs pdsh "it: apt-get install pdsh"
 needs ssh "it: apt-get install openssh-client"
-for path in "$PWD" "$repo" "$venv"; do # the launcher writes them into that line as they are
+for path in "$PWD" "$repo" "$venv"; do # the launcher does not quote these paths
     [[ $path =~ ^[A-Za-z0-9_@+=:,./-]*$ ]] ||
         fail "'$path': reaches no other host over pdsh; use a path of letters, digits and _@+=:,.-"
 done
 words=()
 for word in "${train[@]}"; do
-    [[ $word != *$'\n'* ]] || fail "'$word': has more than one line and cannot travel to other hosts; put it into the recipe"
+    [[ $word != *$'\n'* ]] || fail "'$word': has more than one line and cannot be passed to other hosts; put it into the recipe"
     words+=("$(quoted "$word")")
 done
 write_environment
@@ -43,7 +43,7 @@ if ! $dry_run; then
         printf '%s=%s\n' "${variable%%=*}" "$(in_double_quotes "${variable#*=}" | sed 's/"/\\"/g')"
     done | (umask 077 && cat >"$environment_file.pdsh")
 fi
-kept=() # the launcher would pass these on too, as they are
+kept=() # the launcher would also forward these, unquoted
 for name in $(compgen -e | grep -E '^(MLFLOW|MV2|PYTHON)' | grep -vEf "$repo/launch/forwarded_environment.txt"); do kept+=(-u "$name"); done
 # Ctrl-C on this command ends every DeepSpeed job of this Python on the hosts: see docs/CLUSTERS.md
 run exec env "${kept[@]}" "DS_ENV_FILE=$environment_file.pdsh" "PDSH_SSH_ARGS_APPEND=$HYPERMOE_SSH_OPTIONS" \

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # usage: bash launch/quickstart.sh [section.key=value ...]
 #
-# From nothing to a trained, exported, generating HyperMoE: sets up everything, trains on the text of Python's own
-# standard library with two ranks that share the experts, exports and samples.
+# Set up the environment, train a small HyperMoE on the text of Python's standard library with two ranks that share the
+# experts, export it and generate text.
 #
 #   section.key=value                                     overrides of pretrain/recipes/quickstart.yaml
-#   QUICKSTART_DIR=DIR                                    where everything is written (default: quickstart)
-#   QUICKSTART_EVERY=N                                    take each N-th file only (default: 1, all of them)
+#   QUICKSTART_DIR=DIR                                    output folder (default: quickstart)
+#   QUICKSTART_EVERY=N                                    use only every N-th file (default: 1, all files)
 set -euo pipefail
 
 for argument in "$@"; do
@@ -34,7 +34,7 @@ fi
 
 step() { printf '\n== %s\n' "$1"; }
 
-# Each 80th file is for validation: no sentence of it is trained on.
+# Every 80th file is used for validation and not for training.
 text_files() { # text_files train|valid
     python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))' |
         xargs -I{} find {} -name '*.py' -size +0 -not -path '*/site-packages/*' -not -path '*/test*/*' |
@@ -72,7 +72,7 @@ step "export"
 rm -rf "$out/hf"
 python tools/convert_to_hf.py --checkpoint "$out/run" --output "$out/hf"
 
-step "a sample"
+step "sample"
 python tools/generate.py --checkpoint "$out/hf" --prompt "def read_lines(path):" --max-new-tokens 80
 
 step "result"

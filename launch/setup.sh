@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # usage: bash launch/setup.sh [EXTRA ...]
 #
-# Installs HyperMoE-DS into a virtual environment; a call that finds nothing to do takes well under a second.
+# Install HyperMoE-DS into a virtual environment. If nothing has changed, this takes less than a second.
 #
 #   EXTRA                 dev (the checks), bench (plots), eval (lm-evaluation-harness), mpi (mpirun), gpu (CUDA kernels;
-#                         added by itself where nvidia-smi lists a GPU). Extras installed earlier stay.
-#   HYPERMOE_VENV=DIR     the environment to make or use (default: .venv in the repository)
+#                         added automatically if nvidia-smi lists a GPU). Extras installed earlier are kept.
+#   HYPERMOE_VENV=DIR     the environment to create or use (default: .venv in the repository)
 set -euo pipefail
 
 if [[ " $* " =~ " "(-h|--help)" " ]]; then sed -n '/^set /q; 2,$s/^# \{0,1\}//p' "$0" && exit; fi
 
-readonly TORCH="torch==2.13.0" # alone and first: everything else then builds and resolves against it
+readonly TORCH="torch==2.13.0" # installed first, so that other packages build and resolve against it
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${HYPERMOE_VENV:-$repo/.venv}
 mkdir -p "$(dirname "$venv")"
 venv=$(cd "$(dirname "$venv")" && pwd)/$(basename "$venv")
-stamp=$venv/hypermoe-setup.stamp # line 1: the extras, line 2: a hash of everything that decides what is installed
+stamp=$venv/hypermoe-setup.stamp # line 1: the extras; line 2: a hash of everything that determines the installation
 log=$venv/hypermoe-setup.log
 
 die() {
@@ -56,7 +56,7 @@ check_system() {
         missing=1
     }
     if [ -x "$venv/bin/python" ] && ! is_supported "$venv/bin/python"; then
-        die "$venv has $("$venv/bin/python" -V 2>&1), wanted is Python 3.11 to 3.13; remove it or set HYPERMOE_VENV"
+        die "$venv has $("$venv/bin/python" -V 2>&1), but Python 3.11 to 3.13 is needed; remove it or set HYPERMOE_VENV"
     fi
     if [ -z "$python" ]; then
         lacks "Python 3.11, 3.12 or 3.13" "apt-get install python3 python3-venv python3-dev"
@@ -81,7 +81,7 @@ check_extras() {
     done
 }
 
-# stage TEXT COMMAND...: says what is done, keeps the output in the log, shows its end if the command fails.
+# stage TEXT COMMAND...: print TEXT, write the command's output to the log, and show the end of the log on failure.
 stage() {
     local started=$SECONDS
     printf 'setup: %s ... ' "$1"
@@ -91,17 +91,17 @@ stage() {
     else
         echo "failed"
         tail -n 15 "$log" >&2
-        die "the last command failed; the whole output is in $log"
+        die "the last command failed; its full output is in $log"
     fi
 }
 
 make_venv() {
-    # Never cleared: the name may be mistaken, and the folder somebody's home.
+    # Never clear an existing folder: it may be a wrong path with the user's files.
     if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
         die "$venv is not a virtual environment; remove it or set HYPERMOE_VENV to another folder"
     fi
     if [ ! -x "$venv/bin/pip" ]; then
-        echo "setup: a virtual environment in $venv"
+        echo "setup: creating a virtual environment in $venv"
         "$python" -m venv "$venv"
     fi
     python=$venv/bin/python
@@ -112,9 +112,9 @@ pip_install() {
     "$python" -m pip install --disable-pip-version-check --no-input --constraint "$repo/constraints.txt" "$@"
 }
 
-# Without a GPU every process group loads DeepSpeed's shared-memory operator and fails where it cannot be compiled.
-# Compiled here once, ranks that start together need not wait a minute for it. It lies in the environment, where
-# training looks too: torch's own cache belongs to the user, and two environments would rebuild it in turn.
+# Without a GPU, every process group loads DeepSpeed's shared-memory operator, which must be compiled first. Compiling it
+# here saves the ranks a minute at their first launch. Operators are cached per environment, because two environments
+# that share torch's per-user cache would keep rebuilding them.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 
 communication_is_compiled() { [ -f "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so" ]; }
@@ -131,7 +131,7 @@ install() {
     make_venv
     stage "pip and build tools" pip_install --upgrade pip "setuptools>=77" wheel ninja packaging py-cpuinfo
     stage "$TORCH" pip_install "$TORCH"
-    export DS_BUILD_OPS=0 # operators are compiled at first use: an installation needs no CUDA toolkit
+    export DS_BUILD_OPS=0 # operators are compiled at first use, so the installation does not need the CUDA toolkit
     stage "HyperMoE-DS${extras:+ with $extras}" pip_install --no-build-isolation --editable "$repo${extras:+[$extras]}"
     printf '%s\n%s\n' "$extras" "$(fingerprint)" >"$stamp"
 }

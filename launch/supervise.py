@@ -1,11 +1,11 @@
-"""Start a training job, and start it again after a fault, from its newest checkpoint.
+"""Run a training job and restart it after a fault, from its newest checkpoint.
 
 python launch/supervise.py [--max-restarts N] [--window SECONDS] -- deepspeed ... pretrain/train.py --config R.yaml ...
 python launch/supervise.py --hostfile H -- bash launch/pdsh.sh --no-preflight --hostfile {hosts} --config R.yaml ...
 
-The second form looks at the hosts of H before each start (tools/preflight.py), and starts on those that pass.
-Exit code: 0 when the run is done, 75 when a signal ended it after a checkpoint, else that of the last try.
-What ended each try is kept in RUN_DIR/supervisor.jsonl.
+The second form checks the hosts in H before each attempt (tools/preflight.py) and runs on the hosts that pass.
+Exit code: 0 if the run is done, 75 if a signal ended it after a checkpoint, otherwise that of the last attempt.
+RUN_DIR/supervisor.jsonl records how each attempt ended.
 """
 
 import argparse
@@ -24,17 +24,22 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options before `--` and the command after it."""
+    """Parse the options before `--` and return them with the command after it."""
     parser = argparse.ArgumentParser(
         usage="supervise.py [--max-restarts N] [--window SECONDS] [--hostfile FILE] -- COMMAND",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="COMMAND: the training command, without checkpoint.resume",
     )
-    parser.add_argument("--max-restarts", type=int, default=10, metavar="N", help="faults borne in the window (10)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=10, metavar="N", help="maximum restarts within the window (10)"
+    )
     parser.add_argument("--window", type=float, default=86400, metavar="SECONDS", help="length of the window (86400)")
     parser.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="hosts that may be used; {hosts} in the command: those that pass"
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="hosts that may be used; {hosts} in the command is replaced by a file with the hosts that pass",
     )
     own = words[: words.index("--")] if "--" in words else words
     options, unknown = parser.parse_known_args(own)

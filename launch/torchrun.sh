@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains on this host with torchrun, alone or as one of several hosts on each of which this is called.
+# Train with torchrun on this host, or on several hosts by running this script on each of them.
 #
-# NPROC_PER_NODE (default: its GPUs; without GPUs it must be given), and with several hosts NNODES, NODE_RANK and
-# MASTER_ADDR, which is the host of NODE_RANK=0. Under Kubernetes' training operator its PET_* variables say the same.
+# NPROC_PER_NODE sets the number of ranks on this host (default: one per GPU; required without GPUs). For several hosts,
+# set NNODES, NODE_RANK and MASTER_ADDR, the host of NODE_RANK=0. Kubernetes' training operator sets PET_* variables with
+# the same meaning.
 set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
@@ -13,7 +14,7 @@ nodes=${NNODES:-${PET_NNODES:-1}} per_node=${NPROC_PER_NODE:-${PET_NPROC_PER_NOD
 address=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
 [ "$nodes" = 1 ] || [ -n "$address" ] || fail "NNODES=$nodes: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"
 needs torchrun "the environment: bash launch/setup.sh"
-if ! $dry_run && [ "$per_node" = gpu ]; then # torchrun looks with torch too, and ends with a traceback
+if ! $dry_run && [ "$per_node" = gpu ]; then # without a GPU, torchrun would fail with a traceback
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "NPROC_PER_NODE: is ${NPROC_PER_NODE:-not set} and this host has no GPU; set it to the number of ranks on this host"
 fi

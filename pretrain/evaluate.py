@@ -1,4 +1,4 @@
-"""Loss and perplexity of a run folder or a Hugging Face folder on tokenised data."""
+"""Compute loss and perplexity of a run folder or a Hugging Face folder on tokenised data."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ from hypermoe_ds.progress import progress
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Evaluate the model and print one line."""
     arguments = parse_arguments()
     for option in ("sequence_length", "micro_batch_size"):
         value = getattr(arguments, option)
@@ -32,7 +32,9 @@ def main() -> None:
 
     model, tokenizer = load_any(arguments.checkpoint, arguments.step)
     run = RunFolder(arguments.checkpoint)
-    if run.exists() and run.settings.exists():  # not yet where only weights from elsewhere lie
+    if (
+        run.exists() and run.settings.exists()
+    ):  # missing in a run that was initialised from weights and has not trained yet
         length = run.section("data", DataConfig).sequence_length
     else:
         length = model.config.max_position_embeddings
@@ -57,18 +59,18 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="run folder or Hugging Face folder"
     )
     parser.add_argument("--data", required=True, metavar="PREFIX", help="token files, without .bin and .idx")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run folder; the newest if left out")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run folder; default: the newest")
     parser.add_argument(
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="tokens in a sequence; if left out the run's, or max_position_embeddings of a Hugging Face folder",
+        help="tokens per sequence; default: that of the run, or max_position_embeddings of a Hugging Face folder",
     )
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="SEQUENCES", help="default: 8")
     return parser.parse_args()

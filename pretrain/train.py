@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
-    parser.add_argument("--print-config", action="store_true", help="print the recipe with all settings and end")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe with all settings and exit")
     parser.add_argument("--check", action="store_true", help="check settings and paths, print the run folder")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' output (HYPERMOE_LOG_LEVEL=info)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Check what needs no torch, then load the libraries and train; returns the exit code."""
+    """Check the settings without torch, then load the libraries and train; return the exit code."""
     restore_terminal()
     with one_line_errors():
         arguments = parse_arguments()

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def upcycling_of(given: argparse.Namespace) -> "Upcycling | None":
-    """The options of --upcycle, which belong together."""
+    """Return the options of --upcycle; refuse them without --upcycle."""
     if given.upcycle:
         if given.experts is None or given.top_k is None:
             raise UserError("--upcycle", "lacks --experts or --top-k", "give both")
@@ -66,35 +66,39 @@ def upcycling_of(given: argparse.Namespace) -> "Upcycling | None":
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="Hugging Face folder with safetensors"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="RUN_DIR", help="run folder to make")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder; --checkpoint if left out")
-    parser.add_argument("--upcycle", action="store_true", help="make experts out of a dense model's MLPs")
-    parser.add_argument("--experts", type=int, metavar="N", help="experts in each layer")
-    parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token")
+    parser.add_argument("--output", required=True, type=Path, metavar="RUN_DIR", help="run folder to create")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder (default: --checkpoint)")
+    parser.add_argument("--upcycle", action="store_true", help="convert the MLPs of a dense model to experts")
+    parser.add_argument("--experts", type=int, metavar="N", help="experts per layer")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts per token")
     parser.add_argument(
-        "--granularity", type=int, default=1, metavar="G", help="slices an MLP is cut into; divides N, K (default: 1)"
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="G",
+        help="number of slices per MLP; must divide N and K (default: 1)",
     )
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="STD",
-        help="noise on each expert, in standard deviations of the dense weights (default: 0)",
+        help="noise added to each expert, in standard deviations of the dense weights (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--router-std", type=float, metavar="STD",
-        help="standard deviation of the router's logits for inputs of mean square 1; for K = 1 a larger router is "
-        "steadier and changes the function more (default: 1e-4 for K = 1, else initializer_range * sqrt(hidden_size))",
+        help="standard deviation of the router's logits for inputs of mean square 1; for K = 1, larger values train "
+        "more stably but change the function more (default: 1e-4 for K = 1, else initializer_range * sqrt(hidden_size))",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the router, noise and HyperExperts (default: 0)")
     parser.add_argument(
         "fields",
         nargs="*",
         metavar="key=value",
-        help="of the recipe's section `model`, for a model without HyperExperts: what its weights leave open, such as "
-        "adapter_size, hypernetwork or router_aux_loss_coef",
+        help="field of the recipe's section `model` that the weights of a model without HyperExperts do not determine, "
+        "such as adapter_size, hypernetwork or router_aux_loss_coef",
     )
     return parser.parse_intermixed_args()
 

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
@@ -53,11 +53,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="run folder, checkpoint folder or Hugging Face folder",
     )
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="another one, to report the differences")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="second folder to compare with")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint; the newest if left out"
+        "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint; default: the newest"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, of each tensor too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all statistics, including those of each tensor, to this file"
+    )
     return parser.parse_args()
 
 

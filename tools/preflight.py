@@ -1,10 +1,10 @@
-"""Look at the hosts of a job before it starts.
+"""Check the hosts of a job before it starts.
 
 python tools/preflight.py --hostfile hostfile --config R.yaml --deepspeed_config F.json [section.key=value ...]
 
-Prints what each host has, and measures the links between them; each failed check is one line on stderr with its remedy,
-and the exit code is then 2. The launch scripts call it. With --fit hosts that fail are left out, and the exit code is 2
-where none is left that can train.
+Prints a table of the hosts and measures the bandwidth between them. Each failed check is reported in one line with its
+remedy on stderr, and the exit code is then 2. The launch scripts run this check. With --fit, failing hosts are
+excluded, and the exit code is 2 only if no host can train.
 """
 
 import argparse
@@ -47,7 +47,7 @@ DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 
 
 def main() -> None:
-    """Ask, compare, measure."""
+    """Query the hosts, check their reports, and measure the interconnect."""
     arguments = parse_arguments()
     ds_json = load_deepspeed_json(arguments.deepspeed_config)
     config = load_run_config(arguments.config, arguments.overrides)
@@ -56,7 +56,7 @@ def main() -> None:
         ranks = sum(host.slots for host in hosts)
         merge(
             ds_json, config.train, config.build_model_config(), config.parallel.expert, ranks
-        )  # refuses what cannot be
+        )  # refuses invalid combinations
     if arguments.dry_run:
         return
     starter = Starter(environment_of(arguments.environment), Path.cwd())
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def without_failing(hosts: Sequence[Host], failures: Sequence[Failure], may_leave_out: bool) -> list[Host]:
-    """The hosts that did not fail; tells the failures, and ends if there are some that cannot be left out."""
+    """Print the failures and return the other hosts; exit if failed hosts must not be excluded."""
     for failure in failures:
         print(f"error: {' '.join(str(failure.error).split())}", file=sys.stderr)
     failed = {failure.host for failure in failures}
@@ -85,7 +85,7 @@ def without_failing(hosts: Sequence[Host], failures: Sequence[Failure], may_leav
 
 
 def write_fit(path: Path, hosts: Sequence[Host], passed: Sequence[Host], config: RunConfig) -> None:
-    """Tell and write down which hosts can train, and the overrides that it takes if these are not all."""
+    """Print and write the hosts that can train, and the overrides needed if some hosts are excluded."""
     train, experts = config.train, config.build_model_config().num_experts
     found = fit(passed, train.global_batch_size, train.micro_batch_size, config.parallel.expert, experts)
     fewer = len(found.hosts) < len(hosts)
@@ -97,7 +97,7 @@ def write_fit(path: Path, hosts: Sequence[Host], passed: Sequence[Host], config:
 
 
 def hosts_of(arguments: argparse.Namespace) -> list[Host]:
-    """Those that the command line names."""
+    """Return the hosts that the command line selects."""
     if arguments.slurm:
         return slurm_hosts(os.environ)
     if arguments.slots is not None:
@@ -108,7 +108,7 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
 
 
 def environment_of(file: Path | None) -> dict[str, str]:
-    """What the hosts' processes get: what a job would get, and this checkout before other installations."""
+    """Return the environment of the processes on the hosts: that of a job, with this checkout first in PYTHONPATH."""
     given = forwarded_environment(REPOSITORY / "launch/forwarded_environment.txt", os.environ)
     for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
         given |= read_environment(own) if file or own.is_file() else {}
@@ -116,14 +116,14 @@ def environment_of(file: Path | None) -> dict[str, str]:
 
 
 def data_files(config: RunConfig) -> list[str]:
-    """The token files and the tokenizer."""
+    """Return the paths of the token files and the tokenizer."""
     sources = [*config.data.train, *config.data.valid]
     return [f"{source.prefix}.{end}" for source in sources for end in ("idx", "bin")] + [config.data.tokenizer]
 
 
 @contextmanager
 def token_in(folder: Path) -> Iterator[str]:
-    """A file in the run folder that only a host with the same storage can see; its name."""
+    """Create a file in the run folder, which only hosts with the same storage can see, and yield its name."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     token = folder / f".preflight-{secrets.token_hex(8)}"
     try:
@@ -141,7 +141,7 @@ def token_in(folder: Path) -> Iterator[str]:
 
 
 def needed_gib(config: RunConfig) -> float:
-    """Space for the checkpoints to be kept that are not there yet and the one being written: 12 bytes a parameter."""
+    """Return the space in GiB for the checkpoints to keep and one being written, 12 bytes per parameter each."""
     from hypermoe_ds.checkpoint.run_folder import RunFolder
     from hypermoe_ds.checkpoint.store import saved_steps
 
@@ -151,22 +151,22 @@ def needed_gib(config: RunConfig) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=Path, default=Path("hostfile"), help="lines of 'host slots=RANKS'")
     where.add_argument(
-        "--slots", metavar="N", help="look at this machine alone, for N ranks or 'gpu', one for each GPU"
+        "--slots", metavar="N", help="check only this machine, for N ranks, or one rank per GPU if N is 'gpu'"
     )
-    where.add_argument("--slurm", action="store_true", help="the hosts of the Slurm job that this runs in")
+    where.add_argument("--slurm", action="store_true", help="check the hosts of the current Slurm job")
     parser.add_argument("--environment", type=Path, metavar="FILE",
-                        help="NAME=VALUE lines, set on the hosts (default: each .deepspeed_env there is)")  # fmt: skip
-    parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="what each rank sends, in MiB (64)")
+                        help="NAME=VALUE lines, set on the hosts (default: the .deepspeed_env files)")  # fmt: skip
+    parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="MiB that each rank sends (default: 64)")
     parser.add_argument("--least", type=float, default=0.0, metavar="X",
                         help="GB/s that each pair of hosts must reach (default: 0, any)")  # fmt: skip
     parser.add_argument("--fit", type=Path, metavar="FILE",
-                        help="leave out hosts that fail; write the others and what they need changed")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="check the settings and the hostfile, look at no host")
+                        help="exclude failing hosts; write the other hosts and the needed overrides")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check only the settings and the hostfile")
     parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
     parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.mebibytes < 1:
         raise UserError(f"--mebibytes={arguments.mebibytes}", "is too little to measure", "give 1 or more")
     if not arguments.least >= 0:  # NaN too
-        raise UserError(f"--least={arguments.least}", "is no bandwidth", "give GB/s, 0 or more")
+        raise UserError(f"--least={arguments.least}", "is not a bandwidth", "give GB/s, 0 or more")
     return arguments
 
 

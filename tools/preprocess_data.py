@@ -1,4 +1,4 @@
-"""Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training; under mpirun on all ranks."""
+"""Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training; under mpirun, all ranks tokenise."""
 
 import argparse
 
@@ -18,12 +18,12 @@ def _arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="text files (one document each), .jsonl, .jsonl.gz (one document a line), or folders of such",
+        help="text files (one document each), .jsonl, .jsonl.gz (one document per line), or folders of these",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the files to write, without suffix")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes that tokenise")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSONL field that holds the text")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSONL field that contains the text")
     parser.add_argument("--strict", action="store_true", help="stop at the first file or line without text")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files at the output")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Make one page that shows runs and compares them, to be opened from disk.
+"""Write one HTML page that shows and compares runs and opens without a network.
 
 python tools/report.py RUN_DIR [RUN_DIR ...] --output report.html
 """

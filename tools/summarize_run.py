@@ -1,4 +1,4 @@
-"""Print what a run reached, beside a unigram model on the same validation data."""
+"""Print the results of a run, next to a unigram baseline on the same validation data."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from hypermoe_ds.training.settings import EvaluationConfig, TrainConfig
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Read the run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
     path = parser.parse_args().checkpoint
@@ -30,9 +30,9 @@ def main() -> None:
     summary = summarize(folder.path / "metrics.jsonl")
     _, valid_sets = build_datasets(data, seed, 1, most)
     if not valid_sets:
-        raise UserError(f"{folder.settings}: data.valid", "is empty", "give the run a validation source")
+        raise UserError(f"{folder.settings}: data.valid", "is empty", "add a validation dataset to the run")
     counts = count_tokens([source.prefix for source in data.train], model.vocab_size)
-    samples = sum(map(len, valid_sets.values()))  # all of the same length
+    samples = sum(map(len, valid_sets.values()))  # all samples have the same length
     unigram = sum(unigram_loss(counts, valid_set) * len(valid_set) for valid_set in valid_sets.values()) / samples
 
     better = unigram - summary.valid_loss

@@ -84,7 +84,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 class ConfigurationError(ValueError):
-    """A value of the configuration is invalid or does not fit the others.
+    """A value of the configuration is invalid or inconsistent with other values.
 
     Attributes:
         where: the key with its value.
@@ -105,28 +105,27 @@ class ParameterCounts:
     """Numbers of parameters.
 
     Attributes:
-        total: all of the model, tied embeddings counted once.
-        active: what one token passes through: everything but the experts it is not routed to.
-        hypernetwork: the shared hypernetwork and every layer's selection encoder (part of both).
+        total: all parameters; tied embeddings count once.
+        active: parameters that one token uses, that is, all except those of unselected experts.
+        hypernetwork: parameters of the hypernetwork and of all selection encoders; `total` and `active` include them.
     """
 
     total: int
     active: int
     hypernetwork: int
-    """add HyperExperts; false gives the plain Mixture of Experts."""
 
 
 class HyperMoEConfig(PreTrainedConfig):
-    """Configuration of `HyperMoEForCausalLM`. Each field is described below its declaration.
+    """Configuration of `HyperMoEForCausalLM`; a string below each field describes it.
 
-    The sizes of the hypernetwork have the published defaults (HyperMoE, ACL 2024, arXiv 2402.12656).
+    The default sizes of the hypernetwork are the published ones (HyperMoE, ACL 2024, arXiv 2402.12656).
 
     Raises:
-        ConfigurationError: a value is invalid or does not fit the others.
+        ConfigurationError: a value is invalid or inconsistent with other values.
     """
 
     model_type = "hypermoe"
-    # All but the logits, for the Trainer's `compute_metrics`. A list: the Trainer appends to it.
+    # All outputs except the logits, for the Trainer's `compute_metrics`. The Trainer appends to it, so it is a list.
     keys_to_ignore_at_inference = [  # noqa: RUF012 (read by Transformers)
         "past_key_values",
         "lm_loss",
@@ -138,63 +137,64 @@ class HyperMoEConfig(PreTrainedConfig):
     ]
 
     vocab_size: int = 32000
-    """tokens in the vocabulary."""
+    """size of the vocabulary."""
     hidden_size: int = 768
     """width D of the residual stream."""
     num_hidden_layers: int = 12
-    """decoder layers."""
+    """number of decoder layers."""
     num_attention_heads: int = 12
-    """query heads."""
+    """number of query heads."""
     num_key_value_heads: int = 12
-    """key and value heads (grouped-query attention)."""
+    """number of key and value heads (grouped-query attention)."""
     head_dim: int = 0
     """width of a head; 0 means hidden_size / num_attention_heads."""
     max_position_embeddings: int = 2048
-    """longest sequence the model is meant for, in tokens."""
+    """maximum sequence length, in tokens."""
     rope_theta: float = 10000.0
     """base of the rotary position embedding."""
     qk_norm: bool = False
     """RMS-normalise queries and keys before the rotation."""
     qk_norm_scope: QKNormScope = "head"
-    """each head by itself, with one weight for all of them, or all heads of a layer together."""
+    """`head` normalises each head separately, with one weight; `all_heads` normalises all heads of a layer together."""
     rms_norm_eps: float = 1e-5
-    """added to the mean square in every RMSNorm."""
+    """term added to the mean square in every RMSNorm."""
     intermediate_size: int = 0
     """width of the SwiGLU of dense layers; 0 means 4 * hidden_size."""
     first_dense_layers: int = 0
-    """this many first layers have a dense SwiGLU."""
+    """number of first layers that have a dense SwiGLU instead of experts."""
     moe_every: int = 1
-    """of the layers after them, each n-th is a Mixture of Experts."""
+    """after the first dense layers, every n-th layer is a Mixture of Experts."""
     num_experts: int = 8
-    """experts N in such a layer."""
+    """number N of experts per MoE layer."""
     num_experts_per_tok: int = 1
-    """experts K chosen for a token."""
+    """number K of experts per token."""
     moe_intermediate_size: int = 2048
     """width F of an expert's SwiGLU."""
     shared_expert_size: int = 0
-    """width of a SwiGLU that every token passes; 0 means none."""
+    """width of a shared expert that processes every token; 0 disables it."""
     norm_topk_prob: bool = False
-    """the K gates of a token sum to one. Without effect for K = 1, where the gate is always the router's probability
-    (p / p = 1 would cut the router off the loss)."""
+    """divide the K gates of a token by their sum. For K = 1 this has no effect: the gate is always the router's
+    probability, because p / p = 1 would give the router no gradient."""
     router_dtype: RouterDtype = "fp32"
-    """precision in which the router's logits are computed from its weights: that of the model, or fp32."""
+    """precision in which the router's logits are computed: that of the model, or fp32."""
     router_aux_loss_coef: float = 0.01
-    """weight of the load-balancing loss, summed over the MoE layers."""
+    """weight of the load-balancing loss, which is summed over the MoE layers."""
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
-    """where the expert loads in that loss are counted: in each rank's micro-batch, or in the micro-batches of all
+    """scope of the expert loads in the load-balancing loss: each rank's micro-batch, or the micro-batches of all
     data-parallel ranks together."""
     z_loss_coef: float = 0.001
-    """weight of the router z-loss, summed over the MoE layers."""
+    """weight of the router z-loss, which is summed over the MoE layers."""
     hypernetwork: bool = True
+    """add HyperExperts; false gives the plain Mixture of Experts."""
     hyper_conditioning: HyperConditioning = "selection"
-    """what HyperExperts are generated from. "selection" is the paper's: one for a token, from all experts but its K.
-    "route" is another model: one for each of its experts j, from all experts but j, weighted by j's gate; N a layer
-    whatever K is."""
+    """what HyperExperts depend on. `selection` follows the paper: one HyperExpert per token, generated from the experts
+    that the token did not select. `route` is a different model: one HyperExpert for each selected expert j, generated
+    from all experts except j and weighted by the gate of j; a layer then has N HyperExperts for any K."""
     baked_hyper_experts: bool = False
-    """each layer holds its generated HyperExperts as parameters and there is no hypernetwork; made at export, where
-    all of them are no more than N."""
+    """each layer stores its generated HyperExperts as parameters, without a hypernetwork; set by exports with at most N
+    HyperExperts per layer."""
     expert_embedding_size: int = 128
-    """width E of an expert's embedding."""
+    """width E of an expert embedding."""
     selection_hidden_size: int = 128
     """width P inside the selection encoder."""
     hypernetwork_input_size: int = 128
@@ -206,9 +206,9 @@ class HyperMoEConfig(PreTrainedConfig):
     adapter_size: int = 64
     """width A of a HyperExpert."""
     tie_word_embeddings: bool = True
-    """the output projection is the token embedding."""
+    """use the token embedding as the output projection."""
     initializer_range: float = 0.02
-    """standard deviation of the normal initialisation."""
+    """standard deviation of the initial weights."""
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -228,9 +228,9 @@ class HyperMoEConfig(PreTrainedConfig):
         self._check()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the configuration and its code; next to a model, list every class that it loads as.
+        """Write the configuration and its code; if a model is saved too, list all auto classes that can load it.
 
-        Transformers puts the class of the saved model alone into `auto_map`.
+        Transformers itself lists only the class of the saved model in `auto_map`.
         """
         listed = getattr(self, "auto_map", None) or {}
         if listed.keys() & _AUTO_CLASSES.keys():

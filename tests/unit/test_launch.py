@@ -194,11 +194,11 @@ def test_an_invalid_rendezvous_is_refused(folder: Path, script: str, name: str, 
     ("script", "environment", "told"),
     [
         ("pdsh.sh", {"HYPERMOE_HOSTFILE": "none"}, "none: no such hostfile; copy launch/hostfile.example"),
-        ("pdsh.sh", {"NCCL_X": "1\n2"}, "NCCL_X: has more than one line and cannot travel to other hosts"),
+        ("pdsh.sh", {"NCCL_X": "1\n2"}, "NCCL_X: has more than one line and cannot be forwarded to other hosts"),
         (
             "pdsh.sh",
             {"DS_ENV_FILE": "hostfile"},
-            "hostfile: '# two hosts' is not a variable; write NAME=VALUE, one a line",
+            "hostfile: '# two hosts' is not a variable; write one NAME=VALUE per line",
         ),
         ("pdsh.sh", {"HYPERMOE_VENV": "a b"}, "'a b': reaches no other host over pdsh; use a path of letters"),
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
