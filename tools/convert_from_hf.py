@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--router-std", type=float, metavar="STD",
         help="standard deviation of the router's logits for inputs of mean square 1; for K = 1, larger values train "
-        "more stably but change the function more (default: 1e-4 for K = 1, else initializer_range * sqrt(hidden_size))",
+        "more stably but change the function (default: 1e-4 for K = 1, else initializer_range * sqrt(hidden_size))",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed for the router, noise and HyperExperts (default: 0)")
     parser.add_argument(
