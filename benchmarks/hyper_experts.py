@@ -71,7 +71,7 @@ class FormCase:
     Attributes:
         sizes: D, A and B of the hypernetwork.
         selections: number of different selections that HyperExperts are generated for.
-        predicted: the form that the cost model takes for the cheaper one.
+        predicted: the form that the cost model predicts to be cheaper.
         seconds: of "per_set", "factored" and "auto".
     """
 
@@ -206,7 +206,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
     for _ in range(repeats + _WARMUP):
-        order.reverse()  # otherwise one side would always find the caches as the same other side left them
+        order.reverse()  # otherwise one side would always run with the caches of the same other side
         for name, run in order:
             began = time.perf_counter()
             run()
@@ -217,7 +217,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
 
 
 def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[[], None]:
-    """Return `run` preceded by freeing the gradients of the last run, as after an optimizer step."""
+    """Return a function that frees the gradients of the last run, as after an optimizer step, and calls `run`."""
 
     def clean() -> None:
         for module in modules:
@@ -303,7 +303,8 @@ def peak_bytes(device: str) -> int:
 def memory_of_both(device: str, dtype: str) -> dict[str, int]:
     """Return `added_memory` of both sides, each measured in its own process.
 
-    The processes map every large tensor separately. Peak memory then counts live tensors and not the holes of a heap.
+    The processes map every large tensor separately. Peak memory then counts live tensors and not fragmentation of the
+    heap.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of"]
@@ -358,8 +359,8 @@ def forms_table(forms: list[FormCase], published: Mapping[int, float]) -> str:
 def calibration(forms: list[FormCase], dtype: torch.dtype) -> str:
     """Fit the rates of the cost model to the measured times.
 
-    Least squares of the relative error; no rate is negative. A case weighs more if its forms take similar times,
-    because there an error changes the choice.
+    Least squares of the relative error; no rate is negative. A case has more weight if its forms take similar times,
+    because an error there changes the choice.
     """
     rows, times, weights = [], [], []
     for case in forms:

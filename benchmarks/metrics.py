@@ -2,9 +2,8 @@
 
 There are three kinds of steps with metrics: not logged, logged, and logged with norms. For each kind the table has the
 seconds spent in the calls of the metrics (the device is synchronized before and after each call), and the time of the
-whole step divided by that of a step without metrics, which is noisier. The cost weighs the kinds by their shares in a
-run with the default intervals.
-A key=value changes a field of the preset's model, such as num_hidden_layers=2.
+whole step divided by that of a step without metrics, which is noisier. The cost is weighted by the share of each kind
+in a run with the default intervals. A key=value changes a field of the preset's model, such as num_hidden_layers=2.
 """
 
 import argparse
@@ -47,7 +46,7 @@ _KINDS = {"not logged": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norm
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of each step of one kind: of the whole step, and of the calls of the metrics in it."""
+    """Times of the steps of one kind, in seconds: the whole step, and the calls of the metrics in it."""
 
     whole: list[float]
     metrics: list[float]
@@ -62,7 +61,7 @@ class Results:
 
 
 def time_metric_calls(recorder: Recorder) -> list[float]:
-    """Time the calls of a recorder that observe or record. The returned list grows by the seconds of each call."""
+    """Time the calls of a recorder that observe or record; return a list to which each call appends its seconds."""
     seconds: list[float] = []
 
     def timed(call: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-# The first pattern found in a name decides. Names are those of operators on CPU and of kernels on GPU.
+# The first pattern found in a name determines the category. Names are those of operators on CPU and of kernels on GPU.
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("communication", r"gloo|nccl|c10d|all_?reduce|all_?to_?all|all_?gather|reduce_?scatter|broadcast_|allreduce"),
     ("optimizer", r"adam|optimizer|multi_tensor|foreach"),
@@ -15,7 +15,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("GEMM", r"::mm|addmm|bmm|matmul|grouped_mm|mkldnn_linear|::linear|gemm|cutlass|cublas|nvjet|xmma"),
 )
 OTHER = "elementwise and other"
-_NAMED = 8  # operators of the category `OTHER` that get a row of their own
+_NAMED = 8  # operators of the category `OTHER` with a separate row
 CATEGORIES = (*(name for name, _ in _PATTERNS), OTHER)
 HOW = (
     "Self times of one profiled rank, summed by name: operators on CPU, kernels on GPU. "

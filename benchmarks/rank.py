@@ -58,7 +58,7 @@ def _execute(command: dict[str, Any], step: Step, batches: Iterator[Batch], leng
 
 
 def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
-    """Return milliseconds per step of each category. Only rank 0 is profiled; the other ranks step along."""
+    """Return milliseconds per step of each category. Only rank 0 is profiled; the other ranks run the same steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with profile(activities=activities) if rank == 0 else nullcontext() as profiler:
         for batch in batches:
@@ -90,7 +90,7 @@ def _synchronize() -> None:
 
 
 def _reset_peak() -> None:
-    """Forget the peak memory of building, which is the same for every side: each rank builds the whole model first."""
+    """Reset the peak memory of building, which is the same for every side because each rank builds the whole model."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):

@@ -69,7 +69,7 @@ def _start_rank(side: str, settings: StepSettings, environment: dict[str, str], 
     with log.open("w") as output:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
         process = subprocess.Popen(command, env=environment, text=True, pass_fds=(write_end,), **pipes)
-    os.close(write_end)  # while this process holds it open, the end of the rank would go unnoticed
+    os.close(write_end)  # if this process kept it open, it would not notice the end of the rank
     return Rank(process, os.fdopen(read_end), log)
 
 
@@ -78,7 +78,7 @@ def ask(ranks: list[Rank], **command: Any) -> list[dict[str, Any]]:
 
     Raises:
         RuntimeError: a rank ended; the message is the end of its log.
-        MemoryError: the memory of the device does not suffice.
+        MemoryError: the device runs out of memory.
     """
     for rank in ranks:
         try:
@@ -90,7 +90,7 @@ def ask(ranks: list[Rank], **command: Any) -> list[dict[str, Any]]:
 
 
 def read_answers(ranks: list[Rank]) -> list[dict[str, Any]]:
-    """Read one answer of every rank, in their order. The first answer reports that the rank has built its model.
+    """Read one answer from every rank, in rank order. The first answer reports that the rank has built its model.
 
     Raises:
         RuntimeError: as `ask`.
@@ -107,7 +107,7 @@ def read_answers(ranks: list[Rank]) -> list[dict[str, Any]]:
                 raise ranks[number].failure()
             answers[number] = json.loads(line)
             if "out_of_memory" in answers[number]:
-                raise MemoryError  # without waiting for the other ranks, which may wait for this one
+                raise MemoryError  # do not wait for other ranks, which may be waiting for this one
     return [answers[number] for number in range(len(ranks))]
 
 

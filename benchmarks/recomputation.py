@@ -90,7 +90,7 @@ def report(dtype: str, repeats: int, target: Target, path: Path | None) -> None:
 
 
 def build_layers(selections: int, target: Target) -> tuple[list[HyperExperts], HyperNetwork, torch.Tensor]:
-    """Build the HyperExperts of all layers, with so many experts that K=1 gives `selections`, and their input."""
+    """Build the HyperExperts of all layers, with `selections` experts and K=1, and their input."""
     return *build(selections, LAYERS, target), torch.randn(_TOKENS, D, **target._asdict()).requires_grad_()
 
 

@@ -20,7 +20,7 @@ from step_settings import StepSettings
 
 @dataclass
 class Measurement:
-    """What the ranks of one side measured.
+    """Measurements of the ranks of one side.
 
     Attributes:
         device: name of the GPU, or "cpu".
@@ -64,7 +64,7 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results of one comparison; `asdict` of it is the JSON file."""
+    """All results of one comparison, which are written as JSON."""
 
     baseline: str
     ratios: dict[str, Ratios]

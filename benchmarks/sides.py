@@ -43,7 +43,7 @@ def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
         settings: the settings of the comparison.
 
     Returns:
-        The training module and its step.
+        A training module and its step function.
     """
     config = settings.model_config(side)
     train = TrainConfig(
@@ -73,7 +73,7 @@ def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
 def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
     """Build the model without HyperExperts, with the initial weights of HyperMoE.
 
-    With other random weights it would route other shares of the tokens to each rank, which changes the step time.
+    With different random weights, each rank would receive a different share of the tokens, which changes the step time.
     """
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None
@@ -169,7 +169,7 @@ def _deepspeed_moe(
 ) -> Any:
     """Build our decoder with DeepSpeed's older MoE layer instead of our MoE blocks, in a DeepSpeed engine.
 
-    The layer is dropless, as our blocks are: it pads every expert to the load of the fullest one. Its router has no
+    Like our blocks, the layer is dropless: it pads every expert to the largest load. Its router has no
     z-loss, and shared experts are omitted.
     """
     torch.manual_seed(train.seed)

@@ -1,4 +1,4 @@
-"""What a comparison of training steps runs, shared by train_step.py and the rank processes."""
+"""Settings of a comparison of training steps, shared by train_step.py and the rank processes."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ class StepSettings:
     Attributes:
         preset: name of the preset.
         overrides: `key=value` changes of the preset.
-        model: the fields of HyperMoEConfig that result.
+        model: the resulting fields of HyperMoEConfig.
         micro_batch_size: sequences of a micro-batch on each rank.
         largest_micro_batch_size: the largest value that `micro_batch_size` may take while it is searched for.
         precision: "fp32" or "bf16".

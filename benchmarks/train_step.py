@@ -1,4 +1,4 @@
-"""Compare whole training steps on random token ids. Each side runs in processes of its own, and the sides alternate.
+"""Compare whole training steps on random token ids. Each side runs in separate processes, and the sides alternate.
 
 Sides: hypermoe; moe (the same model without HyperExperts); per_token (the published form, which generates a HyperExpert
 for each token); mixtral (Transformers' Mixtral at the same shape in a plain torch loop); deepspeed_moe (the same
@@ -44,7 +44,9 @@ def main() -> None:
     settings = settings_of(arguments)
     sides = arguments.sides.split(",")
     check(sides, settings, arguments)
-    if arguments.in_turns is None and arguments.micro_batch_size != "auto":  # auto finds by trial what fits
+    if (
+        arguments.in_turns is None and arguments.micro_batch_size != "auto"
+    ):  # auto searches for the largest value that fits
         settings = replace(settings, in_turns=rounds_that_fit(settings, len(sides)))
     groups = [[side] for side in sides] if settings.in_turns else [sides]
     if arguments.micro_batch_size == "auto":
@@ -74,7 +76,7 @@ def measure_all(groups: Sequence[Sequence[str]], settings: StepSettings, profile
 
 
 def measure(measured: Mapping[str, Measurement], settings: StepSettings, steps: int, profiled: bool) -> None:
-    """Build the sides, warm them up, let them step in turn, and add the results to `measured`."""
+    """Build the sides, warm them up, run their steps alternately, and add the results to `measured`."""
     size = settings.micro_batch_size
     with ExitStack() as stack:
         running: dict[str, list[Rank]] = {}
@@ -190,9 +192,9 @@ def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
 def rounds_that_fit(settings: StepSettings, sides: int) -> int:
     """Return 0 if all sides fit into memory together; otherwise print a note and return the default number of rounds.
 
-    The estimate follows what the engine used under ZeRO 1. A parameter takes 28 bytes in fp32 and 22 in bf16: weights,
-    gradients twice, fp32 gradients, master weights and moments. Activations take 16 D + 4 K F numbers per layer and
-    three times the logits, in the precision of the weights.
+    The estimate is based on the measured memory of the engine under ZeRO 1. A parameter takes 28 bytes in fp32 and 22
+    in bf16: weights, gradients twice, fp32 gradients, master weights and moments. Activations take 16 D + 4 K F numbers
+    per layer and three times the logits, in the precision of the weights.
     """
     config = HyperMoEConfig(**settings.model)
     width = 16 * config.hidden_size + 4 * config.num_experts_per_tok * config.moe_intermediate_size

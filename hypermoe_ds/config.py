@@ -1,4 +1,4 @@
-"""Read strict settings: YAML files and dotted overrides into frozen, typed models."""
+"""Read strict settings: Convert YAML files and dotted overrides to frozen, typed models."""
 
 import difflib
 import math
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from hypermoe_ds.errors import UserError
 
-LARGEST_COUNT = 10**9  # of steps, sequences and so on; the product of two fits into 64 bits
+LARGEST_COUNT = 10**9  # for steps, sequences and so on; the product of two of them fits into 64 bits
 
 
 class Settings(BaseModel):
@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
 def _check_path(text: str) -> str:
     if not text:
-        raise ValueError("It is empty")  # pathlib reads it as the working directory
+        raise ValueError("It is empty")  # pathlib would treat it as the working directory
     if (
         "\0" in text
         or len(os.fsencode(text)) > _LONGEST_PATH
@@ -38,7 +38,7 @@ _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
 PathText = Annotated[str, AfterValidator(_check_path)]
 Section = TypeVar("Section", bound=Settings)
 
-_MOST_VALUES = 100_000  # in one file: nested aliases can expand to exponentially many
+_MOST_VALUES = 100_000  # per file: nested aliases can expand to exponentially many values
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -63,9 +63,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _values_in(node: yaml.Node, known: dict[int, float]) -> float:
-    """Return the number of values in a node with its aliases expanded; infinity if it contains itself."""
+    """Return the number of values in a node after expanding its aliases; infinity if the node contains itself."""
     if id(node) not in known:
-        known[id(node)] = math.inf  # until it is known, for a node that contains itself
+        known[id(node)] = math.inf  # placeholder for a node that contains itself
         parts: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
@@ -107,7 +107,9 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(where, f"is not valid YAML{line} ({problem})", "fix that line") from None
     except RecursionError:
         raise UserError(where, "is nested too deeply", "start from a file in pretrain/recipes") from None
-    except Exception as error:  # PyYAML's constructors raise many kinds of errors, as for !!int x or 2001-99-99
+    except (
+        Exception
+    ) as error:  # PyYAML's constructors raise many kinds of errors, for example for !!int x or 2001-99-99
         raise UserError(where, f"is not valid YAML ({error})", "fix that value") from None
 
 
@@ -148,7 +150,7 @@ def validate(model: type[Section], content: object, source: str, overrides: Iter
         model: the class of the settings.
         content: the data, with overrides applied.
         source: file that the data was read from, for messages.
-        overrides: the overrides; messages about their keys do not name the file.
+        overrides: the overrides; errors in them do not name the file.
 
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type; it names the first one.

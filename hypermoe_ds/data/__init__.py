@@ -1,1 +1,1 @@
-"""From text files to token sequences on every rank."""
+"""Turn text files into token sequences on every rank."""

@@ -42,7 +42,7 @@ class Consumption:
         samples.
 
         Args:
-            consumed_samples: position in the order of the samples; skipped ones count.
+            consumed_samples: position in the data order, including skipped samples.
         """
         for first in range(self._counted, consumed_samples, _CHUNK):
             end = min(first + _CHUNK, consumed_samples)

@@ -67,7 +67,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         return np.bincount(self._samples.dataset_index[first:end], minlength=datasets)
 
     def describe_sample(self, index: int) -> str:
-        """Describe the documents and token files that a sample was cut from."""
+        """Describe the documents and token files that a sample consists of."""
         self[index]  # megatron-core reads its indices with the first sample
         part, position = self._samples, index
         if isinstance(part, BlendedDataset):
@@ -81,7 +81,7 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
 class _TokenizerMetadata:
     """The attributes of a tokenizer that megatron-core reads.
 
-    There is deliberately no `pad`: megatron-core would turn that token into token 0, also where it is genuine text.
+    There is deliberately no `pad`, because megatron-core would replace this token by token 0 even in real text.
 
     Attributes:
         vocab_size: number of tokens.
@@ -163,9 +163,8 @@ def build_datasets(
     The order of the training samples depends on the seed, the datasets, their weights and the sequence length. It
     depends on `train_samples` only through the number of epochs: megatron-core shuffles all epochs of a dataset
     together, except the last one if less than 80 % of it is used. The order changes if `train_samples` changes the
-    number of epochs of a dataset or moves its last epoch across 80 %; within the first epoch it never changes. To
-    extend a run, keep `data_order_hash` with its state and compare it: with another hash some samples are seen twice
-    and others never.
+    number of epochs of a dataset or moves its last epoch across 80 %; within the first epoch it never changes. If a run
+    is extended and `data_order_hash` changes, some samples are seen twice and others never.
 
     Validation reads every whole sequence of every dataset once, in an order that depends only on the dataset and the
     sequence length.
@@ -293,7 +292,7 @@ def _data_order_hash(parts: Sequence[GPTDataset], weights: Sequence[float]) -> s
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Suppress warnings of megatron-core about what is intended here."""
+    """Suppress megatron-core's warnings about intended behaviour."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -304,7 +303,7 @@ def _quiet(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _cache_errors(cache: str) -> Iterator[None]:
-    """Turn failures of the cache into a `UserError`: it cannot be written, or its files are truncated or missing."""
+    """Convert cache failures to a `UserError`: the cache cannot be written, or its files are truncated or missing."""
     try:
         yield
     except UserError:

@@ -35,7 +35,7 @@ class Encoder:
     def encode(self, document: str) -> Tokens:
         """Return the token ids of a document [tokens + 1]; the last one is the end of the document.
 
-        The name of a control token in the text is text: a document that mentions "</s>" does not end there.
+        Control tokens in the text are encoded as text, so a document that contains "</s>" does not end there.
         """
         return np.array([*encode_as_text(self._tokenizer, document), self.eos_id], dtype=self.dtype)
 

@@ -35,9 +35,9 @@ class ResumableSampler(Sampler[list[int]]):
     """Select the samples of each micro-batch of a rank, by arithmetic on the number of consumed samples.
 
     The m-th micro-batches of all ranks together are the m-th block of `size * micro_batch_size` samples after
-    `consumed_samples`, without skipped ones; rank r takes the r-th `micro_batch_size` of them. The samples of all ranks
-    therefore depend only on `consumed_samples`, and a run continues with the same samples on any number of ranks. An
-    incomplete last block is dropped.
+    `consumed_samples`, without skipped ones; rank r reads the r-th `micro_batch_size` samples of it. The samples of all
+    ranks therefore depend only on `consumed_samples`, and a run continues with the same samples on any number of ranks.
+    An incomplete last block is dropped.
 
     Raises:
         ValueError: a number is out of range.
@@ -94,7 +94,7 @@ def build_loader(
         size: number of data-parallel ranks.
         consumed_samples: samples that all ranks together have consumed.
         workers: number of processes that load; 0 loads in this one.
-        skipped_samples: samples that no rank takes.
+        skipped_samples: samples that no rank reads.
 
     Yields:
         `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory if there is a GPU.
@@ -174,7 +174,7 @@ def _end_with_the_rank(_worker: int) -> None:
     """Ignore stop signals of the launcher until the rank ends this worker, and end if the rank dies.
 
     The launcher signals the children of a rank too, but the rank needs them to finish its step. A worker that outlives
-    its rank keeps copies of its connections open, so that other ranks do not notice the death (5 s without this).
+    its rank keeps copies of the rank's connections open, so other ranks would notice the death only after 5 s.
     """
     rank = os.getppid()
 
@@ -192,8 +192,8 @@ def _end_with_the_rank(_worker: int) -> None:
 class _Batch:
     """A micro-batch that is sent from a worker to its rank.
 
-    It has arrays, because torch sends tensors through a socket in a folder `pymp-*` of TMPDIR, which stays if the
-    worker is killed.
+    It contains NumPy arrays, because torch sends tensors through a socket in a folder `pymp-*` of TMPDIR, which remains
+    if the worker is killed.
     """
 
     input_ids: np.ndarray[Any, Any]

@@ -51,7 +51,9 @@ def preprocess_locally_or_with_mpi(job: Job) -> str | None:
         from mpi4py import MPI  # noqa: PLC0415 (an optional extra, which starts MPI when imported)
     except (ImportError, RuntimeError) as error:
         raise UserError("mpi4py", f"is needed under mpirun ({error})", "pip install 'hypermoe-ds[mpi]'") from None
-    if MPI.COMM_WORLD.Get_size() != ranks:  # otherwise each rank would do all the work, and overwrite the others' files
+    if (
+        MPI.COMM_WORLD.Get_size() != ranks
+    ):  # otherwise each rank would process all files and overwrite the output of the others
         problem = f"finds {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks of mpirun"
         raise UserError("mpi4py", problem, "make mpirun and the library that mpi4py loads those of one MPI")
     try:

@@ -54,7 +54,7 @@ class Job:
 
 @dataclass
 class Written:
-    """Number of tokens written, including ends of documents, and what was read."""
+    """Number of tokens written, including end-of-document tokens, and the report of what was read."""
 
     tokens: int = 0
     report: ReadReport = field(default_factory=ReadReport)
@@ -83,7 +83,7 @@ class TokenizerFile:
 
     @classmethod
     def of(cls, folder: str) -> "TokenizerFile":
-        """Read the state of a folder.
+        """Read the vocabulary file and its hash from a tokenizer folder.
 
         Raises:
             UserError: the folder has no tokenizer.
@@ -92,7 +92,7 @@ class TokenizerFile:
         return cls(folder, path.name, sha256_of(path))
 
     def encoder(self) -> Encoder:
-        """Return its encoder, which is loaded once per process."""
+        """Return the encoder of the folder, which is loaded once per process."""
         return encoder_for(self.folder, self.sha256)
 
 
@@ -133,7 +133,7 @@ def check_job(job: Job) -> list[Path]:
 
 
 def write_tokens(job: Job, files: Sequence[Path], source: TokenizerFile, prefix: Path, progress: bool) -> Written:
-    """Tokenise `files` into `prefix`.bin and `prefix`.idx, each document closed by the end-of-sequence token.
+    """Tokenise `files` into `prefix`.bin and `prefix`.idx, with an end-of-sequence token after each document.
 
     Raises:
         UserError: a bad input, or the disk is full.
@@ -177,19 +177,21 @@ def publish(job: Job, source: TokenizerFile, written: Written, prefix: Path) -> 
     )
     with writing_to(job.path(".bin")):
         metadata.write(Path(f"{prefix}.json"))
-        job.path(".idx").unlink(missing_ok=True)  # a stop from here on must not leave old and new side by side
+        job.path(".idx").unlink(
+            missing_ok=True
+        )  # an interruption from here on must not leave a mix of old and new files
         for suffix in _SUFFIXES:
             Path(f"{prefix}{suffix}").replace(job.path(suffix))
 
 
 def _tokenise(documents: Iterator[str], source: TokenizerFile, workers: int) -> Iterator[Tokens]:
-    """The tokens of each document, in order."""
+    """Yield the tokens of each document, in order."""
     encoder = source.encoder()
     if workers == 1:
         yield from map(encoder.encode, documents)
         return
     # A fork inherits the loaded tokenizer; this process has started no thread that could hold a lock.
-    # The terminal sends Ctrl-C to the workers too: only this process answers it.
+    # The terminal sends Ctrl-C to the workers too, but only this process handles it.
     pool = ProcessPoolExecutor(workers, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         for batch in _in_order(pool, documents, source, workers * _BATCHES_AHEAD):
@@ -204,7 +206,7 @@ def _tokenise(documents: Iterator[str], source: TokenizerFile, workers: int) -> 
 def _in_order(
     pool: ProcessPoolExecutor, documents: Iterator[str], source: TokenizerFile, ahead: int
 ) -> Iterator[list[Tokens]]:
-    """The tokens of batches of documents, in order, with at most `ahead` batches under way."""
+    """Yield the tokens of batches of documents, in order, with at most `ahead` batches in progress."""
     pending: deque[Future[list[Tokens]]] = deque()
     while batch := list(islice(documents, _BATCH_DOCUMENTS)):
         pending.append(pool.submit(encode_batch, source.folder, source.sha256, batch))

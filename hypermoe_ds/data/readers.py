@@ -16,7 +16,7 @@ _GLOB_CHARACTERS = frozenset("*?[")
 
 
 class Problem(StrEnum):
-    """Why an input has no document."""
+    """Reasons why an input has no document."""
 
     EMPTY_FILE = "empty file"
     NOT_UTF8 = "no UTF-8 text"
@@ -36,7 +36,7 @@ _REMEDIES = {
 
 @dataclass
 class ReadReport:
-    """What was read and what was skipped.
+    """Report of what was read and skipped.
 
     Attributes:
         documents: number of documents read.
@@ -62,7 +62,7 @@ class ReadReport:
         self.first.setdefault(problem, location)
 
     def add(self, later: "ReadReport") -> None:
-        """Add the report of files that follow in the order of the inputs."""
+        """Add the report of later files."""
         self.documents += later.documents
         self.text_bytes += later.text_bytes
         self.skipped += later.skipped

@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece BPE trained into a folder that Transformers loads, and any such folder loaded."""
+"""Tokenizers: Train SentencePiece BPE tokenizers as folders that Transformers loads, and load tokenizer folders."""
 
 import hashlib
 import io
@@ -16,15 +16,15 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_output, file_of, scratch_path, sha256_of
 from hypermoe_ds.progress import progress
 
-# SentencePiece passes over lines longer than its limit without a word: cut them. With the limit on their
-# number this bounds the text held in memory to 4 GB (a character is at most 4 bytes of UTF-8).
+# SentencePiece silently skips lines longer than its limit, so split them. Together with the limit on the number of
+# lines, this bounds the text in memory to 4 GB (a character has at most 4 bytes in UTF-8).
 _LINE_CHARACTERS = 1024
 _LINES = 1_000_000
 _SEED = 0
 
 _CONTROL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
-# Without any of these a folder silently loads as a tokenizer of four tokens.
+# Without any of these files, a folder silently loads as a tokenizer with four tokens.
 _VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -40,7 +40,7 @@ _OTHER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# Spaces, capitals, accents, other scripts, control characters and tokens, which tokenizers have settings for.
+# Spaces, capitals, accents, other scripts, control characters and control tokens, for which tokenizers have settings.
 _PROBE = "Def f(x):\n\treturn  1.5e-3  # é e\u0301 ß 漢字 🙂 \u00a0</s> <s> A\r\nb"
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
@@ -158,7 +158,7 @@ def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field
 
 
 def _refusal(message: str, vocab_size: int) -> UserError:
-    """Turn an error of SentencePiece into a line with a remedy."""
+    """Convert a SentencePiece error to a user error with a remedy."""
     where = f"vocab_size={vocab_size}"
     if too_large := re.search(r"too high .*<= (\d+)", message):
         return UserError(where, "is too large for this text", f"give at most {too_large[1]}, or more text")
@@ -185,8 +185,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        tokenizer("text")  # some damage shows only at the first use
-    except Exception as error:  # each tokenizer class raises errors of its own
+        tokenizer("text")  # some damage appears only at first use
+    except Exception as error:  # each tokenizer class raises different errors
         if "trust_remote_code" in str(error):
             problem = "its tokenizer needs code of the folder (auto_map), which is never run here"
             raise UserError(str(folder), problem, "save it with a class that Transformers has") from None
@@ -241,7 +241,7 @@ def vocabulary_digests(folder: Path) -> dict[str, str]:
 
 
 def encode_as_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text; names of control tokens in it are text."""
+    """Return the token ids of a text; control tokens in it are encoded as text."""
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )

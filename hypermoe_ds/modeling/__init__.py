@@ -22,7 +22,7 @@ def meta_model(config: HyperMoEConfig) -> HyperMoEForCausalLM:
 
 
 def state_dict_shapes(config: HyperMoEConfig) -> dict[str, torch.Size]:
-    """Return names and shapes of the tensors that a file of the model holds; it holds no tied output projection."""
+    """Return names and shapes of the tensors in the model's weight files, which omit a tied output projection."""
     shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

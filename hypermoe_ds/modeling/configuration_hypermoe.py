@@ -303,32 +303,32 @@ class HyperMoEConfig(PreTrainedConfig):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Indices of the decoder layers that are a Mixture of Experts."""
+        """Indices of the decoder layers with a Mixture of Experts."""
         sparse = range(self.first_dense_layers, self.num_hidden_layers)
         return [i for i in sparse if (i - self.first_dense_layers + 1) % self.moe_every == 0]
 
     @property
     def renormalises_gates(self) -> bool:
-        """Whether the gates of a token are made to sum to one; never for K = 1."""
+        """Whether the gates of a token are normalised to sum to one; never for K = 1."""
         return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     @property
     def hyper_set_size(self) -> int:
-        """Experts that a HyperExpert is generated without."""
+        """Number of experts that are left out of the input of a HyperExpert's generation."""
         return 1 if self.hyper_conditioning == "route" else self.num_experts_per_tok
 
     @property
     def hyper_sets(self) -> int:
-        """HyperExperts there can be in a layer, C(N, hyper_set_size)."""
+        """Number of possible HyperExperts in a layer, C(N, hyper_set_size)."""
         return math.comb(self.num_experts, self.hyper_set_size)
 
     @property
     def hyper_experts_per_tok(self) -> int:
-        """HyperExperts that a token takes."""
+        """Number of HyperExperts per token."""
         return self.num_experts_per_tok if self.hyper_conditioning == "route" else 1
 
     def parameter_counts(self) -> ParameterCounts:
-        """Parameters of the model that this configuration describes, by formula."""
+        """Return the parameter counts of the model, by formula."""
         D, N, K = self.hidden_size, self.num_experts, self.num_experts_per_tok
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         norms = 2 * self.head_dim if self.qk_norm_scope == "head" else queries + keys
@@ -389,8 +389,8 @@ _AUTO_CLASSES = {
     "AutoModel": "modeling_hypermoe.HyperMoEModel",
     "AutoModelForCausalLM": "modeling_hypermoe.HyperMoEForCausalLM",
 }
-# Smallest and largest value of each number; of whole numbers where both limits are. The largest are beyond any model,
-# and small enough that no loop over layers or experts runs away.
+# Minimum and maximum of each number; if both are integers, the number must be an integer. The maxima are far above any
+# real model, but low enough that loops over layers or experts stay short.
 _LIMITS: Mapping[str, tuple[int, int] | tuple[float, float]] = MappingProxyType(
     {
         "vocab_size": (1, 1 << 24),

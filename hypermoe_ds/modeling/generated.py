@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from .configuration_hypermoe import HyperConditioning
 from .selections import selection_ids
 
-# For this many rows sorting takes longer than applying them one by one (60 and 18 us on a CPU, D = 768, A = 64).
+# Up to this many rows, sorting takes longer than applying HyperExperts row by row (60 and 18 us on a CPU, D = 768, A =
+# 64).
 _FEW_ROWS = 4
 # On CUDA, PyTorch's grouped GEMM takes fewer than 1,024 groups. Before Hopper it is a loop that waits for the host.
 _MOST_GROUPS = 1023
@@ -80,9 +81,9 @@ def apply_generated(
 ) -> Tensor:
     """Return the sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
 
-    It is exact and once differentiable, with gradients for x, the gates and the weights. In addition to its arguments
+    It is exact and once differentiable, with gradients for x, the gates and the weights. In addition to its arguments,
     it saves [R, A] numbers for the backward pass, which gathers the sorted tokens again: that costs less than saving
-    them. In a graph of torch.compile or torch.export every token passes all U HyperExperts.
+    them. In a graph of torch.compile or torch.export, every token passes through all U HyperExperts.
 
     Args:
         x_TD: input of the MoE block.

@@ -1,4 +1,5 @@
-"""Cost model of the exact forms of HyperExperts; it decides what form "auto" takes and which weights are saved.
+"""Cost model of the exact forms of HyperExperts; it determines the form that "auto" uses and whether generated weights
+are saved.
 
 Shape legend: T tokens, D hidden size, A adapter size, B bottleneck, U selections, J HyperExperts of a token, R = T * J.
 """
@@ -41,7 +42,7 @@ class Cost:
     """Cost of a forward and backward pass in one layer.
 
     Attributes:
-        flops: FLOPs; a multiply-add counts as two.
+        flops: number of FLOPs; a multiply-add counts as two.
         elements: numbers read from or written to memory, without those that every form moves.
         products: small matrix products that run one after another.
     """
@@ -72,8 +73,8 @@ RATES: Mapping[tuple[str, torch.dtype], Rates] = MappingProxyType(
         # low because much of the traffic goes to newly mapped memory.
         ("cpu", torch.float32): Rates(flops=260e9, bytes=3.2e9, start=8e-6),
         ("cpu", torch.bfloat16): Rates(flops=940e9, bytes=7.4e9, start=29e-6),
-        # Not measured: 40 % of the 989 TFLOP/s published for the H100, 75 % of its 67 in fp32, 80 % of its 3.35 TB/s.
-        # Products are grouped in bf16; in fp32 each one starts a kernel.
+        # Not measured: 40 % of the H100's published 989 TFLOP/s, 75 % of its 67 TFLOP/s in fp32, and 80 % of its 3.35
+        # TB/s. Products are grouped in bf16; in fp32 each one starts a kernel.
         ("cuda", torch.bfloat16): Rates(flops=400e12, bytes=2.7e12, start=0.0),
         ("cuda", torch.float32): Rates(flops=50e12, bytes=2.7e12, start=10e-6),
     }
@@ -113,8 +114,8 @@ def cheaper_form(rows: int, sets: int, sizes: Sizes, device: str, dtype: torch.d
 def generated_weights_fit(tokens: int, sets: int, sizes: Sizes) -> bool:
     """Return whether the generated weights of a layer may be saved for the backward pass.
 
-    They may if they are a small share of the layer's other activations. Then the weights of all layers are generated
-    together, if the selections are known before routing. Otherwise each layer generates its own, and again in the
-    backward pass. The answer depends on sizes alone, so it is the same on all ranks.
+    They are saved if they are a small share of the layer's other activations. Then the weights of all layers are
+    generated together, if the selections are known before routing. Otherwise each layer generates its own weights, and
+    generates them again in the backward pass. The answer depends only on sizes, so it is the same on all ranks.
     """
     return sets * sizes.module <= _NUMBERS_PER_TOKEN * tokens * sizes.hidden

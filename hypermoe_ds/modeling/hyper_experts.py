@@ -26,10 +26,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def keep_initialisation(part: nn.Module) -> None:
-    """Mark the modules in `part`, so that the model initialises them by their own `reset_parameters`.
+    """Mark the modules in `part`, so that the model initialises them with their own `reset_parameters`.
 
-    Otherwise Transformers initialises every Linear and Embedding in the same way: generated weights would be ten to
-    thirty times too large and expert embeddings fifty times too small.
+    Otherwise, Transformers would initialise every Linear and Embedding in the same way, with generated weights 10 to 30
+    times too large and expert embeddings 50 times too small.
     """
     for module in part.modules():
         module.keeps_initialisation = True  # type: ignore[assignment]
@@ -238,8 +238,8 @@ class SharedHyperNetwork:
 def _computes_its_weight(head: nn.Module) -> bool:
     """Return whether calling `head` computes only a product with its stored weight and bias.
 
-    It does not with an adapter, a parametrization or a quantised weight (another type), with offloading by accelerate
-    (a replaced forward) or with hooks.
+    This is not the case with an adapter, a parametrization, a quantised weight (another type), offloading by accelerate
+    (a replaced forward) or hooks.
     """
     return (
         type(head) is GeneratorHead
@@ -382,7 +382,7 @@ class HyperExperts(nn.Module):
         if torch.compiler.is_compiling():
             return ("per_set" if form == "auto" else form), False
         tokens, rows = x_TD.shape[0], assignment.ids_TJ.numel()
-        # Counting possible instead of actual selections, all ranks decide alike.
+        # The decision depends on the number of possible selections, so it is the same on all ranks.
         recompute = not generated_weights_fit(tokens, min(tokens, math.comb(self.num_experts, set_size)), sizes)
         if form == "auto":
             form = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
@@ -394,7 +394,7 @@ class HyperExperts(nn.Module):
         return torch.full((z_UH.shape[0],), self.layer_index, device=z_UH.device)
 
     def most_kept(self, sizes: Sizes) -> int:
-        """Return how many HyperExperts to cache: they take the memory of the hypernetwork, or are the N of K = 1."""
+        """Return how many HyperExperts to cache: those of K = 1, or as many as take the memory of the hypernetwork."""
         return max(self.num_experts, sizes.bottleneck)
 
     def _generate(self, selections_UK: Tensor, hypernetwork: HyperNetwork | SharedHyperNetwork) -> HyperExpertWeights:
@@ -462,10 +462,10 @@ def generate_ahead(
         x_TD: tokens of the pass; only their number, dtype and device matter.
         top_k: K.
         kept: cache of the current `generate` call. Later passes use the weights too, so they are generated unless there
-            are too many, whatever this pass alone would cost.
+            are too many, regardless of the cost of this pass.
 
     Returns:
-        The weights of each layer, or None if each layer is to generate its own.
+        The weights of each layer, or None if each layer must generate its own.
     """
     if kept is not None and kept.all_selections is not None:
         return kept.all_selections
@@ -474,7 +474,7 @@ def generate_ahead(
     rows = tokens * (top_k if layers[0].conditioning == "route" else 1)
     if kept is not None:
         ahead = sets <= layers[0].most_kept(sizes)
-    elif torch.compiler.is_compiling():  # in a graph at any cost, because `tokens` may be symbolic
+    elif torch.compiler.is_compiling():  # in a graph without comparing costs, because `tokens` may be symbolic
         ahead = layers[0].knows_selections(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)

@@ -27,8 +27,8 @@ class LMHead(nn.Linear):
         vocab_size: V.
 
     Attributes:
-        fused_cross_entropy: a kernel to use instead of chunks; the trainer sets it. Called with x_TD, weight_VD and
-            labels_T, it returns the sum of the cross-entropies in nats over the labels that are not -100, with
+        fused_cross_entropy: a kernel to use instead of chunks; the trainer sets it. When called with x_TD, weight_VD
+            and labels_T, it returns the sum of the cross-entropies in nats over the labels that are not -100, with
             gradients for x and weight.
     """
 

@@ -106,10 +106,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         weights: HyperExpertWeights | None,
         kept: KeptHyperExperts | None,
     ) -> Tensor:
-        """Compute the HyperExperts' output, on `hyper_stream` next to the dispatch of tokens if that is possible.
+        """Compute the HyperExperts' output, if possible on `hyper_stream`, in parallel with the dispatch of tokens.
 
-        Only weights that were generated before run on that stream: gradients of parameters are gathered and reduced on
-        the main stream.
+        Only HyperExperts with weights generated beforehand run on that stream, because gradients of parameters are
+        reduced on the main stream.
         """
         assert self.hyper_experts is not None
         run: Callable[[], Tensor] = partial(
@@ -342,7 +342,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call Transformers' `generate`; in evaluation mode its passes share the HyperExperts that they generate.
 
-        No other pass uses these, so adapters, weights and modules may change between two calls.
+        No other pass uses them, so adapters, weights and modules may change between two calls.
         """
         self._kept = None if self.training else KeptHyperExperts()
         try:
@@ -452,8 +452,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy, from the logits if they exist.
 
-        Otherwise the model's own projection computes it in chunks. A projection wrapped in an adapter cannot: it would
-        pass the labels to the projection inside and add its own output to the loss.
+        Otherwise the model's own projection computes it in chunks. A projection wrapped in an adapter cannot do this:
+        it would pass the labels to the inner projection and add its own output to the loss.
         """
         if logits_BSV is None and isinstance(self.lm_head, LMHead):
             chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
@@ -492,6 +492,6 @@ HyperMoEConfig.register_for_auto_class()
 HyperMoEModel.register_for_auto_class("AutoModel")
 HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 # The Trainer's label smoothing, `transformers serve` and lm-evaluation-harness look up the kind of a model in these
-# tables, which `register` of the Auto classes does not write. Exports carry this file, so they work there too.
+# tables, which `register` of the Auto classes does not write. Exports contain this file, so this also works in exports.
 MODEL_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEForCausalLM.__name__

@@ -14,7 +14,7 @@ _BITS_PER_WORD = 64  # of an int64, including the sign bit
 def all_selections(num_experts: int, set_size: int, device: torch.device) -> Tensor:
     """Return every set of `set_size` experts; row i has rank i in colexicographic order.
 
-    It is computed on the device, without a synchronisation. All sets must fit into memory.
+    The sets are computed on the device, without a synchronisation. All of them must fit into memory.
 
     Returns:
         sets_CK, with the experts of each row in ascending order.
@@ -69,7 +69,7 @@ def selection_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
 def _binomials(num_experts: int, set_size: int, device: torch.device) -> list[Tensor]:
     """Return C(n, k) for n < N as a tensor [N] for each k from 1 to K, computed by Pascal's rule on the device.
 
-    No rank needs values above C(N, K), so they are clamped to it and do not overflow.
+    Ranks need no values above C(N, K), so values are clamped to it and do not overflow.
     """
     most = math.comb(num_experts, set_size)
     column_N = torch.ones(num_experts, dtype=torch.long, device=device)

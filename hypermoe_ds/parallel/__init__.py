@@ -1,1 +1,1 @@
-"""How ranks share the work: batch and expert arithmetic, expert parallelism, the parallelised model."""
+"""Parallelism: how ranks share batches and experts, expert parallelism, and the parallelised model."""

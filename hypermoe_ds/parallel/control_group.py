@@ -1,4 +1,4 @@
-"""Exchange Python objects between ranks over gloo, separate from the training."""
+"""Exchange Python objects between ranks over gloo, separately from training."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

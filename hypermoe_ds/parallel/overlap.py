@@ -1,4 +1,4 @@
-"""Run HyperExperts on a CUDA stream of their own, overlapped with the all-to-all of the experts."""
+"""Run HyperExperts on a separate CUDA stream, overlapped with the all-to-all of the experts."""
 
 import torch
 from torch import nn

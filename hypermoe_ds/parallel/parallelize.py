@@ -26,11 +26,11 @@ def parallelize(
 ) -> deepspeed.DeepSpeedEngine:
     """Apply all parallelism to a model (collective), in this order:
 
-    1. The load-balancing loss counts the tokens of all ranks, if the model's configuration asks for it.
-    2. Layers are recomputed in the backward pass, if asked for.
+    1. The load-balancing loss counts the tokens of all ranks, if configured.
+    2. Layers are recomputed in the backward pass, if `activation_checkpointing` is set.
     3. DeepSpeed replaces each MoE block by an expert-parallel one (AutoEP) and partitions the states by ZeRO.
-    4. The routers of these blocks compute their logits as the model's own do, in fp32 if its configuration asks for it.
-    5. HyperExperts run on a stream of their own, if asked for.
+    4. The routers of these blocks compute their logits as the model's own routers do, in fp32 if configured.
+    5. HyperExperts run on a separate CUDA stream, if `overlap` is set.
 
     Args:
         model: a `HyperMoEForCausalLM`, the same on every rank.
@@ -46,7 +46,7 @@ def parallelize(
     gates = {type(module.gate) for name, module in model.named_modules() if name.endswith(".mlp.router")}
     if activation_checkpointing:
         model.activation_checkpointing_enable()
-    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory in use, some 25 lines
+    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints about 25 lines on memory use
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups,

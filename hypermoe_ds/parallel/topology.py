@@ -1,4 +1,4 @@
-"""Arithmetic of how ranks share a batch and the experts. It needs neither GPU nor ranks nor DeepSpeed."""
+"""Compute how ranks share a batch and the experts. This module needs no GPU, no ranks and no DeepSpeed."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -10,7 +10,7 @@ from hypermoe_ds.errors import UserError
 
 
 class ParallelConfig(Settings):
-    """How the model is spread over the ranks."""
+    """Settings of the section `parallel`."""
 
     expert: int = Field(
         1, ge=1, le=LARGEST_COUNT, description="ranks that share one copy of the experts (expert parallelism)"
