@@ -1,6 +1,6 @@
 """Draw docs/hypermoe.svg, the picture of one HyperMoE block.
 
-python docs/make_figure.py     writes docs/hypermoe.svg beside this file
+python docs/make_figure.py     writes docs/hypermoe.svg next to this file
 """
 
 from html import escape

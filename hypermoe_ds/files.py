@@ -76,20 +76,20 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def write_durably(path: Path, text: str) -> None:
     """Replace the content of a small file atomically and durably, so that it survives a power failure."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     sync_folder(path.parent)
 
 

@@ -78,7 +78,7 @@ class CheckpointManager:
         return step % self._config.interval == 0
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest intact checkpoint, whatever layout wrote it.
+        """Load the newest intact checkpoint, written under any layout.
 
         Damaged checkpoints are reported and renamed.
 
@@ -168,7 +168,7 @@ class CheckpointManager:
     def last_good(self) -> Path | None:
         """Return the newest intact checkpoint from before the current run of bad steps, or None (collective).
 
-        Candidates are verified in full, including a search for NaN, whatever `checkpoint.verify` is.
+        Candidates are verified in full, including a search for NaN, for any `checkpoint.verify`.
         """
         self._join()
         named = self._first(lambda: store.named_step(self._folder))

@@ -17,7 +17,7 @@ def write_tokenizer(tokenizer: Path, folder: Path, chat_template: Path | None = 
     """Copy the tokenizer of a run to an export.
 
     The key `split_special_tokens` is removed, so that "</s>" in a text becomes the end-of-sequence token, as
-    fine-tuning expects. `tools/preprocess_data.py` encodes "</s>" as text whatever that key is.
+    fine-tuning expects. `tools/preprocess_data.py` encodes "</s>" as text, regardless of this key.
 
     Args:
         tokenizer: the run's tokenizer folder.

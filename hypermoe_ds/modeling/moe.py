@@ -56,7 +56,7 @@ class _Fp32Product(torch.autograd.Function):
 
 
 class Fp32Gate(nn.Linear):
-    """A router's gate that computes its logits in fp32, whatever the precision of its input and weight."""
+    """A router's gate that computes its logits in fp32, for any precision of its input and weight."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         device = x_TD.device.type

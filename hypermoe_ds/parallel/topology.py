@@ -17,7 +17,7 @@ class ParallelConfig(Settings):
     )
     overlap_hyper_experts: bool = Field(
         True,
-        description="on GPUs, run HyperExperts that were generated before routing on a CUDA stream of their own, "
+        description="on GPUs, run HyperExperts that were generated before routing on a separate CUDA stream, "
         "overlapped with the all-to-all",
     )
 

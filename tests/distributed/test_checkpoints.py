@@ -77,8 +77,8 @@ def test_a_checkpoint_of_a_different_model_is_refused_before_loading(tmp_path: P
     models = [model for model, _ in OTHERS]
     refused = run_on_ranks(1, resume_into_each, Layout(ranks=1), tmp_path, models)[0]
     assert len(refused) == len(OTHERS)
-    for (_, says), (error, changed) in zip(OTHERS, refused, strict=True):
-        assert error.startswith(f"{says}: {tmp_path} has another model (there it is ")
+    for (_, message), (error, changed) in zip(OTHERS, refused, strict=True):
+        assert error.startswith(f"{message}: {tmp_path} has another model (there it is ")
         assert not changed
     assert saved_steps(tmp_path / "checkpoints") == [0], "it is not set aside"
 

@@ -33,7 +33,7 @@ def with_value(section: str, key: str, value: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "ds_json", "says"),
+    ("recipe", "ds_json", "message"),
     [
         (RECIPE, DS_JSON, None),
         (with_value("train", "steps", 40), DS_JSON, "train.steps: is 400 on rank 0 and 40 on rank 2"),
@@ -47,9 +47,9 @@ def with_value(section: str, key: str, value: object) -> dict[str, Any]:
     ],
 )
 def test_different_settings_on_one_rank_are_refused_on_all_ranks(
-    recipe: dict[str, Any], ds_json: dict[str, Any], says: str | None
+    recipe: dict[str, Any], ds_json: dict[str, Any], message: str | None
 ) -> None:
-    expected = None if says is None else f"{says} ({HOST}); give all ranks the same settings"
+    expected = None if message is None else f"{message} ({HOST}); give all ranks the same settings"
     assert run_on_ranks(RANKS, compare, [(RECIPE, DS_JSON), (recipe, ds_json)]) == [expected] * RANKS
 
 

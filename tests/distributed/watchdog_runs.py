@@ -18,7 +18,7 @@ LAST_GOOD = 5
 
 
 def batches(kind: str, lost: bool) -> Iterator[torch.Tensor]:
-    """Yield batches forever; on the lost rank, fail as `kind` says after the last good step."""
+    """Yield batches forever; on the lost rank, fail as `kind` specifies after the last good step."""
     for step in range(1, 10**9):
         if step > LAST_GOOD and lost and kind == "hangs":
             time.sleep(10**6)

@@ -42,7 +42,7 @@ def file_of(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def told(error: pytest.ExceptionInfo[UserError]) -> str:
+def error_text(error: pytest.ExceptionInfo[UserError]) -> str:
     return str(error.value)
 
 
@@ -74,15 +74,15 @@ def test_a_key_given_twice_is_refused_at_any_depth(tmp_path: Path, text: str, ke
     path = file_of(tmp_path, text)
     with pytest.raises(UserError) as error:
         load_yaml(path)
-    assert f"key '{key}' is given twice" in told(error)
-    assert str(path) in told(error)
+    assert f"key '{key}' is given twice" in error_text(error)
+    assert str(path) in error_text(error)
 
 
 def test_bad_yaml_is_told_with_its_file_and_line(tmp_path: Path) -> None:
     path = file_of(tmp_path, "a: 1\nb: [1, 2\nc: 3\n")
     with pytest.raises(UserError, match=r"is not valid YAML at line \d") as error:
         load_yaml(path)
-    assert str(path) in told(error)
+    assert str(path) in error_text(error)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b", "just text"])
@@ -108,7 +108,7 @@ def test_exotic_yaml_is_refused_without_a_traceback(tmp_path: Path, text: str) -
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("a: " + "[" * 5000 + "]" * 5000, "is nested too deeply"),
         ("a: " + "{b: " * 5000 + "1" + "}" * 5000, "is nested too deeply"),
@@ -130,11 +130,11 @@ def test_exotic_yaml_is_refused_without_a_traceback(tmp_path: Path, text: str) -
     ],
     ids=lambda text: text[:30],
 )
-def test_hostile_yaml_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_hostile_yaml_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         load_yaml(file_of(tmp_path, text))
-    assert says in told(refused)
-    assert "\n" not in told(refused)
+    assert message in error_text(refused)
+    assert "\n" not in error_text(refused)
     override = text.partition(": ")[2].strip()
     if "\n" not in override and "&" not in override:
         with pytest.raises(UserError, match=r"^a="):
@@ -230,7 +230,7 @@ def test_an_unknown_key_at_any_depth_is_told_with_the_nearest_known(
     section[key] = 1
     with pytest.raises(UserError) as error:
         validate(Job, content, "r.yaml")
-    assert told(error) == f"r.yaml: {dotted}: unknown key; did you mean '{near}'?"
+    assert error_text(error) == f"r.yaml: {dotted}: unknown key; did you mean '{near}'?"
 
 
 def test_a_misspelt_key_is_told_before_the_one_it_leaves_missing() -> None:

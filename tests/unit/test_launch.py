@@ -134,12 +134,12 @@ def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[
 
 @pytest.mark.parametrize("script", EVERY)
 def test_a_launch_script_without_a_recipe_prints_its_usage(folder: Path, script: str) -> None:
-    told = launch(script, "--help", folder=folder)
-    assert told.stdout.startswith("usage: ")
-    assert "--dry-run" in told.stdout
-    assert ("--hostfile" in told.stdout) == (script in WITH_HOSTFILE)
-    assert told.returncode == 0
-    assert launch(script, "-h", folder=folder).stdout == told.stdout
+    remedy = launch(script, "--help", folder=folder)
+    assert remedy.stdout.startswith("usage: ")
+    assert "--dry-run" in remedy.stdout
+    assert ("--hostfile" in remedy.stdout) == (script in WITH_HOSTFILE)
+    assert remedy.returncode == 0
+    assert launch(script, "-h", folder=folder).stdout == remedy.stdout
     bare = launch(script, "--dry-run", folder=folder)
     assert bare.stderr == f"{script}: --config: is missing; name a recipe, such as one of pretrain/recipes\n"
     assert bare.returncode == 2
@@ -191,7 +191,7 @@ def test_an_invalid_rendezvous_is_refused(folder: Path, script: str, name: str, 
 
 
 @pytest.mark.parametrize(
-    ("script", "environment", "told"),
+    ("script", "environment", "remedy"),
     [
         ("pdsh.sh", {"HYPERMOE_HOSTFILE": "none"}, "none: no such hostfile; copy launch/hostfile.example"),
         ("pdsh.sh", {"NCCL_X": "1\n2"}, "NCCL_X: has more than one line and cannot be forwarded to other hosts"),
@@ -205,12 +205,12 @@ def test_an_invalid_rendezvous_is_refused(folder: Path, script: str, name: str, 
     ],
 )
 def test_invalid_launch_options_are_reported_in_one_line(
-    folder: Path, script: str, environment: dict[str, str], told: str
+    folder: Path, script: str, environment: dict[str, str], remedy: str
 ) -> None:
     (folder / "a b").symlink_to("venv")
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **environment)
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"{script}: {told}")
+    assert line.startswith(f"{script}: {remedy}")
     assert done.returncode == 2
 
 
@@ -220,7 +220,7 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
 
 
 @pytest.mark.parametrize(
-    ("script", "option", "told"),
+    ("script", "option", "remedy"),
     [
         *((script, "--bogus", "see --help") for script in EVERY),
         ("pdsh.sh", "--hostfiles", "see --help"),
@@ -235,10 +235,10 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
     ],
 )
 def test_an_unknown_option_is_reported_before_anything_starts(
-    folder: Path, script: str, option: str, told: str
+    folder: Path, script: str, option: str, remedy: str
 ) -> None:
     done = launch(script, "--config", "my.yaml", option, "2", folder=folder)
-    assert (done.stdout, done.stderr) == ("", f"{script}: {option}: is not an option; {told}\n")
+    assert (done.stdout, done.stderr) == ("", f"{script}: {option}: is not an option; {remedy}\n")
     assert done.returncode == 2
 
 
@@ -268,8 +268,8 @@ def test_torchrun_without_a_gpu_asks_for_the_number_of_ranks_before_anything_sta
 ) -> None:
     environment = {"HYPERMOE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **given}
     done = launch("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
-    told = f"NPROC_PER_NODE: is {what} and this host has no GPU; set it to the number of ranks on this host"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {told}\n")
+    remedy = f"NPROC_PER_NODE: is {what} and this host has no GPU; set it to the number of ranks on this host"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {remedy}\n")
 
 
 def test_torchrun_with_gpus_starts_a_rank_for_each(folder: Path) -> None:

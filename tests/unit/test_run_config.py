@@ -64,7 +64,7 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("model.preset=tiny-10", "model.preset=tiny-10: is unknown; did you mean 'tiny-10m'?"),
         ("model.preset=zzz", "known: 3b-a0.4b, 7b-a1b, gpt2-small-8e, tiny-10m"),
@@ -110,8 +110,8 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
         ("train.steps", "train.steps: is not an override; write section.key=value"),
     ],
 )
-def test_inconsistent_settings_are_refused_in_one_line(recipe: Path, override: str, says: str) -> None:
-    assert says in refusal(recipe, override)
+def test_inconsistent_settings_are_refused_in_one_line(recipe: Path, override: str, message: str) -> None:
+    assert message in refusal(recipe, override)
 
 
 def numbers(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, type]]:
@@ -159,7 +159,7 @@ def test_the_tested_numbers_cover_every_section() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "override", "says"),
+    ("train", "override", "message"),
     [
         ({"stepz": 5}, "optimizer.lr=2", "recipe.yaml: train.stepz: unknown key"),
         ({"steps": 0}, "train.seed=2", "recipe.yaml: train.steps=0: is not valid"),
@@ -170,10 +170,10 @@ def test_the_tested_numbers_cover_every_section() -> None:
     ],
 )
 def test_an_error_in_an_override_does_not_name_the_recipe(
-    recipe: Path, train: dict[str, int], override: str, says: str
+    recipe: Path, train: dict[str, int], override: str, message: str
 ) -> None:
     recipe.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | train}))
-    assert refusal(recipe, override).removeprefix(f"{recipe.parent}/").startswith(says)
+    assert refusal(recipe, override).removeprefix(f"{recipe.parent}/").startswith(message)
 
 
 def test_warmup_and_decay_must_fit_into_the_run(recipe: Path) -> None:
@@ -367,7 +367,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "expected"),
     [
         (["train.step=3"], 2, "error: train.step: unknown key; did you mean 'steps'?"),
         (["data.sequence_length=64"], 2, "error: data.sequence_length=64: longer than model.max_position_embeddings="),
@@ -382,7 +382,7 @@ finally:
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_errors_in_settings_are_reported_without_importing_torch(
-    recipe: Path, tmp_path: Path, words: list[str], code: int, told: str
+    recipe: Path, tmp_path: Path, words: list[str], code: int, expected: str
 ) -> None:
     write_tokenizer(tmp_path / "tokenizer", 3)
     (tmp_path / "a.idx").touch()
@@ -395,5 +395,5 @@ def test_errors_in_settings_are_reported_without_importing_torch(
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     lines = done.stderr.splitlines()
-    assert lines[0].startswith(told)
+    assert lines[0].startswith(expected)
     assert lines[-1] == "False", "torch was not imported"

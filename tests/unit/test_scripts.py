@@ -262,8 +262,8 @@ def test_a_script_prints_its_usage_without_importing_torch(script: Path) -> None
 def test_a_missing_folder_is_reported_without_importing_torch(command: str, tmp_path: Path) -> None:
     script, *words = command.replace("MISSING", str(tmp_path / "frist")).replace("new", str(tmp_path / "new")).split()
     result = run_without_libraries(REPOSITORY / script, *words)
-    told = f"error: {tmp_path}/frist: is not a folder; check the path; give the run folder or Hugging Face folder\n"
-    assert (result.returncode, result.stderr) == (2, told)
+    expected = f"error: {tmp_path}/frist: is not a folder; check the path; give the run folder or Hugging Face folder\n"
+    assert (result.returncode, result.stderr) == (2, expected)
 
 
 @pytest.mark.parametrize(
@@ -294,13 +294,13 @@ def test_an_error_in_a_deepspeed_json_is_reported_without_importing_torch(script
     (tmp_path / "ds.json").write_text('{"zero_optimizaton": {}}')
     words = ["--config", REPOSITORY / "pretrain/recipes/quickstart.yaml", "--deepspeed_config", tmp_path / "ds.json"]
     result = run_without_libraries(REPOSITORY / script, *words)
-    told = f"error: {tmp_path}/ds.json: zero_optimizaton: unknown key; did you mean 'zero_optimization'?\n"
-    assert (result.returncode, result.stderr) == (2, told)
+    expected = f"error: {tmp_path}/ds.json: zero_optimizaton: unknown key; did you mean 'zero_optimization'?\n"
+    assert (result.returncode, result.stderr) == (2, expected)
 
 
 @pytest.mark.parametrize("script", ["pretrain/train.py", "tools/preflight.py"])
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"modle": {}}, "{recipe}: modle: unknown key; did you mean 'model'?"),
         ({"model": {"hiden_size": 8}}, "{recipe}: model.hiden_size: unknown key; did you mean 'hidden_size'?"),
@@ -312,13 +312,13 @@ def test_an_error_in_a_deepspeed_json_is_reported_without_importing_torch(script
     ],
 )
 def test_an_error_in_a_recipe_is_reported_without_importing_torch(
-    script: str, changes: dict[str, Any], told: str, tmp_path: Path
+    script: str, changes: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, **changes}))
     result = run_without_libraries(REPOSITORY / script, "--config", recipe, "--deepspeed_config", JSON)
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    assert result.stderr.startswith("error: " + told.format(recipe=recipe))
+    assert result.stderr.startswith("error: " + expected.format(recipe=recipe))
 
 
 def test_gpu_benchmarks_report_a_missing_gpu_in_one_line(bare_path: Path) -> None:

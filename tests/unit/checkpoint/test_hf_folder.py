@@ -116,7 +116,7 @@ def test_pickled_weights_are_never_read(folder: Path, read: Callable[[Path], Any
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("{", "cannot be read"),
         ("[" * 200_000, "is nested too deep"),
@@ -129,10 +129,10 @@ def test_pickled_weights_are_never_read(folder: Path, read: Callable[[Path], Any
     ],
 )
 def test_a_malformed_index_is_refused_in_one_line(
-    content: str, says: str, folder: Path, read: Callable[[Path], Any]
+    content: str, message: str, folder: Path, read: Callable[[Path], Any]
 ) -> None:
     (folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=rf"model.safetensors.index.json.*{says}|{says}"):
+    with pytest.raises(UserError, match=rf"model.safetensors.index.json.*{message}|{message}"):
         read(folder)
 
 

@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"num_hidden_layers": 10**7}, r"num_hidden_layers=10000000: is more than 10,000"),
         ({"num_hidden_layers": 9000}, r"has weights of 3 layers, but config.json has num_hidden_layers=9000"),
@@ -46,10 +46,10 @@ def run(tmp_path: Path) -> RunFolder:
     ],
     ids=str,
 )
-def test_a_configuration_of_a_different_model_is_refused(changes: dict[str, Any], says: str, run: RunFolder) -> None:
+def test_a_configuration_of_a_different_model_is_refused(changes: dict[str, Any], message: str, run: RunFolder) -> None:
     path = run.model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_model(run)
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_without_a_known_precision_is_refused(settings: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[1, 2]", "is not a mapping"),
         ("evaluation: [1]", r"config\.yaml: evaluation"),
@@ -78,9 +78,9 @@ def test_a_checkpoint_without_a_known_precision_is_refused(settings: dict[str, A
         ("{", "is not valid YAML"),
     ],
 )
-def test_a_damaged_recipe_is_refused(text: str, says: str, run: RunFolder) -> None:
+def test_a_damaged_recipe_is_refused(text: str, message: str, run: RunFolder) -> None:
     run.settings.write_text(text)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         run.section("evaluation", EvaluationConfig)
 
 

@@ -12,22 +12,22 @@ from hypermoe_ds.checkpoint.lock import RunLock
 from hypermoe_ds.errors import UserError
 
 
-def hold(folder: Path, told: Connection, until: Connection) -> None:
+def hold(folder: Path, sender: Connection, until: Connection) -> None:
     lock = RunLock(folder)
     child = multiprocessing.get_context("fork").Process(target=until.recv)  # like a data loader worker
     child.start()
-    told.send((os.getpid(), child.pid))
+    sender.send((os.getpid(), child.pid))
     until.recv()
     del lock
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    told, tells = context.Pipe()
+    receiver, sender = context.Pipe()
     ends, until = context.Pipe()
-    holder = context.Process(target=hold, args=(tmp_path / "run", tells, until))
+    holder = context.Process(target=hold, args=(tmp_path / "run", sender, until))
     holder.start()
-    pid, child = told.recv()
+    pid, child = receiver.recv()
     try:
         with pytest.raises(UserError) as refused:
             RunLock(tmp_path / "run")

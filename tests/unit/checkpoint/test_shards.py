@@ -207,7 +207,7 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
-    ("keys", "to", "says"),
+    ("keys", "to", "message"),
     [
         (["tensors", "norm", "shape"], [2**62, 2**62], "the ranges of 'norm' do not cover its shape"),
         (["tensors", "norm", "shape"], [5, -1], "tensors.norm.shape.1: Input should be greater than or equal to 0"),
@@ -246,11 +246,11 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
     ],
 )
 def test_an_inconsistent_manifest_is_refused_before_memory_is_allocated(
-    tmp_path: Path, keys: list[str], to: Any, says: str
+    tmp_path: Path, keys: list[str], to: Any, message: str
 ) -> None:
     cut_over(tmp_path, 2)
     forge(tmp_path, *keys, to=to)
-    with pytest.raises(UserError, match=rf"manifest.json: is not valid \(.*{says}.*; choose another"):
+    with pytest.raises(UserError, match=rf"manifest.json: is not valid \(.*{message}.*; choose another"):
         CheckpointReader(tmp_path)
 
 

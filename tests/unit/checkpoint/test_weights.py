@@ -130,15 +130,17 @@ def test_a_damaged_file_is_refused_before_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         ({"hypernetwork": True, "tie_word_embeddings": False}, r"has no lm_head.weight, the run's model as \[16, 8\]"),
         ({"num_experts": 5}, r"has model.layers.1.mlp.router.gate.weight as \[3, 8\], the run's model as \[5, 8\]"),
         ({"first_dense_layers": 0}, r"has no model.layers.0.mlp.router.gate.weight"),
     ],
 )
-def test_a_checkpoint_of_a_different_model_is_refused(tmp_path: Path, overrides: dict[str, Any], says: str) -> None:
+def test_a_checkpoint_of_a_different_model_is_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
     run, _ = saved_run(tmp_path)
     small(**overrides).save_pretrained(run.model)
-    with pytest.raises(UserError, match=rf"step_00000000: is not a complete checkpoint of this run \({says}.*; choose"):
+    with pytest.raises(
+        UserError, match=rf"step_00000000: is not a complete checkpoint of this run \({message}.*; choose"
+    ):
         load_model(run)

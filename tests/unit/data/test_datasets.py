@@ -236,10 +236,10 @@ def test_a_read_only_cache_is_reported(corpus: TokenisedCorpus, tmp_path: Path) 
         train_of(settings(corpus, cache=str(tmp_path / "file" / "cache")), 5)
 
 
-def _build_on_rank(rank: int, store: Path, config: DataConfig, told: Any) -> None:
+def _build_on_rank(rank: int, store: Path, config: DataConfig, queue: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     train, valid = build_datasets(config, 1, 60, None)
-    told.put((rank, rows(train), {name: rows(part) for name, part in valid.items()}, train.data_order_hash))
+    queue.put((rank, rows(train), {name: rows(part) for name, part in valid.items()}, train.data_order_hash))
     dist.destroy_process_group()
 
 
@@ -247,11 +247,13 @@ def test_all_ranks_build_the_same_datasets_as_one_process(corpus: TokenisedCorpu
     both = [{"prefix": corpus.train, "weight": 2}, {"prefix": corpus.valid}]
     config = settings(corpus, train=both, valid=both, cache=str(tmp_path / "ranks"))
     context = get_context("fork")  # import before forking, so that each process does not import again
-    told: Any = context.SimpleQueue()
-    ranks = [context.Process(target=_build_on_rank, args=(rank, tmp_path / "store", config, told)) for rank in range(2)]
+    queue: Any = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_build_on_rank, args=(rank, tmp_path / "store", config, queue)) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
-    found = sorted(told.get() for _ in ranks)
+    found = sorted(queue.get() for _ in ranks)
     for process in ranks:
         process.join(timeout=60)
     train, valid = build_datasets(config.model_copy(update={"cache": str(tmp_path / "alone")}), 1, 60, None)
@@ -262,29 +264,29 @@ def test_all_ranks_build_the_same_datasets_as_one_process(corpus: TokenisedCorpu
 def test_a_rank_that_cannot_read_the_cache_is_reported(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     """Simulate a node whose disk lacks the files that rank 0 wrote."""
     context = get_context("fork")
-    told: Any = context.SimpleQueue()
+    queue: Any = context.SimpleQueue()
     store = tmp_path / "store"
     ranks = [
         context.Process(
-            target=_build_apart, args=(rank, store, settings(corpus, cache=str(tmp_path / str(rank))), told)
+            target=_build_apart, args=(rank, store, settings(corpus, cache=str(tmp_path / str(rank))), queue)
         )
         for rank in range(2)
     ]
     for process in ranks:
         process.start()
-    message = told.get()
+    message = queue.get()
     for process in ranks:
         process.kill()
     assert f"data.cache={tmp_path}/1: the indices cannot be written or read" in message
     assert "set data.cache to a folder that all nodes see" in message
 
 
-def _build_apart(rank: int, store: Path, config: DataConfig, told: Any) -> None:
+def _build_apart(rank: int, store: Path, config: DataConfig, queue: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
         build_datasets(config, 1, 60, None)
     except UserError as error:
-        told.put(str(error))
+        queue.put(str(error))
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -296,6 +298,6 @@ def wrapped(cause: Exception) -> Exception:
 
 @pytest.mark.parametrize("error", [MemoryError("bad_alloc"), wrapped(MemoryError("bad_alloc"))])
 def test_an_index_larger_than_memory_is_refused(error: Exception) -> None:
-    says = r"^train\.steps: the index of so many samples does not fit into memory"
-    with pytest.raises(UserError, match=says), _cache_errors("cache"):
+    message = r"^train\.steps: the index of so many samples does not fit into memory"
+    with pytest.raises(UserError, match=message), _cache_errors("cache"):
         raise error
