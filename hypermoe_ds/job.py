@@ -176,7 +176,7 @@ def build_validator(
     Raises:
         UserError: a prompt is empty or too long.
     """
-    named = zip(datasets, (read_metadata(source.prefix) for source in config.data.valid), strict=True)
+    named = zip(datasets, (read_metadata(dataset.prefix) for dataset in config.data.valid), strict=True)
     bytes_per_token = {name: metadata.bytes_per_token for name, metadata in named if metadata is not None}
 
     def each(batches: Batches, total: int) -> Batches:
@@ -228,6 +228,6 @@ def report_end(
     ended: Ended = "signal" if stopped else "finished" if state.step >= config.train.steps else "stop_at_step"
     run_dir, tokens = Path(config.run.dir), state.consumed_samples * config.data.sequence_length
     write_end(run_dir, state.step, ended)
-    data = next((source.prefix for source in config.data.valid), None)
+    data = next((dataset.prefix for dataset in config.data.valid), None)
     resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended)
     console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume), wrap=False)

@@ -18,7 +18,9 @@ def main() -> None:
         "--step", type=int, metavar="N", help="optimizer step of the checkpoint; the newest if left out"
     )
     parser.add_argument(
-        "--bake", action="store_true", help="write N adapters a layer in the place of the hypernetwork (K = 1 or route)"
+        "--bake",
+        action="store_true",
+        help="write N HyperExperts per layer instead of the hypernetwork (K = 1 or route)",
     )
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="precision to write; the run's if left out")
     parser.add_argument(

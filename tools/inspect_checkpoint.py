@@ -27,11 +27,11 @@ def main() -> None:
 
     check_step(arguments.step, paths)
     with ExitStack() as opened:
-        sources = [opened.enter_context(open_tensor_reader(path, arguments.step)) for path in paths]
-        pairs = [(sources[0], sources[1])] if len(sources) == 2 else []
-        elements = sum(map(elements_to_inspect, sources)) + sum(elements_to_compare(*pair) for pair in pairs)
+        readers = [opened.enter_context(open_tensor_reader(path, arguments.step)) for path in paths]
+        pairs = [(readers[0], readers[1])] if len(readers) == 2 else []
+        elements = sum(map(elements_to_inspect, readers)) + sum(elements_to_compare(*pair) for pair in pairs)
         with Progress("read", "elements", elements) as bar:
-            inspections = [inspect(source, bar.update) for source in sources]
+            inspections = [inspect(reader, bar.update) for reader in readers]
             differences = [compare(*pair, bar.update) for pair in pairs]
 
     for seen in inspections:

@@ -66,9 +66,11 @@ def main() -> None:
         answers = ask_hosts(hosts, asked, starter)
     print(table(answers), flush=True)
     passed = without_failing(hosts, check_hosts(answers, asked, needed_gib(config)), arguments.fit is not None)
-    links = measure_interconnect(passed, starter, *rendezvous(passed, os.environ), arguments.mebibytes)
-    print(interconnect_line(links, passed, arguments.mebibytes), flush=True)
-    passed = without_failing(passed, check_interconnect(links, passed, arguments.least), arguments.fit is not None)
+    interconnect = measure_interconnect(passed, starter, *rendezvous(passed, os.environ), arguments.mebibytes)
+    print(interconnect_line(interconnect, passed, arguments.mebibytes), flush=True)
+    passed = without_failing(
+        passed, check_interconnect(interconnect, passed, arguments.least), arguments.fit is not None
+    )
     if arguments.fit is not None:
         write_fit(arguments.fit, hosts, passed, config)
 
@@ -117,8 +119,8 @@ def environment_of(file: Path | None) -> dict[str, str]:
 
 def data_files(config: RunConfig) -> list[str]:
     """Return the paths of the token files and the tokenizer."""
-    sources = [*config.data.train, *config.data.valid]
-    return [f"{source.prefix}.{end}" for source in sources for end in ("idx", "bin")] + [config.data.tokenizer]
+    datasets = [*config.data.train, *config.data.valid]
+    return [f"{dataset.prefix}.{end}" for dataset in datasets for end in ("idx", "bin")] + [config.data.tokenizer]
 
 
 @contextmanager

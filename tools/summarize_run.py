@@ -31,7 +31,7 @@ def main() -> None:
     _, valid_sets = build_datasets(data, seed, 1, most)
     if not valid_sets:
         raise UserError(f"{folder.settings}: data.valid", "is empty", "add a validation dataset to the run")
-    counts = count_tokens([source.prefix for source in data.train], model.vocab_size)
+    counts = count_tokens([dataset.prefix for dataset in data.train], model.vocab_size)
     samples = sum(map(len, valid_sets.values()))  # all samples have the same length
     unigram = sum(unigram_loss(counts, valid_set) * len(valid_set) for valid_set in valid_sets.values()) / samples
 

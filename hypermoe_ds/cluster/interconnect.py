@@ -108,9 +108,9 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    links = measure(int(sys.argv[1]), device)
+    interconnect = measure(int(sys.argv[1]), device)
     if dist.get_rank() == 0:
-        print(INTERCONNECT + json.dumps(asdict(links)), flush=True)
+        print(INTERCONNECT + json.dumps(asdict(interconnect)), flush=True)
     dist.destroy_process_group()
 
 

@@ -283,23 +283,23 @@ def _output(process: subprocess.Popen[str]) -> str:
     return text
 
 
-def check_interconnect(links: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
+def check_interconnect(interconnect: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
     """Return the collectives with wrong results and the slow pairs of hosts.
 
     A pair is slow if it is below `least` or below a third of the median. It is attributed to whichever of its two hosts
     has more slow pairs.
 
     Args:
-        links: the measured interconnect.
+        interconnect: the measured interconnect.
         hosts: all hosts, by index.
         least: minimum bandwidth of each pair in GB/s.
     """
     failures = [
         Failure(None, UserError(exchange, "gave a wrong result", "check memory and network hardware"))
-        for exchange in sorted(set(links.wrong))
+        for exchange in sorted(set(interconnect.wrong))
     ]
-    usual = median([speed for *_, speed in links.pairs]) if links.pairs else 0.0
-    slow = [pair for pair in links.pairs if pair[2] < max(least, usual * _SLOW_SHARE)]
+    usual = median([speed for *_, speed in interconnect.pairs]) if interconnect.pairs else 0.0
+    slow = [pair for pair in interconnect.pairs if pair[2] < max(least, usual * _SLOW_SHARE)]
     count = Counter(host for pair in slow for host in pair[:2])
     for one, other, speed in slow:
         where = f"{hosts[one].name} - {hosts[other].name}"
@@ -361,11 +361,11 @@ def table(answers: Sequence[HostAnswer]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def interconnect_line(links: Interconnect, hosts: Sequence[Host], mebibytes: int) -> str:
+def interconnect_line(interconnect: Interconnect, hosts: Sequence[Host], mebibytes: int) -> str:
     """Format the measured bandwidths and the slowest pair in one line."""
-    parts = [f"all-reduce {_speed(links.all_reduce)}", f"all-to-all {_speed(links.all_to_all)}"]
-    if links.pairs:
-        one, other, speed = min(links.pairs, key=lambda pair: pair[2])
+    parts = [f"all-reduce {_speed(interconnect.all_reduce)}", f"all-to-all {_speed(interconnect.all_to_all)}"]
+    if interconnect.pairs:
+        one, other, speed = min(interconnect.pairs, key=lambda pair: pair[2])
         parts.append(f"slowest pair {hosts[one].name} - {hosts[other].name} {_speed(speed)}")
     return f"{mebibytes} MiB per rank: {', '.join(parts)}"
 

@@ -83,13 +83,15 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
     with ExitStack() as stack:
         made = _together(comm, lambda: stack.enter_context(scratch_path(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
-        source = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
-        _together(comm, source.encoder)  # loading takes seconds, which the speed does not include
+        tokenizer_file = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
+        _together(comm, tokenizer_file.encoder)  # loading takes seconds, which the speed does not include
         start = time.perf_counter()
         share = share_of(files, [path.stat().st_size for path in files], rank, comm.Get_size())
-        part = _together(comm, lambda: write_tokens(job, share, source, _part(scratch, rank), progress=rank == 0))
+        part = _together(
+            comm, lambda: write_tokens(job, share, tokenizer_file, _part(scratch, rank), progress=rank == 0)
+        )
         parts = comm.allgather(part)
-        written = _together(comm, lambda: _join(job, source, scratch, parts) if rank == 0 else None)
+        written = _together(comm, lambda: _join(job, tokenizer_file, scratch, parts) if rank == 0 else None)
     return written.summary(job.output, time.perf_counter() - start) if written is not None else None
 
 
@@ -122,13 +124,13 @@ def _part(scratch: Path, rank: int) -> Path:
     return scratch / f"part-{rank:05d}"
 
 
-def _join(job: Job, source: TokenizerFile, scratch: Path, parts: Sequence[Written]) -> Written:
+def _join(job: Job, tokenizer_file: TokenizerFile, scratch: Path, parts: Sequence[Written]) -> Written:
     """Join the parts of all ranks and publish the result."""
     from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (takes seconds: see Encoder)
 
     written = Written()
     with writing_to(job.path(".bin")):
-        builder = IndexedDatasetBuilder(str(scratch / "tokens.bin"), dtype=source.encoder().dtype)
+        builder = IndexedDatasetBuilder(str(scratch / "tokens.bin"), dtype=tokenizer_file.encoder().dtype)
         with builder.data_file:
             for rank, part in enumerate(parts):
                 written.tokens += part.tokens
@@ -136,7 +138,7 @@ def _join(job: Job, source: TokenizerFile, scratch: Path, parts: Sequence[Writte
                 if part.tokens:
                     builder.add_index(str(_part(scratch, rank)))
             builder.finalize(str(scratch / "tokens.idx"))
-    publish(job, source, written, scratch / "tokens")
+    publish(job, tokenizer_file, written, scratch / "tokens")
     return written
 
 

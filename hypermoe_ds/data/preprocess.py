@@ -107,12 +107,12 @@ def preprocess(job: Job) -> str:
             output exists.
     """
     files = check_job(job)
-    source = TokenizerFile.of(job.tokenizer)
-    source.encoder()  # loading takes seconds, which the speed does not include
+    tokenizer_file = TokenizerFile.of(job.tokenizer)
+    tokenizer_file.encoder()  # loading takes seconds, which the speed does not include
     start = time.perf_counter()
     with scratch_path(job.path(".bin")) as scratch:
-        written = write_tokens(job, files, source, scratch / "tokens", progress=True)
-        publish(job, source, written, scratch / "tokens")
+        written = write_tokens(job, files, tokenizer_file, scratch / "tokens", progress=True)
+        publish(job, tokenizer_file, written, scratch / "tokens")
     return written.summary(job.output, time.perf_counter() - start)
 
 
@@ -132,7 +132,9 @@ def check_job(job: Job) -> list[Path]:
     return expand_inputs(job.inputs)
 
 
-def write_tokens(job: Job, files: Sequence[Path], source: TokenizerFile, prefix: Path, progress: bool) -> Written:
+def write_tokens(
+    job: Job, files: Sequence[Path], tokenizer_file: TokenizerFile, prefix: Path, progress: bool
+) -> Written:
     """Tokenise `files` into `prefix`.bin and `prefix`.idx, with an end-of-sequence token after each document.
 
     Raises:
@@ -142,12 +144,12 @@ def write_tokens(job: Job, files: Sequence[Path], source: TokenizerFile, prefix:
 
     written = Written()
     documents = read_documents(files, written.report, job.text_field, job.strict)
-    encoder, start = source.encoder(), time.perf_counter()
+    encoder, start = tokenizer_file.encoder(), time.perf_counter()
     shown = Progress("tokenise", "documents", note=lambda: written.speed(time.perf_counter() - start))
     with writing_to(prefix), shown if progress else nullcontext() as bar:
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=encoder.dtype)
         with builder.data_file:
-            for tokens in _tokenise(documents, source, job.workers):
+            for tokens in _tokenise(documents, tokenizer_file, job.workers):
                 builder.add_document(tokens, [len(tokens)])
                 written.tokens += len(tokens)
                 if bar is not None:
@@ -156,20 +158,20 @@ def write_tokens(job: Job, files: Sequence[Path], source: TokenizerFile, prefix:
     return written
 
 
-def publish(job: Job, source: TokenizerFile, written: Written, prefix: Path) -> None:
+def publish(job: Job, tokenizer_file: TokenizerFile, written: Written, prefix: Path) -> None:
     """Add the metadata to the finished files at `prefix` and move them to the output.
 
     Raises:
         UserError: there is no document, or the output cannot be written.
     """
     written.report.require_documents(job.text_field)
-    encoder = source.encoder()
+    encoder = tokenizer_file.encoder()
     metadata = Metadata(
         vocab_size=encoder.vocab_size,
         eos_id=encoder.eos_id,
-        tokenizer=source.folder,
-        tokenizer_file=source.file,
-        tokenizer_sha256=source.sha256,
+        tokenizer=tokenizer_file.folder,
+        tokenizer_file=tokenizer_file.file,
+        tokenizer_sha256=tokenizer_file.sha256,
         documents=written.report.documents,
         tokens=written.tokens,
         text_bytes=written.report.text_bytes,
@@ -184,9 +186,9 @@ def publish(job: Job, source: TokenizerFile, written: Written, prefix: Path) -> 
             Path(f"{prefix}{suffix}").replace(job.path(suffix))
 
 
-def _tokenise(documents: Iterator[str], source: TokenizerFile, workers: int) -> Iterator[Tokens]:
+def _tokenise(documents: Iterator[str], tokenizer_file: TokenizerFile, workers: int) -> Iterator[Tokens]:
     """Yield the tokens of each document, in order."""
-    encoder = source.encoder()
+    encoder = tokenizer_file.encoder()
     if workers == 1:
         yield from map(encoder.encode, documents)
         return
@@ -194,7 +196,7 @@ def _tokenise(documents: Iterator[str], source: TokenizerFile, workers: int) -> 
     # The terminal sends Ctrl-C to the workers too, but only this process handles it.
     pool = ProcessPoolExecutor(workers, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        for batch in _in_order(pool, documents, source, workers * _BATCHES_AHEAD):
+        for batch in _in_order(pool, documents, tokenizer_file, workers * _BATCHES_AHEAD):
             yield from batch
     except BrokenProcessPool:
         remedy = "start fewer workers if memory ran out"
@@ -204,12 +206,12 @@ def _tokenise(documents: Iterator[str], source: TokenizerFile, workers: int) -> 
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, documents: Iterator[str], source: TokenizerFile, ahead: int
+    pool: ProcessPoolExecutor, documents: Iterator[str], tokenizer_file: TokenizerFile, ahead: int
 ) -> Iterator[list[Tokens]]:
     """Yield the tokens of batches of documents, in order, with at most `ahead` batches in progress."""
     pending: deque[Future[list[Tokens]]] = deque()
     while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-        pending.append(pool.submit(encode_batch, source.folder, source.sha256, batch))
+        pending.append(pool.submit(encode_batch, tokenizer_file.folder, tokenizer_file.sha256, batch))
         if len(pending) == ahead:
             yield pending.popleft().result()
     while pending:

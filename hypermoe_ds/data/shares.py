@@ -24,14 +24,14 @@ class DatasetShare:
     epochs: float
 
 
-def dataset_shares(sources: Sequence[DatasetConfig], trained_tokens: int) -> list[DatasetShare]:
+def dataset_shares(datasets: Sequence[DatasetConfig], trained_tokens: int) -> list[DatasetShare]:
     """Return the share of each dataset in a run of `trained_tokens` tokens.
 
     Raises:
         UserError: a token file is missing or truncated.
     """
-    tokens = [inspect(source.prefix).tokens for source in sources]
-    return shares(dataset_names(sources), tokens, [source.weight for source in sources], trained_tokens)
+    tokens = [inspect(dataset.prefix).tokens for dataset in datasets]
+    return shares(dataset_names(datasets), tokens, [dataset.weight for dataset in datasets], trained_tokens)
 
 
 def shares(

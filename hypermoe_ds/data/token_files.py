@@ -85,8 +85,8 @@ def check_files(config: DataConfig) -> None:
         UserError: one is missing; the first one is named.
     """
     vocabulary_file(config.tokenizer)
-    for source in [*config.train, *config.valid]:
-        _paths(source.prefix)
+    for dataset in [*config.train, *config.valid]:
+        _paths(dataset.prefix)
 
 
 def _paths(prefix: str) -> tuple[Path, Path]:

@@ -32,18 +32,18 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     return baked
 
 
-def bake_weights(source: WeightLoader) -> LazyWeights:
+def bake_weights(loader: WeightLoader) -> LazyWeights:
     """Return the tensors of the baked model, keeping the HyperExperts of only one layer in memory.
 
     Raises:
         UserError: the model has no hypernetwork, or more HyperExperts than experts per layer.
     """
-    config = _baked_config(source.config)
-    generators = meta_model(source.config)
+    config = _baked_config(loader.config)
+    generators = meta_model(loader.config)
 
     def load(part: nn.Module, prefix: str) -> None:
         names = part.state_dict()
-        part.load_state_dict({name: source.read(f"{prefix}.{name}") for name in names}, assign=True)
+        part.load_state_dict({name: loader.read(f"{prefix}.{name}") for name in names}, assign=True)
 
     @lru_cache(maxsize=1)
     def hypernetwork() -> nn.Module:
@@ -57,7 +57,7 @@ def bake_weights(source: WeightLoader) -> LazyWeights:
         assert isinstance(module, HyperExperts)
         load(module, f"model.layers.{layer}.hyper_experts")
         with torch.no_grad():
-            encoded = module.encode_all(source.config.hyper_set_size, module.encoder.expert_embedding.weight.device)
+            encoded = module.encode_all(loader.config.hyper_set_size, module.encoder.expert_embedding.weight.device)
             layers = torch.full((len(encoded),), module.layer_index, device=encoded.device)
             generated: dict[str, Tensor] = hypernetwork()(encoded, layers)._asdict()
         module.to("meta")
@@ -70,8 +70,8 @@ def bake_weights(source: WeightLoader) -> LazyWeights:
     for name in state_dict_shapes(config):
         block, _, part = name.rpartition(".hyper_experts.")
         layer = block.removeprefix("model.layers.")
-        readers[name] = partial(hyper_expert, int(layer), part) if block else partial(source.read, name)
-    return LazyWeights(config, source.dtype, readers)
+        readers[name] = partial(hyper_expert, int(layer), part) if block else partial(loader.read, name)
+    return LazyWeights(config, loader.dtype, readers)
 
 
 def _baked_config(config: HyperMoEConfig) -> HyperMoEConfig:

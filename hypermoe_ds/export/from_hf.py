@@ -80,8 +80,8 @@ def open_folder(
     checked_shapes(folder, config, taken.files.shapes)
     readers = _readers(taken, config, upcycling, _MIXTRAL if kind == "mixtral" else _OTHERS)
     taken.refuse_unused(config)
-    fresh = init_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
-    readers |= {name: partial(fresh.__getitem__, name) for name in fresh}
+    initialised = init_hyper_experts(config, upcycling.seed if upcycling is not None else seed)
+    readers |= {name: partial(initialised.__getitem__, name) for name in initialised}
     return LazyWeights(config, taken.files.dtype, readers)
 
 

@@ -32,7 +32,7 @@ _TOKENS_TO_CHECK = 16
 
 
 def export(
-    source: WeightLoader,
+    loader: WeightLoader,
     tokenizer: Path,
     output: Path,
     shard_bytes: int,
@@ -46,11 +46,11 @@ def export(
     tensors of one weight file or, in the comparison, one layer of the model.
 
     Args:
-        source: tensors of the model, in the precision to write.
+        loader: tensors of the model, in the precision to write.
         tokenizer: folder of the model's tokenizer.
         output: folder to create.
         shard_bytes: maximum size of a file with more than one tensor.
-        same_function: model whose logits the folder must reproduce up to rounding; None requires bitwise the source's
+        same_function: model whose logits the folder must reproduce up to rounding; None requires bitwise the loader's
             logits.
         add: function that writes more files to the folder, such as a model card.
         chat_template: file with a Jinja chat template; None keeps the tokenizer's own.
@@ -61,16 +61,16 @@ def export(
         RuntimeError: the folder differs from the source when it is read back; it is deleted.
     """
     check_output(output)
-    model = _with_tokens_of(tokenizer, meta_model(source.config).to(source.dtype))
-    needed = sum(shape.numel() for shape in source.shapes.values()) * source.dtype.itemsize
+    model = _with_tokens_of(tokenizer, meta_model(loader.config).to(loader.dtype))
+    needed = sum(shape.numel() for shape in loader.shapes.values()) * loader.dtype.itemsize
     with scratch_path(output) as scratch:
         check_room(output, scratch, needed)
         folder = scratch / output.name
         write_tokenizer(tokenizer, folder, chat_template)
         _write_config_and_code(model, folder)
-        _write_weights(source, model, folder, shard_bytes)
-        _compare_tensors(source, folder)
-        _compare_logits(source, folder, same_function)
+        _write_weights(loader, model, folder, shard_bytes)
+        _compare_tensors(loader, folder)
+        _compare_logits(loader, folder, same_function)
         if add is not None:
             add(folder)
         if output.exists():
@@ -160,15 +160,15 @@ def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _write_weights(source: WeightLoader, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
+def _write_weights(loader: WeightLoader, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
     """Write the weight files, split and named as Transformers does, with an index if there are several."""
-    empty = {name: torch.empty(shape, dtype=source.dtype, device="meta") for name, shape in source.shapes.items()}
+    empty = {name: torch.empty(shape, dtype=loader.dtype, device="meta") for name, shape in loader.shapes.items()}
     split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
     with Progress("write", "tensors", len(empty)) as shown:
         for file, names in split.filename_to_tensors.items():
             tensors = {}
             for name in names:
-                tensors[name] = source.read(name).cpu().contiguous()
+                tensors[name] = loader.read(name).cpu().contiguous()
                 shown.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors makes them private to the user
@@ -186,28 +186,28 @@ def read_back(folder: Path) -> LazyWeights:
     return LazyWeights(config, files.dtype, {name: partial(files.read, name) for name in files.shapes})
 
 
-def _compare_tensors(source: WeightLoader, folder: Path) -> None:
+def _compare_tensors(loader: WeightLoader, folder: Path) -> None:
     """Compare all tensors bitwise, including NaN."""
     back = read_back(folder)
-    if back.readers.keys() != source.shapes.keys():
+    if back.readers.keys() != loader.shapes.keys():
         raise RuntimeError(f"{folder} has other tensors than were written")
-    for name in progress(source.shapes, "compare", "tensors", len(source.shapes)):
-        if not _same_bits(back.read(name), source.read(name).cpu()):
+    for name in progress(loader.shapes, "compare", "tensors", len(loader.shapes)):
+        if not _same_bits(back.read(name), loader.read(name).cpu()):
             raise RuntimeError(f"{name} does not read back as it was written")
 
 
-def _compare_logits(source: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
+def _compare_logits(loader: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
     """Compare the logits of a few tokens: bitwise, or up to rounding if `same_function` is given."""
-    ids_BS = torch.randint(source.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
+    ids_BS = torch.randint(loader.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
     if not found.isfinite().all():
         raise UserError("the model", "gives logits that are NaN or Inf", "see tools/inspect_checkpoint.py")
-    expected = streamed_logits(source if same_function is None else same_function, ids_BS)
+    expected = streamed_logits(loader if same_function is None else same_function, ids_BS)
     if same_function is None:
         is_same = _same_bits(found, expected)
     else:
         # Baked HyperExperts are rounded to the folder's precision, which may change which experts are selected.
-        tolerance = 1e-4 if source.dtype == torch.float32 else 0.1
+        tolerance = 1e-4 if loader.dtype == torch.float32 else 0.1
         is_same = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
     if not is_same:
         raise RuntimeError(f"{folder} does not give the logits of the model that was written")

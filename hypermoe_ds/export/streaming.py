@@ -9,12 +9,12 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
 @torch.no_grad()
-def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
+def streamed_logits(loader: WeightLoader, ids_BS: Tensor) -> Tensor:
     """Return logits_BSV of a model, computed with its own code.
 
     Only one layer, the hypernetwork and the selection encoders are in memory at a time.
     """
-    model = meta_model(source.config).to(source.dtype)
+    model = meta_model(loader.config).to(loader.dtype)
     names = {id(module): name for name, module in model.named_modules()}
 
     def load(module: nn.Module, *_: object) -> None:
@@ -22,7 +22,7 @@ def streamed_logits(source: WeightLoader, ids_BS: Tensor) -> Tensor:
         for name in module.state_dict():
             whole = f"{names[id(module)]}.{name}"
             # A tied output projection has no tensor: it shares the embedding's.
-            tensors[name] = source.read(whole if whole in source.shapes else "model.embed_tokens.weight")
+            tensors[name] = loader.read(whole if whole in loader.shapes else "model.embed_tokens.weight")
         module.load_state_dict(tensors, assign=True)
 
     def unload(module: nn.Module, *_: object) -> None:

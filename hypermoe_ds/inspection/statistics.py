@@ -143,27 +143,27 @@ class Inspection:
         }
 
 
-def inspect(source: TensorReader, progress: Progress = lambda _: None) -> Inspection:
+def inspect(reader: TensorReader, progress: Progress = lambda _: None) -> Inspection:
     """Compute the statistics of a folder, reading a few MiB at a time; expert weights are read twice."""
     tensors = {
-        kind: {name: measure(source, name, kind, progress) for name in sorted(source.shapes)} for kind in source.kinds
+        kind: {name: measure(reader, name, kind, progress) for name in sorted(reader.shapes)} for kind in reader.kinds
     }
-    blocks = expert_blocks(source.shapes).items()
-    return Inspection(source.provenance, tensors, [compare_experts(source, *block, progress) for block in blocks])
+    blocks = expert_blocks(reader.shapes).items()
+    return Inspection(reader.provenance, tensors, [compare_experts(reader, *block, progress) for block in blocks])
 
 
-def elements_to_inspect(source: TensorReader) -> int:
+def elements_to_inspect(reader: TensorReader) -> int:
     """Return the number of elements that `inspect` reads."""
-    elements = {name: prod(shape) for name, shape in source.shapes.items()}
-    stacks = [name for names in expert_blocks(source.shapes).values() for name in names]
-    return len(source.kinds) * sum(elements.values()) + sum(elements[name] for name in stacks)
+    elements = {name: prod(shape) for name, shape in reader.shapes.items()}
+    stacks = [name for names in expert_blocks(reader.shapes).values() for name in names]
+    return len(reader.kinds) * sum(elements.values()) + sum(elements[name] for name in stacks)
 
 
-def measure(source: TensorReader, name: str, kind: str, progress: Progress) -> Measured:
+def measure(reader: TensorReader, name: str, kind: str, progress: Progress) -> Measured:
     """Compute the statistics of a parameter or one of its moments."""
-    elements, square, nan, inf = prod(source.shapes[name]), 0.0, 0, 0
+    elements, square, nan, inf = prod(reader.shapes[name]), 0.0, 0, 0
     for start, stop in ranges(elements):
-        values = source.read_range(name, start, stop, kind)
+        values = reader.read_range(name, start, stop, kind)
         norm = norm_of(values)
         if not math.isfinite(norm):
             nan += int(values.isnan().sum())
@@ -190,22 +190,22 @@ def expert_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]
     return blocks
 
 
-def compare_experts(source: TensorReader, block: str, stacks: list[str], progress: Progress) -> Similarity:
+def compare_experts(reader: TensorReader, block: str, stacks: list[str], progress: Progress) -> Similarity:
     """Compute the cosine between the flattened weights of each pair of experts.
 
     Inner products are accumulated range by range over all experts at once, so each weight is read only once.
 
     Args:
-        source: reader of the folder.
+        reader: reader of the folder.
         block: name of the MoE block.
         stacks: names of its expert weights, each [N, ...].
         progress: called with the number of elements read.
     """
-    N = source.shapes[stacks[0]][0]
+    N = reader.shapes[stacks[0]][0]
     gram_NN = torch.zeros(N, N, dtype=torch.float64)
     for name in stacks:
-        elements = prod(source.shapes[name]) // N
-        for part_Nc in _parts_of_experts(source, name, N, elements):
+        elements = prod(reader.shapes[name]) // N
+        for part_Nc in _parts_of_experts(reader, name, N, elements):
             gram_NN += (part_Nc @ part_Nc.T).double()
             progress(part_Nc.numel())
     norm_N = gram_NN.diagonal().sqrt()
@@ -225,10 +225,10 @@ def _together(parts: list[Measured]) -> Measured:
     )
 
 
-def _parts_of_experts(source: TensorReader, name: str, N: int, elements: int) -> Iterator[Tensor]:
+def _parts_of_experts(reader: TensorReader, name: str, N: int, elements: int) -> Iterator[Tensor]:
     """Yield the weights of all experts, [N, c], range by range."""
     for start, stop in ranges(elements, max(1, 2**20 // N)):
-        yield torch.stack([source.read_range(name, n * elements + start, n * elements + stop) for n in range(N)])
+        yield torch.stack([reader.read_range(name, n * elements + start, n * elements + stop) for n in range(N)])
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:

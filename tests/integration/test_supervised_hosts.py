@@ -199,8 +199,8 @@ def assert_same_losses(job: SupervisedJob, expected: Path) -> None:
     assert_same_until_a_tie(list(found), list(there), routing, 1e-5)
 
 
-def outcomes(tries: list[dict[str, Any]]) -> list[str]:
-    return [entry["outcome"] for entry in tries]
+def outcomes(attempts: list[dict[str, Any]]) -> list[str]:
+    return [entry["outcome"] for entry in attempts]
 
 
 def work_lost(job: SupervisedJob) -> list[int]:
@@ -217,10 +217,10 @@ def test_a_killed_rank_on_the_second_host_costs_less_than_a_checkpoint_interval(
     with supervised(hosts, tmp_path, recipe) as job:
         job.reaches(12)
         job.on("right", "kill", "-KILL", job.rank_on("right"))
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left", "right")
-    assert outcomes(tries) == ["lost", "done"]
-    assert "rank 1 (process " in tries[0]["what"]
+    assert outcomes(attempts) == ["lost", "done"]
+    assert "rank 1 (process " in attempts[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_steps(job, undisturbed(STEPS))
 
@@ -231,9 +231,9 @@ def test_after_a_power_failure_of_a_host_the_run_continues_without_it(
     with supervised(hosts, tmp_path, recipe, STEADY, recorded=True) as job:
         job.reaches(12)
         hosts.crash("right")
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left")
-    assert outcomes(tries) == ["lost", "done"]
+    assert outcomes(attempts) == ["lost", "done"]
     assert "1 of 2 hosts can train: left parallel.expert=1" in job.output()
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_losses(job, undisturbed(STEPS, STEADY))
@@ -247,9 +247,9 @@ def test_after_a_killed_launcher_on_the_second_host_the_job_saves_and_restarts(
         job.reaches(12)
         launcher = job.on("right", "ps", "-o", "ppid=", "-p", job.rank_on("right"))
         job.on("right", "kill", "-KILL", launcher)
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left", "right")
-    assert outcomes(tries) == ["saved", "done"]
+    assert outcomes(attempts) == ["saved", "done"]
     assert work_lost(job)[0] == 0
     assert_same_steps(job, undisturbed(STEPS))
 
@@ -265,10 +265,10 @@ def test_a_network_outage_is_tolerated_up_to_the_timeout_and_excludes_the_host_a
         cut = time.monotonic()
         job.until(lambda: time.monotonic() - cut > seconds or job.step() == STEPS)
         hosts.mend("right")
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left", "right")
     short = seconds < TIMEOUT
-    assert outcomes(tries) == (["done"] if short else ["lost", "done"])
+    assert outcomes(attempts) == (["done"] if short else ["lost", "done"])
     assert short or max(work_lost(job)) <= INTERVAL + 1
     (assert_same_steps if short else assert_same_losses)(job, undisturbed(STEPS, STEADY))
 
@@ -284,9 +284,9 @@ def test_a_signal_to_one_rank_or_to_the_launcher_saves_and_restarts(
         if to == "launcher":  # the deepspeed command, which ends the job on all hosts
             process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed --force_multi"))
         job.on("right" if to == "rank" else "left", "kill", "-TERM", process)
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left", "right")
-    assert outcomes(tries) == ["saved", "done"]
+    assert outcomes(attempts) == ["saved", "done"]
     assert work_lost(job)[0] == 0
     assert_same_steps(job, undisturbed(STEPS))
 
@@ -299,11 +299,11 @@ def test_a_stopped_rank_is_killed_with_the_job(
         job.reaches(12)
         job.on("right", "kill", "-STOP", job.rank_on("right"))
         stopped = time.monotonic()
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left", "right")
-        assert tries[0]["began"] + tries[0]["seconds"] - time.time() + time.monotonic() - stopped < 3 * TIMEOUT
-    assert outcomes(tries) == ["lost", "done"]
-    assert "on right) sends no heartbeat" in tries[0]["what"]
+        assert attempts[0]["began"] + attempts[0]["seconds"] - time.time() + time.monotonic() - stopped < 3 * TIMEOUT
+    assert outcomes(attempts) == ["lost", "done"]
+    assert "on right) sends no heartbeat" in attempts[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_steps(job, undisturbed(STEPS))
 
@@ -340,10 +340,10 @@ def test_a_job_continues_after_a_full_disk_is_freed(
         if until == "the job has ended":
             job.until(lambda: "supervisor: no host can train" in job.output())
         ballast.unlink()
-        tries = job.ends()
+        attempts = job.ends()
         assert_same_steps(job, undisturbed(STEPS))
-        assert outcomes(tries)[-1] == "done"
-        assert len(tries) == 2
+        assert outcomes(attempts)[-1] == "done"
+        assert len(attempts) == 2
         assert max(work_lost(job)) <= INTERVAL + 1
 
 
@@ -358,9 +358,9 @@ def test_a_host_that_lost_the_run_folder_is_excluded(
     with supervised(hosts, tmp_path, recipe, STEADY, seen="storage", recorded=True) as job:
         job.reaches(12)
         job.on("right", "umount", "--lazy", "run")
-        tries = job.ends()
-    assert outcomes(tries) == ["error", "done"]
-    assert "is no longer the folder in which the run began, on right" in tries[0]["what"]
+        attempts = job.ends()
+    assert outcomes(attempts) == ["error", "done"]
+    assert "is no longer the folder in which the run began, on right" in attempts[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_losses(job, undisturbed(STEPS, STEADY))
 
@@ -370,8 +370,8 @@ def test_a_nan_in_one_gradient_skips_the_step_and_training_continues(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe, fault="nan:1:4") as job:
-        tries = job.ends()
-    assert outcomes(tries) == ["done"]
+        attempts = job.ends()
+    assert outcomes(attempts) == ["done"]
     assert "warning: step 4 skipped: NaN or Inf in its loss (" in job.output()
     found = logged_steps(job.run)
     assert (found[3]["skipped_steps"], found[-1]["skipped_steps"]) == (1, 1)
@@ -384,9 +384,9 @@ def test_a_flipped_bit_in_one_replica_is_reported_and_the_job_restarts(
     hosts: TwoHosts, recipe: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     with supervised(hosts, tmp_path, recipe, "train.consistency_interval=1", fault="flip:1:12") as job:
-        tries = job.ends()
-    assert outcomes(tries) == ["error", "done"]
-    assert f"the copies of {PARAMETER} differ after step 12: ranks 0, 1 disagree" in tries[0]["what"]
+        attempts = job.ends()
+    assert outcomes(attempts) == ["error", "done"]
+    assert f"the copies of {PARAMETER} differ after step 12: ranks 0, 1 disagree" in attempts[0]["what"]
     assert max(work_lost(job)) <= INTERVAL + 1
     assert_same_steps(job, undisturbed(STEPS))
 
@@ -403,9 +403,9 @@ def test_twenty_kills_at_random_times_change_no_result(
             time.sleep(moments.uniform(0, 4))
             victim = moments.choice(list(job.heartbeats().values()))
             job.on(victim.host, "kill", "-KILL", victim.process)
-        tries = job.ends()
+        attempts = job.ends()
         assert job.has_ended_on("left", "right")
-    assert outcomes(tries) == ["lost"] * kills + ["done"]
+    assert outcomes(attempts) == ["lost"] * kills + ["done"]
     assert_same_steps(job, undisturbed(steps))
 
 
