@@ -50,8 +50,8 @@ def export(
         tokenizer: folder of the model's tokenizer.
         output: folder to create.
         shard_bytes: maximum size of a file with more than one tensor.
-        same_function: model whose logits the folder must reproduce up to rounding; None requires bitwise those of the loader
-            logits.
+        same_function: model whose logits the folder must reproduce up to rounding; None requires the logits of `loader`
+            bitwise.
         add: function that writes more files to the folder, such as a model card.
         chat_template: file with a Jinja chat template; None keeps the tokenizer's own.
 
