@@ -137,7 +137,7 @@ def check_room(output: Path, folder: Path, needed: int) -> None:
         needed: size of the output in bytes.
 
     Raises:
-        UserError: the free space is smaller.
+        UserError: there is too little free space.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -57,7 +57,7 @@ def signal_when_parent_ends(number: signal.Signals) -> None:
 
 
 def _wait_for_local_rank_zero(seconds: float) -> None:
-    """Wait until the launcher ends this rank, so that one host prints one line.
+    """Wait until the launcher ends this rank, so that each host prints only one line.
 
     If this rank exited first, the launcher would kill local rank 0 before it printed the error. If no
     signal arrives in that time, only this rank has the error, and it prints the error itself.

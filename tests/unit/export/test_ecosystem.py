@@ -53,7 +53,7 @@ print(json.dumps({
 
 
 def run_script(folder: Path, preimport: str | None, trust: bool | None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run SCRIPT. This package can be imported only if `preimport`, a module to import first, is given."""
+    """Run SCRIPT. The code can import this package only if `preimport` names a module to import first."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment = inherited | {"HF_HOME": str(cwd / "home"), "HF_HUB_OFFLINE": "1"}
     absent = "" if preimport else "import sys\nsys.modules['hypermoe_ds'] = None\n"  # even if it is installed
