@@ -86,7 +86,10 @@ class Validator:
         return evaluate(self._engine, self._each(batches, total), self._engine.device)
 
     def _continue(self, ids: list[int]) -> str:
-        """Continue a prompt greedily. All ranks run the same forward passes, because each pass is collective under expert parallelism."""
+        """Continue a prompt greedily.
+
+        All ranks run the same forward passes, because each pass is collective under expert parallelism.
+        """
         tokens = continue_greedily(self._engine, ids, self._prompt_tokens, self._engine.device)
         end = self._tokenizer.eos_token_id
         kept = tokens[: tokens.index(end)] if end in tokens else tokens
