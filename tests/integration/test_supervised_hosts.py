@@ -282,7 +282,7 @@ def test_a_signal_to_one_rank_or_to_the_launcher_saves_and_restarts(
         job.reaches(12)
         process = job.rank_on("right")
         if to == "launcher":  # the deepspeed command, which ends the job on all hosts
-            process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed --force_multi"))
+            process = int(job.on("left", "pgrep", "-f", "^[^ ]*python[^ ]* [^ ]*/deepspeed .*--force_multi"))
         job.on("right" if to == "rank" else "left", "kill", "-TERM", process)
         attempts = job.ends()
         assert job.has_ended_on("left", "right")
