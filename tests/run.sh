@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up the environment and run every check: linters, types, scripts, tests. A failing check does not stop the others.
+# Set up the environment, then run the linters, the type checker and the tests. If a check fails, the others still run.
 #
 #   bash tests/run.sh [PYTEST ARGUMENT ...]     e.g. tests/unit, -k routing, -m slow
 set -uo pipefail
@@ -9,13 +9,13 @@ bash launch/setup.sh dev mpi || exit 1
 venv=${HYPERMOE_VENV:-$PWD/.venv}
 PATH=$(cd "$venv/bin" && pwd):$PATH
 export PATH
-export OMP_NUM_THREADS=1 # the ranks share the cores
+export OMP_NUM_THREADS=1 # the ranks of a test share the CPU cores
 export HF_HUB_OFFLINE=1  # no test needs the network
 [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]] || export DS_ACCELERATOR=cpu
 
 failed=()
 
-# check NAME COMMAND...: run one check, print its time and result, and remember a failure.
+# check NAME COMMAND...: run one check, print its result and duration, and record a failure.
 check() {
     local name=$1 started=$SECONDS
     shift
@@ -46,7 +46,7 @@ check "mypy" mypy
 check "bash -n" parse_scripts
 check "shellcheck" shellcheck "${scripts[@]}"
 check "hadolint" hadolint Dockerfile
-check "pytest" python -m pytest "$@" # last, so that its summary ends the output
+check "pytest" python -m pytest "$@" # last, so that the output ends with the test summary
 
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2

@@ -38,7 +38,7 @@ from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
 from hypermoe_ds.training.loop import StepObserver, optimizer_step
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
-from tests.helpers.routing import StepRouting, of_all_ranks, routing_of
+from tests.helpers.routing import StepRouting, gather_routing, routing_of
 
 
 def train_config(layout: Layout, steps: int = STEPS) -> TrainConfig:
@@ -92,7 +92,7 @@ class Watcher(StepObserver):
 
     def read_routing(self) -> StepRouting:
         """Return the routing of the last step over all ranks (collective)."""
-        routing = of_all_ranks(self._routing)
+        routing = gather_routing(self._routing)
         self._routing.clear()
         return routing
 

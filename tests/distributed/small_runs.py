@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import GeneratorHead
-from tests.helpers.routing import StepRouting, joined, routing_of
+from tests.helpers.routing import StepRouting, concatenate, routing_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -173,7 +173,7 @@ def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> SerialRun:
         run.aux_losses.append(torch.stack([output.aux_loss for output in outputs]).mean().item())
         run.grad_norms.append(_clip(network))
         _note_routing(run, outputs, network.config.num_experts)
-        run.routing.append(joined([routing_of(output) for output in outputs]))
+        run.routing.append(concatenate([routing_of(output) for output in outputs]))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - (1 - LAST_RATE) * number / (STEPS - 1))
         optimizer.step()

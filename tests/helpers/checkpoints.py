@@ -1,4 +1,4 @@
-"""Write checkpoints and run folders of given models, without training."""
+"""Write checkpoints and run folders for a given model, without training."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _SMALL = {
 
 
 def training_weights(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
-    """Return the model's parameters under the names of the training model, which does not fuse expert projections."""
+    """Return the parameters under their names in training, where `gate_up_proj` is split into `w1` and `w3`."""
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         block, _, last = name.rpartition(".")
@@ -45,11 +45,11 @@ def training_weights(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def write_cut_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool, step: int = 7) -> dict[str, Tensor]:
-    """Write a checkpoint as a run on two ranks would: every tensor with more than one element is split over two files.
+def write_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool, step: int = 7) -> dict[str, Tensor]:
+    """Write a checkpoint as a run on two ranks would: each tensor with three or more elements is split over two shards.
 
     Returns:
-        The tensors by `KIND/NAME`. The moments are the weights times 2 and 3.
+        The written tensors, keyed by `KIND/NAME`. `exp_avg` is twice the weight, and `exp_avg_sq` three times.
     """
     kinds = {"weight": 1.0, **dict(zip(MOMENTS, (2.0, 3.0), strict=True))} if moments else {"weight": 1.0}
     entries: dict[str, TensorEntry] = {}
@@ -71,15 +71,15 @@ def write_cut_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool
 
 
 def write_run(folder: Path, model: HyperMoEForCausalLM, steps: dict[int, dict[str, Tensor]]) -> Path:
-    """Write a run folder with one checkpoint per step."""
+    """Write a run folder with one checkpoint for each entry of `steps`, and return its path."""
     model.config.save_pretrained(folder / "resolved" / "model")
     for step, weights in steps.items():
-        write_cut_checkpoint(folder / "checkpoints" / step_name(step), weights, moments=True, step=step)
+        write_checkpoint(folder / "checkpoints" / step_name(step), weights, moments=True, step=step)
     (folder / "checkpoints" / "latest").write_text(step_name(max(steps)))
     return folder
 
 
 def small_model(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
-    """Build a small model with one dense layer, two MoE layers and a shared expert."""
+    """Build a small HyperMoE model with one dense layer, two MoE layers and a shared expert."""
     torch.manual_seed(seed)
     return HyperMoEForCausalLM(HyperMoEConfig(**{**_SMALL, **overrides})).eval()

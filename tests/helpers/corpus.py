@@ -1,4 +1,4 @@
-"""Make a small corpus of real text from the source files of Python's standard library."""
+"""Build a small text corpus from the source files of Python's standard library."""
 
 import json
 import sysconfig
@@ -25,10 +25,10 @@ class TokenisedCorpus:
     """Paths of a small corpus, its tokenizer and its token files.
 
     Attributes:
-        texts: text files in order, one document each.
+        texts: text files with one document each.
         tokenizer: tokenizer folder.
-        train: prefix of the token files of all texts except the last four.
-        valid: prefix of the token files of the last four texts.
+        train: path prefix of the training token files, with all texts except the last four.
+        valid: path prefix of the validation token files, with the last four texts.
     """
 
     texts: list[Path]
@@ -38,19 +38,19 @@ class TokenisedCorpus:
 
 
 def stdlib_texts(count: int = len(_MODULES)) -> list[Path]:
-    """Return the paths of the first `count` source files."""
+    """Return the paths of the first `count` source files of the corpus."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [folder / f"{name}.py" for name in _MODULES[:count]]
 
 
 def write_jsonl(path: Path, texts: list[str], text_field: str = "text") -> Path:
-    """Write one JSON object per line and return the path."""
+    """Write a JSONL file with one object per text, and return its path."""
     path.write_text("".join(json.dumps({text_field: text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
 def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
-    """Train a tokenizer on the corpus and tokenise the corpus into `folder`. This takes a few seconds."""
+    """Train a tokenizer on the corpus and write it and the token files to `folder`. This takes a few seconds."""
     texts = stdlib_texts()
     corpus = TokenisedCorpus(texts, folder / "tokenizer", str(folder / "train"), str(folder / "valid"))
     train_tokenizer(texts, vocab_size, corpus.tokenizer)
@@ -60,7 +60,13 @@ def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
 
 
 def write_token_files(prefix: str, documents: list[list[int]], large: bool = False) -> None:
-    """Write token files of the given documents, without metadata. `large` stores int32 instead of uint16."""
+    """Write the `.bin` and `.idx` files of documents, given as token ids, without the metadata file `.json`.
+
+    Args:
+        prefix: path of the files without the suffix.
+        documents: token ids of each document.
+        large: store the ids as int32 instead of uint16.
+    """
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32 if large else np.uint16)
     for document in documents:
         builder.add_document(document, [len(document)])

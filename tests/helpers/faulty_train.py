@@ -1,7 +1,7 @@
-"""Run pretrain/train.py with an injected fault, given by HYPERMOE_FAULT=KIND:RANK:STEP:MARKER.
+"""Run pretrain/train.py and inject the fault that HYPERMOE_FAULT=KIND:RANK:STEP:MARKER describes.
 
-The fault creates the file MARKER and does not recur while that file exists. A fault of kind `error` creates no file, so
-it recurs in every launch.
+The script creates the file MARKER just before it injects the fault, and injects no fault if the file already exists.
+Faults of kind `error` create no file, so they recur in every launch.
 """
 
 import os
@@ -19,8 +19,8 @@ TRAIN = Path(__file__).parents[2] / "pretrain/train.py"
 PARAMETER = "model.hypernetwork.down_weight.weight"
 
 
-def nan_in_a_gradient(engine: Any) -> None:
-    """Put a NaN into one element of this rank's gradient in the next backward pass."""
+def insert_nan_in_gradient(engine: Any) -> None:
+    """Set one element of this rank's gradient to NaN in the next backward pass."""
     parameter = dict(engine.module.named_parameters())[PARAMETER]
 
     def insert_nan(gradient: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def nan_in_a_gradient(engine: Any) -> None:
     handle = parameter.register_hook(insert_nan)
 
 
-def flipped_bit(engine: Any) -> None:
+def flip_bit(engine: Any) -> None:
     """Flip one bit in this rank's copy of a parameter."""
     words = dict(engine.module.named_parameters())[PARAMETER].data.view(torch.int32).view(-1)
     words[7] ^= 1 << 11
@@ -42,19 +42,19 @@ def signal_self(number: signal.Signals) -> Callable[[Any], None]:
     return lambda _engine: os.kill(os.getpid(), number)
 
 
-BEFORE: dict[str, Callable[[Any], Any]] = {
+FAULTS_BEFORE_STEP: dict[str, Callable[[Any], Any]] = {
     "kill": signal_self(signal.SIGKILL),
     "stop": signal_self(signal.SIGSTOP),
     "term": signal_self(signal.SIGTERM),
     "term_launcher": lambda _engine: os.kill(os.getppid(), signal.SIGTERM),
-    "nan": nan_in_a_gradient,
+    "nan": insert_nan_in_gradient,
     "error": lambda _engine: 1 / 0,
 }
-AFTER: dict[str, Callable[[Any], None]] = {"flip": flipped_bit}
+FAULTS_AFTER_STEP: dict[str, Callable[[Any], None]] = {"flip": flip_bit}
 
 
 def main() -> None:
-    """Inject the fault into the optimizer step, then train."""
+    """Patch the optimizer step to inject the fault, then train."""
     kind, rank, step, marker = os.environ["HYPERMOE_FAULT"].split(":")
     original = loop.optimizer_step
 
@@ -62,11 +62,11 @@ def main() -> None:
         due = engine.global_steps + 1 == int(step) and engine.global_rank == int(rank) and not Path(marker).exists()
         if due and kind != "error":
             Path(marker).touch()
-        if due and kind in BEFORE:
-            BEFORE[kind](engine)
+        if due and kind in FAULTS_BEFORE_STEP:
+            FAULTS_BEFORE_STEP[kind](engine)
         tokens = original(engine, *arguments)
-        if due and kind in AFTER:
-            AFTER[kind](engine)
+        if due and kind in FAULTS_AFTER_STEP:
+            FAULTS_AFTER_STEP[kind](engine)
         return tokens
 
     loop.optimizer_step = step_with_fault  # type: ignore[assignment]

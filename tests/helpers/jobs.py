@@ -1,7 +1,7 @@
-"""Run the project's commands as a user would, with a small recipe.
+"""Run the project's scripts as a user would, with a small recipe.
 
-`launch` runs DeepSpeed's launcher. `run_script` runs the same script in processes that have already loaded the
-libraries, with the environment that the launcher would set. This is ten times as fast.
+`launch` uses the DeepSpeed launcher. `run_script` runs a script in processes that have already imported the libraries,
+with the environment variables that the launcher would set. This is ten times faster.
 """
 
 import os
@@ -27,12 +27,12 @@ from tests.helpers.ranks import CPU, process_group, run_in_processes
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = "pretrain/train.py"
 RECORDED_TRAIN = "tests/helpers/recorded_train.py"
-CLOCK = ("time", "tokens_per_second", "tokens_per_second_per_gpu", "peak_memory_gib", "step_seconds")
+RUNTIME_METRICS = ("time", "tokens_per_second", "tokens_per_second_per_gpu", "peak_memory_gib", "step_seconds")
 _SECONDS = 300
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedRun:
     """Exit code and output of a process."""
 
     returncode: int
@@ -40,7 +40,7 @@ class Done:
     stderr: str
 
     def output(self) -> str:
-        """Return the complete output."""
+        """Return stdout followed by stderr."""
         return f"{self.stdout}\n{self.stderr}"
 
 
@@ -49,30 +49,31 @@ class Job:
     """A running job.
 
     Attributes:
-        process: process of its first command.
-        folder: working directory, which also holds the files stdout and stderr.
-        port: rendezvous port of its ranks.
+        process: process that was started, usually the launcher.
+        folder: working directory; the job's output is in its files `stdout` and `stderr`.
+        port: rendezvous port of the ranks.
     """
 
     process: "subprocess.Popen[bytes]"
     folder: Path
     port: int
 
-    def finish(self) -> Done:
-        """Wait for the job to end and return its output."""
+    def finish(self) -> CompletedRun:
+        """Wait for the job to end, and return its exit code and output."""
         try:
             code = self.process.wait(_SECONDS)
         finally:
             self.process.kill()
-            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):  # 66 MB per rank
+            # Delete the shared memory that DeepSpeed leaves behind, 66 MB per rank.
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
                 buffer.unlink()
-        return Done(code, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
+        return CompletedRun(code, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
 
 
 def start(
     ranks: int, *arguments: object, folder: Path, script: str = TRAIN, before: Sequence[object] = (), **variables: str
 ) -> Job:
-    """Start `BEFORE deepspeed --num_gpus RANKS SCRIPT ARGUMENTS` in `folder`, with extra environment variables."""
+    """Start `BEFORE deepspeed --num_gpus RANKS SCRIPT ARGUMENTS` in `folder` with these extra environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,7 +88,7 @@ def start(
     return Job(process, folder, port)
 
 
-def launch(ranks: int, *arguments: object, folder: Path) -> Done:
+def launch(ranks: int, *arguments: object, folder: Path) -> CompletedRun:
     """Run `deepspeed --num_gpus RANKS pretrain/train.py ARGUMENTS` in `folder`."""
     return start(ranks, *arguments, folder=folder).finish()
 
@@ -100,26 +101,27 @@ def run_script(
     free_bytes: int | None = None,
     code: int = 0,
     **variables: str,
-) -> Done:
-    """Run a script of the repository on `ranks` ranks in `folder`, and return the output of rank 0.
+) -> CompletedRun:
+    """Run a script of the repository on `ranks` ranks, and return the exit code and output of rank 0.
 
-    With more than one rank, assert that all exit with `code`. A rank that fails waits for a launcher to end it.
+    With more than one rank, assert that every rank exits with `code`. After a `UserError` or `MachineError`, all ranks
+    except rank 0 exit 30 s later, because no launcher ends them here.
 
     Args:
-        script: path of the script in the repository.
-        arguments: command line of the script.
+        script: path of the script, relative to the repository.
+        arguments: command-line arguments of the script.
         folder: working directory.
         ranks: number of processes.
-        free_bytes: free space that every disk reports; None reports the real value.
-        code: expected exit code if there are several ranks.
+        free_bytes: free disk space to simulate, in bytes; None uses the real value.
+        code: expected exit code, checked only with more than one rank.
         variables: extra environment variables.
     """
     words = [str(word) for word in arguments]
     with process_group(ranks) as environments:
-        given = [environment | variables for environment in environments]
-        done = run_in_processes(given, run_here, REPOSITORY / script, words, folder, free_bytes)
+        extended = [environment | variables for environment in environments]
+        done = run_in_processes(extended, run_here, REPOSITORY / script, words, folder, free_bytes)
     assert ranks == 1 or {rank.returncode for rank in done} == {code}, "\n".join(rank.output() for rank in done)
-    first: Done = done[0]
+    first: CompletedRun = done[0]
     return first
 
 
@@ -129,8 +131,8 @@ class _Disk(NamedTuple):
     free: int
 
 
-def run_here(script: Path, arguments: list[str], folder: Path, free_bytes: int | None = None) -> Done:
-    """Run a script in this process."""
+def run_here(script: Path, arguments: list[str], folder: Path, free_bytes: int | None = None) -> CompletedRun:
+    """Run a script in this process, and return its exit code and output."""
     os.chdir(folder)
     sys.argv = [str(script), *arguments]
     if free_bytes is not None:
@@ -138,7 +140,7 @@ def run_here(script: Path, arguments: list[str], folder: Path, free_bytes: int |
     with tempfile.TemporaryDirectory() as streams:
         with _redirected_to(Path(streams)):
             code = _exit_code(script)
-        return Done(code, *((Path(streams) / name).read_text() for name in ("stdout", "stderr")))
+        return CompletedRun(code, *((Path(streams) / name).read_text() for name in ("stdout", "stderr")))
 
 
 def _exit_code(script: Path) -> int:
@@ -154,7 +156,7 @@ def _exit_code(script: Path) -> int:
 
 @contextmanager
 def _redirected_to(folder: Path) -> Iterator[None]:
-    """Redirect stdout and stderr of this process, including its C++ libraries, to files of the same names."""
+    """Redirect the output of this process and its C++ libraries to the files `stdout` and `stderr` in `folder`."""
     saved = [os.dup(number) for number in (1, 2)]
     for number, name in ((1, "stdout"), (2, "stderr")):
         opened = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
@@ -170,7 +172,7 @@ def _redirected_to(folder: Path) -> Iterator[None]:
 
 
 def small_recipe(corpus: TokenisedCorpus, run_dir: Path | str) -> dict[str, Any]:
-    """Return a recipe that trains in seconds on two ranks."""
+    """Return the recipe of a small model that trains in seconds on two ranks."""
     return {
         "run": {"dir": str(run_dir)},
         "model": {
@@ -212,7 +214,7 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
 
 
 def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
-    """Return the arguments of pretrain/train.py for a recipe."""
+    """Return the command-line arguments of pretrain/train.py for a recipe."""
     return [
         f"--config={recipe}",
         f"--deepspeed_config={REPOSITORY / 'ds_configs' / f'zero{stage}.json'}",
@@ -221,6 +223,9 @@ def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
 
 
 def logged_steps(run: Path) -> list[dict[str, Any]]:
-    """Read the records of a run's training steps, without times, throughput and memory."""
+    """Read the metrics of a run's training steps, without time, throughput and memory, which vary between runs."""
     records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
-    return [{key: value for key, value in record.items() if key.partition("/")[0] not in CLOCK} for record in records]
+    return [
+        {key: value for key, value in record.items() if key.partition("/")[0] not in RUNTIME_METRICS}
+        for record in records
+    ]

@@ -1,4 +1,4 @@
-"""Run the launch scripts with stubs for the commands that they start."""
+"""Run the launch scripts with stubs for the programs that they start."""
 
 import shlex
 import subprocess
@@ -12,7 +12,7 @@ ZERO1 = ["--deepspeed_config", f"{REPOSITORY}/ds_configs/zero1.json"]
 
 
 def stub(path: Path, body: str) -> None:
-    """Write an executable bash script."""
+    """Write an executable bash script with the given body."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)
@@ -21,16 +21,16 @@ def stub(path: Path, body: str) -> None:
 def launch(
     script: str, *arguments: str, folder: Path, path: str = SYSTEM, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a launch script in `folder`, with only these variables in its environment."""
-    given = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
+    """Run a launch script in `folder` with only PATH, HOME, HYPERMOE_VENV and the given environment variables."""
+    variables = {"PATH": path, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv"), **environment}
     return subprocess.run(
-        ["bash", LAUNCH / script, *arguments], env=given, cwd=folder, capture_output=True, text=True, check=False,
+        ["bash", LAUNCH / script, *arguments], env=variables, cwd=folder, capture_output=True, text=True, check=False,
         timeout=60, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
 def commands(script: str, *arguments: str, folder: Path, **environment: str) -> list[list[str]]:
-    """Return the commands that the script would run, each split into words."""
+    """Return the commands that a dry run of the script prints, each split into words."""
     done = launch(script, "--dry-run", *arguments, folder=folder, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return [shlex.split(line.removeprefix("+")) for line in done.stdout.splitlines() if line.startswith("+")]

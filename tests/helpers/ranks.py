@@ -1,7 +1,7 @@
-"""Run functions of tests on real ranks: processes of one gloo process group.
+"""Run test functions on several ranks, which are processes of one gloo process group.
 
-The processes are forked from a server that has already imported the libraries, so a group starts in a second. The
-server runs no test code, so every group starts from the same state.
+The ranks are forked from a server process that has already imported the libraries, so a process group starts within a
+second. The server runs no test code, so every group starts from the same state.
 """
 
 import gc
@@ -21,7 +21,7 @@ from unittest import mock
 
 from torch.distributed import TCPStore
 
-# Preload only libraries, so that ranks import the project from this checkout even if another version is installed.
+# Do not preload the project itself: ranks must import it from this checkout, even if another version is installed.
 _PRELOADED = [
     "torch._dynamo",
     "deepspeed.moe.utils",
@@ -39,17 +39,17 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 
     Args:
         world_size: number of ranks.
-        function: importable by name; it is called after the rank has joined the process group.
-        arguments: must be picklable.
+        function: module-level function, called after the rank has joined the process group.
+        arguments: picklable arguments of the function.
 
     Returns:
-        The return value of each rank.
+        The return values in the order of the ranks.
 
     Raises:
         RuntimeError: a rank failed; the message is its traceback.
     """
     with process_group(world_size) as environments:
-        return run_in_processes(environments, _joined, function, *arguments)
+        return run_in_processes(environments, _call_in_group, function, *arguments)
 
 
 @contextmanager
@@ -58,13 +58,16 @@ def process_group(world_size: int) -> Iterator[list[Environment]]:
     # The operating system chooses a free port and the store keeps it open, so concurrent groups use different ports.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # LOCAL_SIZE is not set, because DeepSpeed would then leave 66 MB per rank in /dev/shm.
+    # Do not set LOCAL_SIZE: with it, DeepSpeed leaves 66 MB per rank in /dev/shm.
     shared["WORLD_SIZE"] = str(world_size)
     yield [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def run_in_processes(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(*arguments)` in a new process for each environment. If one process fails, kill the others."""
+    """Call `function(*arguments)` in one new process per environment, and return the results.
+
+    If one process fails, kill the others and raise a `RuntimeError` with its traceback.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(environments))]
         with _started(environments, results, function, arguments) as processes:
@@ -80,10 +83,10 @@ def run_in_processes(environments: list[Environment], function: Callable[..., An
 
 @contextmanager
 def ranks_of(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> Iterator[list[Any]]:
-    """Yield processes of a group that call `function(*arguments)`. Kill them at the end and discard their results."""
+    """Yield processes that join one group and call `function(*arguments)`. On exit, kill them and discard results."""
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(environments))]
-        with _started(environments, results, _joined, (function, *arguments)) as processes:
+        with _started(environments, results, _call_in_group, (function, *arguments)) as processes:
             yield processes
 
 
@@ -115,7 +118,7 @@ class _Outcome:
 
 
 def _await_all(processes: list[Any]) -> None:
-    """Wait until all processes have succeeded or one has failed."""
+    """Wait until all processes have succeeded, one has failed, or none has ended for 300 s."""
     waiting = list(processes)
     while waiting:
         ended = multiprocessing.connection.wait([process.sentinel for process in waiting], _SECONDS)
@@ -127,7 +130,7 @@ def _await_all(processes: list[Any]) -> None:
 def _main(environment: Environment, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     gc.freeze()  # otherwise each garbage collection that ZeRO 3 triggers would scan all objects of the libraries
-    # Without a GPU the group loads a DeepSpeed operator, which needs ninja on the PATH.
+    # Without a GPU, DeepSpeed loads a compiled operator for communication, which needs ninja on the PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         outcome = _Outcome(value=function(*arguments))
@@ -140,8 +143,8 @@ def _main(environment: Environment, result: Path, function: Callable[..., Any], 
         sys.exit(1)
 
 
-def _joined(function: Callable[..., Any], *arguments: Any) -> Any:
-    import torch  # noqa: PLC0415 (only in the rank)
+def _call_in_group(function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch  # noqa: PLC0415 (only the ranks import torch)
 
     from hypermoe_ds.training.engine import start_ranks  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Run pretrain/train.py, and also write the experts selected for each token, for `tests.helpers.routing`."""
+"""Run pretrain/train.py and record the experts that each token selects, for `tests.helpers.routing`."""
 
 import runpy
 from pathlib import Path
@@ -11,7 +11,7 @@ TRAIN = Path(__file__).parents[2] / "pretrain/train.py"
 
 
 def main() -> None:
-    """Patch the recorder to also write the routing of each step, then train."""
+    """Patch the metrics recorder to also write the routing of each step, then train."""
     observe, record = Recorder.observe, Recorder.record
     micro_batches: list[StepRouting] = []
 

@@ -1,9 +1,10 @@
-"""Compare two runs of one model on different layouts, up to the first tie of a top-K router.
+"""Compare two runs of the same model on different parallel layouts, up to the first tie in a top-K router.
 
-Different layouts sum in different orders, so results differ by rounding. If two experts of a token are almost tied for
-the last of its K selections, rounding may swap them, and from then on the two runs compute different functions. Metrics
-are therefore compared up to the first step in which a token selects a different expert. The helper also checks that
-this was a tie: all earlier selections are equal, so the router logits of that layer must still agree for every token.
+Each layout sums numbers in a different order, so results differ by rounding errors. If two experts nearly tie for the
+last of a token's K selections, rounding decides which one is selected, and from then on the two runs compute different
+functions. All metrics are therefore compared only up to the first step in which a token selects different experts. The
+comparison also checks that this difference is a tie: because all earlier selections are equal, the router logits of
+that layer must still agree for every token.
 """
 
 import warnings
@@ -16,29 +17,28 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-4  # largest absolute rounding error of router logits in fp32
-AFTER_A_TIE = (
-    1e-2  # largest relative difference of losses after a tie; both runs are correct but compute different functions
-)
+# Largest relative difference between losses after a tie. Both runs are correct but compute different functions.
+TOLERANCE_AFTER_TIE = 1e-2
 
 
 class LayerRouting(NamedTuple):
-    """Router logits [T, N] and selected experts [T, K] of the tokens of a step."""
+    """Router logits [T, N] and selected experts [T, K] of one layer for all tokens of a step."""
 
     logits_TN: Tensor
     selected_TK: Tensor
 
 
-StepRouting = list[LayerRouting]  # one per MoE layer; tokens are in the order of the step's samples
+StepRouting = list[LayerRouting]  # one item per MoE layer; tokens in sample order
 
 
 @dataclass(frozen=True)
 class Tie:
-    """The first difference between the selections of two runs.
+    """The first difference between the experts selected in two runs.
 
     Attributes:
-        step: index of the first step in which a token selected a different expert.
-        layer: first MoE layer of that step with such a token.
-        tokens: indices of those tokens in the step.
+        step: index of the first step in which a token selected different experts.
+        layer: index of the first MoE layer of that step with different selections.
+        tokens: indices of the tokens with different selections in that layer.
     """
 
     step: int
@@ -47,31 +47,31 @@ class Tie:
 
 
 def routing_of(output: Any) -> StepRouting:
-    """Return the routing of a forward pass with `output_router_logits`."""
+    """Return the routing from a model output that includes the router logits."""
     pairs = zip(output.router_logits, output.selected_experts, strict=True)
     return [LayerRouting(logits.detach().float().clone(), selected.clone()) for logits, selected in pairs]
 
 
-def joined(parts: Sequence[StepRouting]) -> StepRouting:
-    """Concatenate the routing of the parts of a step, which are in the order of its samples."""
+def concatenate(parts: Sequence[StepRouting]) -> StepRouting:
+    """Concatenate the routing of consecutive micro-batches of a step."""
     return [
         LayerRouting(torch.cat([part.logits_TN for part in layer]), torch.cat([part.selected_TK for part in layer]))
         for layer in zip(*parts, strict=True)
     ]
 
 
-def of_all_ranks(micro_batches: list[StepRouting]) -> StepRouting:
-    """Gather the routing of a step from the micro-batches of all ranks, in the order of its samples (collective)."""
+def gather_routing(micro_batches: list[StepRouting]) -> StepRouting:
+    """Gather the routing of a step from all ranks, in sample order (collective)."""
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, micro_batches)
-    return joined([part for block in zip(*ranks, strict=True) for part in block])
+    return concatenate([part for block in zip(*ranks, strict=True) for part in block])
 
 
 def first_tie(ours: Sequence[StepRouting], theirs: Sequence[StepRouting]) -> Tie | None:
-    """Return the first difference between the selections of two runs; None if there is no difference.
+    """Return the first tie for which two runs selected different experts, or None if all selections are equal.
 
     Raises:
-        AssertionError: the difference is not a tie.
+        AssertionError: the selections differ although the router logits do not tie.
     """
     for step, layers in enumerate(zip(ours, theirs, strict=True)):
         for layer, (one, other) in enumerate(zip(*layers, strict=True)):
@@ -84,9 +84,11 @@ def first_tie(ours: Sequence[StepRouting], theirs: Sequence[StepRouting]) -> Tie
 
 
 def _check(tie: Tie, one: LayerRouting, other: LayerRouting) -> None:
-    """Assert that the logits agree on all tokens, and that the tokens of `tie` had two nearly equal experts."""
+    """Assert that the router logits agree for all tokens, and that two experts nearly tie for each token of `tie`."""
     difference = (one.logits_TN - other.logits_TN).abs().max().item()
-    assert difference <= ROUNDING, f"{tie}: the router logits differ by {difference:.1e}: not a tie, another model"
+    assert difference <= ROUNDING, (
+        f"{tie}: the router logits differ by {difference:.1e}: not a tie but a different model"
+    )
     K = one.selected_TK.shape[1]
     best_TN = one.logits_TN[tie.tokens].sort(-1, descending=True).values
     gap = (best_TN[:, K - 1] - best_TN[:, K]).max().item()
@@ -99,20 +101,20 @@ def assert_same_until_a_tie(
     routing: tuple[Sequence[StepRouting], Sequence[StepRouting]],
     relative: float,
 ) -> Tie | None:
-    """Compare the metrics of each step; the first metric is the loss.
+    """Assert that two runs have equal metrics in every step until their routers tie.
 
-    Before a tie, all metrics must agree within `relative`. From the tie on, only losses are compared, with tolerance
-    `AFTER_A_TIE`.
+    Before a tie, all metrics must agree within the tolerance `relative`. From the tie on, only the losses are compared,
+    with the tolerance `TOLERANCE_AFTER_TIE`. The loss is the first metric of each step.
 
     Returns:
-        The tie, after a warning; None if there was none and every step was compared within `relative`.
+        The tie, which is also reported as a warning; None if the metrics agree within `relative` in every step.
     """
     tie = first_tie(*routing)
     steps_before_tie = len(found) if tie is None else tie.step
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         compared = zip(ours, theirs, strict=True) if step < steps_before_tie else [(ours[0], theirs[0])]
         for one, other in compared:
-            limit = relative if step < steps_before_tie else AFTER_A_TIE
+            limit = relative if step < steps_before_tie else TOLERANCE_AFTER_TIE
             assert abs(one - other) <= limit * abs(other), f"step index {step}: {one} and {other}; {tie}"
     if tie is not None:
         warnings.warn(f"compared up to a tie: {tie}", stacklevel=2)
@@ -120,7 +122,7 @@ def assert_same_until_a_tie(
 
 
 def write_routing(run: Path, step: int, micro_batches: list[StepRouting]) -> None:
-    """Write this rank's routing of a step to the run folder, replacing that of an earlier launch."""
+    """Write this rank's routing of a step to the run folder, and replace a file from an earlier launch."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     (run / "routing").mkdir(exist_ok=True)
     content = [[tuple(layer) for layer in part] for part in micro_batches]
@@ -128,11 +130,11 @@ def write_routing(run: Path, step: int, micro_batches: list[StepRouting]) -> Non
 
 
 def read_routing(run: Path, steps: int) -> list[StepRouting]:
-    """Read the routing of a run's first steps from the files of its ranks."""
+    """Read the routing of a run's first `steps` steps from the files of all ranks."""
     steps_routing = []
     for step in range(1, steps + 1):
         ranks, _ = torch.load(run / "routing" / f"{step}_0")
         parts = [torch.load(run / "routing" / f"{step}_{rank}")[1] for rank in range(ranks)]
         blocks = [part for block in zip(*parts, strict=True) for part in block]
-        steps_routing.append(joined([[LayerRouting(*layer) for layer in part] for part in blocks]))
+        steps_routing.append(concatenate([[LayerRouting(*layer) for layer in part] for part in blocks]))
     return steps_routing

@@ -1,4 +1,4 @@
-"""Detect operations that would make the host wait for a GPU, without a GPU."""
+"""Detect operations that would make the host wait for a GPU. This works without a GPU."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# bincount reads the largest value to size its result. lift_fresh copies a Python number into a tensor.
+# bincount reads the largest value to size its result, and lift_fresh copies a Python number to the device.
 _WAITING = ("_local_scalar_dense", "nonzero", "_unique", "unique_", "bincount", "masked_select", "lift_fresh")
 
 
 class _Lists(TorchFunctionMode):
-    """Recorder of `tolist` and `numpy`, which dispatch no PyTorch operation on a CPU."""
+    """Recorder of calls to `tolist` and `numpy`, which dispatch no PyTorch operation on a CPU."""
 
     def __init__(self, seen: list[str]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class _Lists(TorchFunctionMode):
 
 
 class Synchronisations(TorchDispatchMode):
-    """Recorder of the operations in its context that would make the host wait.
+    """Context manager that records operations that would make the host wait for a GPU.
 
     Attributes:
         seen: names of the recorded operations.

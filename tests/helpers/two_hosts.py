@@ -1,8 +1,8 @@
-"""Simulate two hosts on one machine, for launches over ssh.
+"""Simulate two hosts on one machine, to test launches over ssh.
 
 Each host has its own network, PID, mount, UTS and IPC namespaces, with sshd as the first process. A host therefore has
-its own name, /etc/hosts, /etc/ssh and /dev/shm, and sees only its own processes. The hosts share the disk, as with NFS.
-One virtual link connects the two hosts; they have no other network.
+its own hostname, /etc/hosts, /etc/ssh and /dev/shm, and sees only its own processes. The hosts share the disk, as with
+NFS. A virtual Ethernet link connects the two hosts, and they have no other network.
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import IO
 
 import psutil
 
-from tests.helpers.jobs import REPOSITORY, Done
+from tests.helpers.jobs import REPOSITORY, CompletedRun
 from tests.helpers.ranks import CPU
 
 NAMES = ("left", "right")
@@ -56,7 +56,7 @@ _SERVER = """
     MaxStartups 100
     SetEnv PATH={path}
     """
-# First process of a host. sshd replaces it as PID 1, so the kernel kills all other processes when sshd ends.
+# Boot script of a host. It ends by becoming sshd with PID 1, so the kernel kills the host's processes when sshd ends.
 _BOOT = """
     set -e
     mount -t proc proc /proc
@@ -69,10 +69,10 @@ _BOOT = """
     """
 
 
-def why_not(*commands: str) -> str | None:
-    """Return why this machine cannot run the two hosts or the given commands on them; None if it can."""
+def unsupported_reason(*commands: str) -> str | None:
+    """Return why this machine cannot simulate two hosts or run the given commands on them, or None if it can."""
     if os.geteuid() != 0:
-        return "needs root, for namespaces"
+        return "needs root to create namespaces"
     missing = [name for name in (*_NEEDED, *commands) if shutil.which(name, path=_search_path()) is None]
     if missing:
         packages = [_PACKAGES.get(name, name) for name in missing]
@@ -95,7 +95,7 @@ def why_not(*commands: str) -> str | None:
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """The hosts `left` and `right`.
+    """Two simulated hosts, `left` and `right`.
 
     Attributes:
         folder: folder with the configuration of both hosts.
@@ -107,19 +107,19 @@ class TwoHosts:
     namespaces: Mapping[str, str]
     processes: dict[str, "subprocess.Popen[bytes]"]
 
-    def run(self, host: str, *words: object, folder: Path, seconds: int = 120, **environment: str) -> Done:
-        """Run a command on a host through ssh, in this checkout's environment and with these variables."""
+    def run(self, host: str, *words: object, folder: Path, seconds: int = 120, **environment: str) -> CompletedRun:
+        """Run a command on a host over ssh, with this checkout's environment and extra environment variables."""
         process = self.start(host, *words, folder=folder, out=subprocess.PIPE, errors=subprocess.PIPE, **environment)
         try:
             out, errors = process.communicate(timeout=seconds)
         finally:
             process.kill()
-        return Done(process.returncode, out, errors)
+        return CompletedRun(process.returncode, out, errors)
 
     def start(
         self, host: str, *words: object, folder: Path, out: int | IO[str], errors: int | IO[str], **environment: str
     ) -> "subprocess.Popen[str]":
-        """Start a command as `run` does, without waiting for it. Its output goes to `out` and `errors`."""
+        """Start a command as `run` does, but do not wait. Its stdout goes to `out` and its stderr to `errors`."""
         user = {
             **CPU,
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
@@ -134,16 +134,16 @@ class TwoHosts:
         )  # fmt: skip
 
     def crash(self, host: str) -> None:
-        """Cut the network, then kill all processes of the host, as a power failure would: no connection is closed."""
-        self.cut(host)
+        """Simulate a power failure: disconnect the host, then kill its processes. No connection is closed."""
+        self.disconnect(host)
         self.processes[host].kill()
         self.processes[host].wait()
 
-    def cut(self, host: str) -> None:
+    def disconnect(self, host: str) -> None:
         """Disconnect the host from the network."""
         _ip("-n", self.namespaces[host], "link", "set", "eth0", "down")
 
-    def mend(self, host: str) -> None:
+    def reconnect(self, host: str) -> None:
         """Reconnect the host to the network."""
         _ip("-n", self.namespaces[host], "link", "set", "eth0", "up")
 
@@ -152,7 +152,7 @@ class TwoHosts:
         return [*inside, "ssh", "-F", str(self.folder / "ssh" / "ssh_config"), _ADDRESSES[host]]
 
     def answers(self, host: str) -> bool:
-        """Return whether a login through ssh succeeds."""
+        """Return whether a login over ssh succeeds."""
         login = subprocess.run(
             [*self._ssh(host), "true"], capture_output=True, timeout=_UP_SECONDS, check=False, stdin=subprocess.DEVNULL
         )
@@ -161,10 +161,10 @@ class TwoHosts:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[TwoHosts]:
-    """Boot both hosts and connect them. Remove their processes and namespaces at the end.
+    """Boot both hosts and connect them. On exit, remove their processes and namespaces.
 
     Args:
-        folder: a new folder for the configuration of both hosts.
+        folder: path of the folder to create for the configuration of both hosts.
     """
     hosts = TwoHosts(folder, {name: f"hm{os.getpid()}{name}" for name in NAMES}, {})
     with ExitStack() as stack:
@@ -188,7 +188,7 @@ def _write_configuration(folder: Path) -> None:
     ssh.mkdir(parents=True)
     for key in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ssh / key], check=True)
-    # This folder is mounted as /etc/ssh of each host.
+    # Each host mounts this folder as its /etc/ssh.
     for name, text in (("ssh_config", _CLIENT), ("sshd_config", _SERVER)):
         (ssh / name).write_text(textwrap.dedent(text).format(ssh=ssh, path=_PATH))
     lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in _ADDRESSES.items())]

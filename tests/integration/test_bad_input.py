@@ -14,7 +14,7 @@ from tests.helpers.corpus import TokenisedCorpus, write_token_files
 from tests.helpers.jobs import (
     REPOSITORY,
     TRAIN,
-    Done,
+    CompletedRun,
     arguments_of,
     launch,
     run_here,
@@ -145,7 +145,7 @@ CASES = {
 }
 
 
-def start(bad: BadInput, files: Files, launched_ranks: int | None = None) -> Done:
+def start(bad: BadInput, files: Files, launched_ranks: int | None = None) -> CompletedRun:
     if bad.prepare is not None:
         bad.prepare(files)
     recipe = write_recipe(files.folder / "recipe.yaml", small_recipe(files.corpus, files.run_dir))
@@ -186,7 +186,7 @@ def contents(folder: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def assert_one_error(done: Done, message: tuple[str, ...]) -> None:
+def assert_one_error(done: CompletedRun, message: tuple[str, ...]) -> None:
     assert done.returncode != 0
     errors = [line for line in done.output().splitlines() if "error:" in line]
     assert len(errors) == 1, done.output()
@@ -224,7 +224,7 @@ def test_two_ranks_report_bad_input_once(name: str, files: Files) -> None:
     assert contents(files.run_dir) == {}
 
 
-def train_with_own_steps(folder: Path, *arguments: str) -> Done:
+def train_with_own_steps(folder: Path, *arguments: str) -> CompletedRun:
     """Run the training command with a different number of steps on each rank."""
     steps = 8 + 4 * int(os.environ["RANK"])
     return run_here(REPOSITORY / TRAIN, [*arguments, f"train.steps={steps}"], folder)

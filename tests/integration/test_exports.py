@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.weights import load_model
 from tests.helpers.corpus import TokenisedCorpus
-from tests.helpers.jobs import Done, run_script
+from tests.helpers.jobs import CompletedRun, run_script
 
 # Loads each folder without access to this project, and saves the logits of token ids read from a file.
 STRANGER = """
@@ -102,7 +102,7 @@ def test_the_tokenizer_of_an_export_gives_the_token_ids_of_training(
     assert seen_by_a_stranger[run]["ids"] == expected
 
 
-def printed_loss(done: Done) -> float:
+def printed_loss(done: CompletedRun) -> float:
     assert done.returncode == 0, done.output()
     match = re.search(r"^loss ([\d.]+) \| perplexity ([\d.]+) \| .+ \| ([\d,]+) tokens of ", done.stdout, re.MULTILINE)
     assert match is not None, done.stdout

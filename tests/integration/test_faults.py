@@ -17,7 +17,7 @@ import pytest
 from hypermoe_ds.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_SAVED
 from hypermoe_ds.resilience.heartbeat import read_heartbeats
 from tests.helpers.faulty_train import PARAMETER
-from tests.helpers.jobs import REPOSITORY, TRAIN, Done, Job, arguments_of, logged_steps, run_script, start
+from tests.helpers.jobs import REPOSITORY, TRAIN, CompletedRun, Job, arguments_of, logged_steps, run_script, start
 
 RANKS = 2
 STEPS = 8
@@ -76,7 +76,7 @@ def assert_no_process_remains(folder: Path) -> None:
     assert alive == []
 
 
-def one_error_line(done: Done) -> str:
+def one_error_line(done: CompletedRun) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.output()
     return lines[0]

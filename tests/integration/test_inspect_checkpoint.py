@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.shards import write_weights
-from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint, write_run
+from tests.helpers.checkpoints import small_model, training_weights, write_checkpoint, write_run
 from tests.helpers.jobs import REPOSITORY, run_script
 
 TOOL = "tools/inspect_checkpoint.py"
@@ -57,7 +57,7 @@ def test_an_earlier_step_differs(run: Path, tmp_path: Path) -> None:
 def test_nan_gives_exit_code_1_and_the_name_of_the_tensor(tmp_path: Path) -> None:
     weights = training_weights(small_model())
     weights["model.norm.weight"] = torch.full((32,), math.nan)
-    write_cut_checkpoint(tmp_path / "cut", weights, moments=False)
+    write_checkpoint(tmp_path / "cut", weights, moments=False)
     done = run_script(TOOL, "--checkpoint", tmp_path / "cut", folder=tmp_path)
     assert done.returncode == 1
     assert "weight/model.norm.weight: 32 NaN, 0 Inf of 32\n" in done.stdout

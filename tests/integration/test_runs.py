@@ -19,8 +19,8 @@ from hypermoe_ds.data.token_files import inspect
 from hypermoe_ds.errors import EXIT_BAD_INPUT
 from hypermoe_ds.monitor.metrics import METRICS, metric_of
 from tests.helpers.corpus import TokenisedCorpus
-from tests.helpers.jobs import CLOCK, TRAIN, arguments_of, run_script
-from tests.helpers.routing import AFTER_A_TIE, assert_same_until_a_tie, read_routing
+from tests.helpers.jobs import RUNTIME_METRICS, TRAIN, arguments_of, run_script
+from tests.helpers.routing import TOLERANCE_AFTER_TIE, assert_same_until_a_tie, read_routing
 
 STEPS = 8
 LAST = f"checkpoints/step_{STEPS:08d}"
@@ -37,7 +37,7 @@ def training_records(run: Path) -> list[dict[str, Any]]:
 def test_a_resumed_run_logs_bitwise_identical_metrics(reference_run: Path, stopped_run: Path) -> None:
     def without_clock(run: Path) -> list[dict[str, Any]]:
         return [
-            {key: value for key, value in record.items() if key.partition("/")[0] not in CLOCK}
+            {key: value for key, value in record.items() if key.partition("/")[0] not in RUNTIME_METRICS}
             for record in records(run)
         ]
 
@@ -73,7 +73,7 @@ def test_a_run_moved_to_other_ranks_and_stages_logs_the_same_metrics(stopped_run
         for run in (moved_run, stopped_run)
     )
     for step in (4, 8):  # the routing of validations is not recorded, so ties within them cannot be found
-        relative = 1e-3 if tie is None or step <= tie.step else AFTER_A_TIE
+        relative = 1e-3 if tie is None or step <= tie.step else TOLERANCE_AFTER_TIE
         assert ours[step] == pytest.approx(theirs[step], rel=relative)
 
 

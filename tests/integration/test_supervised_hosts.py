@@ -21,7 +21,7 @@ from hypermoe_ds.resilience.heartbeat import Heartbeat, read_heartbeats
 from tests.helpers.faulty_train import PARAMETER
 from tests.helpers.jobs import RECORDED_TRAIN, REPOSITORY, arguments_of, logged_steps, run_script
 from tests.helpers.routing import assert_same_until_a_tie, read_routing
-from tests.helpers.two_hosts import TwoHosts, two_hosts, why_not
+from tests.helpers.two_hosts import TwoHosts, two_hosts, unsupported_reason
 
 STEPS, INTERVAL, TIMEOUT = 60, 5, 20
 LONGEST_WAIT = 300
@@ -102,7 +102,7 @@ class SupervisedJob:
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
-    if missing := why_not("pdsh"):
+    if missing := unsupported_reason("pdsh"):
         pytest.skip(missing)
     with two_hosts(tmp_path / "hosts") as up:
         yield up
@@ -261,10 +261,10 @@ def test_a_network_outage_is_tolerated_up_to_the_timeout_and_excludes_the_host_a
 ) -> None:
     with supervised(hosts, tmp_path, recipe, STEADY, recorded=True) as job:
         job.reaches(12)
-        hosts.cut("right")
+        hosts.disconnect("right")
         cut = time.monotonic()
         job.until(lambda: time.monotonic() - cut > seconds or job.step() == STEPS)
-        hosts.mend("right")
+        hosts.reconnect("right")
         attempts = job.ends()
         assert job.has_ended_on("left", "right")
     short = seconds < TIMEOUT
@@ -324,7 +324,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 def test_a_job_continues_after_a_full_disk_is_freed(
     recipe: Path, tmp_path: Path, undisturbed: Undisturbed, until: str
 ) -> None:
-    if missing := why_not("pdsh"):
+    if missing := unsupported_reason("pdsh"):
         pytest.skip(missing)
     with (
         small_disk(tmp_path / "disk", 256) as disk,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.helpers.corpus import TokenisedCorpus
-from tests.helpers.jobs import REPOSITORY, Done, arguments_of, run_script, small_recipe, write_recipe
+from tests.helpers.jobs import REPOSITORY, CompletedRun, arguments_of, run_script, small_recipe, write_recipe
 from tests.helpers.ranks import CPU
 
 FAULTY = "tests/helpers/faulty_train.py"
@@ -39,7 +39,7 @@ def test_a_user_error_is_the_last_line_on_the_terminal(corpus: TokenisedCorpus, 
     assert "exits with return code = 2" in log
 
 
-def output_of(recipe: Path, folder: Path, *words: str, **variables: str) -> Done:
+def output_of(recipe: Path, folder: Path, *words: str, **variables: str) -> CompletedRun:
     return run_script(FAULTY, *arguments_of(recipe, f"run.dir={folder}/run", *words), folder=folder, **variables)
 
 

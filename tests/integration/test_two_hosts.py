@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import REPOSITORY, TRAIN, Done, arguments_of, run_script
-from tests.helpers.two_hosts import NAMES, TwoHosts, two_hosts, why_not
+from tests.helpers.jobs import REPOSITORY, TRAIN, CompletedRun, arguments_of, run_script
+from tests.helpers.two_hosts import NAMES, TwoHosts, two_hosts, unsupported_reason
 
 STEPS = 20
 SETTINGS = [f"train.steps={STEPS}", "parallel.expert=2", f"evaluation.interval={STEPS}", f"checkpoint.interval={STEPS}"]
@@ -17,7 +17,7 @@ SETTINGS = [f"train.steps={STEPS}", "parallel.expert=2", f"evaluation.interval={
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    if missing := why_not():
+    if missing := unsupported_reason():
         pytest.skip(missing)
     with two_hosts(tmp_path_factory.mktemp("two") / "hosts") as up:
         yield up
@@ -44,7 +44,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def run_on_left(hosts: TwoHosts, *command: object, folder: Path) -> Done:
+def run_on_left(hosts: TwoHosts, *command: object, folder: Path) -> CompletedRun:
     return hosts.run("left", *command, folder=folder, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 
 
@@ -52,7 +52,7 @@ def run_on_left(hosts: TwoHosts, *command: object, folder: Path) -> Done:
 def test_losses_on_two_hosts_are_bitwise_identical_to_those_on_one_host(
     hosts: TwoHosts, losses_on_one_host: list[float], folder: Path, recipe: Path, script: str, command: str
 ) -> None:
-    if missing := why_not(command):
+    if missing := unsupported_reason(command):
         pytest.skip(missing)
     run = folder / script
     arguments = arguments_of(recipe, f"run.dir={run}", *SETTINGS)
@@ -97,13 +97,13 @@ def test_preflight_rejects_a_host_that_sees_another_recipe_and_another_run_folde
 
 def test_a_job_does_not_start_when_a_host_is_unreachable(hosts: TwoHosts, folder: Path, recipe: Path) -> None:
     command = ["bash", REPOSITORY / "launch/openmpi.sh", *arguments_of(recipe, f"run.dir={folder / 'cut'}")]
-    hosts.cut("right")
+    hosts.disconnect("right")
     try:
         done = run_on_left(
             hosts, "env", "HYPERMOE_SSH_OPTIONS=-o BatchMode=yes -o ConnectTimeout=1", *command, folder=folder
         )
     finally:
-        hosts.mend("right")
+        hosts.reconnect("right")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: right: does not answer (ssh: connect to host right port 22: ")

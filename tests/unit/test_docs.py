@@ -14,8 +14,8 @@ from hypermoe_ds.training import ds_config
 REPOSITORY = Path(__file__).parents[2]
 DOCS = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "ds_configs/README.md", *DOCS]
-# These pages also name paths that do not exist, such as old paths and folders that a user creates.
-PAGES_WITH_OTHER_PATHS = {"CHANGELOG.md", "CONTRIBUTING.md"}
+# These pages may name paths that do not exist, such as old paths and folders that a user creates.
+PAGES_WITH_MISSING_PATHS = {"CHANGELOG.md", "CONTRIBUTING.md"}
 CODE_FOLDERS = ("pretrain", "hypermoe_ds", "launch", "tools", "benchmarks")
 
 
@@ -78,7 +78,7 @@ def test_recipe_in_the_readme_is_valid() -> None:
 
 
 @pytest.mark.parametrize(("file", "root"), [(".gitignore", "/"), (".dockerignore", "")])
-def test_files_that_the_readme_tells_users_to_create_are_ignored(file: str, root: str) -> None:
+def test_files_that_the_readme_asks_users_to_create_are_ignored(file: str, root: str) -> None:
     created = re.findall(r"Save as `(\S+)`|^cp \S+ (\S+)", page("README.md"), re.MULTILINE)
     names = {"".join(pair) for pair in created}
     assert names == {"my.yaml", "hostfile"}
@@ -113,7 +113,7 @@ def test_relative_links_point_to_existing_files_and_headings(name: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name not in PAGES_WITH_OTHER_PATHS])
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in PAGES_WITH_MISSING_PATHS])
 def test_paths_in_the_text_exist(name: str) -> None:
     named = re.findall(
         r"(?<![\w/.-])(?:pretrain|hypermoe_ds|launch|ds_configs|tools|benchmarks|tests|docs)/[\w/.-]*\w", page(name)
@@ -127,7 +127,7 @@ def test_table_of_contents_lists_every_page() -> None:
 
 
 def tree_of_architecture() -> set[str]:
-    """Return the paths of the tree: two spaces per level, a slash at the end of a folder."""
+    """Return the paths in the tree of docs/ARCHITECTURE.md, with two spaces per level and a slash after each folder."""
     paths, parents = set(), []
     for line in blocks("docs/ARCHITECTURE.md")[0].splitlines():
         entry = line.strip().split()[0]

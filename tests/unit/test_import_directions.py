@@ -1,4 +1,4 @@
-"""Check import directions and sizes of files and functions, from the syntax trees."""
+"""Modules import only from lower layers, and files and functions stay small."""
 
 import ast
 import sys
@@ -10,9 +10,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "hypermoe_ds"
 SCRIPTS = ("pretrain", "tools", "launch", "benchmarks")
-MEASUREMENTS = ("benchmarks/",)  # may define dataclasses for measurements
-ORDER = (
-    {PACKAGE},  # the __init__ of the package itself
+MEASUREMENTS = ("benchmarks/",)  # these scripts may define dataclasses for measurements
+ORDER = (  # from the lowest layer to the highest
+    {PACKAGE},  # __init__.py of the package
     {"errors", "provenance"},
     {"files", "process", "config", "progress"},
     {"modeling", "data", "parallel"},
@@ -23,12 +23,12 @@ ORDER = (
     set(SCRIPTS),
 )
 LEVELS = {unit: level for level, units in enumerate(ORDER) for unit in units}
-DEEPSPEED_IMPORTERS = {  # at most six
+DEEPSPEED_IMPORTERS = {  # the only modules that may import DeepSpeed; at most six
     "hypermoe_ds/parallel/parallelize.py",
     "hypermoe_ds/training/engine.py",
     "hypermoe_ds/checkpoint/engine_state.py",
 }
-DEEPSPEED_PEERS = "benchmarks/"  # compares with DeepSpeed's own layers
+DEEPSPEED_BENCHMARKS = "benchmarks/"  # these scripts compare HyperMoE with DeepSpeed's own layers
 WITHOUT_DEEPSPEED = ("hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
 MODELING_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
 FILE_LINES, FUNCTION_LINES = 500, 60
@@ -43,7 +43,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imported_names(path: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and absolute dotted name of every import at any depth; `from a import b` gives `a.b`."""
+    """Yield the line and absolute name of each import, even inside functions; `from a import b` yields `a.b`."""
     package = path.relative_to(root).parent.parts
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def unit_of_file(path: Path, root: Path) -> str:
 
 
 def unit_of_name(dotted: str) -> str | None:
-    """Return the unit of an imported name: package, module or scripts folder; None for other libraries."""
+    """Return the subpackage, module or scripts folder of an imported name; None for other libraries."""
     first, *rest = dotted.split(".")
     if first in SCRIPTS:
         return first
@@ -79,24 +79,24 @@ def import_violations(root: Path) -> list[str]:
     for path in python_files(root):
         unit, name = unit_of_file(path, root), path.relative_to(root).as_posix()
         if unit not in LEVELS:
-            found.append(f"{name}: '{unit}' is missing in ORDER")
+            found.append(f"{name}: '{unit}' is missing from ORDER")
             continue
         for line, dotted in imported_names(path, root):
             target, top = unit_of_name(dotted), dotted.partition(".")[0]
             where = f"{name}:{line} imports {dotted}"
             if target is not None and target not in LEVELS:
-                found.append(f"{where}: '{target}' is missing in ORDER")
+                found.append(f"{where}: '{target}' is missing from ORDER")
             elif target is not None and target != unit and LEVELS[target] >= LEVELS[unit]:
                 found.append(f"{where}: '{target}' is not below '{unit}'")
             elif unit == "modeling" and (target or top) not in {"modeling", *MODELING_MAY_USE}:
-                found.append(f"{where}: modeling uses only torch, transformers and the standard library")
-            elif top == "deepspeed" and name not in DEEPSPEED_IMPORTERS and not name.startswith(DEEPSPEED_PEERS):
-                found.append(f"{where}: DeepSpeed is used through DEEPSPEED_IMPORTERS")
+                found.append(f"{where}: modeling may import only torch, transformers and the standard library")
+            elif top == "deepspeed" and name not in DEEPSPEED_IMPORTERS and not name.startswith(DEEPSPEED_BENCHMARKS):
+                found.append(f"{where}: only DEEPSPEED_IMPORTERS may import DeepSpeed")
     return found
 
 
 def reaches_deepspeed(start: Path, root: Path) -> bool:
-    """Return whether importing `start` imports DeepSpeed, directly or through our modules."""
+    """Return whether importing `start` imports DeepSpeed, directly or through other modules of the repository."""
     waiting, seen = [start], set()
     while waiting:
         path = waiting.pop()
@@ -127,23 +127,25 @@ def size_violations(root: Path, folders: tuple[str, ...]) -> list[str]:
 
 
 def logic_violations(root: Path) -> list[str]:
-    """Find classes in scripts, and functions that change module state."""
+    """Report classes in scripts, and `global` statements."""
     found = []
     for path in python_files(root):
         name = path.relative_to(root).as_posix()
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef) and name.startswith(SCRIPTS) and not name.startswith(MEASUREMENTS):
-                found.append(f"{name}:{node.lineno} class {node.name}: scripts hold arguments and wiring")
+                found.append(f"{name}:{node.lineno} class {node.name}: scripts may not define classes")
             elif isinstance(node, ast.Global):
-                found.append(f"{name}:{node.lineno} global {', '.join(node.names)}: no mutable module state")
+                found.append(
+                    f"{name}:{node.lineno} global {', '.join(node.names)}: functions may not change module state"
+                )
     return found
 
 
-def test_imports_go_down_only() -> None:
+def test_modules_import_only_from_lower_layers() -> None:
     assert import_violations(REPOSITORY) == []
 
 
-def test_order_lists_every_package_and_module() -> None:
+def test_order_lists_every_subpackage_and_module() -> None:
     inside = {path.stem for path in (REPOSITORY / PACKAGE).iterdir() if not path.stem.startswith("__")}
     assert set(LEVELS) == {PACKAGE, *SCRIPTS, *inside}
     assert all((REPOSITORY / folder).is_dir() for folder in SCRIPTS)
@@ -166,10 +168,10 @@ def test_at_most_six_modules_import_deepspeed() -> None:
     assert len(DEEPSPEED_IMPORTERS) <= 6
 
 
-# Tests of the checks themselves.
+# Tests of the checks
 
 
-def plant(root: Path, name: str, source: str) -> Path:
+def write_source(root: Path, name: str, source: str) -> Path:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source, encoding="utf-8")
@@ -177,7 +179,7 @@ def plant(root: Path, name: str, source: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "complaint"),
+    ("name", "source", "problem"),
     [
         ("hypermoe_ds/data/a.py", "from hypermoe_ds.training.loop import run", "not below"),
         ("hypermoe_ds/data/a.py", "from hypermoe_ds import training", "not below"),
@@ -190,23 +192,23 @@ def plant(root: Path, name: str, source: str) -> Path:
         ("hypermoe_ds/errors.py", "from hypermoe_ds.config import Settings", "not below"),
         ("hypermoe_ds/checkpoint/manager.py", "from hypermoe_ds.export.hf import export", "not below"),
         ("pretrain/train.py", "from tools.plan import main", "not below"),
-        ("hypermoe_ds/data/a.py", "import hypermoe_ds.attic.old", "missing in ORDER"),
-        ("hypermoe_ds/attic/old.py", "", "missing in ORDER"),
-        ("hypermoe_ds/modeling/moe.py", "from hypermoe_ds.errors import UserError", "modeling uses"),
-        ("hypermoe_ds/modeling/moe.py", "from hypermoe_ds import __version__", "modeling uses"),
-        ("hypermoe_ds/modeling/moe.py", "def f():\n    import numpy as np", "modeling uses"),
-        ("hypermoe_ds/modeling/moe.py", "import deepspeed", "modeling uses"),
-        ("hypermoe_ds/parallel/topology.py", "from deepspeed.utils import groups", "DeepSpeed is used through"),
-        ("tools/plan.py", "def main():\n    import deepspeed", "DeepSpeed is used through"),
-        ("launch/start.py", "import deepspeed", "DeepSpeed is used through"),
+        ("hypermoe_ds/data/a.py", "import hypermoe_ds.attic.old", "missing from ORDER"),
+        ("hypermoe_ds/attic/old.py", "", "missing from ORDER"),
+        ("hypermoe_ds/modeling/moe.py", "from hypermoe_ds.errors import UserError", "modeling may import"),
+        ("hypermoe_ds/modeling/moe.py", "from hypermoe_ds import __version__", "modeling may import"),
+        ("hypermoe_ds/modeling/moe.py", "def f():\n    import numpy as np", "modeling may import"),
+        ("hypermoe_ds/modeling/moe.py", "import deepspeed", "modeling may import"),
+        ("hypermoe_ds/parallel/topology.py", "from deepspeed.utils import groups", "may import DeepSpeed"),
+        ("tools/plan.py", "def main():\n    import deepspeed", "may import DeepSpeed"),
+        ("launch/start.py", "import deepspeed", "may import DeepSpeed"),
         ("launch/start.py", "from tools.plan import main", "not below"),
         ("hypermoe_ds/cluster/a.py", "from launch import supervise", "not below"),
     ],
 )
-def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, complaint: str) -> None:
-    plant(tmp_path, name, source)
+def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, problem: str) -> None:
+    write_source(tmp_path, name, source)
     [violation] = import_violations(tmp_path)
-    assert complaint in violation
+    assert problem in violation
     assert violation.startswith(name)
 
 
@@ -226,19 +228,19 @@ def test_a_forbidden_import_is_found(tmp_path: Path, name: str, source: str, com
     ],
 )
 def test_an_allowed_import_passes(tmp_path: Path, name: str, source: str) -> None:
-    plant(tmp_path, name, source)
+    write_source(tmp_path, name, source)
     assert import_violations(tmp_path) == []
 
 
 def test_an_indirect_import_of_deepspeed_is_found(tmp_path: Path) -> None:
-    start = plant(tmp_path, "hypermoe_ds/training/plan.py", "from hypermoe_ds.parallel import topology")
-    topology = plant(tmp_path, "hypermoe_ds/parallel/topology.py", "import math")
+    start = write_source(tmp_path, "hypermoe_ds/training/plan.py", "from hypermoe_ds.parallel import topology")
+    topology = write_source(tmp_path, "hypermoe_ds/parallel/topology.py", "import math")
     assert not reaches_deepspeed(start, tmp_path)
     topology.write_text("from . import expert_parallel", encoding="utf-8")
-    plant(tmp_path, "hypermoe_ds/parallel/expert_parallel.py", "def f():\n    import deepspeed.comm")
+    write_source(tmp_path, "hypermoe_ds/parallel/expert_parallel.py", "def f():\n    import deepspeed.comm")
     assert reaches_deepspeed(start, tmp_path)
     topology.write_text("import math", encoding="utf-8")
-    plant(tmp_path, "hypermoe_ds/parallel/__init__.py", "from .expert_parallel import f")
+    write_source(tmp_path, "hypermoe_ds/parallel/__init__.py", "from .expert_parallel import f")
     assert reaches_deepspeed(start, tmp_path)
 
 
@@ -246,7 +248,9 @@ def test_an_oversized_file_or_function_is_found(tmp_path: Path) -> None:
     def function_of(lines: int) -> str:
         return "def f():\n" + "    x = 1\n" * (lines - 1)
 
-    path = plant(tmp_path, "hypermoe_ds/data/a.py", function_of(FUNCTION_LINES) + "\n" * (FILE_LINES - FUNCTION_LINES))
+    path = write_source(
+        tmp_path, "hypermoe_ds/data/a.py", function_of(FUNCTION_LINES) + "\n" * (FILE_LINES - FUNCTION_LINES)
+    )
     assert size_violations(tmp_path, (PACKAGE,)) == []
     path.write_text(function_of(FUNCTION_LINES + 1), encoding="utf-8")
     assert ["f: 61 lines" in v for v in size_violations(tmp_path, (PACKAGE,))] == [True]
@@ -254,11 +258,11 @@ def test_an_oversized_file_or_function_is_found(tmp_path: Path) -> None:
     assert ["a.py: 501 lines" in v for v in size_violations(tmp_path, (PACKAGE,))] == [True]
 
 
-def test_a_class_in_a_script_and_changed_module_state_are_found(tmp_path: Path) -> None:
-    plant(tmp_path, "hypermoe_ds/data/a.py", "class Reader:\n    pass")
+def test_a_class_in_a_script_and_a_global_statement_are_found(tmp_path: Path) -> None:
+    write_source(tmp_path, "hypermoe_ds/data/a.py", "class Reader:\n    pass")
     assert logic_violations(tmp_path) == []
-    plant(tmp_path, "benchmarks/time.py", "class Seconds:\n    pass")
+    write_source(tmp_path, "benchmarks/time.py", "class Seconds:\n    pass")
     assert logic_violations(tmp_path) == []
-    plant(tmp_path, "tools/plan.py", "class Planner:\n    pass")
-    plant(tmp_path, "hypermoe_ds/data/b.py", "n = 0\ndef f():\n    global n\n    n = 1")
+    write_source(tmp_path, "tools/plan.py", "class Planner:\n    pass")
+    write_source(tmp_path, "hypermoe_ds/data/b.py", "n = 0\ndef f():\n    global n\n    n = 1")
     assert ["class Planner" in v or "global n" in v for v in logic_violations(tmp_path)] == [True, True]

@@ -34,10 +34,10 @@ def variables(words: list[str]) -> dict[str, str]:
     return dict(pair.split("=", maxsplit=1) for pair in pairs)
 
 
-def plain(words: list[str]) -> list[str]:
+def without_variables(words: list[str]) -> list[str]:
     """Return the words without the `-x NAME=VALUE` options."""
-    behind = {number + 1 for number, word in enumerate(words) if word == "-x"}
-    return [word for number, word in enumerate(words) if word != "-x" and number not in behind]
+    values_at = {number + 1 for number, word in enumerate(words) if word == "-x"}
+    return [word for number, word in enumerate(words) if word != "-x" and number not in values_at]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def plain(words: list[str]) -> list[str]:
          ["--config", "r.yaml", "--deepspeed_config=z.json"]),
     ],
 )  # fmt: skip
-def test_pdsh_starts_the_deepspeed_launcher_after_the_preflight(
+def test_pdsh_runs_the_preflight_and_then_the_deepspeed_launcher(
     folder: Path, arguments: list[str], environment: dict[str, str], options: list[str], train: list[str]
 ) -> None:
-    look, start = commands("pdsh.sh", *arguments, folder=folder, **environment)
+    check, start = commands("pdsh.sh", *arguments, folder=folder, **environment)
     [file] = [word.removeprefix("DS_ENV_FILE=") for word in start if word.startswith("DS_ENV_FILE=")]
-    assert look == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file.removesuffix(".pdsh"), *train]
+    assert check == ["python", PREFLIGHT, "--hostfile", "hostfile", "--environment", file.removesuffix(".pdsh"), *train]
     assert start == [
         "env", f"DS_ENV_FILE={file}", f"PDSH_SSH_ARGS_APPEND={SSH}",
         "deepspeed", "--log_level", "critical",
@@ -69,17 +69,17 @@ def test_pdsh_starts_the_deepspeed_launcher_after_the_preflight(
 )
 def test_mpirun_starts_a_rank_for_each_slot(folder: Path, hostfile: str, ranks: str) -> None:
     (folder / "hosts").write_text(hostfile)
-    look, start = commands("openmpi.sh", "--hostfile", "hosts", "--config", "r.yaml", folder=folder)
-    assert plain(start) == [
+    preflight, start = commands("openmpi.sh", "--hostfile", "hosts", "--config", "r.yaml", folder=folder)
+    assert without_variables(start) == [
         "mpirun", "-n", ranks, "--hostfile", "hosts", "--bind-to", "none",
         "--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "plm_rsh_args", SSH,
         "python", "-u", TRAIN, *ZERO1, "--config", "r.yaml",
     ]  # fmt: skip
-    assert look[:4] == ["python", PREFLIGHT, "--hostfile", "hosts"]
+    assert preflight[:4] == ["python", PREFLIGHT, "--hostfile", "hosts"]
     assert sum(host.slots for host in read_hostfile(folder / "hosts")) == int(ranks)
 
 
-PASSED = {
+FORWARDED = {
     "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "HYPERMOE_LOG_LEVEL": "INFO", "OMP_NUM_THREADS": "4",
     "DS_ACCELERATOR": "cpu", "PYTHONPATH": "/a b", "LD_LIBRARY_PATH": "/lib",
 }  # fmt: skip
@@ -90,7 +90,7 @@ def test_only_the_listed_variables_are_forwarded(folder: Path) -> None:
     (folder / "home").mkdir()
     (folder / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=TRACE\nHOME_TOO=1")
     environment = {
-        **PASSED,
+        **FORWARDED,
         "HOME": str(folder / "home"),
         "SECRET_TOKEN": "x",
         "NCCL_EMPTY": "",
@@ -98,7 +98,7 @@ def test_only_the_listed_variables_are_forwarded(folder: Path) -> None:
         "MY_NCCL_X": "1",
     }
     expected = {
-        **PASSED,
+        **FORWARDED,
         "NCCL_DEBUG": "WARN",
         "OWN": "value=1",
         "HOME_TOO": "1",
@@ -127,19 +127,19 @@ def test_only_the_listed_variables_are_forwarded(folder: Path) -> None:
     ],
 )  # fmt: skip
 def test_torchrun_starts_the_ranks_of_this_host(folder: Path, environment: dict[str, str], options: str) -> None:
-    look, start = commands("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
+    preflight, start = commands("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
     assert start == ["torchrun", *options.split(), "--log_dir", "/dev/null", TRAIN, *ZERO1, "--config", "r.yaml"]
-    assert look[:3] == ["python", PREFLIGHT, "--slots"]
+    assert preflight[:3] == ["python", PREFLIGHT, "--slots"]
 
 
 @pytest.mark.parametrize("script", EVERY)
-def test_a_launch_script_without_a_recipe_prints_its_usage(folder: Path, script: str) -> None:
-    remedy = launch(script, "--help", folder=folder)
-    assert remedy.stdout.startswith("usage: ")
-    assert "--dry-run" in remedy.stdout
-    assert ("--hostfile" in remedy.stdout) == (script in WITH_HOSTFILE)
-    assert remedy.returncode == 0
-    assert launch(script, "-h", folder=folder).stdout == remedy.stdout
+def test_help_prints_the_usage_and_a_missing_recipe_is_reported(folder: Path, script: str) -> None:
+    usage = launch(script, "--help", folder=folder)
+    assert usage.stdout.startswith("usage: ")
+    assert "--dry-run" in usage.stdout
+    assert ("--hostfile" in usage.stdout) == (script in WITH_HOSTFILE)
+    assert usage.returncode == 0
+    assert launch(script, "-h", folder=folder).stdout == usage.stdout
     bare = launch(script, "--dry-run", folder=folder)
     assert bare.stderr == f"{script}: --config: is missing; name a recipe, such as one of pretrain/recipes\n"
     assert bare.returncode == 2
@@ -151,7 +151,7 @@ BAD_LINES += [f"{name} slots=1" for name in ("-oProxyCommand=id", "--x", "^f", "
 
 @pytest.mark.parametrize("script", WITH_HOSTFILE)
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_of_a_hostfile_is_named(folder: Path, script: str, line: str) -> None:
+def test_an_invalid_line_in_a_hostfile_is_reported(folder: Path, script: str, line: str) -> None:
     (folder / "hostfile").write_text(f"node0 slots=8\n{line}\n")
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder)
     assert done.stderr == f"{script}: hostfile:2: '{line}' is not a host; write NAME slots=N\n"
@@ -168,7 +168,7 @@ def test_a_dry_run_reports_an_error_in_the_recipe(folder: Path, script: str) -> 
     assert [line for line in done.stdout.splitlines() if not line.startswith("# ")] == []
 
 
-def test_a_dry_run_reports_a_batch_that_the_hosts_cannot_split(folder: Path) -> None:
+def test_a_dry_run_reports_a_batch_size_that_the_ranks_do_not_divide(folder: Path) -> None:
     words = ["--config", f"{REPOSITORY}/pretrain/recipes/quickstart.yaml", "train.global_batch_size=8"]
     environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
     done = launch("openmpi.sh", "--dry-run", *words, folder=folder, **environment)
@@ -185,13 +185,15 @@ def test_a_dry_run_reports_a_batch_that_the_hosts_cannot_split(folder: Path) -> 
         ("MASTER_PORT", "$(id)", "not a number"),
     ],
 )
-def test_an_invalid_rendezvous_is_refused(folder: Path, script: str, name: str, value: str, problem: str) -> None:
+def test_an_invalid_rendezvous_address_is_refused(
+    folder: Path, script: str, name: str, value: str, problem: str
+) -> None:
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **{name: value})
     assert (done.returncode, done.stderr[: done.stderr.index(";")]) == (2, f"{script}: {name}={value}: is {problem}")
 
 
 @pytest.mark.parametrize(
-    ("script", "environment", "remedy"),
+    ("script", "environment", "message"),
     [
         ("pdsh.sh", {"HYPERMOE_HOSTFILE": "none"}, "none: no such hostfile; copy launch/hostfile.example"),
         ("pdsh.sh", {"NCCL_X": "1\n2"}, "NCCL_X: has more than one line and cannot be forwarded to other hosts"),
@@ -204,18 +206,18 @@ def test_an_invalid_rendezvous_is_refused(folder: Path, script: str, name: str, 
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
     ],
 )
-def test_invalid_launch_options_are_reported_in_one_line(
-    folder: Path, script: str, environment: dict[str, str], remedy: str
+def test_an_invalid_launch_environment_is_reported_in_one_line(
+    folder: Path, script: str, environment: dict[str, str], message: str
 ) -> None:
     (folder / "a b").symlink_to("venv")
     done = launch(script, "--dry-run", "--config", "r.yaml", folder=folder, **environment)
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"{script}: {remedy}")
+    assert line.startswith(f"{script}: {message}")
     assert done.returncode == 2
 
 
 SLOTS = "the slots in the hostfile"
-OWN = "NNODES and NPROC_PER_NODE"
+TORCHRUN = "NNODES and NPROC_PER_NODE"
 SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
 
 
@@ -226,8 +228,8 @@ SBATCH = "sbatch: --nodes, --ntasks-per-node and --gpus-per-node"
         ("pdsh.sh", "--hostfiles", "see --help"),
         ("pdsh.sh", "--num_gpus", f"hosts and ranks are set by {SLOTS}"),
         ("openmpi.sh", "--num_gpus=2", f"hosts and ranks are set by {SLOTS}"),
-        ("torchrun.sh", "--num_nodes", f"hosts and ranks are set by {OWN}"),
-        ("torchrun.sh", "--hostfile", f"hosts and ranks are set by {OWN}"),
+        ("torchrun.sh", "--num_nodes", f"hosts and ranks are set by {TORCHRUN}"),
+        ("torchrun.sh", "--hostfile", f"hosts and ranks are set by {TORCHRUN}"),
         ("local.sh", "--no-preflight", "see --help"),
         ("local.sh", "--num_nodes", "hosts and ranks are set by --num_gpus"),
         ("local.sh", "--hostfile", "hosts and ranks are set by --num_gpus"),
@@ -243,12 +245,12 @@ def test_an_unknown_option_is_reported_before_anything_starts(
 
 
 @pytest.mark.parametrize("option", ["--hostfile", "--config", "--deepspeed_config"])
-def test_an_option_without_its_file_is_named(folder: Path, option: str) -> None:
+def test_an_option_without_its_path_is_reported(folder: Path, option: str) -> None:
     done = launch("pdsh.sh", "--dry-run", option, folder=folder)
     assert (done.returncode, done.stderr) == (2, f"pdsh.sh: {option}: no file is named; add its path\n")
 
 
-def test_a_given_environment_without_python_is_refused(folder: Path) -> None:
+def test_a_virtual_environment_without_python_is_refused(folder: Path) -> None:
     done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder, HYPERMOE_VENV="/nowhere")
     remedy = "name the environment that launch/setup.sh made, or unset it"
     assert done.stderr == f"pdsh.sh: HYPERMOE_VENV=/nowhere: has no bin/python; {remedy}\n"
@@ -256,25 +258,26 @@ def test_a_given_environment_without_python_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["{venv}:/usr/bin:/bin", "/usr/bin:{venv}:/bin", "/usr/bin:/bin:{venv}"])
-def test_the_environment_is_first_and_once_in_the_forwarded_path(folder: Path, path: str) -> None:
+def test_the_forwarded_path_has_the_virtual_environment_once_and_first(folder: Path, path: str) -> None:
     venv = f"{folder}/venv/bin"
     done = launch("openmpi.sh", "--dry-run", "--config", "r.yaml", folder=folder, path=path.format(venv=venv))
     assert f": PATH={venv}:/usr/bin:/bin\n" in done.stdout
 
 
-@pytest.mark.parametrize(("given", "what"), [({}, "not set"), ({"NPROC_PER_NODE": "gpu"}, "gpu")])
+@pytest.mark.parametrize(("extra", "problem"), [({}, "not set"), ({"NPROC_PER_NODE": "gpu"}, "gpu")])
 def test_torchrun_without_a_gpu_asks_for_the_number_of_ranks_before_anything_starts(
-    folder: Path, given: dict[str, str], what: str
+    folder: Path, extra: dict[str, str], problem: str
 ) -> None:
-    environment = {"HYPERMOE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **given}
+    environment = {"HYPERMOE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **extra}
     done = launch("torchrun.sh", "--config", "r.yaml", folder=folder, **environment)
-    remedy = f"NPROC_PER_NODE: is {what} and this host has no GPU; set it to the number of ranks on this host"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {remedy}\n")
+    message = f"NPROC_PER_NODE: is {problem} and this host has no GPU; set it to the number of ranks on this host"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"torchrun.sh: {message}\n")
 
 
-def test_torchrun_with_gpus_starts_a_rank_for_each(folder: Path) -> None:
+def test_torchrun_starts_a_rank_for_each_gpu(folder: Path) -> None:
     stub(folder / "venv/bin/torchrun", 'echo "$*" > started')
-    done = launch("torchrun.sh", "--config", "r.yaml", folder=folder)  # a torch that reports a GPU
+    # The stub for python exits with 0, as if it had found a GPU.
+    done = launch("torchrun.sh", "--config", "r.yaml", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "--nproc_per_node gpu" in (folder / "started").read_text()
 
@@ -287,7 +290,7 @@ def test_a_failed_preflight_prevents_the_launch(folder: Path) -> None:
     assert (folder / "calls").read_text() == f"python {PREFLIGHT}\n"
 
 
-def test_the_example_is_a_valid_hostfile() -> None:
+def test_the_example_hostfile_is_valid() -> None:
     assert [(host.name, host.slots) for host in read_hostfile(LAUNCH / "hostfile.example")] == [
         ("node1", 8),
         ("node2", 8),
@@ -304,27 +307,33 @@ def test_slurm_starts_a_task_for_each_gpu(folder: Path) -> None:
     stub(folder / "bin" / "scontrol", 'echo "$*" > asked; printf "n1\\nn2\\n"')
     arguments, path = ["--dry-run", "--config", "r.yaml"], f"{folder}/bin:{SYSTEM}"
     done = launch("slurm.sbatch", *arguments, folder=folder, path=path, HYPERMOE_REPOSITORY=str(REPOSITORY), **JOB)
-    look, start = [shlex.split(line[1:]) for line in done.stdout.splitlines()]
+    preflight, start = [shlex.split(line[1:]) for line in done.stdout.splitlines()]
     train = [*ZERO1, "--config", "r.yaml"]
-    assert look == ["python", PREFLIGHT, "--slurm", *train]
+    assert preflight == ["python", PREFLIGHT, "--slurm", *train]
     assert start == ["srun", "--mpi=none", "--kill-on-bad-exit=1", "--export=ALL", "python", "-u", TRAIN, *train]
     assert (folder / "asked").read_text() == "show hostnames n[1-2]\n"
 
 
 def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Popen[str], Path]:
-    """Start the script as Slurm would, with the script `ranks` instead of srun, and wait until it runs.
+    """Start slurm.sbatch as Slurm would, with a stub for srun, and wait until the stub runs.
 
-    On a signal, the ranks exit with `code`.
+    Args:
+        folder: working directory.
+        ranks: bash commands that the stub runs in place of the ranks.
+        code: exit code of the stub after SIGUSR1.
+
+    Returns:
+        The process, and the file that records the calls of `scontrol` and a save.
     """
     stub(folder / "bin" / "scontrol", 'if [ "$1" = show ]; then echo n1; else echo "$*" >> calls; fi')
     stub(
         folder / "bin" / "srun", f'trap "echo saved >> calls; exit $CODE" USR1; echo $MASTER_ADDR $MASTER_PORT; {ranks}'
     )
-    given = {**JOB, "PATH": f"{folder}/bin:{SYSTEM}", "SLURM_SUBMIT_DIR": str(REPOSITORY), "HOME": str(folder)}
-    given["CODE"] = str(code)
+    environment = {**JOB, "PATH": f"{folder}/bin:{SYSTEM}", "SLURM_SUBMIT_DIR": str(REPOSITORY), "HOME": str(folder)}
+    environment["CODE"] = str(code)
     process = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch", "--no-preflight", "--config", "r.yaml"],
-        env=given, cwd=folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None
     while (line := process.stdout.readline()).startswith("+"):
@@ -333,7 +342,7 @@ def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Pope
     return process, folder / "calls"
 
 
-def test_before_its_time_limit_a_slurm_job_saves_and_is_requeued(folder: Path) -> None:
+def test_a_slurm_job_saves_and_is_requeued_before_its_time_limit(folder: Path) -> None:
     process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
@@ -341,7 +350,7 @@ def test_before_its_time_limit_a_slurm_job_saves_and_is_requeued(folder: Path) -
     assert process.returncode == 0
 
 
-def test_a_slurm_job_that_finished_at_its_time_limit_is_not_requeued(folder: Path) -> None:
+def test_a_slurm_job_whose_run_is_complete_is_not_requeued(folder: Path) -> None:
     process, calls = slurm_job(folder, "for i in {1..600}; do sleep 0.1; done", code=0)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
@@ -357,9 +366,11 @@ def test_a_slurm_job_that_ends_early_is_not_requeued(folder: Path, code: int) ->
     assert not calls.exists()
 
 
-# Kubernetes: the fields that the manifests use, from PyTorchJob v1 (training-operator 1.9) and MPIJob v2beta1
-# (mpi-operator 0.8). Each value is a type, a set of allowed values, a list with the type of its items, or a mapping;
-# "*" matches any key.
+# Kubernetes
+
+# Fields that the manifests may use, from PyTorchJob v1 (training-operator 1.9) and MPIJob v2beta1 (mpi-operator 0.8).
+# A schema is a type, a set of allowed values, a list with the schema of its items, or a mapping from keys to schemas.
+# The key "*" matches any key.
 
 CONTAINER = {
     "name": str, "image": str, "command": [str], "args": [str], "env": [{"name": str, "value": str}],
@@ -406,20 +417,20 @@ SCHEMAS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def misfits(value: Any, schema: Any, where: str = "") -> list[str]:
-    """Return the paths in a manifest that do not match the expected fields."""
+def mismatches(value: Any, schema: Any, where: str = "") -> list[str]:
+    """Return the paths of the values in a manifest that do not match the schema."""
     if isinstance(schema, set):
         return [] if value in schema else [f"{where}: {value!r}"]
     if isinstance(schema, list):
         if not isinstance(value, list):
-            return [f"{where}: no list"]
-        return [found for n, item in enumerate(value) for found in misfits(item, schema[0], f"{where}[{n}]")]
+            return [f"{where}: not a list"]
+        return [found for n, item in enumerate(value) for found in mismatches(item, schema[0], f"{where}[{n}]")]
     if isinstance(schema, dict):
         if not isinstance(value, dict):
-            return [f"{where}: no mapping"]
+            return [f"{where}: not a mapping"]
         unknown = [f"{where}.{key}: unknown" for key in value if key not in schema and "*" not in schema]
         known = [(key, schema.get(key, schema.get("*"))) for key in value if key in schema or "*" in schema]
-        return unknown + [found for key, form in known for found in misfits(value[key], form, f"{where}.{key}")]
+        return unknown + [found for key, form in known for found in mismatches(value[key], form, f"{where}.{key}")]
     return [] if isinstance(value, schema) else [f"{where}: {value!r}"]
 
 
@@ -428,30 +439,30 @@ def manifest(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_manifest_has_only_fields_of_its_operator(name: str) -> None:
-    assert misfits(manifest(name), SCHEMAS[name]) == []
+def test_a_manifest_uses_only_fields_that_its_operator_knows(name: str) -> None:
+    assert mismatches(manifest(name), SCHEMAS[name]) == []
 
 
-def test_an_unknown_field_of_an_operator_is_found() -> None:
+def test_an_unknown_field_and_a_wrong_type_in_a_manifest_are_found() -> None:
     wrong = manifest("pytorchjob.yaml")
     wrong["spec"]["nprocPerNode"] = 8
     wrong["spec"]["slots"] = 8
-    assert misfits(wrong, SCHEMAS["pytorchjob.yaml"]) == [".spec.slots: unknown", ".spec.nprocPerNode: 8"]
+    assert mismatches(wrong, SCHEMAS["pytorchjob.yaml"]) == [".spec.slots: unknown", ".spec.nprocPerNode: 8"]
 
 
 @pytest.mark.parametrize(
-    ("name", "replicas", "starts", "slots"),
+    ("name", "replicas", "launcher", "slots"),
     [
         ("pytorchjob.yaml", "pytorchReplicaSpecs", "Master", "nprocPerNode"),
         ("mpijob.yaml", "mpiReplicaSpecs", "Launcher", "slotsPerWorker"),
     ],
 )
 def test_a_manifest_starts_a_launch_script_with_a_rank_for_each_gpu(
-    folder: Path, name: str, replicas: str, starts: str, slots: str
+    folder: Path, name: str, replicas: str, launcher: str, slots: str
 ) -> None:
     spec = manifest(name)["spec"]
     pods = {kind: part["template"]["spec"] for kind, part in spec[replicas].items()}
-    [container] = pods[starts]["containers"]
+    [container] = pods[launcher]["containers"]
     assert container["command"][0] == "bash"
     script = Path(container["command"][1])
     environment = {item["name"]: item["value"] for item in container["env"]}

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
         (["--num_gpus=8"], {"HYPERMOE_LOG_LEVEL": "INFO"}, ["info", "--num_gpus", "8", "--master_port", "29500"]),
     ],
 )
-def test_local_starts_deepspeeds_launcher_without_its_log(
+def test_local_passes_log_level_ranks_and_port_to_the_deepspeed_launcher(
     folder: Path, arguments: list[str], environment: dict[str, str], options: list[str]
 ) -> None:
     [start] = commands("local.sh", *arguments, "--config", "r.yaml", folder=folder, **environment)
@@ -31,13 +31,13 @@ def test_local_starts_deepspeeds_launcher_without_its_log(
 
 
 @pytest.mark.parametrize("number", ["0", "x", "-1", ""])
-def test_local_refuses_what_is_not_a_number_of_ranks(folder: Path, number: str) -> None:
+def test_local_refuses_an_invalid_number_of_ranks(folder: Path, number: str) -> None:
     done = launch("local.sh", "--config", "r.yaml", f"--num_gpus={number}", folder=folder)
     assert done.stderr == f"local.sh: --num_gpus {number}: is not a number of ranks; give 1 or more\n"
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_local_checks_the_settings_before_deepspeeds_launcher_starts(folder: Path) -> None:
+def test_local_checks_the_settings_before_it_starts_the_deepspeed_launcher(folder: Path) -> None:
     for name in ("python", "deepspeed"):
         stub(folder / "venv/bin" / name, f'echo "{name} ${{*: -4:4}}" >> calls; exit 2')
     assert launch("local.sh", "--config", "r.yaml", folder=folder).returncode == 2

@@ -24,7 +24,7 @@ with process.one_line_errors():
 
 
 def start(code: str, rank: str | None) -> subprocess.Popen[str]:
-    """Start a Python process and wait until just before its error, when it prints `up`."""
+    """Start a Python process and wait until it prints `up`, just before it raises its error."""
     environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
     if rank is not None:
         environment["LOCAL_RANK"] = rank
@@ -41,11 +41,11 @@ def start(code: str, rank: str | None) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_message_names_place_problem_and_remedy() -> None:
+def test_a_user_error_names_location_problem_and_remedy() -> None:
     assert str(UserError("a.b=1", "is odd", "use 2")) == "a.b=1: is odd; use 2"
 
 
-def test_a_part_of_megabytes_is_cut_and_its_length_given() -> None:
+def test_a_very_long_part_of_a_message_is_cut_and_its_length_is_given() -> None:
     text = str(UserError(f"train.steps={'9' * 100_000}", "is not valid", "r" * 1500))
     assert text.startswith("train.steps=9999")
     assert f"... (100,012 characters): is not valid; {'r' * 1500}" in text
@@ -70,7 +70,7 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(rank: str | None) ->
         ({"SLURM_LOCALID": "0", "LOCAL_RANK": "3"}, 3),
     ],
 )
-def test_each_launcher_says_which_rank_of_its_host_one_is(
+def test_the_local_rank_is_read_from_the_variables_of_every_launcher(
     environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"):
@@ -80,7 +80,7 @@ def test_each_launcher_says_which_rank_of_its_host_one_is(
     assert local_rank() == rank
 
 
-def test_a_fault_of_a_machine_is_one_line_and_exit_code_76(
+def test_a_machine_error_is_one_line_and_exit_code_76(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -90,7 +90,7 @@ def test_a_fault_of_a_machine_is_one_line_and_exit_code_76(
     assert capsys.readouterr().err == "error: rank 3 is lost\n"
 
 
-def test_a_message_of_many_lines_is_told_in_one(
+def test_a_message_with_several_lines_is_printed_as_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -105,33 +105,33 @@ def test_any_other_error_keeps_its_traceback() -> None:
         print(1 // 0)
 
 
-def test_no_error_passes_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_error_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with one_line_errors():
         pass
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_host_of_two_ranks_prints_one_line() -> None:
-    """When the first rank ends, a launcher terminates the others."""
-    other = start(RAISE.format(before=""), "1")
+def test_two_ranks_of_a_host_with_the_same_error_print_one_line() -> None:
+    """Rank 1 waits, because the launcher terminates all other ranks as soon as one rank exits."""
+    rank1 = start(RAISE.format(before=""), "1")
     with pytest.raises(subprocess.TimeoutExpired):
-        other.wait(timeout=1)  # it neither exits nor prints by itself
-    first = start(RAISE.format(before=""), "0")
-    first_err = first.communicate(timeout=20)[1]
-    other.terminate()
-    other_err = other.communicate(timeout=20)[1]
-    assert first_err + other_err == LINE
-    assert first.returncode == 2
+        rank1.wait(timeout=1)
+    rank0 = start(RAISE.format(before=""), "0")
+    rank0_error = rank0.communicate(timeout=20)[1]
+    rank1.terminate()
+    rank1_error = rank1.communicate(timeout=20)[1]
+    assert rank0_error + rank1_error == LINE
+    assert rank0.returncode == 2
 
 
-def test_a_rank_whose_fault_is_its_own_speaks_in_the_end() -> None:
+def test_a_rank_prints_its_error_if_no_signal_arrives_in_time() -> None:
     process = start(RAISE.format(before="process._SILENT_SECONDS = 0.2"), "1")
     err = process.communicate(timeout=20)[1]
     assert (err, process.returncode) == (LINE, 2)
 
 
-def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
-    """Training handles SIGTERM to save before it stops, but a waiting rank has nothing to save."""
+def test_sigterm_ends_a_waiting_rank_even_if_the_job_handles_sigterm() -> None:
+    """Training handles SIGTERM to save a checkpoint, but a waiting rank has nothing to save."""
     handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)"
     process = start(RAISE.format(before=handler), "1")
     with pytest.raises(subprocess.TimeoutExpired):
@@ -144,28 +144,28 @@ def test_a_waiting_rank_ends_at_once_though_the_job_handles_sigterm() -> None:
 
 
 class Terminal(io.StringIO):
-    """A text stream that claims to be a terminal."""
+    """Text stream that pretends to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_an_unexpected_error_keeps_its_traceback_where_there_is_no_log() -> None:
+def test_an_unexpected_error_keeps_its_traceback_without_a_log() -> None:
     with pytest.raises(ZeroDivisionError), one_line_errors():
         raise ZeroDivisionError
 
 
-def test_an_unexpected_error_is_one_line_on_the_screen_and_a_traceback_in_the_log(
+def test_an_unexpected_error_prints_one_line_and_logs_its_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     screen = io.StringIO()
-    with pytest.raises(SystemExit) as left, one_line_errors(screen, Path("run/logs/rank_00003.log")):
+    with pytest.raises(SystemExit) as stop, one_line_errors(screen, Path("run/logs/rank_00003.log")):
         raise ValueError("two\nlines")
-    assert left.value.code == 1
-    where = "the traceback is at the end of run/logs/rank_00003.log"
-    assert screen.getvalue() == f"error: rank 3: ValueError: two lines; {where}\n"
+    assert stop.value.code == 1
+    remedy = "the traceback is at the end of run/logs/rank_00003.log"
+    assert screen.getvalue() == f"error: rank 3: ValueError: two lines; {remedy}\n"
     assert "Traceback (most recent call last):" in capsys.readouterr().err
 
 
@@ -177,7 +177,9 @@ def test_an_error_on_a_terminal_replaces_a_status_line() -> None:
 
 
 @pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"])
-def test_the_rank_is_read_off_the_environment_of_every_launcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_global_rank_is_read_from_the_variables_of_every_launcher(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for other in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"):
         monkeypatch.delenv(other, raising=False)
     assert global_rank() == 0

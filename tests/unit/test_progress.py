@@ -1,4 +1,4 @@
-"""The progress of long work is shown on a terminal and logged without one."""
+"""Progress is shown as a bar on a terminal, and otherwise as a line every 30 seconds."""
 
 import io
 import sys
@@ -10,7 +10,7 @@ from hypermoe_ds.progress import Progress, progress
 
 
 class Terminal(io.StringIO):
-    """A text stream that claims to be a terminal."""
+    """Text stream that pretends to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -37,7 +37,7 @@ def test_without_a_terminal_short_work_prints_nothing(capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_line_has_the_total_if_it_is_known(
+def test_a_progress_line_includes_the_total_if_it_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter([0.0, *[40.0] * 9])
@@ -52,4 +52,4 @@ def test_on_a_terminal_a_progress_bar_is_shown_and_removed(monkeypatch: pytest.M
     with Progress("convert", "tensors", 2) as shown:
         shown.update(2)
     assert "convert:" in terminal.getvalue()
-    assert terminal.getvalue().endswith("\r"), "the cursor is back at the start of an empty line"
+    assert terminal.getvalue().endswith("\r"), "the cursor returns to the start of the line"

@@ -1,4 +1,4 @@
-"""Every recipe of the repository loads, and invalid settings are refused by name."""
+"""Every recipe in the repository loads, and an invalid setting is refused with an error that names it."""
 
 import json
 import re
@@ -35,12 +35,12 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def refusal(recipe: Path, *overrides: str) -> str:
+def error_message(recipe: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as refused:
         load_run_config(recipe, overrides).build_model_config()
     text = str(refused.value)
     assert "\n" not in text
-    assert re.match(r".+: .+; .+", text), "where, what and how to correct it"
+    assert re.match(r".+: .+; .+", text), "expected LOCATION: PROBLEM; REMEDY"
     return text
 
 
@@ -111,51 +111,53 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
     ],
 )
 def test_inconsistent_settings_are_refused_in_one_line(recipe: Path, override: str, message: str) -> None:
-    assert message in refusal(recipe, override)
+    assert message in error_message(recipe, override)
 
 
-def numbers(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, type]]:
+def numeric_settings(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, type]]:
     """Yield the dotted name and type of each numeric setting."""
     for name, field in model.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Settings):
-                yield from numbers(kind, f"{prefix}{name}.")
+                yield from numeric_settings(kind, f"{prefix}{name}.")
             elif kind in (int, float):
                 yield f"{prefix}{name}", kind
 
 
-NUMBERS = dict(numbers(RunConfig))
+NUMERIC_SETTINGS = dict(numeric_settings(RunConfig))
 OUT_OF_RANGE = ("-1", ".nan", ".inf", "-.inf", "1e300", str(10**30), "true", "'3'")
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_must_be_finite_of_their_type_and_within_limits(recipe: Path, key: str) -> None:
+@pytest.mark.parametrize("key", NUMERIC_SETTINGS)
+def test_numbers_must_be_finite_within_limits_and_of_the_right_type(recipe: Path, key: str) -> None:
     section, leaf = key.rsplit(".", 1)
     for value in OUT_OF_RANGE:
         if section in ("data.train", "data.valid"):
-            assert f"{section}.0.{leaf}=" in refusal(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
+            assert f"{section}.0.{leaf}=" in error_message(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
         else:
-            assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+            assert error_message(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
 @pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "data.cache", "data.train.prefix"])
 @pytest.mark.parametrize("value", ["''", '"a\\0b"', "x" * 256, "x/" * 2100])
 def test_invalid_paths_are_refused(recipe: Path, key: str, value: str) -> None:
     if key == "data.train.prefix":
-        assert "data.train.0.prefix=" in refusal(recipe, f"data.train=[{{prefix: {value}}}]")
+        assert "data.train.0.prefix=" in error_message(recipe, f"data.train=[{{prefix: {value}}}]")
     else:
-        assert refusal(recipe, f"{key}={value}").startswith(f"{key}=")
+        assert error_message(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
 def test_the_rendezvous_timeout_is_at_least_one_second(recipe: Path) -> None:
-    assert refusal(recipe, "train.collective_timeout=0.9").startswith("train.collective_timeout=0.9: is not valid")
+    assert error_message(recipe, "train.collective_timeout=0.9").startswith(
+        "train.collective_timeout=0.9: is not valid"
+    )
 
 
-def test_the_tested_numbers_cover_every_section() -> None:
-    sections = {key.partition(".")[0] for key in NUMBERS}
+def test_the_tested_numeric_settings_cover_every_section() -> None:
+    sections = {key.partition(".")[0] for key in NUMERIC_SETTINGS}
     assert sections == RunConfig.model_fields.keys() - {"run"}
-    assert NUMBERS["train.consistency_interval"] is int
-    assert NUMBERS["data.train.weight"] is float
+    assert NUMERIC_SETTINGS["train.consistency_interval"] is int
+    assert NUMERIC_SETTINGS["data.train.weight"] is float
 
 
 @pytest.mark.parametrize(
@@ -173,26 +175,26 @@ def test_an_error_in_an_override_does_not_name_the_recipe(
     recipe: Path, train: dict[str, int], override: str, message: str
 ) -> None:
     recipe.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | train}))
-    assert refusal(recipe, override).removeprefix(f"{recipe.parent}/").startswith(message)
+    assert error_message(recipe, override).removeprefix(f"{recipe.parent}/").startswith(message)
 
 
 def test_warmup_and_decay_must_fit_into_the_run(recipe: Path) -> None:
     ramps = ["schedule.name=warmup_stable_decay", "schedule.warmup_steps=4"]
     assert load_run_config(recipe, [*ramps, "schedule.decay_steps=6"]).schedule.decay_steps == 6
-    assert "with decay_steps=7 longer than train.steps=10" in refusal(recipe, *ramps, "schedule.decay_steps=7")
+    assert "with decay_steps=7 longer than train.steps=10" in error_message(recipe, *ramps, "schedule.decay_steps=7")
 
 
 @pytest.mark.parametrize("section", ["run", "model", "data", "train", "optimizer"])
 def test_a_section_without_defaults_is_required(tmp_path: Path, section: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in SMALL.items() if key != section}))
-    assert refusal(path) == f"{path}: {section}: is missing; add this key"
+    assert error_message(path) == f"{path}: {section}: is missing; add this key"
 
 
 def test_overrides_change_only_the_settings_they_name(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.steps=20", "optimizer.lr=3e-4", "data.valid=[{prefix: b}]"])
     assert (config.train.steps, config.optimizer.lr) == (20, 3e-4)
-    assert [source.prefix for source in config.data.valid] == ["b"]
+    assert [dataset.prefix for dataset in config.data.valid] == ["b"]
     changed = {"train": config.train, "optimizer": config.optimizer, "data": config.data}
     assert config.model_copy(update=changed) == load_run_config(recipe).model_copy(update=changed)
 
@@ -202,7 +204,7 @@ def test_a_launch_ends_at_stop_at_step_or_at_the_end_of_the_run(recipe: Path, st
     assert load_run_config(recipe, [f"train.stop_at_step={stop}"]).last_step == last
 
 
-# The table of settings
+# Table of settings
 
 
 def fields(section: str, model: type[Settings]) -> Iterator[tuple[str, Any]]:
@@ -217,16 +219,16 @@ def all_fields() -> dict[str, Any]:
     return found
 
 
-def test_every_setting_has_a_row_with_its_default_and_meaning() -> None:
+def test_every_setting_has_a_row_with_its_default_and_description() -> None:
     rows = [line.split(" | ") for line in settings_table().splitlines()[2:]]
     names = {row[0].strip("| `"): row for row in rows}
     assert len(names) == len(rows)
     assert names.keys() >= all_fields().keys()
     for name, field in all_fields().items():
-        default, meaning = names[name][1], names[name][2]
+        default, description = names[name][1], names[name][2]
         assert (default == "required") == field.is_required()
         assert field.description
-        assert field.description in meaning
+        assert field.description in description
     assert names["model.num_experts"][1] == "`8`"
     assert names["train.precision"][1] == '`"bf16"`'
     assert names["checkpoint.keep_last"][1] == "`2`"
@@ -236,37 +238,37 @@ CHOICES = ("router_dtype", "router_aux_loss_scope", "hyper_conditioning", "qk_no
 
 
 def test_the_model_section_lists_the_fields_of_the_model() -> None:
-    own = set(HyperMoEConfig.__annotations__) - {
+    names = set(HyperMoEConfig.__annotations__) - {
         "use_cache",
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
         "baked_hyper_experts",
     }
-    assert set(ModelSection.model_fields) == own | {"preset"}
-    for name in own:
+    assert set(ModelSection.model_fields) == names | {"preset"}
+    for name in names:
         field = ModelSection.model_fields[name]
         assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name in CHOICES
-        assert " " in (field.description or ""), "a phrase, not the value of the next field"
-        assert not any(f"{other}: " in field.description for other in own), "one setting's text alone"
+        assert " " in (field.description or ""), "the description is a phrase"
+        assert not any(f"{other}: " in field.description for other in names), "the description is of one setting only"
 
 
-def test_the_needed_samples_are_the_consumed_and_the_remaining_ones(recipe: Path) -> None:
-    ten = load_run_config(recipe, ["train.global_batch_size=4"])
-    assert ten.samples(TrainState()) == 40
-    assert ten.samples(TrainState(step=6, consumed_samples=24)) == 40
-    assert ten.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, "after six steps of 16"
-    assert ten.samples(TrainState(step=12, consumed_samples=48)) == 48, "a run whose steps were lowered"
-    skipped_samples = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
-    assert skipped_samples.samples(TrainState()) == 13
-    assert skipped_samples.samples(TrainState(step=4, consumed_samples=6)) == 13
+def test_a_run_needs_its_consumed_and_its_remaining_samples(recipe: Path) -> None:
+    config = load_run_config(recipe, ["train.global_batch_size=4"])
+    assert config.samples(TrainState()) == 40
+    assert config.samples(TrainState(step=6, consumed_samples=24)) == 40
+    assert config.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, "6 steps of 16 samples, 4 of 4"
+    assert config.samples(TrainState(step=12, consumed_samples=48)) == 48, "the run has passed train.steps"
+    with_skips = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
+    assert with_skips.samples(TrainState()) == 13
+    assert with_skips.samples(TrainState(step=4, consumed_samples=6)) == 13
 
 
 def test_skipped_samples_beyond_the_end_are_refused(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.skip_samples=[[3, 4], [42, 43]]"])
     with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; remove"):
         config.samples(TrainState())
-    assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "five steps of 8, then 5 of 1"
+    assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "5 steps of 8 samples, 5 of 1, 2 skipped"
 
 
 @pytest.mark.parametrize(
@@ -278,9 +280,9 @@ def test_more_samples_than_an_index_supports_are_refused(recipe: Path, override:
         config.samples(TrainState())
 
 
-def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_project_without_the_wandb_package_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: None)
-    assert refusal(recipe, "monitor.wandb_project=p") == (
+    assert error_message(recipe, "monitor.wandb_project=p") == (
         "monitor.wandb_project=p: the package wandb is not installed; pip install wandb, or remove this setting"
     )
     monkeypatch.setattr("hypermoe_ds.monitor.settings.find_spec", lambda _: "found")
@@ -288,7 +290,7 @@ def test_weights_and_biases_without_its_package_is_refused(recipe: Path, monkeyp
 
 
 def write_tokenizer(folder: Path, largest_id: int) -> None:
-    """Write a tokenizer folder with four tokens and a gap between their ids."""
+    """Write a tokenizer folder with four tokens, whose ids are 0, 1, 2 and `largest_id`."""
     model = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": largest_id}, unk_token="<unk>")
     folder.mkdir()
     tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
@@ -297,7 +299,7 @@ def write_tokenizer(folder: Path, largest_id: int) -> None:
 
 
 @pytest.mark.parametrize(("largest_id", "vocabulary"), [(127, 128), (128, 256), (300, 384)])
-def test_the_default_vocabulary_is_that_of_the_tokenizer_rounded_up_to_128(
+def test_the_default_vocabulary_size_is_the_tokenizers_rounded_up_to_a_multiple_of_128(
     tmp_path: Path, largest_id: int, vocabulary: int
 ) -> None:
     write_tokenizer(tmp_path / "tokenizer", largest_id)
@@ -306,16 +308,16 @@ def test_the_default_vocabulary_is_that_of_the_tokenizer_rounded_up_to_128(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     config = load_run_config(tmp_path / "recipe.yaml")
     assert config.build_model_config().vocab_size == vocabulary
-    assert config.model.vocab_size is None, "what the user wrote stays"  # type: ignore[attr-defined]
-    presets = load_run_config(tmp_path / "recipe.yaml", ["model.preset=tiny-10m"])
-    assert presets.build_model_config().vocab_size == 4096
+    assert config.model.vocab_size is None, "the recipe itself does not change"  # type: ignore[attr-defined]
+    preset = load_run_config(tmp_path / "recipe.yaml", ["model.preset=tiny-10m"])
+    assert preset.build_model_config().vocab_size == 4096
     assert load_run_config(tmp_path / "recipe.yaml", ["model.vocab_size=64"]).build_model_config().vocab_size == 64
 
 
 def test_without_a_vocabulary_size_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"model": {}}))
-    assert refusal(path).startswith("t: no such tokenizer folder; ")
+    assert error_message(path).startswith("t: no such tokenizer folder; ")
 
 
 @pytest.mark.parametrize(
@@ -327,10 +329,12 @@ def test_a_length_in_tokens_is_rounded_up_to_full_steps(recipe: Path, tokens: st
     overrides = ["train.steps=null", f"train.tokens={tokens}", "train.global_batch_size=4"]
     train = load_run_config(recipe, overrides).train
     assert (train.steps, train.tokens) == (steps, float(tokens))
-    assert load_run_config(recipe, [*overrides, f"train.steps={steps}"]).train == train, "as a run folder has them"
+    assert load_run_config(recipe, [*overrides, f"train.steps={steps}"]).train == train, (
+        "a resolved recipe has both settings"
+    )
 
 
-def test_a_length_in_steps_sets_the_length_in_tokens(recipe: Path) -> None:
+def test_a_length_in_steps_also_sets_the_length_in_tokens(recipe: Path) -> None:
     assert load_run_config(recipe, ["train.global_batch_size=4"]).train.tokens == 10 * 4 * 32
 
 
@@ -346,7 +350,7 @@ def test_the_printed_recipe_is_the_resolved_recipe(path: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("width", [60, 100])
-def test_the_help_has_every_setting_with_its_default_within_the_width(width: int) -> None:
+def test_the_help_lists_every_setting_with_its_default_and_fits_the_width(width: int) -> None:
     lines = settings_help(width).splitlines()
     names = re.findall(r"^\| `([^`]+)` \|", settings_table(), re.MULTILINE)
     listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]

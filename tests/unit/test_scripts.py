@@ -1,4 +1,4 @@
-"""The setup and check scripts report problems, refuse invalid input and pass arguments on."""
+"""The shell and Python scripts print their usage, report errors in one line and pass arguments on."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def executable(path: Path, body: str) -> None:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> Path:
-    """Return a PATH with shell tools, but without Python and a compiler."""
+    """Create a PATH folder with shell tools but without Python and a C++ compiler."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for command in COMMANDS:
@@ -85,7 +85,7 @@ def test_setup_refuses_an_unknown_extra(bare_path: Path, tmp_path: Path) -> None
     assert result.returncode == 1
 
 
-def test_setup_does_not_change_a_folder_that_is_not_an_environment(tmp_path: Path) -> None:
+def test_setup_does_not_change_a_folder_that_is_not_a_virtual_environment(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     result = run("bash", REPOSITORY / "launch/setup.sh", HYPERMOE_VENV=str(tmp_path))
     assert "is not a virtual environment" in result.stderr
@@ -93,15 +93,15 @@ def test_setup_does_not_change_a_folder_that_is_not_an_environment(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path:
-    """Create a folder that looks like an environment made by setup.sh, with a minimal fake interpreter."""
+def fake_environment(tmp_path: Path, repository: Path, extras: str) -> Path:
+    """Create a folder that setup.sh accepts as its virtual environment, with a stub for the Python interpreter."""
     venv = tmp_path / "venv"
     executable(venv / "bin" / "python", 'case "$*" in "-VV") echo Python 3.11;; *version_info*) ;; *) exit 9;; esac')
-    decides = f"Python 3.11\n{extras} {repository}\n".encode()
-    decides += b"".join(
+    stamped = f"Python 3.11\n{extras} {repository}\n".encode()
+    stamped += b"".join(
         (repository / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh")
     )
-    (venv / "hypermoe-setup.stamp").write_text(f"{extras}\n{hashlib.sha256(decides).hexdigest()}  -\n")
+    (venv / "hypermoe-setup.stamp").write_text(f"{extras}\n{hashlib.sha256(stamped).hexdigest()}  -\n")
     (venv / "pyvenv.cfg").touch()
     operator = tmp_path / "operators" / "deepspeed_shm_comm"
     operator.mkdir(parents=True)
@@ -109,28 +109,28 @@ def environment_as_set_up(tmp_path: Path, repository: Path, extras: str) -> Path
     return venv
 
 
-@pytest.mark.parametrize("asked", [(), ("dev",), ("mpi", "dev")])
+@pytest.mark.parametrize("extras", [(), ("dev",), ("mpi", "dev")])
 def test_a_second_setup_changes_nothing_and_keeps_earlier_extras(
-    bare_path: Path, tmp_path: Path, asked: tuple[str, ...]
+    bare_path: Path, tmp_path: Path, extras: tuple[str, ...]
 ) -> None:
-    venv = environment_as_set_up(tmp_path, REPOSITORY, "dev,mpi")
-    result = setup(bare_path, venv, *asked)
+    venv = fake_environment(tmp_path, REPOSITORY, "dev,mpi")
+    result = setup(bare_path, venv, *extras)
     assert result.stdout == f"setup: ready with dev,mpi; use it with: source {venv}/bin/activate\n", result.stderr
     assert result.returncode == 0
 
 
-def test_setup_installs_again_if_the_dependencies_change(bare_path: Path, tmp_path: Path) -> None:
+def test_setup_installs_again_after_a_dependency_changes(bare_path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "launch").mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/setup.sh", copy / "launch")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, copy)
-    venv = environment_as_set_up(tmp_path, copy, "dev")
+    venv = fake_environment(tmp_path, copy, "dev")
     assert setup(bare_path, venv, repository=copy).returncode == 0
     with (copy / "pyproject.toml").open("a") as file:
         file.write("# one more dependency\n")
     result = setup(bare_path, venv, repository=copy)
-    assert "missing" in result.stderr  # setup checks the system: this PATH has no compiler
+    assert "missing" in result.stderr  # setup looked for a compiler, which this PATH does not have
     assert result.returncode == 1
 
 
@@ -139,7 +139,7 @@ def test_setup_installs_again_if_the_dependencies_change(bare_path: Path, tmp_pa
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("script", ["setup.sh", "quickstart.sh"])
-def test_help_prints_the_usage_without_setup(bare_path: Path, tmp_path: Path, script: str, option: str) -> None:
+def test_help_prints_the_usage_without_running_setup(bare_path: Path, tmp_path: Path, script: str, option: str) -> None:
     variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
     result = run("bash", REPOSITORY / "launch" / script, option, **variables)
     assert (result.returncode, result.stderr) == (0, "")
@@ -149,7 +149,7 @@ def test_help_prints_the_usage_without_setup(bare_path: Path, tmp_path: Path, sc
     assert not (tmp_path / "new").exists()
 
 
-def test_the_quickstart_refuses_an_unknown_option_before_setup(bare_path: Path, tmp_path: Path) -> None:
+def test_quickstart_refuses_an_unknown_option_before_setup(bare_path: Path, tmp_path: Path) -> None:
     variables = {"PATH": str(bare_path), "HYPERMOE_VENV": str(tmp_path / "new" / "venv")}
     result = run("bash", REPOSITORY / "launch/quickstart.sh", "train.steps=3", "--num_gpus", "1", **variables)
     assert (result.returncode, result.stderr) == (2, "quickstart.sh: --num_gpus: is not an option; see --help\n")
@@ -161,7 +161,7 @@ def test_the_quickstart_refuses_an_unknown_option_before_setup(bare_path: Path, 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Create a repository with tests/run.sh, an empty setup and checks that only record their arguments."""
+    """Create a repository with tests/run.sh and stubs for setup and the checks, which record their arguments."""
     (tmp_path / "tests").mkdir()
     shutil.copy(REPOSITORY / "tests/run.sh", tmp_path / "tests")
     executable(tmp_path / "launch/setup.sh", 'echo "setup $*" >>calls')
@@ -178,7 +178,7 @@ def run_checks(checkout: Path, *arguments: str) -> tuple[subprocess.CompletedPro
     return result, (checkout / "calls").read_text().splitlines()
 
 
-def test_all_checks_run_print_their_times_and_get_the_arguments(checkout: Path) -> None:
+def test_all_checks_run_and_pytest_gets_the_arguments(checkout: Path) -> None:
     result, calls = run_checks(checkout, "-k", "foo")
     assert calls == [
         "setup dev mpi",
@@ -194,7 +194,7 @@ def test_all_checks_run_print_their_times_and_get_the_arguments(checkout: Path) 
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_failing_check_fails_the_run_but_the_other_checks_still_run(checkout: Path, name: str) -> None:
+def test_a_failing_check_fails_the_run_and_does_not_stop_the_other_checks(checkout: Path, name: str) -> None:
     (checkout / f"fail-{name}").write_text("1")
     result, calls = run_checks(checkout)
     assert len(calls) == 7
@@ -210,14 +210,14 @@ def test_a_script_with_a_syntax_error_fails_the_run(checkout: Path) -> None:
     assert result.returncode == 1
 
 
-def test_a_failing_setup_ends_the_run(checkout: Path) -> None:
+def test_no_check_runs_if_setup_fails(checkout: Path) -> None:
     executable(checkout / "launch/setup.sh", "touch calls; exit 1")
     result, calls = run_checks(checkout)
     assert calls == []
     assert result.returncode == 1
 
 
-# The Python scripts
+# Python scripts
 
 
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.name)
@@ -227,7 +227,7 @@ def test_a_benchmark_prints_its_usage(script: Path) -> None:
     assert result.stdout.startswith("usage: ")
 
 
-# Libraries that take seconds to import are hidden.
+# Runs a script as if the libraries that take seconds to import were not installed.
 WITHOUT_LIBRARIES = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("torch", "transformers", "deepspeed", "megatron.core"))
@@ -278,7 +278,7 @@ def test_a_missing_folder_is_reported_without_importing_torch(command: str, tmp_
         "tools/preflight.py --config x --deepspeed_config x --mebibytes=0",
     ],
 )
-def test_an_invalid_number_is_refused_with_its_option(command: str) -> None:
+def test_an_invalid_number_is_reported_with_its_option(command: str) -> None:
     script, *words = command.split()
     result = run_without_libraries(REPOSITORY / script, *words)
     assert (result.returncode, result.stdout) == (2, "")

@@ -10,14 +10,14 @@ from torch import Tensor
 from hypermoe_ds.inspection.differences import Differences, Distance, compare, elements_to_compare
 from hypermoe_ds.inspection.report import difference_lines
 from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
-from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint
+from tests.helpers.checkpoints import small_model, training_weights, write_checkpoint
 
 ROUTER, EXPERTS = "model.layers.1.mlp.router.gate.weight", "model.layers.2.mlp.experts.w2"
 
 
 def compared(folder: Path, first: dict[str, Tensor], second: dict[str, Tensor]) -> Differences:
     for name, weights in (("first", first), ("second", second)):
-        write_cut_checkpoint(folder / name, weights, moments=name == "first")
+        write_checkpoint(folder / name, weights, moments=name == "first")
     with open_tensor_reader(folder / "first") as a, open_tensor_reader(folder / "second") as b:
         read: list[int] = []
         differences = compare(a, b, read.append)
@@ -65,7 +65,7 @@ def test_missing_and_reshaped_parameters_are_named(tmp_path: Path) -> None:
 
 def test_an_export_differs_from_its_run_only_by_rounding(tmp_path: Path) -> None:
     model = small_model()
-    write_cut_checkpoint(tmp_path / "run", training_weights(model), moments=True)
+    write_checkpoint(tmp_path / "run", training_weights(model), moments=True)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     with open_tensor_reader(tmp_path / "run") as run, open_tensor_reader(tmp_path / "hf") as folder:
         differences = compare(run, folder)

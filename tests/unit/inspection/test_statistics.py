@@ -15,7 +15,7 @@ from hypermoe_ds.inspection import statistics, tensor_readers
 from hypermoe_ds.inspection.report import inspection_lines, write_json
 from hypermoe_ds.inspection.statistics import Inspection, by_group, elements_to_inspect, inspect
 from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
-from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint
+from tests.helpers.checkpoints import small_model, training_weights, write_checkpoint
 
 FIRST, SECOND = "model.layers.1.mlp", "model.layers.2.mlp"
 
@@ -28,7 +28,7 @@ def read_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inspect_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool = False) -> Inspection:
-    write_cut_checkpoint(folder, weights, moments)
+    write_checkpoint(folder, weights, moments)
     with open_tensor_reader(folder) as reader:
         return inspect(reader)
 
@@ -149,7 +149,7 @@ def test_similarity_is_the_same_for_the_expert_layout_of_another_model(tmp_path:
 
 
 def test_progress_ends_at_the_announced_number_of_elements(tmp_path: Path) -> None:
-    write_cut_checkpoint(tmp_path / "cut", training_weights(small_model()), moments=True)
+    write_checkpoint(tmp_path / "cut", training_weights(small_model()), moments=True)
     read: list[int] = []
     with open_tensor_reader(tmp_path / "cut") as reader:
         inspect(reader, read.append)

@@ -10,7 +10,7 @@ from hypermoe_ds.checkpoint.run_folder import check_step
 from hypermoe_ds.checkpoint.shards import write_weights
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.inspection.tensor_readers import TensorReader, open_tensor_reader, ranges
-from tests.helpers.checkpoints import small_model, training_weights, write_cut_checkpoint, write_run
+from tests.helpers.checkpoints import small_model, training_weights, write_checkpoint, write_run
 
 
 def assert_reads(reader: TensorReader, expected: dict[str, torch.Tensor], kind: str = "weight") -> None:
@@ -27,7 +27,7 @@ def assert_reads(reader: TensorReader, expected: dict[str, torch.Tensor], kind: 
 
 def test_a_checkpoint_gives_its_weights_and_moments_however_they_are_sharded(tmp_path: Path) -> None:
     weights = training_weights(small_model())
-    written = write_cut_checkpoint(tmp_path / "cut", weights, moments=True)
+    written = write_checkpoint(tmp_path / "cut", weights, moments=True)
     with open_tensor_reader(tmp_path / "cut") as reader:
         assert reader.kinds == ("weight", "exp_avg", "exp_avg_sq")
         for kind in reader.kinds:
