@@ -1,5 +1,5 @@
-# The CUDA version is that of torch 2.13.0. The devel image is needed because DeepSpeed compiles operators at first use.
-# Ubuntu 24.04 has Python 3.12, for which megatron-core 0.16.1 has a wheel.
+# The CUDA version is the one that torch 2.13.0 is built for. The devel image is needed because DeepSpeed compiles
+# operators at first use. Ubuntu 24.04 provides Python 3.12, for which megatron-core 0.16.1 has a wheel.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 # Packages are not pinned: security updates matter more here than a reproducible image.

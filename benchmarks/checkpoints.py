@@ -1,9 +1,11 @@
-"""Measure how long a checkpoint blocks training, written in the background or while training waits; how long the step
-after it takes; and how long a resume takes with each value of `checkpoint.verify`. The sides alternate.
+"""Measure how long training waits for a checkpoint, how long the next step takes, and how long a resume takes.
+
+Saves in the background alternate with saves during which training waits. Resumes are measured with each value of
+`checkpoint.verify`.
 
     deepspeed --num_gpus 2 benchmarks/checkpoints.py [--preset P] [--folder DIR] [key=value ...]
 
-A key=value changes a field of the preset's model, such as num_hidden_layers=2.
+A key=value argument overrides a field of the preset's model, such as num_hidden_layers=2.
 """
 
 import argparse
@@ -34,7 +36,7 @@ _TOKENS = 256
 
 @dataclass(frozen=True)
 class Save:
-    """Seconds that training waited for a save, and seconds of the step after it."""
+    """Seconds that training waited for a save, and seconds of the step after the save."""
 
     waited: float
     step_after: float
@@ -45,7 +47,7 @@ class Results:
     """All results.
 
     Attributes:
-        saves: saves of each kind.
+        saves: measurements of each kind of save.
         step: median seconds of a step without a save.
         resumes: seconds of each resume, by `checkpoint.verify`.
         bytes: size of one checkpoint.
@@ -94,7 +96,7 @@ def main() -> None:
 
 
 def build(config: HyperMoEConfig, ranks: int) -> Any:
-    """Build an engine in fp32 whose optimizer has taken a step."""
+    """Build an fp32 engine and run one step, so that the optimizer state exists."""
     train = TrainConfig(steps=1000, micro_batch_size=1, global_batch_size=ranks, precision="fp32")
     ds_config = merge({"zero_optimization": {"stage": 1}}, train, config, 1, ranks)
     engine = build_engine(config, ds_config, OptimizerConfig(lr=1e-4), ScheduleConfig(), train, ParallelConfig())
@@ -103,7 +105,7 @@ def build(config: HyperMoEConfig, ranks: int) -> Any:
 
 
 def step(engine: Any) -> float:
-    """Run one step on random tokens, and return its seconds."""
+    """Run one training step on random tokens and return its time in seconds."""
     began = time.perf_counter()
     ids = torch.randint(engine.module.config.vocab_size, (1, _TOKENS + 1), device=engine.device)
     engine.backward(
@@ -115,7 +117,7 @@ def step(engine: Any) -> float:
 
 
 def measure(engine: Any, folder: Path, repeats: int) -> Results:
-    """Measure saves and resumes; the kinds alternate."""
+    """Measure saves and resumes. The kinds of saves alternate, and so do the values of `checkpoint.verify`."""
     checkpoints = folder / "checkpoints"
     managers = {
         kind: CheckpointManager(engine, checkpoints, CheckpointConfig(asynchronous=asynchronous, keep_last=1), {})

@@ -1,5 +1,5 @@
-"""Compare the speed of generation: HyperMoE with its hypernetwork, with baked HyperExperts, and the plain Mixture of
-Experts. The sides alternate. Weights and prompts are random."""
+"""Compare the generation speed of HyperMoE with a hypernetwork, HyperMoE with baked HyperExperts, and the plain Mixture
+of Experts. Runs of the three models alternate. Weights and prompts are random."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def main() -> None:
         order.append(order.pop(0))
         for name, model in order:
             elapsed = generate(model, prompt, arguments.new)
-            if repeat:  # the first run warms up
+            if repeat:  # the first run is a warm-up
                 seconds[name].append(elapsed)
     print(as_table(seconds, arguments.batch * arguments.new))
     print(
@@ -62,7 +62,7 @@ def build_sides(preset: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def generate(model: Any, prompt: torch.Tensor, new: int) -> float:
-    """Return the seconds of one greedy generation with a KV cache."""
+    """Generate greedily with a KV cache and return the time in seconds."""
     began = time.perf_counter()
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
@@ -74,7 +74,7 @@ def generate(model: Any, prompt: torch.Tensor, new: int) -> float:
 
 
 def as_table(seconds: Mapping[str, list[float]], tokens: int) -> str:
-    """Return the table, ratios first."""
+    """Format the results as a Markdown table."""
     base = median(seconds["moe"])
     rows = ["| side | time / moe | tokens/s | median s (min, max) |", "| --- |" + " ---: |" * 3]
     for name, runs in seconds.items():

@@ -1,9 +1,11 @@
-"""Compare HyperExperts with one expert of the same model, and their exact forms with each other: time and memory,
-forward and backward. Both sides of a ratio alternate in one process. Memory is measured in a separate process per side.
+"""Compare the time and memory of HyperExperts with those of one expert of the same model, and compare the exact forms.
+
+Each measurement is one forward and backward pass. Both sides of a time ratio alternate in one process. Memory is
+measured in a separate process for each side.
 
     python benchmarks/hyper_experts.py [--dtype bf16] [--json FILE] [--plot FILE.png]
 
-Takes 15 minutes on 2 cores in fp32, 2 minutes with --skip-grid.
+The benchmark takes 15 minutes on 2 cores in fp32, or 2 minutes with --skip-grid.
 """
 
 import argparse
@@ -32,17 +34,17 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts, HyperNetwork, Selec
 from hypermoe_ds.process import one_line_errors
 from results import check_arguments, device_name, machine, machine_line
 
-PUBLISHED, SMALL = Sizes(768, 64, 128), Sizes(256, 16, 64)  # D, A, B at GPT-2 small's width, and of tiny-10m
+PUBLISHED, SMALL = Sizes(768, 64, 128), Sizes(256, 16, 64)  # D, A, B of gpt2-small-8e and tiny-10m
 D, LAYERS, WIDTH = PUBLISHED.hidden, 12, 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = [(PUBLISHED, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4, 8) for T in (512, 4096)]
 GRID += [(SMALL, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4) for T in (512, 4096)]
 _WARMUP = 2  # runs of each side before the measured ones
-_CLOSE_FORMS_SECONDS = 3.0  # time for repeated runs of the fastest form, to rank forms of almost equal cost
+_CLOSE_FORMS_SECONDS = 3.0  # duration of the repeated runs of the fastest form, which rank forms of almost equal cost
 
 
 class Target(NamedTuple):
-    """Device and dtype of all tensors of a measurement."""
+    """Device and dtype of all tensors in a measurement."""
 
     device: str
     dtype: torch.dtype
@@ -70,9 +72,9 @@ class FormCase:
 
     Attributes:
         sizes: D, A and B of the hypernetwork.
-        selections: number of different selections that HyperExperts are generated for.
+        selections: number of different selections for which HyperExperts are generated.
         predicted: the form that the cost model predicts to be cheaper.
-        seconds: of "per_set", "factored" and "auto".
+        seconds: median seconds of the forms "per_set", "factored" and "auto".
     """
 
     sizes: Sizes
@@ -86,7 +88,7 @@ class FormCase:
 
 @dataclass(frozen=True)
 class Results:
-    """All results; `per_token` holds the seconds of the published form by number of tokens."""
+    """All results. `per_token` maps numbers of tokens to the seconds of the published form."""
 
     machine: dict[str, Any]
     dtype: str
@@ -137,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, target: Target) -> Results:
-    """Measure everything that the arguments ask for, and print each table as soon as it is complete."""
+    """Run all requested measurements and print each table as soon as it is complete."""
     repeats = arguments.repeats
     device = device_name() if target.device == "cuda" else "cpu"
     shapes = tqdm(expert_shapes(arguments.dtype), "experts", unit="shape", leave=False)
@@ -157,14 +159,14 @@ def measure(arguments: argparse.Namespace, target: Target) -> Results:
 
 
 def expert_shapes(dtype: str) -> list[tuple[int, int, int]]:
-    """Return N, K and T of the comparisons with an expert."""
+    """Return N, K and T of each comparison with an expert."""
     return [(8, 1, 2048), (8, 1, 8192), (8, 2, 2048)] if dtype == "fp32" else [(8, 1, 2048), (8, 1, 8192)]
 
 
 def build(
     num_experts: int, layers: int, target: Target, sizes: Sizes = PUBLISHED
 ) -> tuple[list[HyperExperts], HyperNetwork]:
-    """Build the HyperExperts of some layers and the hypernetwork that they share."""
+    """Build the HyperExperts of several layers and their shared hypernetwork."""
     hypernetwork = HyperNetwork(sizes.hidden, WIDTH, layers, 10, sizes.bottleneck, sizes.adapter)
     layers_of = [HyperExperts(SelectionEncoder(num_experts, WIDTH, WIDTH, WIDTH), layer) for layer in range(layers)]
     for module in (hypernetwork, *layers_of):
@@ -173,14 +175,14 @@ def build(
 
 
 def selections(passes: int, layers: int, tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
-    """Draw uniform selections [passes, layers, T, K]: in training too, the tokens of an expert change each time."""
+    """Draw uniform random selections [passes, layers, T, K]. As in training, each pass has different selections."""
     return torch.rand(passes, layers, tokens, num_experts, device=device).argsort(dim=-1)[..., :top_k]
 
 
 def all_layers(
     layers: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: Tensor, passes: Tensor, form: str
 ) -> Callable[[], None]:
-    """Return a function that runs the HyperExperts of all layers forward and backward, with the next selections."""
+    """Return a function that runs the HyperExperts of all layers forward and backward, with new selections per call."""
     endless = itertools.cycle(passes)
 
     def run() -> None:
@@ -202,11 +204,11 @@ def expert(target: Target) -> nn.Module:
 
 
 def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Return the median seconds of each side. The sides alternate, after two warm-up runs each."""
+    """Return the median seconds of each side. The sides alternate and begin with two warm-up runs each."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
     for _ in range(repeats + _WARMUP):
-        order.reverse()  # otherwise one side would always run with the caches of the same other side
+        order.reverse()  # so that no side always runs after the same other side
         for name, run in order:
             began = time.perf_counter()
             run()
@@ -228,7 +230,7 @@ def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[
 
 
 def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) -> ExpertCase:
-    """Compare the HyperExperts of a layer with one expert and the published form. 12 layers share the hypernetwork."""
+    """Compare the HyperExperts of a layer with one expert and the published form. 12 layers share one hypernetwork."""
     x_TD = torch.randn(T, D, **target._asdict()).requires_grad_()
     passes = selections(repeats + _WARMUP, LAYERS, T, N, K, target.device)
     single = expert(target)
@@ -244,12 +246,12 @@ def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) ->
 
 
 def compare_forms(sizes: Sizes, N: int, K: int, T: int, repeats: int, target: Target) -> FormCase:
-    """Compare the exact forms and `auto` in one layer. Forms close to the fastest run again, with more repeats."""
+    """Compare the exact forms and `auto` in one layer. Forms close to the fastest are measured again more often."""
     x_TD = torch.randn(T, sizes.hidden, **target._asdict()).requires_grad_()
     layers, hypernetwork = build(N, 1, target, sizes)
 
     def measure_forms(forms: Iterable[str], runs: int) -> dict[str, float]:
-        # Each form gets its own selections: the first use of a shape makes the library compile or allocate for it.
+        # Each form has its own selections, because libraries compile or allocate at the first use of a shape.
         passes = {form: selections(runs + _WARMUP, 1, T, N, K, target.device) for form in forms}
         sides = {form: all_layers(layers, hypernetwork, x_TD, passes[form], form) for form in passes}
         return medians(sides, runs, target.device)
@@ -274,10 +276,10 @@ def per_token(T: int, repeats: int, target: Target) -> float:
 
 
 def added_memory(side: str, target: Target) -> int:
-    """Return the peak bytes of 12 layers, parameters and input not counted, for N=8, K=1, T=2048."""
+    """Return the peak memory, in bytes, that one pass of 12 layers adds to parameters and input (N=8, K=1, T=2048)."""
     x_TD = torch.randn(2048, D, **target._asdict()).requires_grad_()
     passes = selections(1, LAYERS, 2048, 8, 1, target.device)
-    torch.autograd.backward([expert(target)(x_TD[:64])], [x_TD[:64].detach()])  # one-time allocations of libraries
+    torch.autograd.backward([expert(target)(x_TD[:64])], [x_TD[:64].detach()])  # triggers one-time allocations
     if side == "hyper_expert":
         layers, hypernetwork = build(8, LAYERS, target)
         base = peak_bytes(target.device)
@@ -293,18 +295,17 @@ def added_memory(side: str, target: Target) -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """Return the peak memory of this process, or of the GPU."""
+    """Return the peak memory of this process, in bytes: on CUDA, the memory allocated on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()  # getrusage would count the peak of the parent process too
+    status = Path("/proc/self/status").read_text()  # getrusage would include the parent process's peak
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def memory_of_both(device: str, dtype: str) -> dict[str, int]:
     """Return `added_memory` of both sides, each measured in its own process.
 
-    The processes map every large tensor separately. Peak memory then counts live tensors and not fragmentation of the
-    heap.
+    The processes allocate each large tensor with mmap, so that peak memory does not include heap fragmentation.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of"]
@@ -314,7 +315,7 @@ def memory_of_both(device: str, dtype: str) -> dict[str, int]:
 
 
 def expert_table(cases: list[ExpertCase], memory: Mapping[str, int], dtype: str, device: str) -> str:
-    """Return the table of HyperExperts and one expert, ratios first."""
+    """Format the comparison of HyperExperts with one expert as a Markdown table."""
     rows = [
         "| N, K, T | HyperExpert / expert | published / HyperExpert | expert, ms | HyperExpert, ms | published, ms |",
         "| --- |" + " ---: |" * 5,
@@ -338,7 +339,7 @@ def expert_table(cases: list[ExpertCase], memory: Mapping[str, int], dtype: str,
 
 
 def forms_table(forms: list[FormCase], published: Mapping[int, float]) -> str:
-    """Return the table of `auto` and the best form for each shape."""
+    """Format the comparison of the forms for each shape as a Markdown table."""
     rows = [
         "| D, A, B | N | K | T | selections | predicted | auto / best | auto, ms | per_set, ms | factored, ms "
         "| per_token, ms |",
@@ -359,8 +360,8 @@ def forms_table(forms: list[FormCase], published: Mapping[int, float]) -> str:
 def calibration(forms: list[FormCase], dtype: torch.dtype) -> str:
     """Fit the rates of the cost model to the measured times.
 
-    Least squares of the relative error; no rate is negative. A case has more weight if its forms take similar times,
-    because an error there changes the choice.
+    This is a non-negative least-squares fit of the relative error. Cases whose forms take similar times have more
+    weight, because an error in these cases can change the choice of the form.
     """
     rows, times, weights = [], [], []
     for case in forms:

@@ -1,9 +1,10 @@
-"""Measure what the metrics of a run cost, on one rank. Steps with and without metrics alternate.
+"""Measure the cost of a run's metrics on one rank. Steps with and without metrics alternate.
 
-There are three kinds of steps with metrics: not logged, logged, and logged with norms. For each kind the table has the
-seconds spent in the calls of the metrics (the device is synchronized before and after each call), and the time of the
-whole step divided by that of a step without metrics, which is noisier. The cost is weighted by the share of each kind
-in a run with the default intervals. A key=value changes a field of the preset's model, such as num_hidden_layers=2.
+There are three kinds of steps with metrics: not logged, logged, and logged with norms. For each kind, the table shows
+the seconds spent in metric calls, with a device synchronization before and after each call. The table also shows the
+time of the whole step relative to a step without metrics; this ratio is noisier. The total cost is weighted by the
+share of each kind in a run with the default intervals. A key=value argument overrides a field of the preset's model,
+such as num_hidden_layers=2.
 """
 
 import argparse
@@ -40,13 +41,13 @@ from results import check_arguments, machine_line
 
 _ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"
 _DEFAULTS = MonitorConfig()
-# Step numbers of each kind, under the default intervals.
+# A step number of each kind, with the default intervals.
 _KINDS = {"not logged": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norms_interval or 0}
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of the steps of one kind, in seconds: the whole step, and the calls of the metrics in it."""
+    """Seconds of each step of one kind: of the whole step, and of the metric calls in the step."""
 
     whole: list[float]
     metrics: list[float]
@@ -54,14 +55,14 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Results:
-    """Seconds of each step without metrics, and of the steps with metrics by kind."""
+    """Seconds of each step without metrics, and times of the steps with metrics by kind."""
 
     without: list[float]
     with_metrics: dict[str, StepTimes]
 
 
 def time_metric_calls(recorder: Recorder) -> list[float]:
-    """Time the calls of a recorder that observe or record; return a list to which each call appends its seconds."""
+    """Patch a recorder's `observe` and `record` methods to append their seconds to a list, and return the list."""
     seconds: list[float] = []
 
     def timed(call: Callable[..., None]) -> Callable[..., None]:
@@ -117,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> Results:
         global_batch_size=arguments.micro_batch_size,
         precision=arguments.precision,
     )
-    optimizer = OptimizerConfig(lr=1e-12)  # routers that learn would change the step time
+    optimizer = OptimizerConfig(lr=1e-12)  # a higher rate would train the routers and change the step time
     ds_config = merge(load_deepspeed_json(_ZERO), train, model, 1, 1)
     engine = build_engine(model, ds_config, optimizer, ScheduleConfig(name="constant"), train, ParallelConfig())
     results = Results([], {kind: StepTimes([], []) for kind in _KINDS})
@@ -130,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> Results:
                 calls.clear()
                 without = time_of(engine, batches, None, 0)
                 whole = time_of(engine, batches, recorder, step)
-                if number:  # the first round warms up
+                if number:  # the first round is a warm-up
                     results.without.append(without)
                     results.with_metrics[kind].whole.append(whole)
                     results.with_metrics[kind].metrics.append(sum(calls))
@@ -157,7 +158,7 @@ def random_batches(vocabulary: int, arguments: argparse.Namespace) -> Iterator[d
 
 
 def time_of(engine: Any, batches: Iterator[dict[str, torch.Tensor]], recorder: Recorder | None, step: int) -> float:
-    """Return the seconds of one step, with a recorder or without."""
+    """Run one step with or without a recorder, and return its time in seconds."""
     wait_for_device()
     began = time.perf_counter()
     if recorder is None:
@@ -173,7 +174,7 @@ def time_of(engine: Any, batches: Iterator[dict[str, torch.Tensor]], recorder: R
 
 
 def wait_for_device() -> None:
-    """Synchronize with the GPU, if there is one."""
+    """Synchronize with the GPU, if available."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

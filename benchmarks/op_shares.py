@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-# The first pattern found in a name determines the category. Names are those of operators on CPU and of kernels on GPU.
+# The first pattern that matches a name determines its category. Names are operators on CPU and kernels on GPU.
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("communication", r"gloo|nccl|c10d|all_?reduce|all_?to_?all|all_?gather|reduce_?scatter|broadcast_|allreduce"),
     ("optimizer", r"adam|optimizer|multi_tensor|foreach"),
@@ -15,7 +15,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("GEMM", r"::mm|addmm|bmm|matmul|grouped_mm|mkldnn_linear|::linear|gemm|cutlass|cublas|nvjet|xmma"),
 )
 OTHER = "elementwise and other"
-_NAMED = 8  # operators of the category `OTHER` with a separate row
+_NAMED = 8  # number of operators in the category `OTHER` that have their own row
 CATEGORIES = (*(name for name, _ in _PATTERNS), OTHER)
 HOW = (
     "Self times of one profiled rank, summed by name: operators on CPU, kernels on GPU. "
@@ -31,7 +31,7 @@ def category(name: str) -> str:
 
 
 def shares(events: Iterable[Any], steps: int) -> dict[str, float]:
-    """Return milliseconds per step of each category, and of each operator of the category `OTHER`.
+    """Return the milliseconds per step of each category and of each operator in the category `OTHER`.
 
     Args:
         events: `profiler.key_averages()`.

@@ -1,6 +1,8 @@
-"""Measure on one GPU how much of a layer's HyperExperts runs in parallel with its experts. A kernel that only waits
-replaces the experts and their all-to-all. The script times forward and backward of one MoE layer with and without the
-overlap, checks that both give the same results, and writes traces."""
+"""Measure on one GPU how much of the HyperExpert computation overlaps with the experts of the layer.
+
+A kernel that only waits replaces the experts and their all-to-all. The script times the forward and backward pass of
+one MoE layer with and without the overlap, checks that both give the same results, and writes traces.
+"""
 
 import argparse
 import json
@@ -34,7 +36,7 @@ def main() -> None:
         type=float,
         default=3.0,
         metavar="MS",
-        help="time of the experts, forward and again backward (default: 3)",
+        help="time of the experts in the forward pass and in the backward pass, each (default: 3)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times in ms")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write traces for chrome://tracing")
@@ -52,7 +54,7 @@ def main() -> None:
     values = {}
     for name, enabled in _OVERLAP.items():
         overlap_hyper_experts(model, enabled)
-        with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention sums its gradients in varying order
+        with sdpa_kernel(SDPBackend.MATH):  # cuDNN's attention gradients are not deterministic
             values[name] = value_and_gradients(model, hidden_BSD)
         found[f"{name}_overlap_ms"] = milliseconds(lambda: value_and_gradients(model, hidden_BSD))
     if not all(map(torch.equal, values["with"], values["without"])):
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
-    """Build a model of one MoE layer in bf16 on the GPU, and the input of the layer."""
+    """Build a model with one MoE layer in bf16 on the GPU, and an input for the layer."""
     fields = {**PRESETS[preset], "num_hidden_layers": 1, "first_dense_layers": 0}
     model = HyperMoEForCausalLM(HyperMoEConfig(**fields)).to("cuda", torch.bfloat16)
     hidden_BSD = torch.randn(1, tokens, fields["hidden_size"], device="cuda", dtype=torch.bfloat16)
@@ -79,7 +81,7 @@ def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
 
 
 def experts_only_wait(model: Any, cycles: int) -> None:
-    """Replace the experts by the identity, which waits for `cycles` GPU cycles in forward and in backward."""
+    """Replace the experts with an identity that waits for `cycles` GPU cycles in each forward and backward pass."""
 
     def wait(x_RD: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         torch.cuda._sleep(cycles)
@@ -98,26 +100,29 @@ def value_and_gradients(model: Any, hidden_BSD: Tensor) -> list[Tensor]:
 
 
 def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
-    """Return the milliseconds that can overlap: the HyperExperts on uniform selections, without their generation."""
-    config, branch, hypernetwork = model.config, model.model.layers[0].hyper_experts, model.model.hypernetwork
+    """Return the milliseconds to apply the HyperExperts to uniform selections. Only this time can overlap.
+
+    Generating the HyperExperts is not included.
+    """
+    config, layer, hypernetwork = model.config, model.model.layers[0].hyper_experts, model.model.hypernetwork
     x_TD = hidden_BSD.detach().flatten(0, 1).requires_grad_()
     first_T = torch.arange(x_TD.shape[0], device=x_TD.device) % config.num_experts
     offset_K = torch.arange(config.num_experts_per_tok, device=x_TD.device)
     selected_TK = (first_T.unsqueeze(1) + offset_K) % config.num_experts
-    ahead = generate_ahead([branch], hypernetwork, x_TD, config.num_experts_per_tok)
-    if ahead is None:
+    generated = generate_ahead([layer], hypernetwork, x_TD, config.num_experts_per_tok)
+    if generated is None:
         raise UserError(f"--tokens {len(x_TD)}", "too few to generate HyperExperts before routing", "give more")
-    weights = HyperExpertWeights(*(weight.detach().requires_grad_() for weight in ahead[0]))
+    weights = HyperExpertWeights(*(weight.detach().requires_grad_() for weight in generated[0]))
 
     def run() -> None:
-        y_TD = branch(x_TD, selected_TK, hypernetwork, generated=weights)
+        y_TD = layer(x_TD, selected_TK, hypernetwork, generated=weights)
         torch.autograd.grad(y_TD, (x_TD, *weights), x_TD.detach())
 
     return milliseconds(run)
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """Return the median GPU time of `work`, after as many warm-up runs."""
+    """Return the median GPU time of `work` in milliseconds, after an equal number of warm-up runs."""
     times: list[float] = []
     for _ in range(2 * _REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -130,7 +135,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def write_trace(model: Any, hidden_BSD: Tensor, path: Path) -> None:
-    """Write a Chrome trace of one pass, with the waiting kernels and the HyperExperts on their streams."""
+    """Write a Chrome trace of one forward and backward pass."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         value_and_gradients(model, hidden_BSD)
         torch.cuda.synchronize()

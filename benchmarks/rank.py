@@ -1,7 +1,7 @@
-"""One rank of one side: build its model, then execute the commands on stdin and answer each, one JSON object per line.
+"""Run one rank of a side: build the model, then execute commands from stdin. Commands and answers are JSON lines.
 
-train_step.py starts it with the environment of DeepSpeed's launcher. The answers go through a separate pipe, because
-libraries print to stdout.
+train_step.py starts this script with the environment variables of DeepSpeed's launcher. Answers are written to a
+separate pipe, because libraries print to stdout.
 """
 
 import json
@@ -25,7 +25,7 @@ from step_settings import StepSettings
 
 
 def main() -> None:
-    """Build the side, then answer until stdin ends."""
+    """Build the model and answer commands until stdin is closed."""
     side, settings, answers = sys.argv[1], StepSettings.from_json(sys.argv[2]), os.fdopen(int(sys.argv[3]), "w")
     rank, _ = start_ranks()
     module, step = build(side, settings)
@@ -58,7 +58,7 @@ def _execute(command: dict[str, Any], step: Step, batches: Iterator[Batch], leng
 
 
 def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
-    """Return milliseconds per step of each category. Only rank 0 is profiled; the other ranks run the same steps."""
+    """Return the milliseconds per step by category. Only rank 0 is profiled; the other ranks run the same steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with profile(activities=activities) if rank == 0 else nullcontext() as profiler:
         for batch in batches:
@@ -68,7 +68,7 @@ def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
 
 
 def _batches(settings: StepSettings, rank: int) -> Iterator[Batch]:
-    """Yield random token ids, different on each rank and the same for every side."""
+    """Yield batches of random token ids, which differ between ranks and are the same for every side."""
     generator = torch.Generator().manual_seed(settings.seed + rank)
     shape = (settings.largest_micro_batch_size, settings.sequence_length + 1)
     while True:
@@ -90,7 +90,10 @@ def _synchronize() -> None:
 
 
 def _reset_peak() -> None:
-    """Reset the peak memory of building, which is the same for every side because each rank builds the whole model."""
+    """Reset the peak memory, so that it does not include building the model.
+
+    The peak of building is the same for every side, because each rank first builds the whole model.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -98,7 +101,7 @@ def _reset_peak() -> None:
 
 
 def _peak_gib() -> float:
-    """Return the peak memory since the last reset: allocated on the GPU, or resident on CPU."""
+    """Return the peak memory since the last reset, in GiB: allocated memory on the GPU, or resident memory on CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()

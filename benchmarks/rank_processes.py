@@ -24,9 +24,9 @@ class Rank:
     """A running rank process.
 
     Attributes:
-        process: commands go to its stdin.
-        answers: the pipe of its answers.
-        log: the file with its stdout and stderr.
+        process: the process, which reads commands from stdin.
+        answers: the pipe to read answers from.
+        log: the file that stdout and stderr are written to.
     """
 
     process: subprocess.Popen[str]
@@ -34,21 +34,21 @@ class Rank:
     log: Path
 
     def failure(self) -> RuntimeError:
-        """Wait for the process to end, and return an error with its exit code and the end of its log."""
+        """Wait for the process to exit, and return an error with the exit code and the end of the log."""
         code = self.process.wait()
         return RuntimeError(f"a rank ended with exit code {code}:\n{self.log.read_text(errors='replace')[-4000:]}")
 
 
 @contextmanager
 def start_side(side: str, settings: StepSettings) -> Iterator[list[Rank]]:
-    """Start the ranks of one side, which build their models; kill them on exit."""
+    """Start the rank processes of one side and kill the processes on exit. Each rank first builds its model."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # The store binds its port before the ranks start, so sides that run at the same time use different ports.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # finds ninja
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # to find ninja
             "OMP_NUM_THREADS": str(settings.threads),
             "WORLD_SIZE": str(settings.ranks),
             "MASTER_ADDR": "127.0.0.1",
@@ -69,7 +69,7 @@ def _start_rank(side: str, settings: StepSettings, environment: dict[str, str], 
     with log.open("w") as output:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
         process = subprocess.Popen(command, env=environment, text=True, pass_fds=(write_end,), **pipes)
-    os.close(write_end)  # if this process kept it open, it would not notice the end of the rank
+    os.close(write_end)  # otherwise, reading answers would block after the rank has exited
     return Rank(process, os.fdopen(read_end), log)
 
 
@@ -77,8 +77,8 @@ def ask(ranks: list[Rank], **command: Any) -> list[dict[str, Any]]:
     """Send a command to all ranks and return their answers.
 
     Raises:
-        RuntimeError: a rank ended; the message is the end of its log.
-        MemoryError: the device runs out of memory.
+        RuntimeError: a rank exited; the message contains the end of the rank's log.
+        MemoryError: the device is out of memory.
     """
     for rank in ranks:
         try:
@@ -93,8 +93,8 @@ def read_answers(ranks: list[Rank]) -> list[dict[str, Any]]:
     """Read one answer from every rank, in rank order. The first answer reports that the rank has built its model.
 
     Raises:
-        RuntimeError: as `ask`.
-        MemoryError: as `ask`.
+        RuntimeError: see `ask`.
+        MemoryError: see `ask`.
     """
     answers: dict[int, dict[str, Any]] = {}
     waiting = {rank.answers: number for number, rank in enumerate(ranks)}
@@ -107,7 +107,7 @@ def read_answers(ranks: list[Rank]) -> list[dict[str, Any]]:
                 raise ranks[number].failure()
             answers[number] = json.loads(line)
             if "out_of_memory" in answers[number]:
-                raise MemoryError  # do not wait for other ranks, which may be waiting for this one
+                raise MemoryError  # do not wait for the other ranks, which may be waiting for this rank
     return [answers[number] for number in range(len(ranks))]
 
 

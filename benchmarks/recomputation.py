@@ -1,6 +1,9 @@
-"""Compare generating HyperExperts again in the backward pass with saving their weights. Both sides alternate in one
-process; memory is measured in a separate process per side. The line in the table separates the numbers of selections
-whose weights training saves (above it) from those whose weights it generates again."""
+"""Compare saving the generated weights of HyperExperts with generating the weights again in the backward pass.
+
+Both sides alternate in one process; memory is measured in a separate process for each side. The line in the table shows
+what training does: above the line, training saves the generated weights; below the line, training generates the weights
+again.
+"""
 
 import argparse
 import json
@@ -26,7 +29,7 @@ _TOKENS, _SELECTIONS = 2048, (8, 16, 31, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one layer and added bytes of all layers, forward and backward."""
+    """Seconds of one layer and added bytes of all layers, for one forward and backward pass."""
 
     seconds: float
     bytes: int
@@ -34,7 +37,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """Cost of saving the generated weights and of generating them again, by number of selections."""
+    """Cost of saving the generated weights and of generating the weights again, for one number of selections."""
 
     selections: int
     saved: Cost
@@ -64,7 +67,7 @@ def main() -> None:
 
 
 def report(dtype: str, repeats: int, target: Target, path: Path | None) -> None:
-    """Measure, print the table and write JSON to `path`."""
+    """Measure all cases, print the table and write JSON to `path`."""
     expert_bytes = measure_memory("expert", dtype)
     cases = [compare(count, repeats, dtype, target) for count in tqdm(_SELECTIONS, unit="shape", leave=False)]
     print(
@@ -90,7 +93,7 @@ def report(dtype: str, repeats: int, target: Target, path: Path | None) -> None:
 
 
 def build_layers(selections: int, target: Target) -> tuple[list[HyperExperts], HyperNetwork, torch.Tensor]:
-    """Build the HyperExperts of all layers, with `selections` experts and K=1, and their input."""
+    """Build the HyperExperts of all layers for `selections` experts and K=1, and an input."""
     return *build(selections, LAYERS, target), torch.randn(_TOKENS, D, **target._asdict()).requires_grad_()
 
 
@@ -106,7 +109,7 @@ def one_pass(layers: list[HyperExperts], hypernetwork: HyperNetwork, x_TD: torch
 
 
 def compare(selections: int, repeats: int, dtype: str, target: Target) -> Case:
-    """Measure both sides."""
+    """Measure the time and memory of both sides."""
     layers, hypernetwork, x_TD = build_layers(selections, target)
     sides = {
         name: without_gradients(
@@ -123,7 +126,7 @@ def compare(selections: int, repeats: int, dtype: str, target: Target) -> Case:
 
 
 def measure_memory(side: str, dtype: str) -> int:
-    """Return the peak bytes that one pass adds, in a process that maps every large tensor separately."""
+    """Return the peak memory, in bytes, that one pass adds, measured in a process that uses mmap for large tensors."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--dtype", dtype, "--memory-of", side]
     return int(subprocess.check_output(command, env=environment))

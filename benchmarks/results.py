@@ -24,11 +24,11 @@ class Measurement:
 
     Attributes:
         device: name of the GPU, or "cpu".
-        parameters: parameters of the whole model.
-        seconds: time of each step, that of the slowest rank.
-        losses: mean loss over the ranks of each step, nats per token.
+        parameters: number of parameters of the whole model.
+        seconds: time of each step on the slowest rank.
+        losses: loss of each step, averaged over the ranks, in nats per token.
         peak_memory_gib: peak memory of each rank.
-        profile: milliseconds per step of each category of operators; empty without a profile.
+        profile: milliseconds per step by operator category; empty if the side was not profiled.
     """
 
     device: str = ""
@@ -64,7 +64,7 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results of one comparison, which are written as JSON."""
+    """All results of one comparison, in the structure of the JSON file."""
 
     baseline: str
     ratios: dict[str, Ratios]
@@ -75,7 +75,7 @@ class Comparison:
 
 
 def check_arguments(arguments: Namespace, minimum: Mapping[str, int], *outputs: Path | None) -> None:
-    """Refuse unusable arguments before anything is measured.
+    """Refuse invalid arguments before the measurement starts.
 
     Raises:
         UserError: a number is less than its entry of `minimum`, or the folder of an output does not exist.
@@ -86,11 +86,11 @@ def check_arguments(arguments: Namespace, minimum: Mapping[str, int], *outputs: 
             raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {smallest}")
     for path in outputs:
         if path is not None and not path.parent.is_dir():
-            raise UserError(str(path), "its folder does not exist", "make the folder")
+            raise UserError(str(path), "its folder does not exist", "create the folder")
 
 
 def choose_baseline(sides: Sequence[str]) -> str:
-    """Return the side that the others are divided by: the plain Mixture of Experts if it takes part, else the last."""
+    """Return the baseline of the ratios: the plain Mixture of Experts if it is measured, otherwise the last side."""
     return "moe" if "moe" in sides else sides[-1]
 
 
@@ -98,10 +98,10 @@ def summarize(side: Measurement, tokens: int, flops_per_token: int, peak: float 
     """Summarize one side.
 
     Args:
-        side: its measurement.
-        tokens: tokens of a step over all ranks.
-        flops_per_token: FLOPs of one token's forward, backward and update; recomputation is not counted.
-        peak: FLOP/s of all devices together; None if unknown.
+        side: measurement of the side.
+        tokens: tokens per step, over all ranks.
+        flops_per_token: FLOPs of the forward and backward pass per token, without recomputation.
+        peak: peak FLOP/s of all devices together; None if unknown.
     """
     seconds = median(side.seconds)
     return SideSummary(
@@ -118,7 +118,7 @@ def summarize(side: Measurement, tokens: int, flops_per_token: int, peak: float 
 
 
 def compare(measured: Mapping[str, Measurement], settings: StepSettings) -> Comparison:
-    """Compare the measured sides, by name."""
+    """Summarize the measured sides and compare each side with the baseline."""
     device = next(iter(measured.values())).device
     tflops = peak_tflops(device, settings.precision)
     peak = None if tflops is None else tflops * 1e12 * settings.ranks
@@ -138,7 +138,7 @@ def compare(measured: Mapping[str, Measurement], settings: StepSettings) -> Comp
 
 
 def divide(side: SideSummary, baseline: SideSummary) -> Ratios:
-    """Divide a side's time and memory by the baseline's."""
+    """Divide the time and memory of a side by those of the baseline."""
     return Ratios(
         step_time=side.median_seconds / baseline.median_seconds,
         peak_memory=max(side.peak_memory_gib) / max(baseline.peak_memory_gib),
@@ -175,7 +175,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def as_table(comparison: Comparison) -> str:
-    """Return the table, ratios first, followed by the settings and the machine."""
+    """Format the comparison as a Markdown table, followed by the settings and the machine."""
     baseline = comparison.baseline
     head = f"| side | time / {baseline} | memory / {baseline} | step, s: median (min, max) "
     lines = [head + "| tokens/s | peak memory, GiB a rank | MFU | parameters |", "| --- |" + " ---: |" * 7]

@@ -1,7 +1,8 @@
 """Build the sides of a comparison: models of the same shape, each with its training step.
 
-A step is `step(batch) -> loss`: forward, backward, clipping and AdamW. `batch` holds `input_ids` [B, S] and `labels`
-[B, S], the next tokens; each micro-batch of the step uses it. The loss is a tensor in nats per token.
+A training step is a function `step(batch) -> loss` that runs forward, backward, gradient clipping and AdamW. `batch`
+contains `input_ids` [B, S] and `labels` [B, S] (the next tokens). All micro-batches of a step use the same batch. The
+loss is a tensor in nats per token.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ def global_parameters(module: nn.Module, expert_parallel: int) -> int:
 
 
 def _engine_step(engine: Any) -> Step:
-    """Return a step of the training loop; a forward hook captures the loss."""
+    """Return a step function that uses the training loop; a forward hook captures the loss."""
     losses: list[Tensor] = []
     engine.module.register_forward_hook(lambda _module, _inputs, output: losses.append(output.lm_loss.detach()))
 
@@ -118,8 +119,8 @@ def _mixtral(
 ) -> tuple[nn.Module, Step]:
     """Build Transformers' Mixtral with a plain training loop; several ranks use DistributedDataParallel.
 
-    In bf16 its weights and moments are bf16 without fp32 copies, so its optimizer needs less memory and work than the
-    engine's.
+    In bf16, weights and moments are bf16 without fp32 copies, so that the optimizer needs less memory and time than
+    DeepSpeed's optimizer.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(train.seed)
@@ -145,7 +146,7 @@ def _mixtral(
 
 
 def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
-    """Return Mixtral's configuration at our shape. Mixtral has no dense layers, shared experts or QK-norm."""
+    """Return a Mixtral configuration with our shape. Mixtral has no dense layers, shared experts or QK norm."""
     same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
     same += "router_aux_loss_coef"
@@ -154,7 +155,7 @@ def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
         intermediate_size=config.moe_intermediate_size,
         num_local_experts=config.num_experts,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        output_router_logits=True,  # the load-balancing loss is part of our step too
+        output_router_logits=True,  # our step also computes the load-balancing loss
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -167,9 +168,9 @@ def _deepspeed_moe(
     optimizer: OptimizerConfig,
     expert_parallel: int,
 ) -> Any:
-    """Build our decoder with DeepSpeed's older MoE layer instead of our MoE blocks, in a DeepSpeed engine.
+    """Build a DeepSpeed engine with our decoder and DeepSpeed's older MoE layer instead of our MoE blocks.
 
-    Like our blocks, the layer is dropless: it pads every expert to the largest load. Its router has no
+    Like our blocks, DeepSpeed's layer is dropless: it pads every expert to the largest load. DeepSpeed's router has no
     z-loss, and shared experts are omitted.
     """
     torch.manual_seed(train.seed)
@@ -197,7 +198,7 @@ def _deepspeed_moe(
 
 @torch.no_grad()
 def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
-    """Build DeepSpeed's layer with the weights of our block. `first` is the number of this rank's first expert."""
+    """Build DeepSpeed's layer with the weights of our block. `first` is the index of this rank's first expert."""
     layer = MoE(
         config.hidden_size,
         SwiGLU(config.hidden_size, config.moe_intermediate_size),
@@ -218,6 +219,6 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
 
 
 def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the AdamW of our engine for the other sides."""
+    """Build an AdamW optimizer with the settings of our engine for the other sides."""
     betas = (optimizer.beta1, optimizer.beta2)
     return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)

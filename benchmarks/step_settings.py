@@ -13,23 +13,23 @@ class StepSettings:
 
     Attributes:
         preset: name of the preset.
-        overrides: `key=value` changes of the preset.
+        overrides: `key=value` overrides of the preset.
         model: the resulting fields of HyperMoEConfig.
-        micro_batch_size: sequences of a micro-batch on each rank.
-        largest_micro_batch_size: the largest value that `micro_batch_size` may take while it is searched for.
+        micro_batch_size: sequences per micro-batch on each rank.
+        largest_micro_batch_size: upper limit of the search for the largest `micro_batch_size` that fits into memory.
         precision: "fp32" or "bf16".
-        sequence_length: tokens of a sequence.
+        sequence_length: tokens per sequence.
         expert_parallel: ranks that share one copy of the experts.
-        seed: seed of the weights and of the token ids.
+        seed: seed of the weights and token ids.
         steps: measured steps of each side.
-        warmup: steps before the measured ones.
-        threads: CPU threads of a rank.
-        repeat_batch: train on one batch, so that the loss falls. Otherwise the learning rate is almost 0: routers that
-            learn would balance the experts differently on each side.
-        in_turns: rounds in which one side at a time is in memory; 0 keeps all sides in memory.
-        accumulation: micro-batches of a step.
+        warmup: warm-up steps of each side.
+        threads: CPU threads per rank.
+        repeat_batch: train on one batch, so that the loss decreases. Otherwise, the learning rate is almost 0, because
+            trained routers would balance the experts differently on each side.
+        in_turns: number of rounds, with only one side in memory at a time; 0 keeps all sides in memory.
+        accumulation: micro-batches per step.
         activation_checkpointing: recompute layers in the backward pass.
-        ranks: processes of each side.
+        ranks: number of processes per side.
     """
 
     preset: str
@@ -52,11 +52,11 @@ class StepSettings:
 
     @classmethod
     def from_json(cls, text: str) -> "StepSettings":
-        """Read what `to_json` wrote."""
+        """Parse the output of `to_json`."""
         return cls(**json.loads(text))
 
     def to_json(self) -> str:
-        """Return the settings as a JSON object, the argument of a rank process."""
+        """Return the settings as JSON, for the command line of a rank process."""
         return json.dumps(asdict(self))
 
     def model_config(self, side: str) -> HyperMoEConfig:
@@ -65,5 +65,5 @@ class StepSettings:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a step over all ranks."""
+        """Tokens per step, over all ranks."""
         return self.ranks * self.accumulation * self.micro_batch_size * self.sequence_length

@@ -1,9 +1,9 @@
-"""Compare whole training steps on random token ids. Each side runs in separate processes, and the sides alternate.
+"""Compare training steps on random token ids. Each side runs in separate processes, and the sides alternate.
 
-Sides: hypermoe; moe (the same model without HyperExperts); per_token (the published form, which generates a HyperExpert
-for each token); mixtral (Transformers' Mixtral at the same shape in a plain torch loop); deepspeed_moe (the same
-decoder with DeepSpeed's older, dropless MoE layer). Ratios are to moe if it takes part, else to the last side.
-A key=value changes a field of the preset's model, such as num_hidden_layers=2.
+The sides are hypermoe; moe (the same model without HyperExperts); per_token (the published form, which generates a
+HyperExpert for each token); mixtral (Transformers' Mixtral at the same shape in a plain torch loop); and deepspeed_moe
+(the same decoder with DeepSpeed's older, dropless MoE layer). The baseline of the ratios is moe if it is measured,
+otherwise the last side. A key=value argument overrides a field of the preset's model, such as num_hidden_layers=2.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure_all(groups: Sequence[Sequence[str]], settings: StepSettings, profiled: bool) -> dict[str, Measurement]:
-    """Measure all groups in each round; the sides of one group are in memory together."""
+    """Measure all groups in each round. The sides of one group are in memory at the same time."""
     measured = {side: Measurement() for group in groups for side in group}
     rounds = max(settings.in_turns, 1)
     for number in range(rounds):
@@ -71,16 +71,16 @@ def measure_all(groups: Sequence[Sequence[str]], settings: StepSettings, profile
                 measure({side: measured[side] for side in group}, settings, steps, profiled)
             except MemoryError:
                 where = f"--micro-batch-size {settings.micro_batch_size}"
-                raise UserError(where, "the GPU's memory does not suffice", "lower it, or give --in-turns 1") from None
+                raise UserError(where, "does not fit into the GPU's memory", "lower it, or give --in-turns 1") from None
     return measured
 
 
 def measure(measured: Mapping[str, Measurement], settings: StepSettings, steps: int, profiled: bool) -> None:
-    """Build the sides, warm them up, run their steps alternately, and add the results to `measured`."""
+    """Build the sides, run warm-up steps and measured steps alternately, and add the results to `measured`."""
     size = settings.micro_batch_size
     with ExitStack() as stack:
         running: dict[str, list[Rank]] = {}
-        for side, result in measured.items():  # one after the other: only one side computes at a time
+        for side, result in measured.items():  # start the sides one after another, so that only one side computes
             running[side] = stack.enter_context(start_side(side, settings))
             built = read_answers(running[side])[0]
             result.parameters, result.device = built["parameters"], built["device"]
@@ -101,7 +101,7 @@ def measure(measured: Mapping[str, Measurement], settings: StepSettings, steps: 
 
 
 def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings) -> int:
-    """Return the largest power of two that fits as `micro_batch_size` for every group, on one rank."""
+    """Return the largest power of two for `micro_batch_size` with which every group fits into memory, on one rank."""
     fits = _LARGEST_MICRO_BATCH
     for group in groups:
         reached = 0
@@ -112,7 +112,7 @@ def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings)
                     read_answers(ranks)
                 while 2 * reached <= fits and reached < fits:
                     size = max(1, 2 * reached)
-                    for _ in range(2):  # the first step allocates the state of the optimizer
+                    for _ in range(2):  # the first step allocates the optimizer state
                         for ranks in running:
                             ask(ranks, do="step", steps=1, micro_batch_size=size)
                     reached = size
@@ -127,18 +127,20 @@ def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings)
 
 
 def check(sides: Sequence[str], settings: StepSettings, arguments: argparse.Namespace) -> None:
-    """Refuse arguments that cannot be run, before anything starts."""
+    """Refuse invalid arguments before any process starts."""
     for side in sides:
         if side not in SIDES:
             raise UserError(f"--sides {side}", "no such side", closest(side, SIDES))
     if len(set(sides)) < len(sides):
-        raise UserError(f"--sides {','.join(sides)}", "a side is named twice", "name each once")
+        raise UserError(f"--sides {','.join(sides)}", "a side is given twice", "give each side once")
     check_arguments(arguments, _MINIMUM, arguments.json, arguments.profile)
     rounds = arguments.in_turns if arguments.in_turns is not None else _ROUNDS
     if settings.steps < rounds:
         raise UserError(f"--steps {settings.steps}", f"fewer than --in-turns {rounds}", "give more steps")
     if settings.activation_checkpointing and not set(sides) <= set(_CAN_RECOMPUTE):
-        raise UserError("--activation-checkpointing", f"only of {', '.join(_CAN_RECOMPUTE)}", "omit the other sides")
+        raise UserError(
+            "--activation-checkpointing", f"only supported by {', '.join(_CAN_RECOMPUTE)}", "omit the other sides"
+        )
     check_expert_parallel(settings.expert_parallel, HyperMoEConfig(**settings.model).num_experts, settings.ranks)
     gpus = torch.cuda.device_count()
     if gpus and settings.ranks > gpus:
@@ -148,7 +150,7 @@ def check(sides: Sequence[str], settings: StepSettings, arguments: argparse.Name
 
 
 def settings_of(arguments: argparse.Namespace) -> StepSettings:
-    """Return the settings that the arguments ask for."""
+    """Return the settings that the arguments select."""
     automatic = arguments.micro_batch_size == "auto"
     size = 1 if automatic else arguments.micro_batch_size
     return StepSettings(
@@ -173,7 +175,7 @@ def settings_of(arguments: argparse.Namespace) -> StepSettings:
 
 
 def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the preset's fields after the overrides. Unknown fields and values of the wrong type are refused."""
+    """Return the preset's fields with the overrides applied. Refuse unknown fields and values of the wrong type."""
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}", "no such preset", closest(preset, PRESETS))
     fields = apply_overrides({**PRESETS[preset]}, overrides)
@@ -193,8 +195,8 @@ def rounds_that_fit(settings: StepSettings, sides: int) -> int:
     """Return 0 if all sides fit into memory together; otherwise print a note and return the default number of rounds.
 
     The estimate is based on the measured memory of the engine under ZeRO 1. A parameter takes 28 bytes in fp32 and 22
-    in bf16: weights, gradients twice, fp32 gradients, master weights and moments. Activations take 16 D + 4 K F numbers
-    per layer and three times the logits, in the precision of the weights.
+    bytes in bf16: weights, two copies of the gradients, fp32 gradients, master weights and moments. Activations take
+    16 D + 4 K F values per layer and three times the logits, in the precision of the weights.
     """
     config = HyperMoEConfig(**settings.model)
     width = 16 * config.hidden_size + 4 * config.num_experts_per_tok * config.moe_intermediate_size
@@ -220,7 +222,7 @@ def parse_arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--preset", default="gpt2-small-8e", help=f"one of {', '.join(PRESETS)} (default: gpt2-small-8e)")
-    add("--sides", default="hypermoe,moe", help=f"of {','.join(SIDES)} (default: hypermoe,moe)")
+    add("--sides", default="hypermoe,moe", help=f"sides to compare, from {','.join(SIDES)} (default: hypermoe,moe)")
     ranks = 1 if on_gpu else 2
     add("--ranks", type=int, default=ranks, help="processes of each side, one per GPU (default: 1 on GPU, else 2)")
     add("--expert-parallel", type=int, help="ranks that share one copy of the experts (default: all)")
@@ -228,20 +230,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), default=precision, help="default: bf16 on GPU, else fp32")
     size = "sequences per rank; auto: the largest number that fits (default: 2)"
     add("--micro-batch-size", type=sequences, default=2, metavar="N", help=size)
-    add("--accumulation", type=int, default=1, metavar="N", help="micro-batches per step, all the same (default: 1)")
-    add("--activation-checkpointing", action="store_true", help=f"recompute layers; of {', '.join(_CAN_RECOMPUTE)}")
+    add("--accumulation", type=int, default=1, metavar="N", help="micro-batches per step, with equal data (default: 1)")
+    add("--activation-checkpointing", action="store_true", help=f"recompute layers (only {', '.join(_CAN_RECOMPUTE)})")
     add("--sequence-length", type=int, default=512, metavar="TOKENS", help="default: 512")
     add("--steps", type=int, default=6, help="measured steps of each side (default: 6)")
-    add("--warmup", type=int, default=2, help="steps before the measured ones (default: 2)")
+    add("--warmup", type=int, default=2, help="warm-up steps of each side (default: 2)")
     add("--threads", type=int, help="CPU threads per rank (default: its share of the cores)")
     add("--seed", type=int, default=1234, help="seed of weights and token ids (default: 1234)")
-    add("--repeat-batch", action="store_true", help="use the same token ids in every step, so that the loss falls")
-    turns = "keep one side in memory at a time, in so many rounds; 0 keeps all sides in memory and alternates step by "
-    turns += f"step (default: 0 if they seem to fit, else {_ROUNDS})"
+    add("--repeat-batch", action="store_true", help="use the same token ids in every step, so that the loss decreases")
+    turns = "keep only one side in memory at a time, and run this number of rounds; 0 keeps all sides in memory and "
+    turns += f"alternates after each step (default: 0 if the sides are likely to fit, else {_ROUNDS})"
     add("--in-turns", type=int, metavar="ROUNDS", help=turns)
     add("--json", type=Path, metavar="FILE", help="write all results: seconds, GiB, nats per token")
     add("--profile", type=Path, metavar="FILE.md", help=f"profile {_PROFILED_STEPS} more steps, in ms per step")
-    add("overrides", nargs="*", metavar="key=value", help="a field of the model")
+    add("overrides", nargs="*", metavar="key=value", help="fields of the preset's model")
     arguments = parser.parse_intermixed_args()
     arguments.expert_parallel = arguments.expert_parallel if arguments.expert_parallel is not None else arguments.ranks
     if arguments.threads is None:
@@ -250,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sequences(value: str) -> int | str:
-    """Parse a number of sequences, or "auto"."""
+    """Parse a number of sequences or "auto"."""
     return value if value == "auto" else int(value)
 
 

@@ -1,3 +1,3 @@
-"""HyperMoE-DS: pretraining of Mixture-of-Experts language models whose unselected experts help too."""
+"""HyperMoE-DS: pretrain HyperMoE language models with DeepSpeed."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Read strict settings: Convert YAML files and dotted overrides to frozen, typed models."""
+"""Convert YAML files and dotted overrides to frozen, typed settings."""
 
 import difflib
 import math
@@ -13,18 +13,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from hypermoe_ds.errors import UserError
 
-LARGEST_COUNT = 10**9  # for steps, sequences and so on; the product of two of them fits into 64 bits
+LARGEST_COUNT = 10**9  # limit of counts such as steps and sequences; the product of two counts fits into 64 bits
 
 
 class Settings(BaseModel):
-    """Base of every settings section: typed, frozen, finite; unknown keys are refused."""
+    """Base class of all settings: strictly typed and frozen, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _check_path(text: str) -> str:
     if not text:
-        raise ValueError("It is empty")  # pathlib would treat it as the working directory
+        raise ValueError("It is empty")  # pathlib would treat an empty path as the working directory
     if (
         "\0" in text
         or len(os.fsencode(text)) > _LONGEST_PATH
@@ -43,7 +43,10 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without repeated keys and unbounded aliases; `3e-4` is a number, not a string as in YAML 1.1."""
+    """Safe YAML loader that refuses repeated keys and unbounded aliases, and reads `3e-4` as a number.
+
+    In YAML 1.1, `3e-4` is a string.
+    """
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -117,7 +120,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
     """Return a copy of `settings` with `section.key=value` overrides applied; values are YAML.
 
     Raises:
-        UserError: an override has no `=`, no key, or goes through a value that is not a section.
+        UserError: an override has no `=` or no key, or its key is inside a value that is not a section.
     """
     result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
     for override in overrides:
@@ -137,7 +140,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return a remedy for an unknown name: the most similar known name, or all of them."""
+    """Return a remedy for an unknown name: the most similar known name, or all known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
@@ -149,17 +152,17 @@ def validate(model: type[Section], content: object, source: str, overrides: Iter
     Args:
         model: the class of the settings.
         content: the data, with overrides applied.
-        source: file that the data was read from, for messages.
-        overrides: the overrides; errors in them do not name the file.
+        source: file that the data was read from, for error messages.
+        overrides: the overrides; an error in an override does not name the file.
 
     Raises:
-        UserError: a key is unknown or missing, or a value has the wrong type; it names the first one.
+        UserError: a key is unknown or missing, or a value has the wrong type. The error names the first such key.
     """
     try:
         return model.model_validate(content)
     except ValidationError as failure:
         errors = failure.errors()
-    # Report an unknown key first: it is often a misspelling of the missing one.
+    # Report an unknown key first, because it is often a misspelling of the missing key.
     error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     path = ".".join(map(str, error["loc"]))
     where = path if _is_overridden(path, error["type"], overrides) else ": ".join(filter(None, (source, path)))
@@ -171,7 +174,7 @@ def validate(model: type[Section], content: object, source: str, overrides: Iter
 
 
 def _is_overridden(path: str, kind: str, overrides: Iterable[str]) -> bool:
-    """Return whether an override gave the value at `path` or, if it is unknown, created the section at `path`."""
+    """Return whether an override set the value at `path` or created the unknown section at `path`."""
     keys = [f"{override.partition('=')[0]}." for override in overrides]
     creates = kind == "extra_forbidden"
     return any(f"{path}.".startswith(key) or (creates and key.startswith(f"{path}.")) for key in keys)

@@ -1,4 +1,4 @@
-"""Errors for the user: one line with the location, the problem and the remedy."""
+"""Error messages for users: one line with the location, the problem and the remedy."""
 
 import sys
 from collections.abc import Iterator
@@ -6,25 +6,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-EXIT_BAD_INPUT = 2  # as argparse uses for wrong usage
-EXIT_SAVED = 75  # EX_TEMPFAIL: a signal ended the run after a checkpoint; the same command continues it
+EXIT_BAD_INPUT = 2  # argparse's exit code for usage errors
+EXIT_SAVED = 75  # EX_TEMPFAIL: a signal stopped the run after a checkpoint; the same command resumes the run
 EXIT_FAULT = 76  # a rank died or hung, or memory is faulty; the same command resumes from the last checkpoint
-_LONGEST_PART = 1500  # characters; enough for a list of all settings, and user values may be longer
+_LONGEST_PART = 1500  # characters: enough for a list of all settings; user input can be longer
 
 
 class UserError(Exception):
-    """Bad input of the user, reported in one line.
+    """Invalid user input, reported in one line.
 
     Args:
-        where: the key or file at fault, with its value, such as ``parallel.expert=3``.
-        problem: what is wrong with it.
-        remedy: what to do about it.
+        where: the invalid key and value, such as ``parallel.expert=3``, or the invalid file.
+        problem: what is wrong with the key or file.
+        remedy: how to correct the error.
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
         super().__init__(
             where, problem, remedy
-        )  # as arguments, so that the error can be pickled and sent to other ranks
+        )  # pass all arguments, so that the error can be pickled and sent to other ranks
 
     def __str__(self) -> str:
         where, problem, remedy = (shortened(part) for part in self.args)
@@ -32,12 +32,12 @@ class UserError(Exception):
 
 
 def shortened(text: str) -> str:
-    """Cut a part of a message to 1,500 characters and add its length: values may be megabytes."""
+    """Truncate a part of a message to 1,500 characters and append its length, because user input can be megabytes."""
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}... ({len(text):,} characters)"
 
 
 class MachineError(Exception):
-    """A failure of a machine or a rank, reported in one line; it does not affect the last checkpoint."""
+    """A failure of a machine or a rank, reported in one line. The last checkpoint is not affected."""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def print_error(message: str, err: TextIO | None = None) -> None:
-    """Print an error as one line on `err` or stderr; on a terminal it replaces the status line."""
+    """Print an error as one line on `err` or stderr. On a terminal, the error overwrites the status line."""
     stream = err or sys.stderr
     over_status = "\r\x1b[K" if stream.isatty() else ""
     print(f"{over_status}error: {' '.join(message.split())}", file=stream, flush=True)

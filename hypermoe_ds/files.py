@@ -21,7 +21,7 @@ def file_of(folder: Path, name: str) -> Path:
         name: name of the file, without a folder.
 
     Raises:
-        UserError: the name or a link leads out of the folder, or the path is not a regular file.
+        UserError: the name or a link points outside the folder, or the path is not a regular file.
     """
     path = folder / name
     if Path(name).name != name:
@@ -43,12 +43,12 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str) -> list[str]:
-    """Return a short name for each path, its shortest unique suffix.
+    """Return a short name for each path: its shortest unique suffix.
 
     Args:
         paths: parts of each path, such as `Path.parts`.
         separator: separator between the parts of a name.
-        numbered: format string, with name and number, for a repeated name.
+        numbered: format string for a repeated name, with placeholders for the name and its number.
     """
     ends = [tuple(path)[::-1] for path in paths]
     names = []
@@ -62,7 +62,7 @@ def distinct_names(paths: Sequence[Sequence[str]], separator: str, numbered: str
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of a file atomically: readers see either the old or the new content.
+    """Atomically replace the content of a file: readers see either the old or the new content.
 
     Raises:
         OSError: the file cannot be written.
@@ -71,7 +71,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace the content of a file with lines atomically; the lines may be read from the old file.
+    """Atomically replace the content of a file with lines. The iterator can read the old file while lines are written.
 
     Raises:
         OSError: the file cannot be written.
@@ -83,7 +83,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace the content of a small file atomically and durably, so that it survives a power failure."""
+    """Atomically replace the content of a small file and sync the file to disk, so that it survives a power failure."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -119,10 +119,10 @@ def check_output(output: Path) -> None:
 
 
 def check_input(folder: Path) -> None:
-    """Refuse a missing folder, before libraries are imported to read it.
+    """Refuse a missing folder early, before large libraries are imported.
 
     Raises:
-        UserError: the folder is missing or not a folder.
+        UserError: the path does not exist or is not a folder.
     """
     if not folder.is_dir():
         raise UserError(str(folder), "is not a folder", "check the path; give the run folder or Hugging Face folder")
@@ -132,7 +132,7 @@ def check_room(output: Path, folder: Path, needed: int) -> None:
     """Refuse an output that is larger than the free disk space.
 
     Args:
-        output: the output, named in the error.
+        output: path of the output, for the error message.
         folder: an existing folder on the same file system.
         needed: size of the output in bytes.
 
@@ -147,7 +147,7 @@ def check_room(output: Path, folder: Path, needed: int) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder with its content, a file, or a link without its target."""
+    """Delete a file, a link (but not its target), or a folder and its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -166,7 +166,7 @@ def writing_to(target: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_path(target: Path) -> Iterator[Path]:
-    """Create a temporary hidden folder next to `target` and remove it at the end.
+    """Create a temporary hidden folder next to `target` and remove it on exit.
 
     Missing parents of `target` are created, and removed again if the code inside the context fails.
 

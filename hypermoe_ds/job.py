@@ -1,4 +1,4 @@
-"""Run a training job: build its components, run the training loop, and report the start and the end."""
+"""Run a training job: build its components, run the training loop, and report the launch and its result."""
 
 import socket
 import sys
@@ -47,10 +47,10 @@ from hypermoe_ds.training.validation import Batches, Validator
 
 
 def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, console: Console) -> int:
-    """Run the checks that need torch or other ranks, build the parts, train, and return the exit code.
+    """Run the checks that need torch or other ranks, build the components, train, and return the exit code.
 
     Raises:
-        UserError: the recipe, the DeepSpeed JSON, the data, the run folder or the ranks do not fit together.
+        UserError: the recipe, the DeepSpeed JSON, the data, the run folder or the number of ranks are inconsistent.
         MachineError: the ranks cannot connect, or a disk fails.
     """
     began = time.monotonic()
@@ -75,7 +75,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
         launch = report_launch(config, model_config, ds_config, state, folder, console)
-        if rank == 0:  # starts a git process
+        if rank == 0:  # `versions_now` starts a git process
             logger.log_launch(settings, versions_now())
         train_set, valid_sets = load_datasets(config, state, console)
 
@@ -143,7 +143,7 @@ def build_recorder(
     logger: MetricLogger,
     console: Console,
 ) -> Recorder:
-    """Build the recorder of the steps.
+    """Build the recorder of training steps.
 
     Raises:
         UserError: a rank in `monitor.profile_ranks` does not exist.
@@ -194,10 +194,10 @@ def report_launch(
     folder: RunFolder,
     console: Console,
 ) -> Launch:
-    """Print the launch and the settings that changed since the last one, and write both to the run folder (collective).
+    """Print a summary of the launch and the settings that changed, and write both to the run folder (collective).
 
     Raises:
-        UserError: a token file is missing, or a setting does not fit the samples of the run.
+        UserError: a token file is missing, the run needs too many samples, or `train.skip_samples` is invalid.
         MachineError: a file cannot be written.
     """
     ranks = ControlGroup()
@@ -220,7 +220,7 @@ def report_launch(
 def report_end(
     config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
 ) -> None:
-    """Print the result of the launch and the next commands, and write the end of the launch to the run folder.
+    """Print the result of the launch and the next commands, and write to the run folder how the launch ended.
 
     Raises:
         MachineError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Rank, signals and one-line errors of this process."""
+"""Rank, signals and one-line errors of a process."""
 
 import ctypes
 import os
@@ -18,9 +18,9 @@ STOP_SIGNALS = (
     signal.SIGINT,
     signal.SIGUSR1,
     signal.SIGHUP,
-)  # after one of these, a rank finishes its step
+)  # on one of these signals, a rank finishes its step, saves a checkpoint and exits
 _SILENT_SECONDS = 30
-_CRASH_SECONDS = 3  # short, because other ranks wait for this rank if only it has an unexpected error
+_CRASH_SECONDS = 3  # short, because an unexpected error can be limited to this rank while other ranks wait for it
 
 
 def local_rank() -> int:
@@ -34,12 +34,15 @@ def global_rank() -> int:
 
 
 def _from_environment(names: Sequence[str]) -> int:
-    """Return the first variable that is set (deepspeed and torchrun, Open MPI, srun, MPICH); 0 if none is."""
+    """Return the value of the first environment variable that is set, or 0 if no variable is set.
+
+    The names are those of deepspeed and torchrun, Open MPI, srun and MPICH, in this order.
+    """
     return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def export_rank_variables() -> None:
-    """Copy the rank variables of mpirun and srun to those of deepspeed and torchrun, unless these are set."""
+    """Set the rank variables of deepspeed and torchrun from those of mpirun and srun, unless they are already set."""
     sources = {
         "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
         "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
@@ -52,15 +55,15 @@ def export_rank_variables() -> None:
 
 
 def signal_when_parent_ends(number: signal.Signals) -> None:
-    """Ask the system to send this process a signal when its parent ends for any reason."""
+    """Ask the kernel to send this process a signal when its parent exits for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _wait_for_local_rank_zero(seconds: float) -> None:
-    """Wait until the launcher ends this rank, so that each host prints only one line.
+    """Wait until the launcher kills this rank, so that only local rank 0 of each host prints the error.
 
-    If this rank exited first, the launcher would kill local rank 0 before it printed the error. If no
-    signal arrives in that time, only this rank has the error, and it prints the error itself.
+    If this rank exited first, the launcher would kill local rank 0 before local rank 0 printed the error. If this
+    rank is not killed within `seconds`, the error is limited to this rank, and the caller prints it.
     """
     if local_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -69,12 +72,12 @@ def _wait_for_local_rank_zero(seconds: float) -> None:
 
 @contextmanager
 def one_line_errors(err: TextIO | None = None, log: Path | None = None) -> Iterator[None]:
-    """Turn a `UserError` or `MachineError` into one line and exit code 2 or 76, without a traceback.
+    """Print a `UserError` or `MachineError` as one line without a traceback, and exit with code 2 or 76.
 
     Args:
         err: stream for the line; None selects stderr.
-        log: file that stderr is redirected to. The traceback of any other exception is then written there, and one
-            line on `err` names the exception and the file (exit code 1). If None, other exceptions propagate.
+        log: file that stderr is redirected to. On any other exception, the traceback is written to this file, one line
+            on `err` names the exception and the file, and the exit code is 1. If None, other exceptions propagate.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Show the progress of long work: a bar on a terminal, otherwise a line every 30 s."""
+"""Show the progress of long operations: a bar on a terminal, otherwise a line every 30 s."""
 
 import sys
 import time
@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Show progress on stderr; a context manager.
+    """Context manager that shows progress on stderr.
 
     Args:
-        doing: name of the work.
+        doing: name of the operation.
         unit: name of the counted items, in the plural.
         total: number of items; None if unknown.
-        note: returns a note to show with the progress, such as a speed.
+        note: function that returns a note to show with the progress, such as a speed.
     """
 
     def __init__(self, doing: str, unit: str, total: int | None = None, note: Callable[[], str] | None = None) -> None:
@@ -30,7 +30,7 @@ class Progress:
         self._bar = tqdm(total=total, desc=doing, unit=f" {unit}", unit_scale=True, leave=False, disable=None)
 
     def update(self, count: int = 1) -> None:
-        """Count the items done since the last call."""
+        """Advance the progress by `count` items."""
         self._done += count
         if self._bar.update(count):
             self._bar.set_postfix_str(self._note(), refresh=False)
@@ -50,8 +50,8 @@ class Progress:
 
 
 def progress(items: Iterable[Item], doing: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show the progress."""
-    with Progress(doing, unit, total) as shown:
+    """Yield the items and show the progress of the iteration."""
+    with Progress(doing, unit, total) as bar:
         for item in items:
             yield item
-            shown.update()
+            bar.update()

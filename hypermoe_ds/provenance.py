@@ -1,4 +1,4 @@
-"""Versions of the code and of the packages it runs with."""
+"""Versions of this code and of the packages that it uses."""
 
 import hashlib
 import subprocess
@@ -27,7 +27,7 @@ def package_version(package: str) -> str:
 @cache
 def git_commit() -> str:
     """Return the git commit of the checkout that contains this file, or "unknown" outside a checkout."""
-    # In containers the checkout often belongs to another user, and git then refuses to read it.
+    # In containers, the checkout often belongs to another user. Without safe.directory, git then refuses to read it.
     command = ["git", "-C", str(_REPOSITORY), "-c", "safe.directory=*", "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

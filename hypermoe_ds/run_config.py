@@ -1,4 +1,4 @@
-"""All settings of a run: the recipe's sections, their cross-checks and the table of them."""
+"""All settings of a run: the sections of a recipe, the checks between them and the settings table."""
 
 import ast
 import json
@@ -33,13 +33,13 @@ from hypermoe_ds.training.state import TrainState
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
 
-_VOCABULARY_MULTIPLE = 128  # matrix products with the embeddings are fastest on GPUs at multiples of 128
+_VOCABULARY_MULTIPLE = 128  # on GPUs, matrix products with the embeddings are fastest at multiples of 128
 
-# The index of this many samples takes 80 GB. With more, megatron-core counts epochs one by one for hours.
+# An index of this many samples takes 80 GB. With more samples, megatron-core counts epochs one by one for hours.
 _MOST_SAMPLES = 10**10
 
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
-# Fields that the tokenizer, generation or export sets.
+# Fields that are not set in a recipe, but by the tokenizer, by generation or by an export.
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
 
 
@@ -67,8 +67,8 @@ class _Declared(NamedTuple):
 def _read_model_source() -> tuple[dict[str, _Declared], dict[str, dict[str, Any]]]:
     """Parse the fields of `HyperMoEConfig` and the presets from its source code.
 
-    Importing it would load Transformers and torch, which takes 3 s, and most errors in a recipe can be found without
-    them.
+    Importing `HyperMoEConfig` would load Transformers and torch, which takes 3 s. Most errors in a recipe can be found
+    without these libraries.
     """
     tree = ast.parse(_MODEL_SOURCE.read_text(encoding="utf-8"))
     literal: Any = Literal
@@ -96,7 +96,9 @@ _MODEL_FIELDS, _PRESETS = _read_model_source()
 
 def _model_fields() -> dict[str, Any]:
     """Return the fields of the model section; each is optional, because a preset may provide it."""
-    fields: dict[str, Any] = {"preset": (str | None, Field(None, description=f"start from {', '.join(_PRESETS)}"))}
+    fields: dict[str, Any] = {
+        "preset": (str | None, Field(None, description=f"preset to start from: {', '.join(_PRESETS)}"))
+    }
     for name, field in _MODEL_FIELDS.items():
         description = field.description
         if name == "vocab_size":
@@ -117,7 +119,7 @@ def model_section(config: "HyperMoEConfig") -> dict[str, Any]:
 
 
 class RunConfig(Settings):
-    """A recipe."""
+    """All settings of a run, as given by a recipe."""
 
     run: RunSection
     model: ModelSection
@@ -133,7 +135,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_length(cls, recipe: Any) -> Any:
-        """Fill in both steps and tokens of `train`; a recipe gives one of them."""
+        """Compute `train.tokens` from `train.steps` or vice versa; a recipe gives one of these settings."""
         train, data = (recipe.get(name) if isinstance(recipe, dict) else None for name in ("train", "data"))
         if not isinstance(train, dict) or not isinstance(data, dict):
             return recipe
@@ -150,7 +152,7 @@ class RunConfig(Settings):
         needed = -(-tokens // (batch * length))
         if steps not in (None, needed):
             where, problem = f"train.tokens={tokens}", f"takes {needed:,} steps and train.steps is {steps}"
-            raise UserError(where, problem, "give one of them and leave the other one out, or set it to null")
+            raise UserError(where, problem, "give only one of them, and omit the other or set it to null")
         return {**recipe, "train": {**train, "steps": needed}}
 
     @property
@@ -160,13 +162,13 @@ class RunConfig(Settings):
 
     @property
     def skipped_samples(self) -> SkippedSamples:
-        """The samples that the run skips."""
+        """Samples that the run skips."""
         return SkippedSamples(self.train.skip_samples)
 
     def samples(self, state: TrainState) -> int:
-        """Return the number of samples in the data order that the run needs: consumed and remaining ones.
+        """Return the number of samples that the run needs: those already consumed and those of the remaining steps.
 
-        Earlier steps may have used a different batch size.
+        Earlier steps may have used a different batch size. Skipped samples are included.
 
         Raises:
             UserError: a range of `train.skip_samples` begins after the last sample, or the run needs too many samples.
@@ -183,9 +185,9 @@ class RunConfig(Settings):
         return end
 
     def build_model_config(self) -> "HyperMoEConfig":
-        """Build the configuration of the model from the preset, if any, and the fields of the recipe.
+        """Build the model configuration from the preset, if any, and the fields of the recipe.
 
-        If neither gives the size of the vocabulary, it is derived from the tokenizer.
+        If neither the preset nor the recipe gives the vocabulary size, the tokenizer determines it.
 
         Raises:
             UserError: the preset is unknown, fields are inconsistent, or the needed tokenizer cannot be loaded.
@@ -193,7 +195,7 @@ class RunConfig(Settings):
         self._check_preset()
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         preset = given.pop("preset", None)
-        from hypermoe_ds.modeling import ConfigurationError, HyperMoEConfig  # noqa: PLC0415 (takes seconds)
+        from hypermoe_ds.modeling import ConfigurationError, HyperMoEConfig  # noqa: PLC0415 (the import takes seconds)
 
         fields = {**_PRESETS.get(preset, {}), **given}
         if "vocab_size" not in fields:
@@ -209,9 +211,9 @@ class RunConfig(Settings):
             raise UserError(f"model.preset={preset}", "is unknown", closest(preset, _PRESETS))
 
     def resolved(self) -> "RunConfig":
-        """Return the recipe with every field of the model, after applying the preset and the model's defaults.
+        """Return the recipe with all model fields filled in from the preset and the model's defaults.
 
-        The vocabulary size stays null if neither the recipe nor a preset gives it. This does not import torch.
+        The vocabulary size stays null if neither the recipe nor a preset gives it. This method does not import torch.
         """
         given = {key: value for key, value in self.model.model_dump().items() if value is not None}
         defaults = {name: field.default for name, field in _MODEL_FIELDS.items()}
@@ -219,14 +221,14 @@ class RunConfig(Settings):
         return self.model_copy(update={"model": ModelSection(**fields)})
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML that loads as the same recipe."""
+        """Return the recipe as YAML; loading the YAML gives the same recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def check(self) -> None:
-        """Refuse inconsistent sections; `build_model_config` checks the fields of the model.
+        """Check that the sections are consistent; `build_model_config` checks the fields of the model.
 
         Raises:
-            UserError: settings are inconsistent; the error names the first one.
+            UserError: settings are inconsistent. The error names the first inconsistent setting.
         """
         self._check_preset()
         for first, last in self.train.skip_samples:
@@ -259,7 +261,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """Read a recipe, apply `section.key=value` overrides and check it without torch.
 
     Raises:
-        UserError: the recipe is unreadable or invalid; the error names the first problem.
+        UserError: the recipe cannot be read or is invalid. The error names the first problem.
     """
     config = validate(RunConfig, apply_overrides(load_yaml(path), overrides), str(path), overrides)
     config.check()
@@ -319,7 +321,7 @@ def _settings_of(section: str, model: type[Settings]) -> Iterator[_Setting]:
 
 
 def _kind(annotation: Any) -> str:
-    """Format a type for users of recipes, such as int, bf16|fp16|fp32 or list of int."""
+    """Format a type for the documentation, such as `int`, `bf16|fp16|fp32` or `list of int`."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join("null" if part is NoneType else _kind(part) for part in parts)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Shared by the launch scripts, which source this file: defaults, the command line, and the forwarded variables.
-# Environment variables override the defaults.
+# Common code of the launch scripts: defaults, command-line parsing and forwarding of environment variables. The scripts
+# source this file. Environment variables override the defaults.
 
 repo=${HYPERMOE_REPOSITORY:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 
@@ -16,21 +16,21 @@ if [ -x "$venv/bin/python" ]; then
     PATH=$venv/bin${PATH%:}
     export PATH
 elif [ -n "${HYPERMOE_VENV:-}" ]; then
-    fail "HYPERMOE_VENV=$venv: has no bin/python; name the environment that launch/setup.sh made, or unset it"
+    fail "HYPERMOE_VENV=$venv: has no bin/python; set it to the environment that launch/setup.sh created, or unset it"
 fi
 
 : "${HYPERMOE_HOSTFILE:=hostfile}"                           # hosts and their slots (ranks)
-: "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # used if the command line names none
-: "${MASTER_PORT:=29500}"                                    # rendezvous port; each job needs its own
+: "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # default of --deepspeed_config
+: "${MASTER_PORT:=29500}"                                    # rendezvous port; must differ between jobs
 export MASTER_PORT
-# Without keepalive, the launcher never returns if the network is cut.
+# Without keepalive messages, the launcher would hang if the network connection is lost.
 : "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 export HYPERMOE_SSH_OPTIONS
 
-# Allowed host names: none that ssh, pdsh or a shell would read as an option or a pattern.
+# Pattern of valid host names. It excludes names that ssh, pdsh or a shell would interpret as an option or a pattern.
 readonly host_name='[A-Za-z0-9_:][A-Za-z0-9_.:@-]*'
 
-# check_rendezvous ADDRESS PORT: refuse an invalid rendezvous address or port.
+# check_rendezvous ADDRESS PORT: fail if the rendezvous address or port is invalid.
 check_rendezvous() {
     [[ -z $1 || $1 =~ ^$host_name$ ]] || fail "MASTER_ADDR=$1: is not a host; set it to a name or an address"
     [[ $2 =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$2: is not a number; set it to a free port"
@@ -40,7 +40,7 @@ check_rendezvous() {
 usage() {
     printf 'usage: %s\n\n' "$1"
     if [[ $1 == *--hostfile* ]]; then
-        echo "  --hostfile FILE         lines of 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)"
+        echo "  --hostfile FILE         file with lines 'host slots=RANKS' (HYPERMOE_HOSTFILE; default: hostfile)"
     fi
     if [[ $1 == *--num_gpus* ]]; then
         echo "  --num_gpus N            number of ranks on this host (default: one per GPU)"
@@ -53,19 +53,20 @@ usage() {
   --help                  show this help
 
 These arguments are passed to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
-and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) set the rendezvous. More: docs/CLUSTERS.md
+and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) set the rendezvous. See also docs/CLUSTERS.md.
 TEXT
 }
 
-# read_command_line USAGE DECIDES ARGUMENT...: set hostfile, num_gpus, dry_run, with_preflight, launcher_level (of
-# DeepSpeed's launcher) and train, the arguments of train.py. DECIDES names what sets the hosts and the number of ranks.
+# read_command_line USAGE SET_BY ARGUMENT...: parse the command line. Set hostfile, num_gpus, dry_run, with_preflight,
+# launcher_level (the log level of DeepSpeed's launcher) and train (the arguments of train.py). Error messages contain
+# SET_BY, the name of the option or file that sets the hosts and the number of ranks.
 read_command_line() {
-    local text=$1 decides=$2
+    local text=$1 set_by=$2
     shift 2
     hostfile=$HYPERMOE_HOSTFILE num_gpus='' dry_run=false with_preflight=true train=()
     while [ $# -gt 0 ]; do
         case $1 in
-            --hostfile | --config | --deepspeed_config) [ $# -gt 1 ] || fail "$1: no file is named; add its path" ;;
+            --hostfile | --config | --deepspeed_config) [ $# -gt 1 ] || fail "$1: no file is given; add its path" ;;
         esac
         case $1 in
             -h | --help) usage "$text" && exit 0 ;;
@@ -81,14 +82,14 @@ read_command_line() {
                 ;;
             --config=* | --deepspeed_config=*) train+=("$1") ;;
             --num_gpus | --num_gpus=*)
-                [[ $text == *--num_gpus* ]] || fail "$1: is not an option; hosts and ranks are set by $decides"
+                [[ $text == *--num_gpus* ]] || fail "$1: is not an option; hosts and ranks are set by $set_by"
                 [ "$1" != --num_gpus ] || shift
                 num_gpus=${1#--num_gpus=}
                 [[ $num_gpus =~ ^[1-9][0-9]*$ ]] || fail "--num_gpus $num_gpus: is not a number of ranks; give 1 or more"
                 ;;
-            --num_nodes*) fail "$1: is not an option; hosts and ranks are set by $decides" ;;
+            --num_nodes*) fail "$1: is not an option; hosts and ranks are set by $set_by" ;;
             --hostfile | --hostfile=*)
-                [[ $text == *--hostfile* ]] || fail "$1: is not an option; hosts and ranks are set by $decides"
+                [[ $text == *--hostfile* ]] || fail "$1: is not an option; hosts and ranks are set by $set_by"
                 [ "$1" != --hostfile ] || shift
                 hostfile=${1#--hostfile=}
                 ;;
@@ -99,18 +100,18 @@ read_command_line() {
     done
     launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # critical prints nothing
     check_rendezvous "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
-    [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; name a recipe, such as one of pretrain/recipes"
+    [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; give a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then
         train=(--deepspeed_config "$HYPERMOE_DEEPSPEED_CONFIG" "${train[@]}")
     fi
 }
 
-# read_hostfile: set ranks to the sum of all slots.
+# read_hostfile: check the hostfile and set ranks to the sum of all slots.
 read_hostfile() {
-    [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and name your hosts"
-    local odd
-    odd=$(grep -vnE "^[[:space:]]*(#.*)?\$|^[[:space:]]*${host_name}[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?\$" "$hostfile") &&
-        odd=${odd%%$'\n'*} && fail "$hostfile:${odd%%:*}: '${odd#*:}' is not a host; write NAME slots=N"
+    [ -r "$hostfile" ] || fail "$hostfile: no such hostfile; copy launch/hostfile.example and list your hosts"
+    local invalid
+    invalid=$(grep -vnE "^[[:space:]]*(#.*)?\$|^[[:space:]]*${host_name}[[:space:]]+slots=[1-9][0-9]*[[:space:]]*(#.*)?\$" "$hostfile") &&
+        invalid=${invalid%%$'\n'*} && fail "$hostfile:${invalid%%:*}: '${invalid#*:}' is not a host; write NAME slots=N"
     ranks=$(sed -nE 's/^[^#]*slots=([0-9]+).*/\1/p' "$hostfile" | awk '{ sum += $1 } END { print sum + 0 }')
     [ "$ranks" -gt 0 ] || fail "$hostfile: names no host; write 'host slots=RANKS'"
 }
@@ -120,14 +121,15 @@ needs() {
     $dry_run || command -v "$1" >/dev/null || fail "$1: not found; install $2"
 }
 
-# forwarded_names: print the names of the set variables that are forwarded.
+# forwarded_names: print the names of all environment variables that are set and forwarded.
 forwarded_names() {
     compgen -e | grep -E -f "$repo/launch/forwarded_environment.txt" | LC_ALL=C sort
 }
 
-# write_environment: set environment to the forwarded NAME=VALUE pairs, overridden by the user's .deepspeed_env files in
-# the home and the working directory, and write them to environment_file in the format of DeepSpeed (DS_ENV_FILE). The
-# file's name contains a checksum of its content, so jobs that start at the same time do not overwrite each other's file.
+# write_environment: set environment to the forwarded NAME=VALUE pairs, and write the pairs to environment_file in
+# DeepSpeed's format (DS_ENV_FILE). The user's .deepspeed_env files in the home directory and the working directory
+# override these values. The name of environment_file contains a checksum of its content, so that jobs that start at the
+# same time do not overwrite each other's file.
 write_environment() {
     local file name value
     local -A values=()
@@ -154,8 +156,8 @@ write_environment() {
 }
 
 # run [exec] COMMAND...: print a command so that it can be pasted into a shell, and run it unless --dry-run is given. If
-# launcher_log is set, the output goes to that file, except that of the ranks, which find the terminal in
-# HYPERMOE_SCREEN.
+# launcher_log is set, the command's output is written to that file. The ranks still print to the terminal, which they
+# find through HYPERMOE_SCREEN.
 run() {
     local how=()
     if [ "$1" = exec ]; then
@@ -174,8 +176,8 @@ run() {
     "${how[@]}" "$@"
 }
 
-# preflight ARGUMENT...: check the hosts before the job starts, or only the settings with --dry-run; a failed check ends
-# the script.
+# preflight ARGUMENT...: check the hosts before the job starts, or only the settings with --dry-run. If a check fails,
+# the script exits.
 preflight() {
     if $dry_run; then
         command -v python >/dev/null || fail "python: not found; build the environment: bash launch/setup.sh"

@@ -4,10 +4,11 @@ set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
 
-# DeepSpeed joins all words into one line, which pdsh (%h, %n, %u) and each host's shell parse again. It quotes words with
-# a space and escapes double quotes in them. It also quotes the values of variables, but does not escape quotes in them.
+# DeepSpeed joins all arguments into one command line. pdsh expands %h, %n and %u in this line, and each host's shell
+# parses the line again. DeepSpeed quotes arguments that contain a space and escapes double quotes in these arguments.
+# DeepSpeed also quotes the values of environment variables, but does not escape double quotes in these values.
 
-# in_double_quotes TEXT: escape TEXT for use between double quotes, except double quotes in it.
+# in_double_quotes TEXT: escape TEXT for use inside double quotes. Double quotes in TEXT are not escaped.
 in_double_quotes() { printf '%s' "${1//%/%%}" | sed 's/[\\$`]/\\&/g'; }
 
 # quoted WORD: quote WORD so that it reaches train.py unchanged.
@@ -29,7 +30,7 @@ needs pdsh "it: apt-get install pdsh"
 needs ssh "it: apt-get install openssh-client"
 for path in "$PWD" "$repo" "$venv"; do # the launcher does not quote these paths
     [[ $path =~ ^[A-Za-z0-9_@+=:,./-]*$ ]] ||
-        fail "'$path': reaches no other host over pdsh; use a path of letters, digits and _@+=:,.-"
+        fail "'$path': cannot be passed to other hosts; use a path of letters, digits and _@+=:,.-"
 done
 words=()
 for word in "${train[@]}"; do
@@ -43,9 +44,9 @@ if ! $dry_run; then
         printf '%s=%s\n' "${variable%%=*}" "$(in_double_quotes "${variable#*=}" | sed 's/"/\\"/g')"
     done | (umask 077 && cat >"$environment_file.pdsh")
 fi
-kept=() # the launcher would also forward these, unquoted
+kept=() # the launcher would also forward these variables, without quoting their values
 for name in $(compgen -e | grep -E '^(MLFLOW|MV2|PYTHON)' | grep -vEf "$repo/launch/forwarded_environment.txt"); do kept+=(-u "$name"); done
-# Ctrl-C on this command ends every DeepSpeed job of this Python on the hosts: see docs/CLUSTERS.md
+# Ctrl-C on this command ends all DeepSpeed jobs on these hosts that use the same Python: see docs/CLUSTERS.md
 run exec env "${kept[@]}" "DS_ENV_FILE=$environment_file.pdsh" "PDSH_SSH_ARGS_APPEND=$HYPERMOE_SSH_OPTIONS" \
     deepspeed --log_level "$launcher_level" --force_multi --hostfile "$hostfile" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     --master_port "$MASTER_PORT" "$repo/pretrain/train.py" "${words[@]}"

@@ -46,7 +46,7 @@ step "text: Python's standard library, split by file"
 mkdir -p "$out"
 mapfile -t train < <(text_files train)
 mapfile -t valid < <(text_files valid)
-echo "${#train[@]} files to train on, ${#valid[@]} to validate on"
+echo "${#train[@]} files for training, ${#valid[@]} for validation"
 
 if [ ! -d "$out/tokenizer" ]; then
     step "tokenizer"

@@ -3,8 +3,8 @@
 #
 # Install HyperMoE-DS into a virtual environment. If nothing has changed, this takes less than a second.
 #
-#   EXTRA                 dev (the checks), bench (plots), eval (lm-evaluation-harness), mpi (mpirun), gpu (CUDA kernels;
-#                         added automatically if nvidia-smi lists a GPU). Extras installed earlier are kept.
+#   EXTRA                 dev (tests and linters), bench (plots), eval (lm-evaluation-harness), mpi (mpirun), gpu (CUDA
+#                         kernels; added automatically if nvidia-smi lists a GPU). Extras installed earlier are kept.
 #   HYPERMOE_VENV=DIR     the environment to create or use (default: .venv in the repository)
 set -euo pipefail
 
@@ -91,12 +91,12 @@ stage() {
     else
         echo "failed"
         tail -n 15 "$log" >&2
-        die "the last command failed; its full output is in $log"
+        die "the last command failed; the full output is in $log"
     fi
 }
 
 make_venv() {
-    # Never clear an existing folder: it may be a wrong path with the user's files.
+    # Never delete an existing folder: if the path is wrong, the folder contains other files of the user.
     if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
         die "$venv is not a virtual environment; remove it or set HYPERMOE_VENV to another folder"
     fi

@@ -1,11 +1,11 @@
-"""Run a training job and restart it after a fault, from its newest checkpoint.
+"""Run a training job and restart it from its newest checkpoint after a fault.
 
 python launch/supervise.py [--max-restarts N] [--window SECONDS] -- deepspeed ... pretrain/train.py --config R.yaml ...
 python launch/supervise.py --hostfile H -- bash launch/pdsh.sh --no-preflight --hostfile {hosts} --config R.yaml ...
 
 The second form checks the hosts in H before each attempt (tools/preflight.py) and runs on the hosts that pass.
-Exit code: 0 if the run is done, 75 if a signal ended it after a checkpoint, otherwise that of the last attempt.
-RUN_DIR/supervisor.jsonl records how each attempt ended.
+The exit code is 0 if the run is complete, 75 if a signal stopped it after a checkpoint, and otherwise the exit code of
+the last attempt. RUN_DIR/supervisor.jsonl records how each attempt ended.
 """
 
 import argparse
@@ -39,11 +39,11 @@ def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="hosts that may be used; {hosts} in the command is replaced by a file with the hosts that pass",
+        help="available hosts; {hosts} in the command is replaced by the path of a hostfile with the hosts that pass",
     )
-    own = words[: words.index("--")] if "--" in words else words
-    options, unknown = parser.parse_known_args(own)
-    command = words[len(own) + 1 :]
+    before = words[: words.index("--")] if "--" in words else words
+    options, unknown = parser.parse_known_args(before)
+    command = words[len(before) + 1 :]
     if not command:
         raise UserError("supervise.py", "`-- COMMAND` is missing", "write -- and the training command last")
     if unknown:
@@ -56,16 +56,16 @@ def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-    """Read the command line and supervise."""
+    """Supervise the job that the command line describes."""
     options, words = read_command_line(sys.argv[1:])
     command = TrainingCommand.read(words)
-    choice = None
+    selector = None
     if options.hostfile is not None:
         preflight = [sys.executable, str(REPOSITORY / "tools/preflight.py")]
-        usual = os.environ.get("HYPERMOE_DEEPSPEED_CONFIG", str(REPOSITORY / "ds_configs/zero1.json"))
-        choice = HostSelector(options.hostfile, command, preflight, usual)
+        default = os.environ.get("HYPERMOE_DEEPSPEED_CONFIG", str(REPOSITORY / "ds_configs/zero1.json"))
+        selector = HostSelector(options.hostfile, command, preflight, default)
     limits = Limits(options.max_restarts, options.window)
-    sys.exit(Supervisor(command, limits, choice).run())
+    sys.exit(Supervisor(command, limits, selector).run())
 
 
 if __name__ == "__main__":

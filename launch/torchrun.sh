@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train with torchrun on this host, or on several hosts by running this script on each of them.
+# Train with torchrun on this host, or on several hosts by running this script on each host.
 #
 # NPROC_PER_NODE sets the number of ranks on this host (default: one per GPU; required without GPUs). For several hosts,
-# set NNODES, NODE_RANK and MASTER_ADDR, the host of NODE_RANK=0. Kubernetes' training operator sets PET_* variables with
-# the same meaning.
+# also set NNODES, NODE_RANK and MASTER_ADDR (the address of the host with NODE_RANK=0). Kubernetes' training operator
+# sets PET_* variables with the same meaning.
 set -euo pipefail
 # shellcheck source=launch/defaults.sh
 source "$(dirname "${BASH_SOURCE[0]}")/defaults.sh"
@@ -19,7 +19,7 @@ if ! $dry_run && [ "$per_node" = gpu ]; then # without a GPU, torchrun would fai
         fail "NPROC_PER_NODE: is ${NPROC_PER_NODE:-not set} and this host has no GPU; set it to the number of ranks on this host"
 fi
 preflight --slots "$per_node"
-# Without a log_dir torchrun leaves an empty folder in TMPDIR.
+# Without --log_dir, torchrun leaves an empty folder in TMPDIR.
 run exec torchrun --nnodes "$nodes" --node_rank "${NODE_RANK:-${PET_NODE_RANK:-0}}" --nproc_per_node "$per_node" \
     --master_addr "${address:-127.0.0.1}" --master_port "${PET_MASTER_PORT:-$MASTER_PORT}" --log_dir /dev/null \
     "$repo/pretrain/train.py" "${train[@]}"

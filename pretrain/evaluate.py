@@ -1,4 +1,4 @@
-"""Compute loss and perplexity of a run folder or a Hugging Face folder on tokenised data."""
+"""Compute the loss and perplexity of a run or a Hugging Face model on tokenised data."""
 
 import argparse
 import math
@@ -12,13 +12,13 @@ from hypermoe_ds.progress import progress
 
 
 def main() -> None:
-    """Evaluate the model and print one line."""
+    """Evaluate the model and print the results in one line."""
     arguments = parse_arguments()
     for option in ("sequence_length", "micro_batch_size"):
         value = getattr(arguments, option)
         if value is not None and not 1 <= value <= LARGEST_COUNT:
             where = f"--{option.replace('_', '-')}={value}"
-            raise UserError(where, "is not a possible number", f"give 1 to {LARGEST_COUNT}")
+            raise UserError(where, "is out of range", f"give 1 to {LARGEST_COUNT}")
     check_input(arguments.checkpoint)
     import torch
 
@@ -64,13 +64,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="run folder or Hugging Face folder"
     )
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="token files, without .bin and .idx")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run folder; default: the newest")
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="path of token files, without .bin and .idx")
+    parser.add_argument("--step", type=int, metavar="N", help="step of a run's checkpoint (default: the newest)")
     parser.add_argument(
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="tokens per sequence; default: that of the run, or max_position_embeddings of a Hugging Face folder",
+        help="tokens per sequence (default: that of the run, or max_position_embeddings of a Hugging Face model)",
     )
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="SEQUENCES", help="default: 8")
     return parser.parse_args()

@@ -17,17 +17,22 @@ from hypermoe_ds.training.ds_config import load_deepspeed_json
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     help_of_settings = settings_help(shutil.get_terminal_size().columns) if {"-h", "--help"} & set(sys.argv) else ""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=help_of_settings, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="R.yaml", help="recipe: model, data, batch, schedule, ...")
-    parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
+    parser.add_argument(
+        "--deepspeed_config",
+        required=True,
+        metavar="F.json",
+        help="DeepSpeed configuration, such as ds_configs/zero1.json",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the recipe with all settings and exit")
-    parser.add_argument("--check", action="store_true", help="check settings and paths, print the run folder")
+    parser.add_argument("--check", action="store_true", help="check settings and paths, print the run folder and exit")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' output (HYPERMOE_LOG_LEVEL=info)")
-    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the recipe")
     return parser.parse_intermixed_args()
 

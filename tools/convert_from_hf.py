@@ -1,7 +1,8 @@
-"""Make a run folder from a Hugging Face folder, to train on from its weights at step 0.
+"""Create a run folder from a Hugging Face model. Training then starts at step 0 from the weights of this model.
 
-HyperMoE folders come back as they were exported. Mixtral, OLMoE and Qwen3-MoE get HyperExperts that start at zero.
-With --upcycle a dense Llama, Mistral or Qwen3 becomes a Mixture of Experts that starts as the same function.
+HyperMoE models keep all their weights. Mixtral, OLMoE and Qwen3-MoE models get HyperExperts whose initial output is
+zero. With --upcycle, a dense Llama, Mistral or Qwen3 model becomes a Mixture of Experts that initially computes the
+same function.
 """
 
 import argparse
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Convert the model and print how to train it."""
     given = parse_arguments()
     if not 0 <= given.seed < 2**32:
-        raise UserError(f"--seed={given.seed}", "is not a possible seed", "give 0 to 4294967295")
+        raise UserError(f"--seed={given.seed}", "is out of range", "give 0 to 4294967295")
     check_output(given.output)
     check_input(given.checkpoint)
     fields = validate(ModelSection, apply_overrides({}, given.fields), "arguments").model_dump(exclude_unset=True)
@@ -44,7 +45,7 @@ def main() -> None:
         print(f"note: {note}")
     counts = weights.config.parameter_counts()
     print(f"{run.path}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, at step 0")
-    print(f"recipe: `model` of {run.model_section}, data.tokenizer={run.tokenizer} (token files made with it)")
+    print(f"recipe: copy `model` from {run.model_section}; make the token files with data.tokenizer={run.tokenizer}")
     print(
         f"start: deepspeed pretrain/train.py --config RECIPE.yaml --deepspeed_config ds_configs/zero1.json "
         f"run.dir={run.path} train.precision={precision}"
@@ -52,16 +53,16 @@ def main() -> None:
 
 
 def upcycling_of(given: argparse.Namespace) -> "Upcycling | None":
-    """Return the options of --upcycle; refuse them without --upcycle."""
+    """Return the upcycling options, or None without --upcycle; refuse these options without --upcycle."""
     if given.upcycle:
         if given.experts is None or given.top_k is None:
-            raise UserError("--upcycle", "lacks --experts or --top-k", "give both")
+            raise UserError("--upcycle", "needs --experts and --top-k", "give both")
         from hypermoe_ds.export.upcycle import Upcycling
 
         return Upcycling(given.experts, given.top_k, given.granularity, given.noise, given.seed, given.router_std)
     for name, default in (("experts", None), ("top_k", None), ("granularity", 1), ("noise", 0.0), ("router_std", None)):
         if (value := getattr(given, name)) != default:
-            raise UserError(f"--{name.replace('_', '-')}={value}", "belongs to --upcycle", "give that too")
+            raise UserError(f"--{name.replace('_', '-')}={value}", "needs --upcycle", "add this option")
     return None
 
 
@@ -97,8 +98,8 @@ def parse_arguments() -> argparse.Namespace:
         "fields",
         nargs="*",
         metavar="key=value",
-        help="field of the recipe's section `model` that the weights of a model without HyperExperts do not determine, "
-        "such as adapter_size, hypernetwork or router_aux_loss_coef",
+        help="for a model without HyperExperts: fields of the recipe's section `model` that its weights do not "
+        "determine, such as adapter_size, hypernetwork or router_aux_loss_coef",
     )
     return parser.parse_intermixed_args()
 

@@ -1,4 +1,4 @@
-"""Write a run's model as a Hugging Face folder."""
+"""Export the model of a run to a Hugging Face folder."""
 
 import argparse
 import shlex
@@ -11,28 +11,26 @@ from hypermoe_ds.process import one_line_errors
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Export the model and print its size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_DIR", help="run folder (run.dir)")
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="optimizer step of the checkpoint; the newest if left out"
-    )
+    parser.add_argument("--step", type=int, metavar="N", help="optimizer step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--bake",
         action="store_true",
-        help="write N HyperExperts per layer instead of the hypernetwork (K = 1 or route)",
+        help="write N HyperExperts per layer instead of the hypernetwork (only for K = 1 or hyper_conditioning=route)",
     )
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="precision to write; the run's if left out")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="precision of the weights (default: the run's)")
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most of one file, such as 200MB (default: 5GB)"
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of one file, such as 200MB (default: 5GB)"
     )
     parser.add_argument(
         "--chat-template",
         type=Path,
         metavar="FILE",
-        help="Jinja template for apply_chat_template; the tokenizer's own if left out",
+        help="Jinja template for apply_chat_template (default: the tokenizer's own)",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
     arguments = parser.parse_args()
 
     check_output(arguments.output)

@@ -1,4 +1,4 @@
-"""Print the tables of docs/ that are made from the code: model presets, settings, metrics."""
+"""Generate the tables of presets, settings and metrics in docs/ from the code."""
 
 import argparse
 import re
@@ -31,7 +31,7 @@ def presets_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return the tables by the names of their markers."""
+    """Return all tables, keyed by the names of their markers."""
     return {"presets": presets_table(), "settings": settings_table(), "metrics": metrics_tables()}
 
 
@@ -46,7 +46,7 @@ def with_tables(page: str) -> str:
 
 
 def main() -> None:
-    """Print all tables, or update those of one page."""
+    """Print all tables, or update the tables in one page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="update the tables between the markers of this page")
     path = parser.parse_args().write
@@ -54,7 +54,7 @@ def main() -> None:
         print(*tables().values(), sep="\n", end="")
     else:
         if not path.is_file():
-            raise UserError(f"--write {path}", "no such file", "give a page that has the markers")
+            raise UserError(f"--write {path}", "no such file", "give a page that contains the markers")
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
-"""Report what a run's checkpoint or a Hugging Face folder holds, or how two of them differ.
+"""Report the contents of a run's checkpoint or a Hugging Face folder, or compare two of them.
 
-Exit code 1: a tensor holds NaN or Inf.
+The exit code is 1 if a tensor contains NaN or Inf.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from hypermoe_ds.progress import Progress
 
 
 def main() -> None:
-    """Arguments and wiring."""
+    """Inspect the folders and print the reports."""
     arguments = parse_arguments()
     paths = [path for path in (arguments.checkpoint, arguments.compare) if path is not None]
     for path in paths:
@@ -26,21 +26,21 @@ def main() -> None:
     from hypermoe_ds.inspection.tensor_readers import open_tensor_reader
 
     check_step(arguments.step, paths)
-    with ExitStack() as opened:
-        readers = [opened.enter_context(open_tensor_reader(path, arguments.step)) for path in paths]
+    with ExitStack() as stack:
+        readers = [stack.enter_context(open_tensor_reader(path, arguments.step)) for path in paths]
         pairs = [(readers[0], readers[1])] if len(readers) == 2 else []
         elements = sum(map(elements_to_inspect, readers)) + sum(elements_to_compare(*pair) for pair in pairs)
         with Progress("read", "elements", elements) as bar:
             inspections = [inspect(reader, bar.update) for reader in readers]
             differences = [compare(*pair, bar.update) for pair in pairs]
 
-    for seen in inspections:
-        print(*inspection_lines(seen), "", sep="\n")
-    for found in differences:
-        print(*difference_lines(found), sep="\n")
+    for inspection in inspections:
+        print(*inspection_lines(inspection), "", sep="\n")
+    for difference in differences:
+        print(*difference_lines(difference), sep="\n")
     if arguments.json:
         write_json(arguments.json, inspections, differences)
-    sys.exit(1 if any(seen.not_finite() for seen in inspections) else 0)
+    sys.exit(1 if any(inspection.not_finite() for inspection in inspections) else 0)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--compare", type=Path, metavar="DIR", help="second folder to compare with")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint; default: the newest"
+        "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint (default: the newest)"
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all statistics, including those of each tensor, to this file"

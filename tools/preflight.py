@@ -2,8 +2,8 @@
 
 python tools/preflight.py --hostfile hostfile --config R.yaml --deepspeed_config F.json [section.key=value ...]
 
-Prints a table of the hosts and measures the bandwidth between them. Each failed check is reported in one line with its
-remedy on stderr, and the exit code is then 2. The launch scripts run this check. With --fit, failing hosts are
+The script prints a table of the hosts and measures the bandwidth between them. Each failed check is reported on stderr
+in one line with a remedy, and the exit code is 2. The launch scripts run these checks. With --fit, failing hosts are
 excluded, and the exit code is 2 only if no host can train.
 """
 
@@ -47,7 +47,7 @@ DEEPSPEED_ENVIRONMENT = ".deepspeed_env"
 
 
 def main() -> None:
-    """Query the hosts, check their reports, and measure the interconnect."""
+    """Query the hosts, check their reports and measure the interconnect."""
     arguments = parse_arguments()
     ds_json = load_deepspeed_json(arguments.deepspeed_config)
     config = load_run_config(arguments.config, arguments.overrides)
@@ -56,16 +56,16 @@ def main() -> None:
         ranks = sum(host.slots for host in hosts)
         merge(
             ds_json, config.train, config.build_model_config(), config.parallel.expert, ranks
-        )  # refuses invalid combinations
+        )  # raises an error if the settings are inconsistent
     if arguments.dry_run:
         return
     starter = Starter(environment_of(arguments.environment), Path.cwd())
     with token_in(Path(config.run.dir)) as token:
         files = (arguments.config, arguments.deepspeed_config, arguments.overrides, data_files(config))
-        asked = HostQuery(config.run.dir, token, *files)
-        answers = ask_hosts(hosts, asked, starter)
+        query = HostQuery(config.run.dir, token, *files)
+        answers = ask_hosts(hosts, query, starter)
     print(table(answers), flush=True)
-    passed = without_failing(hosts, check_hosts(answers, asked, needed_gib(config)), arguments.fit is not None)
+    passed = without_failing(hosts, check_hosts(answers, query, needed_gib(config)), arguments.fit is not None)
     interconnect = measure_interconnect(passed, starter, *rendezvous(passed, os.environ), arguments.mebibytes)
     print(interconnect_line(interconnect, passed, arguments.mebibytes), flush=True)
     passed = without_failing(
@@ -75,19 +75,19 @@ def main() -> None:
         write_fit(arguments.fit, hosts, passed, config)
 
 
-def without_failing(hosts: Sequence[Host], failures: Sequence[Failure], may_leave_out: bool) -> list[Host]:
-    """Print the failures and return the other hosts; exit if failed hosts must not be excluded."""
+def without_failing(hosts: Sequence[Host], failures: Sequence[Failure], may_exclude: bool) -> list[Host]:
+    """Print the failures and return the hosts that passed; exit if failed hosts may not be excluded."""
     for failure in failures:
         print(f"error: {' '.join(str(failure.error).split())}", file=sys.stderr)
     failed = {failure.host for failure in failures}
-    left = [host for host in hosts if host not in failed]
-    if failures and (not may_leave_out or not left or None in failed):
+    passed = [host for host in hosts if host not in failed]
+    if failures and (not may_exclude or not passed or None in failed):
         sys.exit(2)
-    return left
+    return passed
 
 
 def write_fit(path: Path, hosts: Sequence[Host], passed: Sequence[Host], config: RunConfig) -> None:
-    """Print and write the hosts that can train, and the overrides needed if some hosts are excluded."""
+    """Print the hosts that can train and the overrides that they need, and write both to `path`."""
     train, experts = config.train, config.build_model_config().num_experts
     found = fit(passed, train.global_batch_size, train.micro_batch_size, config.parallel.expert, experts)
     fewer = len(found.hosts) < len(hosts)
@@ -110,7 +110,7 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
 
 
 def environment_of(file: Path | None) -> dict[str, str]:
-    """Return the environment of the processes on the hosts: that of a job, with this checkout first in PYTHONPATH."""
+    """Return the environment variables to set on the hosts: those of a job, with this checkout first in PYTHONPATH."""
     given = forwarded_environment(REPOSITORY / "launch/forwarded_environment.txt", os.environ)
     for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
         given |= read_environment(own) if file or own.is_file() else {}
@@ -125,7 +125,7 @@ def data_files(config: RunConfig) -> list[str]:
 
 @contextmanager
 def token_in(folder: Path) -> Iterator[str]:
-    """Create a file in the run folder, which only hosts with the same storage can see, and yield its name."""
+    """Create a temporary file in the run folder, visible only to hosts that share the storage, and yield its name."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     token = folder / f".preflight-{secrets.token_hex(8)}"
     try:
@@ -143,39 +143,45 @@ def token_in(folder: Path) -> Iterator[str]:
 
 
 def needed_gib(config: RunConfig) -> float:
-    """Return the space in GiB for the checkpoints to keep and one being written, 12 bytes per parameter each."""
+    """Return the disk space, in GiB, that the run's checkpoints still need.
+
+    A run needs space for the checkpoints that it keeps and for one being written, each of 12 bytes per parameter.
+    """
     from hypermoe_ds.checkpoint.run_folder import RunFolder
     from hypermoe_ds.checkpoint.store import saved_steps
 
-    one = 12 * config.build_model_config().parameter_counts().total / 2**30
-    there = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))
-    return one * max(1, config.checkpoint.keep_last + 1 - there)
+    checkpoint_gib = 12 * config.build_model_config().parameter_counts().total / 2**30
+    existing = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))
+    return checkpoint_gib * max(1, config.checkpoint.keep_last + 1 - existing)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", type=Path, default=Path("hostfile"), help="lines of 'host slots=RANKS'")
-    where.add_argument(
-        "--slots", metavar="N", help="check only this machine, for N ranks, or one rank per GPU if N is 'gpu'"
-    )
+    where.add_argument("--hostfile", type=Path, default=Path("hostfile"), help="file with lines 'host slots=RANKS'")
+    where.add_argument("--slots", metavar="N", help="check only this machine, for N ranks ('gpu': one rank per GPU)")
     where.add_argument("--slurm", action="store_true", help="check the hosts of the current Slurm job")
     parser.add_argument("--environment", type=Path, metavar="FILE",
-                        help="NAME=VALUE lines, set on the hosts (default: the .deepspeed_env files)")  # fmt: skip
+                        help="NAME=VALUE lines to set on the hosts (default: the .deepspeed_env files)")  # fmt: skip
     parser.add_argument("--mebibytes", type=int, default=64, metavar="N", help="MiB that each rank sends (default: 64)")
     parser.add_argument("--least", type=float, default=0.0, metavar="X",
-                        help="GB/s that each pair of hosts must reach (default: 0, any)")  # fmt: skip
+                        help="minimum GB/s between each pair of hosts (default: 0)")  # fmt: skip
     parser.add_argument("--fit", type=Path, metavar="FILE",
-                        help="exclude failing hosts; write the other hosts and the needed overrides")  # fmt: skip
+                        help="exclude failing hosts; write the other hosts and the overrides they need")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check only the settings and the hostfile")
     parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
-    parser.add_argument("--deepspeed_config", required=True, metavar="F.json", help="a file of ds_configs/")
+    parser.add_argument(
+        "--deepspeed_config",
+        required=True,
+        metavar="F.json",
+        help="DeepSpeed configuration, such as ds_configs/zero1.json",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
     arguments = parser.parse_intermixed_args()
     if arguments.mebibytes < 1:
         raise UserError(f"--mebibytes={arguments.mebibytes}", "is too little to measure", "give 1 or more")
-    if not arguments.least >= 0:  # NaN too
+    if not arguments.least >= 0:  # also true for NaN
         raise UserError(f"--least={arguments.least}", "is not a bandwidth", "give GB/s, 0 or more")
     return arguments
 

@@ -1,4 +1,4 @@
-"""Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training; under mpirun, all ranks tokenise."""
+"""Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training. Under mpirun, all ranks share the work."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from hypermoe_ds.process import one_line_errors
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Under mpirun each rank takes whole files, so give at least as many files as ranks.",
+        epilog="Under mpirun, each rank tokenises whole files, so give at least as many files as ranks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -21,7 +21,7 @@ def _arguments() -> argparse.Namespace:
         help="text files (one document each), .jsonl, .jsonl.gz (one document per line), or folders of these",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the files to write, without suffix")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without suffix")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes that tokenise")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="JSONL field that contains the text")
     parser.add_argument("--strict", action="store_true", help="stop at the first file or line without text")

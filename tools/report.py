@@ -1,4 +1,4 @@
-"""Write one HTML page that shows and compares runs and opens without a network.
+"""Write a self-contained HTML page that shows and compares runs.
 
 python tools/report.py RUN_DIR [RUN_DIR ...] --output report.html
 """
@@ -17,12 +17,12 @@ def main() -> None:
     """Read the runs and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run folders (run.dir)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the page to write")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the HTML page to write")
     arguments = parser.parse_args()
     if arguments.output.is_dir():
         raise UserError(f"--output {arguments.output}", "is a folder", "give a file such as report.html")
     if not arguments.output.parent.is_dir():
-        raise UserError(f"--output {arguments.output}", "is in a folder that does not exist", "make the folder first")
+        raise UserError(f"--output {arguments.output}", "is in a folder that does not exist", "create the folder first")
     bins = bins_per_run(len(arguments.runs))
     runs = [read_run(path, name, bins) for path, name in zip(arguments.runs, labels(arguments.runs), strict=True)]
     page = build_page(runs)

@@ -26,23 +26,23 @@ def main() -> None:
 
     model, data = folder.model_config(), folder.section("data", DataConfig)
     seed = folder.section("train", TrainConfig).seed
-    most = folder.section("evaluation", EvaluationConfig).max_samples
+    max_samples = folder.section("evaluation", EvaluationConfig).max_samples
     summary = summarize(folder.path / "metrics.jsonl")
-    _, valid_sets = build_datasets(data, seed, 1, most)
+    _, valid_sets = build_datasets(data, seed, 1, max_samples)
     if not valid_sets:
         raise UserError(f"{folder.settings}: data.valid", "is empty", "add a validation dataset to the run")
     counts = count_tokens([dataset.prefix for dataset in data.train], model.vocab_size)
     samples = sum(map(len, valid_sets.values()))  # all samples have the same length
     unigram = sum(unigram_loss(counts, valid_set) * len(valid_set) for valid_set in valid_sets.values()) / samples
 
-    better = unigram - summary.valid_loss
-    than = "better" if better >= 0 else "worse"
+    gain = unigram - summary.valid_loss
+    comparison = "better" if gain >= 0 else "worse"
     rows = {
         "steps": f"{summary.step:,}",
         "tokens": f"{summary.consumed_samples * data.sequence_length:,}",
         "tokens/s": f"{summary.tokens_per_second:,.0f} (median)",
         "validation loss": f"{summary.valid_loss:.3f} nats per token",
-        "unigram loss": f"{unigram:.3f} nats per token: the model is {abs(better):.3f} {than}",
+        "unigram loss": f"{unigram:.3f} nats per token: the model is {abs(gain):.3f} {comparison}",
         "run folder": str(folder.path),
     }
     board = folder.path / "tensorboard"

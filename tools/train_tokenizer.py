@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer and write it as a folder that Transformers loads."""
+"""Train a SentencePiece BPE tokenizer and save it in Transformers' format."""
 
 import argparse
 import sys
@@ -14,13 +14,13 @@ def _arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="text files (one document each), .jsonl, .jsonl.gz (one document a line), or folders of such",
+        help="text files (one document each), .jsonl, .jsonl.gz (one document per line), or folders of these",
     )
     parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="TOKENS", help="number of tokens, 256 bytes included"
+        "--vocab-size", type=int, required=True, metavar="TOKENS", help="number of tokens, including 256 byte tokens"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSONL field that holds the text")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; must be empty or not exist")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSONL field that contains the text")
     parser.add_argument("--strict", action="store_true", help="stop at the first file or line without text")
     return parser.parse_args()
 

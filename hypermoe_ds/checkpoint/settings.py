@@ -19,7 +19,8 @@ class CheckpointConfig(Settings):
         None,
         ge=1,
         le=LARGEST_COUNT,
-        description="never delete checkpoints whose step is a multiple of this; null disables it",
+        description="also keep all checkpoints whose step is a multiple of this number; null keeps only the most "
+        "recent ones",
     )
     resume: Literal["auto", "none"] = Field(
         "auto",
@@ -27,10 +28,11 @@ class CheckpointConfig(Settings):
     )
     verify: Verify = Field(
         "full",
-        description="checks before a resume: `sizes` compares file sizes and headers; `full` also compares hashes and "
-        "refuses NaN",
+        description="checks of a checkpoint before a resume: `sizes` compares file sizes and headers; `full` also "
+        "compares hashes and refuses NaN",
     )
     asynchronous: bool = Field(
         True,
-        description="write in the background, from a copy in host memory (12 bytes per parameter owned by the rank)",
+        description="write checkpoints in the background, from a copy in host memory (12 bytes per parameter owned by "
+        "the rank)",
     )

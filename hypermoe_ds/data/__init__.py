@@ -1,1 +1,1 @@
-"""Turn text files into token sequences on every rank."""
+"""Data pipeline: preprocess text files and load token sequences on every rank."""

@@ -8,18 +8,18 @@ from hypermoe_ds.data.datasets import SequenceDataset
 from hypermoe_ds.data.shares import DatasetShare
 from hypermoe_ds.data.skipped_samples import SkippedSamples
 
-_CHUNK = 1 << 24  # samples counted at once; each takes 8 bytes
+_CHUNK = 1 << 24  # number of samples counted at once; each sample takes 8 bytes
 
 
 class Consumption:
-    """Count consumed tokens and epochs, by dataset.
+    """Count consumed tokens and epochs per dataset.
 
-    Each call continues from the last one, so it takes time only for the samples since then.
+    Each call of `at` counts only the samples since the previous call.
 
     Args:
         samples: the training samples.
-        datasets: their datasets, in the order of the recipe.
-        sequence_length: tokens of a sample.
+        datasets: the training datasets, in recipe order.
+        sequence_length: number of tokens per sample.
         skipped_samples: samples that the run skips.
     """
 
@@ -38,8 +38,7 @@ class Consumption:
         self._counted = 0
 
     def at(self, consumed_samples: int) -> dict[str, float]:
-        """Return `consumed_tokens`, and `consumed_tokens/DATASET` and `epochs/DATASET`, after `consumed_samples`
-        samples.
+        """Return the metrics `consumed_tokens`, `consumed_tokens/DATASET` and `epochs/DATASET`.
 
         Args:
             consumed_samples: position in the data order, including skipped samples.

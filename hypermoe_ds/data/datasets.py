@@ -1,4 +1,4 @@
-"""Build datasets of sequences from token files, with megatron-core."""
+"""Build datasets of fixed-length sequences from token files with megatron-core."""
 
 import hashlib
 import logging
@@ -28,11 +28,11 @@ _HASHED_ENTRIES = 1 << 16
 class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
     """The first `length` samples of a megatron-core dataset.
 
-    A sample is `tokens` [S] and `labels` [S], int64; `labels[t]` is the token after `tokens[t]`.
+    A sample consists of `tokens` [S] and `labels` [S], both int64. `labels[t]` is the token after `tokens[t]`.
 
     Attributes:
-        data_order_hash: datasets with the same hash have the same samples in the same order, up to the length of the
-            shorter one; see `build_datasets` for what changes it.
+        data_order_hash: hash of the sample order. Datasets with the same hash have the same samples in the same order,
+            up to the length of the shorter dataset. `build_datasets` documents what changes the hash.
     """
 
     def __init__(self, samples: Any, length: int, data_order_hash: str) -> None:
@@ -54,21 +54,21 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
         return SequenceDataset(self._samples, length, self.data_order_hash)
 
     def count_by_dataset(self, first: int, end: int, datasets: int) -> np.ndarray[Any, Any]:
-        """Return how many of the samples from `first` to `end`, which is excluded, are from each dataset.
+        """Count the samples of each dataset in the range from `first` to `end` (exclusive).
 
         Args:
-            first: first sample.
-            end: sample after the last one.
+            first: index of the first sample.
+            end: index after the last sample.
             datasets: number of datasets.
         """
         if not isinstance(self._samples, BlendedDataset):
             return np.array([end - first])
-        self[first]  # megatron-core reads its indices with the first sample
+        self[first]  # megatron-core loads its indices when the first sample is read
         return np.bincount(self._samples.dataset_index[first:end], minlength=datasets)
 
     def describe_sample(self, index: int) -> str:
-        """Describe the documents and token files that a sample consists of."""
-        self[index]  # megatron-core reads its indices with the first sample
+        """Describe the documents and the token files that a sample comes from."""
+        self[index]  # megatron-core loads its indices when the first sample is read
         part, position = self._samples, index
         if isinstance(part, BlendedDataset):
             part, position = part.datasets[part.dataset_index[index]], part.dataset_sample_index[index]
@@ -79,15 +79,15 @@ class SequenceDataset(Dataset[dict[str, torch.Tensor]]):
 
 @dataclass(frozen=True)
 class _TokenizerMetadata:
-    """The attributes of a tokenizer that megatron-core reads.
+    """Tokenizer attributes that megatron-core reads.
 
-    There is deliberately no `pad`, because megatron-core would replace this token by token 0 even in real text.
+    The class has no `pad`, because megatron-core would replace the pad token with token 0 even in real text.
 
     Attributes:
         vocab_size: number of tokens.
-        eod: the token that ends a document.
-        unique_identifiers: part of the name of the cached indices. It has a checksum of the document lengths, so that
-            replaced files are indexed again.
+        eod: id of the token that ends a document.
+        unique_identifiers: values that megatron-core includes in the names of cached indices. A checksum of the
+            document lengths ensures that replaced token files are indexed again.
     """
 
     vocab_size: int
@@ -96,7 +96,7 @@ class _TokenizerMetadata:
 
 
 def check_datasets(config: DataConfig, vocab_size: int) -> None:
-    """Check all datasets before anything is built.
+    """Check the tokenizer and all datasets before building any dataset.
 
     Args:
         config: the data settings.
@@ -104,8 +104,9 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
 
     Raises:
         UserError: the tokenizer folder or a token file is missing, a token file is truncated, a dataset was made with
-            another tokenizer, the tokenizer or a dataset has more token ids than the model, or a dataset is shorter
-            than one sample. For a dataset without `.json`, the first 16,777,216 tokens are checked.
+            another tokenizer, or a dataset is shorter than one sample. The error is also raised if the tokenizer or a
+            dataset has more token ids than the model. If a dataset has no `.json`, only its first 16,777,216 tokens are
+            checked.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     needed = embeddings_needed(tokenizer)
@@ -156,25 +157,26 @@ def build_datasets(
 ) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
     """Build the training samples and the validation samples (collective under torch.distributed).
 
-    Rank 0 writes the sample indices to the cache and the other ranks read them, so all nodes must share that folder.
-    Training documents are shuffled and cut into samples, which are shuffled again. Datasets are blended, so that every
-    range of samples has them in proportion to their weights.
+    Rank 0 writes the sample indices to the cache and the other ranks read them, so all nodes must share the cache
+    folder. Training documents are shuffled and cut into samples, and the samples are shuffled again. Datasets are
+    blended so that every range of samples contains each dataset in proportion to its weight.
 
-    The order of the training samples depends on the seed, the datasets, their weights and the sequence length. It
-    depends on `train_samples` only through the number of epochs: megatron-core shuffles all epochs of a dataset
-    together, except the last one if less than 80 % of it is used. The order changes if `train_samples` changes the
-    number of epochs of a dataset or moves its last epoch across 80 %; within the first epoch it never changes. If a run
-    is extended and `data_order_hash` changes, some samples are seen twice and others never.
+    The order of the training samples depends on the seed, the datasets, their weights and the sequence length. The
+    order also depends on the number of epochs, because megatron-core shuffles all epochs of a dataset together. The
+    last epoch is shuffled separately if less than 80 % of it is used. A different `train_samples` changes the order
+    only if it changes the number of epochs of a dataset or moves the last epoch across 80 %. If training reads at most
+    one epoch of each dataset, the order does not depend on `train_samples`. If extending a run changes
+    `data_order_hash`, some samples are seen twice and others never.
 
-    Validation reads every whole sequence of every dataset once, in an order that depends only on the dataset and the
+    Validation reads every complete sequence of every dataset once, in an order that depends only on the dataset and the
     sequence length.
 
     Args:
         config: the data settings, checked by `check_datasets`.
         seed: seed of the training order.
         train_samples: number of training samples.
-        valid_samples: approximate number of validation samples, of each dataset in proportion to its length, but at
-            least one; None takes all.
+        valid_samples: approximate number of validation samples, divided among the datasets in proportion to their
+            lengths, with at least one sample per dataset. None uses all samples.
 
     Returns:
         The training samples, and the validation samples of each dataset by name.
@@ -200,16 +202,16 @@ def build_datasets(
 
 
 def build_validation_set(prefix: str, tokenizer: str, sequence_length: int, vocab_size: int) -> SequenceDataset:
-    """Build the validation samples of one dataset, for use outside a run.
+    """Build the validation samples of one dataset, for use outside a training run.
 
     Args:
         prefix: path of the token files, without suffix.
-        tokenizer: the tokenizer folder that they were made with.
-        sequence_length: tokens in a sample.
+        tokenizer: the tokenizer folder that the token files were made with.
+        sequence_length: number of tokens per sample.
         vocab_size: number of token embeddings of the model.
 
     Raises:
-        UserError: as `check_datasets` and `build_datasets`.
+        UserError: see `check_datasets` and `build_datasets`.
     """
     dataset = DatasetConfig(prefix=prefix)
     config = DataConfig(train=[dataset], valid=[dataset], sequence_length=sequence_length, tokenizer=tokenizer)
@@ -225,7 +227,7 @@ def _build_train(config: DataConfig, metadata: _TokenizerMetadata, seed: int, tr
     if len(weights) == 1:
         samples = _build_samples(config, metadata, config.train[0].prefix, seed, train_samples)
         return SequenceDataset(samples, train_samples, _data_order_hash([samples], weights))
-    # At any point the blend may be one sample per dataset ahead of the weights.
+    # At any point, the blend can exceed a dataset's share by as many samples as there are datasets.
     lengths = [int(train_samples * weight) + 1 + len(weights) for weight in weights]
     parts = [
         _build_samples(config, metadata, dataset.prefix, seed, length)
@@ -243,7 +245,7 @@ def _build_valid(config: DataConfig, metadata: _TokenizerMetadata, dataset: Data
 def _build_samples(
     config: DataConfig, metadata: _TokenizerMetadata, prefix: str, seed: int, samples: int | None
 ) -> GPTDataset:
-    """Build at least `samples` samples of one dataset for training, or exactly one epoch for validation."""
+    """Build at least `samples` samples of one dataset for training, or exactly one epoch if `samples` is None."""
     files = inspect(prefix)
     _check_long_enough(files, config.sequence_length)
     identity = {"document_lengths_crc32": f"{files.lengths_crc32:08x}", "tokens": str(files.tokens)}
@@ -264,10 +266,10 @@ def _build_samples(
 
 
 def _blend(parts: Sequence[GPTDataset], weights: Sequence[float], length: int) -> BlendedDataset:
-    """Interleave datasets by weight."""
+    """Interleave datasets in proportion to their weights."""
     settings = parts[0].config
     if not torch.distributed.is_initialized():
-        # With a cache, megatron-core 0.16 asks for the rank even without a process group.
+        # If there is a cache, megatron-core 0.16 queries the rank even without a process group.
         settings = replace(settings, path_to_cache=None)
     with _quiet("megatron.core.datasets.blended_dataset"):
         return BlendedMegatronDatasetBuilder.build_generic_dataset(
@@ -280,7 +282,7 @@ def _on_every_rank() -> bool:
 
 
 def _data_order_hash(parts: Sequence[GPTDataset], weights: Sequence[float]) -> str:
-    """Hash what determines the order: the weights and the beginning of each dataset's shuffle."""
+    """Hash the weights and the start of each dataset's shuffled indices, which determine the order."""
     digest = hashlib.sha256(repr(list(weights)).encode())
     for part in parts:
         identity = part.config.tokenizer.unique_identifiers
@@ -303,12 +305,12 @@ def _quiet(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _cache_errors(cache: str) -> Iterator[None]:
-    """Convert cache failures to a `UserError`: the cache cannot be written, or its files are truncated or missing."""
+    """Convert cache failures to a `UserError`, for example an unwritable folder or truncated or missing files."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # under torch.distributed megatron-core wraps the OSError in a bare Exception
+    except Exception as error:  # under torch.distributed, megatron-core wraps an OSError in a plain Exception
         cause = error.__cause__ or error
         if isinstance(cause, MemoryError):
             problem = f"the index of so many samples does not fit into memory ({cause})"

@@ -1,6 +1,6 @@
-"""Load micro-batches for one data-parallel rank, from any position of a run.
+"""Load micro-batches for one data-parallel rank, starting at any position of a run.
 
-Shapes: B samples of a micro-batch, S tokens of a sample.
+Shape legend: B samples per micro-batch, S tokens per sample.
 """
 
 import os
@@ -18,11 +18,11 @@ from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.process import STOP_SIGNALS, signal_when_parent_ends
 
-IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
+IGNORED_LABEL = -100  # default `ignore_index` of torch.nn.functional.cross_entropy
 
 
 class SizedDataset(Protocol):
-    """A dataset of samples `tokens` [S] and `labels` [S] that knows its length."""
+    """A dataset with a length, whose samples consist of `tokens` [S] and `labels` [S]."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -32,15 +32,15 @@ class SizedDataset(Protocol):
 
 
 class ResumableSampler(Sampler[list[int]]):
-    """Select the samples of each micro-batch of a rank, by arithmetic on the number of consumed samples.
+    """Compute the sample indices of each micro-batch of a rank from the number of consumed samples.
 
-    The m-th micro-batches of all ranks together are the m-th block of `size * micro_batch_size` samples after
-    `consumed_samples`, without skipped ones; rank r reads the r-th `micro_batch_size` samples of it. The samples of all
-    ranks therefore depend only on `consumed_samples`, and a run continues with the same samples on any number of ranks.
-    An incomplete last block is dropped.
+    The samples after `consumed_samples`, without skipped samples, are divided into blocks of `size * micro_batch_size`
+    samples. In micro-batch m, rank r reads the r-th group of `micro_batch_size` samples in block m. The samples of all
+    ranks together therefore depend only on `consumed_samples`, and a run can resume on any number of ranks with the
+    same samples. An incomplete last block is dropped.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ResumableSampler(Sampler[list[int]]):
             yield self.micro_batch(number, self._rank)
 
     def micro_batch(self, number: int, rank: int) -> list[int]:
-        """Return the sample indices of a rank's micro-batch, counted from 0."""
+        """Return the sample indices of one micro-batch of a rank; `number` counts micro-batches from 0."""
         first = (number * self._size + rank) * self._micro_batch_size
         return [self._skipped_samples.nth(self._start, first + offset) for offset in range(self._micro_batch_size)]
 
@@ -92,8 +92,8 @@ def build_loader(
         micro_batch_size: B, samples per rank.
         rank: the data-parallel rank.
         size: number of data-parallel ranks.
-        consumed_samples: samples that all ranks together have consumed.
-        workers: number of processes that load; 0 loads in this one.
+        consumed_samples: number of samples that all ranks together have consumed.
+        workers: number of loader processes; 0 loads in the current process.
         skipped_samples: samples that no rank reads.
 
     Yields:
@@ -101,7 +101,7 @@ def build_loader(
 
     Raises:
         UserError: the dataset is exhausted.
-        ValueError: a number is out of range.
+        ValueError: an argument is out of range.
     """
     sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, skipped_samples)
     return _until_exhausted(_load(dataset, sampler, workers), len(dataset))
@@ -119,13 +119,13 @@ def validation_batches(
     """Yield the validation micro-batches of one rank; all ranks together read every sample once.
 
     Every rank yields the same number of micro-batches of the same shape, because with expert parallelism each forward
-    pass is collective. The last micro-batches are padded with the last sample, with all labels -100.
+    pass is collective. Incomplete micro-batches are padded with copies of the last sample whose labels are -100.
 
     Yields:
         `input_ids` [B, S] and `labels` [B, S], int64.
 
     Raises:
-        ValueError: the dataset is empty or a number is out of range.
+        ValueError: the dataset is empty or an argument is out of range.
     """
     length = len(dataset)
     if length == 0:
@@ -136,7 +136,7 @@ def validation_batches(
 
 
 class _Padded(Dataset[dict[str, torch.Tensor]]):
-    """A dataset padded with its last sample without labels."""
+    """A dataset padded with copies of its last sample, with all labels set to -100."""
 
     def __init__(self, dataset: SizedDataset, length: int) -> None:
         self._dataset = dataset
@@ -158,23 +158,23 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         cast(Dataset[dict[str, torch.Tensor]], dataset),
         batch_sampler=sampler,
         num_workers=workers,
-        # Forking two takes 0.03 s. Another start method imports all libraries in each worker, which takes 8 s or more.
+        # Forking two workers takes 0.03 s. Other start methods import all libraries in each worker (8 s or more).
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
-        worker_init_fn=_end_with_the_rank,
+        worker_init_fn=_exit_with_rank,
         pin_memory=pinned,
         persistent_workers=workers > 0,
-        # The loader draws a seed, which must not change the random state of the model.
+        # The loader draws a seed from this generator, so that the global random state does not change.
         generator=torch.Generator(),
     )
     return iter(loader) if pinned else map(_Batch.tensors, loader)
 
 
-def _end_with_the_rank(_worker: int) -> None:
-    """Ignore stop signals of the launcher until the rank ends this worker, and end if the rank dies.
+def _exit_with_rank(_worker: int) -> None:
+    """Make a worker ignore the launcher's stop signals, and exit when its rank stops the worker or dies.
 
-    The launcher signals the children of a rank too, but the rank needs them to finish its step. A worker that outlives
-    its rank keeps copies of the rank's connections open, so other ranks would notice the death only after 5 s.
+    The launcher also signals the workers of a rank, but the rank needs its workers to finish the step. A worker that
+    outlives its rank keeps the rank's connections open, so other ranks would detect the failure only after 5 s.
     """
     rank = os.getppid()
 
@@ -192,19 +192,19 @@ def _end_with_the_rank(_worker: int) -> None:
 class _Batch:
     """A micro-batch that is sent from a worker to its rank.
 
-    It contains NumPy arrays, because torch sends tensors through a socket in a folder `pymp-*` of TMPDIR, which remains
-    if the worker is killed.
+    Micro-batches are sent as NumPy arrays, because torch sends tensors through a socket in a folder `pymp-*` in TMPDIR,
+    and this folder remains if the worker is killed.
     """
 
     input_ids: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the inputs of the model."""
+        """Return the model inputs as tensors."""
         return {name: torch.from_numpy(array) for name, array in vars(self).items()}
 
     def pin_memory(self) -> dict[str, torch.Tensor]:
-        """Return the inputs in pinned memory; the loader calls it, in a separate thread if it has workers."""
+        """Return the model inputs in pinned memory; called by the data loader, in a thread if there are workers."""
         return {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
 
 

@@ -1,4 +1,4 @@
-"""Tokenise under mpirun: each rank takes a share of the files, and rank 0 joins the parts in input order."""
+"""Tokenise under mpirun: each rank tokenises a share of the files, and rank 0 joins the parts in input order."""
 
 import os
 import sys
@@ -15,12 +15,12 @@ from hypermoe_ds.files import scratch_path, writing_to
 
 Result = TypeVar("Result")
 
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and relatives
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH and its derivatives
 _FAILED = 2  # the exit code of a UserError
 
 
 class Communicator(Protocol):
-    """The methods of `mpi4py.MPI.Comm` that are used."""
+    """The methods of `mpi4py.MPI.Comm` that this module uses."""
 
     def Get_rank(self) -> int:  # noqa: N802
         """Return the rank of this process."""
@@ -39,44 +39,43 @@ def preprocess_locally_or_with_mpi(job: Job) -> str | None:
     """Tokenise on all ranks if mpirun started more than one, otherwise in this process.
 
     Returns:
-        A summary in one line; None on ranks other than 0.
+        A one-line summary on rank 0, None on all other ranks.
 
     Raises:
-        UserError: as `preprocess`, or mpi4py is missing under mpirun.
+        UserError: see `preprocess`; also raised if mpi4py is missing or uses another MPI than mpirun.
     """
     ranks = max(int(os.environ.get(name, "1")) for name in _SIZE_VARIABLES)
     if ranks == 1:
         return preprocess(job)
     try:
-        from mpi4py import MPI  # noqa: PLC0415 (an optional extra, which starts MPI when imported)
+        from mpi4py import MPI  # noqa: PLC0415 (an optional dependency that initialises MPI on import)
     except (ImportError, RuntimeError) as error:
         raise UserError("mpi4py", f"is needed under mpirun ({error})", "pip install 'hypermoe-ds[mpi]'") from None
-    if (
-        MPI.COMM_WORLD.Get_size() != ranks
-    ):  # otherwise each rank would process all files and overwrite the output of the others
+    if MPI.COMM_WORLD.Get_size() != ranks:
+        # Without this check, each rank would process all files and overwrite the output of all other ranks.
         problem = f"finds {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks of mpirun"
-        raise UserError("mpi4py", problem, "make mpirun and the library that mpi4py loads those of one MPI")
+        raise UserError("mpi4py", problem, "use mpirun and the MPI library of mpi4py from the same MPI installation")
     try:
         return preprocess_on_ranks(job, cast(Communicator, MPI.COMM_WORLD))
     except (UserError, SystemExit):
         raise
-    except BaseException:  # otherwise the other ranks would wait for this one forever
+    except BaseException:  # otherwise the other ranks would wait for this rank forever
         traceback.print_exc()
         MPI.COMM_WORLD.Abort(1)
         raise
 
 
 def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
-    """Tokenise the inputs on all ranks; the files are the same as those of one process.
+    """Tokenise the inputs on all ranks and write the same files as a single process would write.
 
     All ranks must share the output folder.
 
     Returns:
-        A summary in one line on rank 0, None on the others.
+        A one-line summary on rank 0, None on all other ranks.
 
     Raises:
-        UserError: a rank failed; raised on rank 0, with the error of the first such rank.
-        SystemExit: a rank failed; raised on the other ranks.
+        UserError: a rank failed. Rank 0 raises the error of the lowest failed rank.
+        SystemExit: a rank failed. All ranks except rank 0 raise SystemExit.
     """
     rank = comm.Get_rank()
     files = _together(comm, lambda: _check(job))
@@ -84,7 +83,7 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
         made = _together(comm, lambda: stack.enter_context(scratch_path(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
         tokenizer_file = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
-        _together(comm, tokenizer_file.encoder)  # loading takes seconds, which the speed does not include
+        _together(comm, tokenizer_file.encoder)  # loading takes seconds and is excluded from the speed
         start = time.perf_counter()
         share = share_of(files, [path.stat().st_size for path in files], rank, comm.Get_size())
         part = _together(
@@ -102,15 +101,15 @@ def _check(job: Job) -> list[Path]:
 
 
 def share_of(files: Sequence[Path], sizes: Sequence[int], rank: int, ranks: int) -> list[Path]:
-    """Return the files of a rank: consecutive in the order of the inputs, with about 1/`ranks` of all bytes.
+    """Return the files of a rank: consecutive input files with about 1/`ranks` of all bytes.
 
     Args:
         files: all files.
-        sizes: size of each in bytes.
+        sizes: size of each file in bytes.
         rank: the rank.
         ranks: number of ranks.
     """
-    total = sum(sizes) + len(sizes)  # count one more byte for each file, in case all are empty
+    total = sum(sizes) + len(sizes)  # add one byte per file, in case all files are empty
     share, before = [], 0
     for path, size in zip(files, sizes, strict=True):
         middle = before + (size + 1) / 2
@@ -126,7 +125,7 @@ def _part(scratch: Path, rank: int) -> Path:
 
 def _join(job: Job, tokenizer_file: TokenizerFile, scratch: Path, parts: Sequence[Written]) -> Written:
     """Join the parts of all ranks and publish the result."""
-    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (takes seconds: see Encoder)
+    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (the import takes seconds)
 
     written = Written()
     with writing_to(job.path(".bin")):
@@ -143,7 +142,7 @@ def _join(job: Job, tokenizer_file: TokenizerFile, scratch: Path, parts: Sequenc
 
 
 def _together(comm: Communicator, work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank. If it fails on one, all exit and rank 0 raises the error."""
+    """Run `work` on every rank. If any rank fails, rank 0 raises the error and all other ranks exit."""
     error: UserError | None = None
     try:
         result = work()

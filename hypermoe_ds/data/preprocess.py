@@ -1,4 +1,4 @@
-"""Turn text into token files: worker processes tokenise documents, which are written in the order of the inputs."""
+"""Tokenise text into token files. Worker processes tokenise documents; the main process writes them in input order."""
 
 import signal
 import time
@@ -20,9 +20,9 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import scratch_path, sha256_of, writing_to
 from hypermoe_ds.progress import Progress
 
-_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they appear: if there is an .idx, the others are there
+_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which `publish` moves files: the .idx file is last
 _BATCH_DOCUMENTS = 32
-_BATCHES_AHEAD = 4  # per worker; limits the text in memory
+_BATCHES_AHEAD = 4  # per worker; limits the amount of text in memory
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Job:
     """A preprocessing job.
 
     Attributes:
-        inputs: files and folders, as for `readers.expand_inputs`.
+        inputs: input files and folders; see `readers.expand_inputs`.
         tokenizer: Hugging Face tokenizer folder.
         output: prefix of the files to write; `.bin`, `.idx` and `.json` are appended.
-        workers: number of processes that tokenise; 1 tokenises in this one. The files do not depend on it.
-        text_field: field of a JSONL line that has the text.
-        strict: refuse inputs without text instead of counting them.
+        workers: number of processes that tokenise; 1 uses the current process. The output is the same for any number.
+        text_field: JSONL field that contains the text.
+        strict: raise an error for inputs without text instead of counting them.
         overwrite: replace existing files at `output`.
     """
 
@@ -54,17 +54,17 @@ class Job:
 
 @dataclass
 class Written:
-    """Number of tokens written, including end-of-document tokens, and the report of what was read."""
+    """Number of written tokens, including end-of-document tokens, and a report on the inputs."""
 
     tokens: int = 0
     report: ReadReport = field(default_factory=ReadReport)
 
     def speed(self, seconds: float) -> str:
-        """Return the tokens per second as text."""
+        """Return the number of tokens per second as text."""
         return f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s"
 
     def summary(self, output: str, seconds: float) -> str:
-        """Summarise in one line what was written, how fast, and what was skipped."""
+        """Return a one-line summary of the output, the speed and the skipped inputs."""
         report = self.report
         return (
             f"{output}: {report.documents:,} documents, {self.tokens:,} tokens, {report.text_bytes:,} bytes of text, "
@@ -83,7 +83,7 @@ class TokenizerFile:
 
     @classmethod
     def of(cls, folder: str) -> "TokenizerFile":
-        """Read the vocabulary file and its hash from a tokenizer folder.
+        """Find the vocabulary file of a tokenizer folder and compute its hash.
 
         Raises:
             UserError: the folder has no tokenizer.
@@ -92,23 +92,23 @@ class TokenizerFile:
         return cls(folder, path.name, sha256_of(path))
 
     def encoder(self) -> Encoder:
-        """Return the encoder of the folder, which is loaded once per process."""
+        """Return the encoder of the folder, which each process loads once."""
         return encoder_for(self.folder, self.sha256)
 
 
 def preprocess(job: Job) -> str:
-    """Tokenise the inputs and write the token files, either all or none.
+    """Tokenise the inputs and write either all token files or none.
 
     Returns:
-        A summary in one line.
+        A one-line summary.
 
     Raises:
-        UserError: an input is bad (with `strict`, also without text), there is no document or no tokenizer, or the
-            output exists.
+        UserError: an input cannot be read (or, with `strict`, has no text), no document was found, the tokenizer is
+            missing, or the output already exists.
     """
     files = check_job(job)
     tokenizer_file = TokenizerFile.of(job.tokenizer)
-    tokenizer_file.encoder()  # loading takes seconds, which the speed does not include
+    tokenizer_file.encoder()  # loading takes seconds and is excluded from the speed
     start = time.perf_counter()
     with scratch_path(job.path(".bin")) as scratch:
         written = write_tokens(job, files, tokenizer_file, scratch / "tokens", progress=True)
@@ -117,10 +117,10 @@ def preprocess(job: Job) -> str:
 
 
 def check_job(job: Job) -> list[Path]:
-    """Check a job before it runs for hours, and return the files to read.
+    """Check a job before tokenisation starts, and return the files to read.
 
     Raises:
-        UserError: an input or the number of workers is bad, or the output exists and may not be replaced.
+        UserError: an input or the number of workers is invalid, or the output exists and `overwrite` is not set.
     """
     if job.workers < 1:
         raise UserError(f"workers={job.workers}", "is not a number of processes", "give 1 or more")
@@ -138,9 +138,9 @@ def write_tokens(
     """Tokenise `files` into `prefix`.bin and `prefix`.idx, with an end-of-sequence token after each document.
 
     Raises:
-        UserError: a bad input, or the disk is full.
+        UserError: an input is invalid, or the disk is full.
     """
-    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (takes seconds: see Encoder)
+    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (the import takes seconds)
 
     written = Written()
     documents = read_documents(files, written.report, job.text_field, job.strict)
@@ -159,7 +159,7 @@ def write_tokens(
 
 
 def publish(job: Job, tokenizer_file: TokenizerFile, written: Written, prefix: Path) -> None:
-    """Add the metadata to the finished files at `prefix` and move them to the output.
+    """Write the metadata next to the finished files at `prefix`, and move all files to the output.
 
     Raises:
         UserError: there is no document, or the output cannot be written.
@@ -179,9 +179,8 @@ def publish(job: Job, tokenizer_file: TokenizerFile, written: Written, prefix: P
     )
     with writing_to(job.path(".bin")):
         metadata.write(Path(f"{prefix}.json"))
-        job.path(".idx").unlink(
-            missing_ok=True
-        )  # an interruption from here on must not leave a mix of old and new files
+        # Remove the old index first, so that an interruption cannot leave a usable mix of old and new files.
+        job.path(".idx").unlink(missing_ok=True)
         for suffix in _SUFFIXES:
             Path(f"{prefix}{suffix}").replace(job.path(suffix))
 
@@ -192,8 +191,8 @@ def _tokenise(documents: Iterator[str], tokenizer_file: TokenizerFile, workers: 
     if workers == 1:
         yield from map(encoder.encode, documents)
         return
-    # A fork inherits the loaded tokenizer; this process has started no thread that could hold a lock.
-    # The terminal sends Ctrl-C to the workers too, but only this process handles it.
+    # Forked workers inherit the loaded tokenizer. Forking is safe, because no thread of this process can hold a lock.
+    # The terminal sends Ctrl-C to all processes. Workers ignore the signal, and this process handles it.
     pool = ProcessPoolExecutor(workers, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         for batch in _in_order(pool, documents, tokenizer_file, workers * _BATCHES_AHEAD):

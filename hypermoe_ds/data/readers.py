@@ -1,4 +1,4 @@
-"""Read documents from files: a text file is one document, and so is a line of a JSONL file."""
+"""Read documents from files: each text file and each line of a JSONL file is one document."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ _GLOB_CHARACTERS = frozenset("*?[")
 
 
 class Problem(StrEnum):
-    """Reasons why an input has no document."""
+    """Reasons why an input contains no document."""
 
     EMPTY_FILE = "empty file"
     NOT_UTF8 = "no UTF-8 text"
@@ -36,11 +36,11 @@ _REMEDIES = {
 
 @dataclass
 class ReadReport:
-    """Report of what was read and skipped.
+    """Counts of read documents and skipped inputs.
 
     Attributes:
         documents: number of documents read.
-        text_bytes: their size in bytes of UTF-8.
+        text_bytes: total size of the documents in UTF-8 bytes.
         skipped: number of skipped files or lines, by problem.
         first: first location of each problem, as `file` or `file:line`.
     """
@@ -62,14 +62,14 @@ class ReadReport:
         self.first.setdefault(problem, location)
 
     def add(self, later: "ReadReport") -> None:
-        """Add the report of later files."""
+        """Merge the report of later files into this report."""
         self.documents += later.documents
         self.text_bytes += later.text_bytes
         self.skipped += later.skipped
         self.first = later.first | self.first
 
     def require_documents(self, text_field: str) -> None:
-        """Refuse inputs without any document.
+        """Check that at least one document was read.
 
         Raises:
             UserError: no document was read.
@@ -83,19 +83,19 @@ class ReadReport:
         raise UserError("the inputs", problem, remedy)
 
     def describe_skipped(self) -> str:
-        """Describe in one line what was skipped; empty if nothing was."""
+        """Describe the skipped inputs in one line, or return an empty string if no input was skipped."""
         return ", ".join(
             f"{count} with {problem} (first: {self.first[problem]})" for problem, count in self.skipped.items()
         )
 
 
 def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the files among `inputs` in order; a folder is replaced by its files, recursively and sorted by name.
+    """Return all input files in order. A folder is replaced by the files in it, recursively and sorted by name.
 
     Hidden files and folders inside a folder are skipped.
 
     Raises:
-        UserError: an input does not exist, is a pattern that matched nothing, or is a folder without files.
+        UserError: an input does not exist, is a pattern without matches, or is a folder without files.
     """
     files: list[Path] = []
     for path in map(Path, inputs):
@@ -120,13 +120,13 @@ def _is_hidden(path: Path, root: Path) -> bool:
 def read_documents(
     files: Sequence[Path], report: ReadReport, text_field: str = "text", strict: bool = False
 ) -> Iterator[str]:
-    """Yield the documents of `files` in order, and count in `report` what was read and what was skipped.
+    """Yield the documents of `files` in order, and count documents and skipped inputs in `report`.
 
-    Files named `*.jsonl` or `*.jsonl.gz` have one JSON object per line, with the document in `text_field`; blank lines
-    are skipped. Any other file is one document. A byte order mark is not part of the text.
+    Files named `*.jsonl` or `*.jsonl.gz` contain one JSON object per line, with the document in `text_field`; blank
+    lines are skipped. Any other file is one document. A byte order mark is removed.
 
     Raises:
-        UserError: a file cannot be opened; with `strict`, the first file or line without a document.
+        UserError: a file cannot be read or, with `strict`, a file or line contains no document.
     """
     for path in files:
         try:

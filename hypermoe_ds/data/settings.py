@@ -23,8 +23,8 @@ class DatasetConfig(Settings):
         default=1.0,
         gt=0,
         le=1e9,
-        description="share of the training samples, relative to the weights of the other datasets; ignored in "
-        "validation, which reads every dataset once",
+        description="sampling weight in training, relative to those of the other datasets; ignored in validation, "
+        "which reads every dataset once",
     )
 
 
@@ -32,7 +32,7 @@ def dataset_names(datasets: Sequence[DatasetConfig]) -> list[str]:
     """Return a distinct name for each dataset: the given name or the shortest unique suffix of its prefix.
 
     Path components are joined by `-`, because `/` separates the parts of a metric's key. If datasets still share a
-    name, for example because they have the same files, they are numbered: `books`, `books-2`.
+    name, for example because their prefixes are equal, a number is appended: `books`, `books-2`.
     """
     paths = [(each.name.replace("/", "-"),) if each.name else Path(each.prefix).parts for each in datasets]
     return distinct_names(paths, "-", "{}-{}")
@@ -45,10 +45,11 @@ class DataConfig(Settings):
     valid: list[DatasetConfig] = Field(default=[], description="validation datasets; empty means no validation")
     sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens per sample")
     tokenizer: PathText = Field(description="folder of the Hugging Face tokenizer used to make the token files")
-    # tiny-10m on two ranks and 2 cores, three runs each: 4,266 to 4,593 tokens/s with 0 workers, 4,278 to 4,646 with 2.
-    # On a CPU, 30 ms steps are 10 % slower with 2 workers; on a GPU, the rank's process is busy launching kernels.
+    # Measured with tiny-10m on two ranks and 2 cores, three runs each: 4,266 to 4,593 tokens/s with 0 workers, 4,278 to
+    # 4,646 tokens/s with 2 workers. On a CPU, 30 ms steps are 10 % slower with 2 workers. The default is 2 because
+    # a rank on a GPU is busy launching kernels.
     workers: int = Field(
-        default=2, ge=0, le=1024, description="data loader processes per rank; 0 loads in the rank's own process"
+        default=2, ge=0, le=1024, description="data loader processes per rank; 0 loads data in the rank's own process"
     )
     cache: PathText | None = Field(
         default=None,
@@ -58,5 +59,5 @@ class DataConfig(Settings):
 
     @property
     def cache_folder(self) -> str:
-        """The folder for the sample indices."""
+        """Folder for the sample indices."""
         return self.cache or str(Path(self.train[0].prefix).parent / "cache")

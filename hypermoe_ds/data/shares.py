@@ -13,9 +13,9 @@ class DatasetShare:
 
     Attributes:
         name: name in logs.
-        tokens: size in tokens.
+        tokens: size of the dataset in tokens.
         weight: share of the run's training tokens, 0 to 1.
-        epochs: number of times that the run reads it.
+        epochs: number of times that the run reads the dataset.
     """
 
     name: str
@@ -37,7 +37,7 @@ def dataset_shares(datasets: Sequence[DatasetConfig], trained_tokens: int) -> li
 def shares(
     names: Sequence[str], tokens: Sequence[int], weights: Sequence[float], trained_tokens: int
 ) -> list[DatasetShare]:
-    """Divide the tokens of a run among datasets by weight: epochs = trained tokens * share / tokens of the dataset."""
+    """Divide a run's tokens among datasets by weight, with epochs = trained tokens * share / dataset tokens."""
     total = sum(weights)
     return [
         DatasetShare(name, size, weight / total, trained_tokens * weight / total / size)

@@ -1,13 +1,13 @@
-"""Samples that a run skips, by their indices in the order of the training samples."""
+"""Samples that a run skips, given as indices in the order of the training samples."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 
 class SkippedSamples:
-    """Sample indices to skip; the rest keep their order.
+    """Sample indices to skip; the remaining samples keep their order.
 
     Args:
-        ranges: first and last index of each range, both skipped; ranges may overlap.
+        ranges: first and last index of each range, both inclusive; ranges may overlap.
 
     Attributes:
         total: number of skipped indices.
@@ -33,11 +33,11 @@ class SkippedSamples:
         return index
 
     def after(self, start: int, count: int) -> int:
-        """Return the index that follows `count` > 0 kept samples from `start` on."""
+        """Return the index after the first `count` > 0 kept samples at or after `start`."""
         return self.nth(start, count - 1) + 1
 
     def kept_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of kept samples from `start` to `end`, which is excluded."""
+        """Yield the ranges of kept samples from `start` to `end` (exclusive)."""
         for first, last in self._ranges:
             if start < min(first, end):
                 yield start, min(first, end)
@@ -46,6 +46,6 @@ class SkippedSamples:
             yield start, end
 
     def kept(self, start: int, end: int) -> int:
-        """Return how many samples from `start` to `end`, which is excluded, are kept."""
+        """Return the number of kept samples from `start` to `end` (exclusive)."""
         skipped = (min(last + 1, end) - max(first, start) for first, last in self._ranges)
         return end - start - sum(max(0, length) for length in skipped)

@@ -15,7 +15,7 @@ from hypermoe_ds.errors import UserError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = np.dtype(
     [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
-)  # packed: 34 bytes
+)  # packed struct of 34 bytes
 _TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 _SCANNED_TOKENS = 1 << 24
 _AGAIN = "run tools/preprocess_data.py again"
@@ -23,18 +23,18 @@ _AGAIN = "run tools/preprocess_data.py again"
 
 @dataclass(frozen=True)
 class Metadata:
-    """Content of `PREFIX.json`.
+    """Metadata of token files, stored in `PREFIX.json`.
 
     Attributes:
-        vocab_size: number of tokens of the tokenizer, including added ones.
-        eos_id: the token that ends each document.
+        vocab_size: vocabulary size of the tokenizer, including added tokens.
+        eos_id: id of the token that ends each document.
         tokenizer: folder of the tokenizer.
-        tokenizer_file: name of its vocabulary file.
-        tokenizer_sha256: SHA-256 of that file, hexadecimal.
+        tokenizer_file: name of the tokenizer's vocabulary file.
+        tokenizer_sha256: SHA-256 of the vocabulary file, hexadecimal.
         documents: number of documents.
-        tokens: number of tokens, including the ends of documents.
-        text_bytes: size of the text, in bytes of UTF-8.
-        encoding_sha256: SHA-256 of the token ids of a probe text, hexadecimal; "" in older files.
+        tokens: number of tokens, including end-of-document tokens.
+        text_bytes: size of the text in UTF-8 bytes.
+        encoding_sha256: SHA-256 of the token ids of a probe text, hexadecimal; an empty string in older files.
     """
 
     vocab_size: int
@@ -49,7 +49,7 @@ class Metadata:
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean bytes of text per token; the end of a document is a token without text."""
+        """Mean number of text bytes per token; end-of-document tokens count as tokens without text."""
         return self.text_bytes / self.tokens
 
     def write(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Token files that were checked against each other.
+    """A `.bin` and an `.idx` file that were checked for consistency.
 
     Attributes:
         prefix: path of the files without suffix.
@@ -82,7 +82,7 @@ def check_files(config: DataConfig) -> None:
     """Check that the tokenizer folder and all token files exist, without reading them.
 
     Raises:
-        UserError: one is missing; the first one is named.
+        UserError: a file is missing; the message names the first missing file.
     """
     vocabulary_file(config.tokenizer)
     for dataset in [*config.train, *config.valid]:
@@ -90,10 +90,10 @@ def check_files(config: DataConfig) -> None:
 
 
 def _paths(prefix: str) -> tuple[Path, Path]:
-    """Return the paths of the index and the data of `prefix`.
+    """Return the paths of the index file and the data file of `prefix`.
 
     Raises:
-        UserError: one is missing.
+        UserError: a file is missing.
     """
     index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, data_path):
@@ -103,10 +103,10 @@ def _paths(prefix: str) -> tuple[Path, Path]:
 
 
 def inspect(prefix: str) -> TokenFiles:
-    """Check that the `.bin` and `.idx` of `prefix` are complete and belong together.
+    """Check that the `.bin` and `.idx` files of `prefix` are complete and match.
 
     Raises:
-        UserError: one is missing, truncated or not a token file.
+        UserError: a file is missing, truncated or not a token file.
     """
     index_path, data_path = _paths(prefix)
     try:
@@ -122,7 +122,9 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
     header = np.fromfile(index_path, dtype=_HEADER, count=1)[0]
     # NumPy strips trailing zeros from byte strings.
     if header["magic"] != _MAGIC.rstrip(b"\0") or header["version"] != 1 or int(header["dtype"]) not in _TOKEN_DTYPES:
-        raise UserError(str(index_path), "is not an index of tokens", "give the prefix of files of preprocess_data.py")
+        raise UserError(
+            str(index_path), "is not an index of tokens", "give the prefix of files written by tools/preprocess_data.py"
+        )
     sequences, documents = int(header["sequences"]), int(header["documents"])
     expected = _HEADER.itemsize + 12 * sequences + 8 * documents
     if size != expected:
@@ -141,7 +143,7 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
 
 
 def read_metadata(prefix: str) -> Metadata | None:
-    """Read `PREFIX.json`; None if it does not exist.
+    """Read `PREFIX.json`; return None if the file does not exist.
 
     Raises:
         UserError: the file was not written by tools/preprocess_data.py.

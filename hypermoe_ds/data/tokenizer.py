@@ -1,4 +1,4 @@
-"""Tokenizers: Train SentencePiece BPE tokenizers as folders that Transformers loads, and load tokenizer folders."""
+"""Train SentencePiece BPE tokenizers in the folder format of Transformers, and load tokenizer folders."""
 
 import hashlib
 import io
@@ -16,15 +16,15 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_output, file_of, scratch_path, sha256_of
 from hypermoe_ds.progress import progress
 
-# SentencePiece silently skips lines longer than its limit, so split them. Together with the limit on the number of
-# lines, this bounds the text in memory to 4 GB (a character has at most 4 bytes in UTF-8).
+# SentencePiece silently skips lines longer than its limit, so long lines are split. The limits on the length and number
+# of lines bound the text in memory to 4 GB, because a UTF-8 character has at most 4 bytes.
 _LINE_CHARACTERS = 1024
 _LINES = 1_000_000
 _SEED = 0
 
 _CONTROL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
-# Without any of these files, a folder silently loads as a tokenizer with four tokens.
+# Transformers silently loads a folder without any of these files as a tokenizer with four tokens.
 _VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -40,7 +40,7 @@ _OTHER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# Spaces, capitals, accents, other scripts, control characters and control tokens, for which tokenizers have settings.
+# Tokenizers have settings for spaces, capitals, accents, other scripts, control characters and control tokens.
 _PROBE = "Def f(x):\n\treturn  1.5e-3  # é e\u0301 ß 漢字 🙂 \u00a0</s> <s> A\r\nb"
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
@@ -50,22 +50,22 @@ def train_tokenizer(
 ) -> ReadReport:
     """Train a byte-fallback BPE tokenizer and write it to a folder.
 
-    Decoding restores the text exactly, with one exception: the character U+2581, which SentencePiece uses for a space,
-    is decoded to a space. It learns from at most 1,000,000 lines, sampled uniformly with a fixed seed. The same inputs
-    give the same tokenizer.
+    Decoding restores the text exactly, except that U+2581, which SentencePiece uses for a space, is decoded to a space.
+    The tokenizer is trained on at most 1,000,000 lines, sampled uniformly with a fixed seed. The same inputs give the
+    same tokenizer.
 
     Args:
-        inputs: files and folders, as for `readers.expand_inputs`.
+        inputs: input files and folders; see `readers.expand_inputs`.
         vocab_size: number of tokens, including control tokens and the 256 bytes.
         output: folder to write, with `tokenizer.model` and `tokenizer_config.json`.
-        text_field: field of a JSONL line that has the text.
-        strict: refuse inputs without text instead of counting them.
+        text_field: JSONL field that contains the text.
+        strict: raise an error for inputs without text instead of counting them.
 
     Returns:
-        What was read and what was skipped.
+        Counts of read documents and skipped inputs.
 
     Raises:
-        UserError: `output` is not empty, an input is bad, there is no text, or `vocab_size` does not suit the text.
+        UserError: `output` is not empty, an input is invalid, there is no text, or `vocab_size` does not fit the text.
     """
     output = Path(output)
     check_output(output)
@@ -92,7 +92,7 @@ def _folder_config() -> dict[str, Any]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
-        # A document that mentions "</s>" must not end there.
+        # The text "</s>" inside a document must not end the document.
         "split_special_tokens": True,
         **_CONTROL_TOKENS,
     }
@@ -105,8 +105,8 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + _LINE_CHARACTERS]
 
 
-class _Remembering:
-    """Iterate over lines and keep the error that ended them; SentencePiece reports only its text."""
+class _RecordingLines:
+    """Iterate over lines and keep the exception that stops the iteration; SentencePiece reports only its message."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -122,12 +122,12 @@ class _Remembering:
 
 def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field: str) -> bytes:
     """Train and return the serialised model."""
-    remembering = _Remembering(lines)
+    recording = _RecordingLines(lines)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(_SEED)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(remembering),
+            sentence_iterator=iter(recording),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -150,14 +150,14 @@ def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field
             minloglevel=2,
         )
     except RuntimeError as error:
-        if remembering.error is not None:
-            raise remembering.error from None
+        if recording.error is not None:
+            raise recording.error from None
         report.require_documents(text_field)
-        raise _refusal(str(error), vocab_size) from None
+        raise _training_error(str(error), vocab_size) from None
     return model.getvalue()
 
 
-def _refusal(message: str, vocab_size: int) -> UserError:
+def _training_error(message: str, vocab_size: int) -> UserError:
     """Convert a SentencePiece error to a user error with a remedy."""
     where = f"vocab_size={vocab_size}"
     if too_large := re.search(r"too high .*<= (\d+)", message):
@@ -168,24 +168,24 @@ def _refusal(message: str, vocab_size: int) -> UserError:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Load a Hugging Face tokenizer folder from disk, without running code of the folder.
+    """Load a Hugging Face tokenizer folder from disk, without running code from the folder.
 
     Returns:
         A `transformers.PreTrainedTokenizerBase` whose `eos_token_id` ends a document.
 
     Raises:
-        UserError: the folder does not exist, its tokenizer does not load or needs code of the folder (`auto_map`), a
-            file is a link that leads out of the folder, or the tokenizer has no end-of-sequence token.
+        UserError: the folder does not exist, the tokenizer cannot be loaded or needs code from the folder (`auto_map`),
+            a file is a link to a target outside the folder, or the tokenizer has no end-of-sequence token.
     """
     tokenizer_files(Path(folder))
-    import transformers  # noqa: PLC0415 (takes seconds, so after the check of the folder)
+    import transformers  # noqa: PLC0415 (takes seconds, so check the folder first)
 
     try:
-        # If it is not false, Transformers asks on the terminal whether to run the folder's code.
+        # Unless trust_remote_code is False, Transformers asks on the terminal whether to run code from the folder.
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        tokenizer("text")  # some damage appears only at first use
+        tokenizer("text")  # some damage is detected only at first use
     except Exception as error:  # each tokenizer class raises different errors
         if "trust_remote_code" in str(error):
             problem = "its tokenizer needs code of the folder (auto_map), which is never run here"
@@ -197,21 +197,21 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """List the tokenizer files of a folder, which may have a model too.
+    """List the tokenizer files of a folder, which may also contain a model.
 
     Raises:
-        UserError: the folder has no tokenizer, or a file is a link that leads out of the folder: a copy would publish
-            its target.
+        UserError: the folder has no tokenizer, or a file is a link to a target outside the folder, which a copy would
+            publish.
     """
     vocabulary_file(folder)
     return [file_of(folder, name) for name in (*_VOCABULARY_FILES, *_OTHER_FILES) if (folder / name).exists()]
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copy the tokenizer files of a folder, which may have a model too.
+    """Copy the tokenizer files of a folder, which may also contain a model.
 
     Raises:
-        UserError: as `tokenizer_files`, or the tokenizer does not load or has no end-of-sequence token.
+        UserError: see `tokenizer_files` and `load_tokenizer`.
     """
     files = tokenizer_files(folder)
     target.mkdir(parents=True)
@@ -235,13 +235,13 @@ def vocabulary_file(folder: str | Path) -> Path:
 
 
 def vocabulary_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a tokenizer folder that affects token ids, by file name."""
+    """Return the SHA-256 of each tokenizer file that affects token ids, by file name."""
     names = (*_VOCABULARY_FILES, "merges.txt", "added_tokens.json")
     return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 
 def encode_as_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text; control tokens in it are encoded as text."""
+    """Return the token ids of a text; control tokens in the text are encoded as ordinary text."""
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )
@@ -250,10 +250,10 @@ def encode_as_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encoding_digest(tokenizer: Any) -> str:
-    """Return the SHA-256 of the ids of a probe text, which depend on more settings than the vocabulary."""
+    """Return the SHA-256 of a probe text's token ids, which also depend on settings outside the vocabulary."""
     return hashlib.sha256(json.dumps(encode_as_text(tokenizer, _PROBE)).encode()).hexdigest()
 
 
 def embeddings_needed(tokenizer: Any) -> int:
-    """Return the largest token id of a loaded tokenizer + 1; ids may have gaps, so this can exceed its length."""
+    """Return the largest token id plus 1, which exceeds the tokenizer's length if ids have gaps."""
     return 1 + int(max(tokenizer.get_vocab().values()))

@@ -8,7 +8,7 @@ from hypermoe_ds.data.token_files import inspect
 
 
 def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
-    """Count each token in all token files; [vocab_size].
+    """Count the occurrences of each token id in all token files; return counts [vocab_size].
 
     Raises:
         UserError: a file is missing or truncated.
@@ -23,10 +23,10 @@ def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
 
 
 def unigram_loss(train_counts: NDArray[np.int64], dataset: SequenceDataset) -> float:
-    """Return the cross-entropy of the labels of `dataset` under add-one smoothed training frequencies, nats per token.
+    """Return the cross-entropy of the labels of `dataset` in nats per token, with add-one smoothed frequencies.
 
     Args:
-        train_counts: occurrences of each token in the training data; [vocab_size].
+        train_counts: number of occurrences of each token id in the training data, [vocab_size].
         dataset: the validation samples.
     """
     probability = (train_counts + 1) / (train_counts.sum() + train_counts.size)

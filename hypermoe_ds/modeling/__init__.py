@@ -1,4 +1,4 @@
-"""The HyperMoE model for Transformers: configuration, decoder, Mixture of Experts and HyperExperts, on one device."""
+"""Single-device HyperMoE model for Transformers: configuration, decoder, Mixture of Experts and HyperExperts."""
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -22,7 +22,7 @@ def meta_model(config: HyperMoEConfig) -> HyperMoEForCausalLM:
 
 
 def state_dict_shapes(config: HyperMoEConfig) -> dict[str, torch.Size]:
-    """Return names and shapes of the tensors in the model's weight files, which omit a tied output projection."""
+    """Return the name and shape of each tensor in the model's weight files, without a tied output projection."""
     shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

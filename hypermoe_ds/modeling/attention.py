@@ -1,6 +1,6 @@
 """Rotary position embedding and causal grouped-query attention.
 
-Shape legend: B batch, S sequence, D hidden size, h heads, d head width.
+Shape legend: B batch size, S sequence length, D hidden size, h heads, d head dimension.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from .moe import ResidualLinear
 
 
 def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [B, S, width] of the rotary embedding (RoFormer, arXiv 2104.09864).
+    """Return the cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each [B, S, width].
 
-    Each pass computes them in fp32: a buffer would be rounded when the model is cast to bf16.
+    The tables are computed in fp32 in every forward pass, because casting the model to bf16 would round a buffer.
     """
     exponent_d = torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / width
     angle_BSd = positions_BS.unsqueeze(-1).float() * base**-exponent_d
@@ -34,7 +34,7 @@ def rotate(x_BhSd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, computed by the function that `config._attn_implementation` names."""
+    """Causal grouped-query attention with the attention function selected by `config._attn_implementation`."""
 
     is_causal = True
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         past_key_values: Cache | None,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return y_BSD and, if the attention function returns them, its weights [B, h, S, S]."""
+        """Return the output y_BSD and, if the attention function provides them, the attention weights [B, h, S, S]."""
         B, S, _ = x_BSD.shape
         heads = (B, S, -1, self.head_dim)
         over_queries, over_keys = ((B, S, -1, width) for width in self.norm_widths)

@@ -1,4 +1,4 @@
-"""Configuration of a HyperMoE language model, with its parameter and FLOP counts by formula."""
+"""Configuration of a HyperMoE language model, with formulas for parameter and FLOP counts."""
 
 import math
 import os
@@ -87,9 +87,9 @@ class ConfigurationError(ValueError):
     """A value of the configuration is invalid or inconsistent with other values.
 
     Attributes:
-        where: the key with its value.
-        problem: what is wrong with it.
-        remedy: what to do about it.
+        where: the key and its value.
+        problem: what is wrong with the value.
+        remedy: how to correct the value.
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
@@ -102,12 +102,12 @@ class ConfigurationError(ValueError):
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters.
+    """Parameter counts of a model.
 
     Attributes:
         total: all parameters; tied embeddings count once.
-        active: parameters that one token uses, that is, all except those of unselected experts.
-        hypernetwork: parameters of the hypernetwork and of all selection encoders; `total` and `active` include them.
+        active: parameters that one token uses: all parameters except those of unselected experts.
+        hypernetwork: parameters of the hypernetwork and all selection encoders; also included in `total` and `active`.
     """
 
     total: int
@@ -116,16 +116,16 @@ class ParameterCounts:
 
 
 class HyperMoEConfig(PreTrainedConfig):
-    """Configuration of `HyperMoEForCausalLM`; a string below each field describes it.
+    """Configuration of `HyperMoEForCausalLM`; the string below each field describes the field.
 
-    The default sizes of the hypernetwork are the published ones (HyperMoE, ACL 2024, arXiv 2402.12656).
+    The default hypernetwork sizes are those of the paper (HyperMoE, ACL 2024, arXiv 2402.12656).
 
     Raises:
         ConfigurationError: a value is invalid or inconsistent with other values.
     """
 
     model_type = "hypermoe"
-    # All outputs except the logits, for the Trainer's `compute_metrics`. The Trainer appends to it, so it is a list.
+    # All outputs except the logits, which `compute_metrics` needs; a list, because the Trainer appends to it.
     keys_to_ignore_at_inference = [  # noqa: RUF012 (read by Transformers)
         "past_key_values",
         "lm_loss",
@@ -161,7 +161,7 @@ class HyperMoEConfig(PreTrainedConfig):
     intermediate_size: int = 0
     """width of the SwiGLU of dense layers; 0 means 4 * hidden_size."""
     first_dense_layers: int = 0
-    """number of first layers that have a dense SwiGLU instead of experts."""
+    """number of layers at the start of the model that have a dense SwiGLU instead of experts."""
     moe_every: int = 1
     """after the first dense layers, every n-th layer is a Mixture of Experts."""
     num_experts: int = 8
@@ -173,10 +173,10 @@ class HyperMoEConfig(PreTrainedConfig):
     shared_expert_size: int = 0
     """width of a shared expert that processes every token; 0 disables it."""
     norm_topk_prob: bool = False
-    """divide the K gates of a token by their sum. For K = 1 this has no effect: the gate is always the router's
-    probability, because p / p = 1 would give the router no gradient."""
+    """divide the K gates of a token by their sum. For K = 1, this has no effect: the gate is always the router's
+    probability, because with p / p = 1 the router would receive no gradient."""
     router_dtype: RouterDtype = "fp32"
-    """precision in which the router's logits are computed: that of the model, or fp32."""
+    """precision of the router's logits: that of the model, or fp32."""
     router_aux_loss_coef: float = 0.01
     """weight of the load-balancing loss, which is summed over the MoE layers."""
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
@@ -187,16 +187,17 @@ class HyperMoEConfig(PreTrainedConfig):
     hypernetwork: bool = True
     """add HyperExperts; false gives the plain Mixture of Experts."""
     hyper_conditioning: HyperConditioning = "selection"
-    """what HyperExperts depend on. `selection` follows the paper: one HyperExpert per token, generated from the experts
-    that the token did not select. `route` is a different model: one HyperExpert for each selected expert j, generated
-    from all experts except j and weighted by the gate of j; a layer then has N HyperExperts for any K."""
+    """input from which HyperExperts are generated. `selection` follows the paper: each token has one HyperExpert,
+    generated from the experts that the token did not select. `route` is a different model: each selected expert j adds
+    one HyperExpert, generated from all experts except j and weighted by the gate of j. A layer then has N different
+    HyperExperts for any K."""
     baked_hyper_experts: bool = False
-    """each layer stores its generated HyperExperts as parameters, without a hypernetwork; set by exports with at most N
-    HyperExperts per layer."""
+    """store the generated HyperExperts of each layer as parameters, without a hypernetwork; set by exports with at most
+    N HyperExperts per layer."""
     expert_embedding_size: int = 128
     """width E of an expert embedding."""
     selection_hidden_size: int = 128
-    """width P inside the selection encoder."""
+    """hidden width P of the selection encoder."""
     hypernetwork_input_size: int = 128
     """width H of an encoded selection."""
     layer_embedding_size: int = 10
@@ -228,9 +229,9 @@ class HyperMoEConfig(PreTrainedConfig):
         self._check()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the configuration and its code; if a model is saved too, list all auto classes that can load it.
+        """Write the configuration and its code. For a saved model, list all auto classes in `auto_map`.
 
-        Transformers itself lists only the class of the saved model in `auto_map`.
+        By default, Transformers lists only the class of the saved model in `auto_map`.
         """
         listed = getattr(self, "auto_map", None) or {}
         if listed.keys() & _AUTO_CLASSES.keys():
@@ -268,10 +269,10 @@ class HyperMoEConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """How Transformers splits the base model's weights over ranks for inference.
+        """Tensor-parallel plan: how Transformers shards the base model's weights over ranks for inference.
 
-        Heads of the attention and widths of all SwiGLUs, experts included; the rest is on every rank. A norm over all
-        heads of a layer needs them in one place: they are then gathered before it.
+        Attention is sharded by heads, and every SwiGLU, including those of experts, by width. All other weights are
+        replicated. A QK norm over all heads needs complete queries and keys, so they are gathered before the norm.
         """
         whole = self.qk_norm and self.qk_norm_scope == "all_heads"
         plan = dict.fromkeys(
@@ -295,7 +296,7 @@ class HyperMoEConfig(PreTrainedConfig):
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
-        """How Transformers gives each rank whole experts of every layer."""
+        """Expert-parallel plan: how Transformers distributes whole experts of every layer over ranks."""
         if not self.moe_layers:
             return {}
         plan = dict.fromkeys((f"layers.*.mlp.experts.{name}_proj" for name in ("gate_up", "down")), "grouped_gemm")
@@ -314,7 +315,7 @@ class HyperMoEConfig(PreTrainedConfig):
 
     @property
     def hyper_set_size(self) -> int:
-        """Number of experts that are left out of the input of a HyperExpert's generation."""
+        """Number of experts that are excluded when a HyperExpert is generated."""
         return 1 if self.hyper_conditioning == "route" else self.num_experts_per_tok
 
     @property
@@ -328,7 +329,7 @@ class HyperMoEConfig(PreTrainedConfig):
         return self.num_experts_per_tok if self.hyper_conditioning == "route" else 1
 
     def parameter_counts(self) -> ParameterCounts:
-        """Return the parameter counts of the model, by formula."""
+        """Return the parameter counts of the model, computed by formula."""
         D, N, K = self.hidden_size, self.num_experts, self.num_experts_per_tok
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         norms = 2 * self.head_dim if self.qk_norm_scope == "head" else queries + keys
@@ -359,12 +360,12 @@ class HyperMoEConfig(PreTrainedConfig):
         return trunk + heads + layers * encoder
 
     def forward_flops_per_token(self, sequence_length: int) -> int:
-        """FLOPs of one token's forward pass; a training step takes three times as many.
+        """Return the FLOPs of one token's forward pass; a training step takes three times as many.
 
-        A multiply-add counts as two. Attention is counted over the whole sequence, as PaLM
-        (arXiv 2204.02311, appendix B) does, not over its causal half. HyperExperts count as they
-        are applied, 4 * D * A a layer; generating them is shared by all tokens of a set and comes
-        on top (`generation_flops`).
+        A multiply-add counts as two FLOPs. As in PaLM (arXiv 2204.02311, appendix B), attention is
+        counted over the whole sequence, not only its causal half. Applying a HyperExpert counts as
+        4 * D * A FLOPs. The cost of generating HyperExperts is not included, because all tokens
+        with the same selection share it (see `generation_flops`).
         """
         D, K = self.hidden_size, self.num_experts_per_tok
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -377,7 +378,7 @@ class HyperMoEConfig(PreTrainedConfig):
         return self.num_hidden_layers * attention + moe_layers * moe + dense + 2 * D * self.vocab_size
 
     def generation_flops(self, sets: int) -> int:
-        """FLOPs of encoding `sets` selections in one layer and generating their HyperExperts."""
+        """Return the FLOPs to encode `sets` selections in one layer and generate their HyperExperts."""
         D, B, A, N = self.hidden_size, self.bottleneck_size, self.adapter_size, self.num_experts
         E, P, H = self.expert_embedding_size, self.selection_hidden_size, self.hypernetwork_input_size
         encoder = N * E + E * P + P * H
@@ -389,8 +390,8 @@ _AUTO_CLASSES = {
     "AutoModel": "modeling_hypermoe.HyperMoEModel",
     "AutoModelForCausalLM": "modeling_hypermoe.HyperMoEForCausalLM",
 }
-# Minimum and maximum of each number; if both are integers, the number must be an integer. The maxima are far above any
-# real model, but low enough that loops over layers or experts stay short.
+# Minimum and maximum of each numeric field; if both are integers, the field must be an integer. The maxima are far
+# above any real model, but low enough that loops over layers or experts stay short.
 _LIMITS: Mapping[str, tuple[int, int] | tuple[float, float]] = MappingProxyType(
     {
         "vocab_size": (1, 1 << 24),
@@ -427,7 +428,7 @@ def _check_number(key: str, value: object, least: float, largest: float) -> None
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
         kind = "whole number" if whole else "number"
         raise ConfigurationError(f"{key}={value!r}", f"not a {kind}", f"give a {kind} from {least} to {largest}")
-    if not least <= value <= largest:  # NaN too
+    if not least <= value <= largest:  # also true for NaN
         problem = "too small" if value < least else "too large" if value > largest else "not a number"
         limit = f"at most {largest}" if value > largest else f"at least {least}"
         raise ConfigurationError(f"{key}={value}", problem, f"give {limit}")

@@ -1,8 +1,8 @@
-"""Apply generated HyperExperts to tokens: sort rows by HyperExpert, then one grouped matrix product down and one up.
+"""Apply generated HyperExperts to tokens, with grouped matrix products over rows sorted by HyperExpert.
 
-Equation: step 6 of docs/METHOD.md.
+The equation is step 6 of docs/METHOD.md.
 
-Shape legend: T tokens, D hidden size, A adapter size, U HyperExperts, J HyperExperts of a token, R = T * J routed rows.
+Shape legend: T tokens, D hidden size, A adapter size, U HyperExperts, J HyperExperts per token, R = T * J routed rows.
 """
 
 import math
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from .configuration_hypermoe import HyperConditioning
 from .selections import selection_ids
 
-# Up to this many rows, sorting takes longer than applying HyperExperts row by row (60 and 18 us on a CPU, D = 768, A =
-# 64).
-_FEW_ROWS = 4
-# On CUDA, PyTorch's grouped GEMM takes fewer than 1,024 groups. Before Hopper it is a loop that waits for the host.
+# For at most this many rows, applying HyperExperts row by row is faster than sorting the rows (18 us and 60 us on a CPU
+# with D = 768 and A = 64).
+_MAX_UNSORTED_ROWS = 4
+# PyTorch's CUDA grouped GEMM accepts fewer than 1,024 groups. On GPUs older than Hopper, PyTorch runs a loop over the
+# groups instead, which waits for the host.
 _MOST_GROUPS = 1023
 _HOPPER = (9, 0)
 
@@ -46,15 +47,15 @@ class Assignment(NamedTuple):
     """Assignment of HyperExperts to tokens.
 
     Attributes:
-        ids_TJ: indices of the HyperExperts of each token.
-        gates_TJ: their weights; None weights all with one.
+        ids_TJ: indices of each token's HyperExperts.
+        gates_TJ: weights of these HyperExperts; None means that every weight is 1.
     """
 
     ids_TJ: Tensor
     gates_TJ: Tensor | None = None
 
     def sum_over_rows(self, y_RD: Tensor) -> Tensor:
-        """Sum the weighted rows of each token; y_RD -> y_TD."""
+        """Return y_TD, the weighted sum of each token's rows in y_RD."""
         y_TJD = y_RD.view(*self.ids_TJ.shape, -1)
         if self.gates_TJ is not None:
             y_TJD = y_TJD * self.gates_TJ.unsqueeze(-1).to(y_RD.dtype)
@@ -64,7 +65,7 @@ class Assignment(NamedTuple):
 def assign(
     selected_TK: Tensor, gates_TK: Tensor | None, num_experts: int, conditioning: HyperConditioning
 ) -> Assignment:
-    """Assign to each token the HyperExperts of its selections, among those of all possible selections.
+    """Return each token's HyperExperts, as indices into the HyperExperts of all possible selections.
 
     Raises:
         ValueError: conditioning is "route" and there are no gates.
@@ -72,7 +73,7 @@ def assign(
     if conditioning == "selection":
         return Assignment(selection_ids(selected_TK, num_experts).unsqueeze(1))
     if gates_TK is None:
-        raise ValueError("conditioning 'route' weighs with gates: give gates_TK")
+        raise ValueError("conditioning 'route' needs gates: pass gates_TK")
     return Assignment(selected_TK, gates_TK)
 
 
@@ -81,34 +82,34 @@ def apply_generated(
 ) -> Tensor:
     """Return the sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
 
-    It is exact and once differentiable, with gradients for x, the gates and the weights. In addition to its arguments,
-    it saves [R, A] numbers for the backward pass, which gathers the sorted tokens again: that costs less than saving
-    them. In a graph of torch.compile or torch.export, every token passes through all U HyperExperts.
+    The result is exact and can be differentiated once, with respect to x, the gates and the weights. For the backward
+    pass, the function saves its arguments and a tensor [R, A]. The backward pass gathers the sorted tokens again, which
+    is cheaper than saving them. Under torch.compile and torch.export, every token passes through all U HyperExperts.
 
     Args:
         x_TD: input of the MoE block.
         assignment: HyperExperts of each token.
         weights: the generated weights.
-        rows: result of `sort_rows` for this assignment; None sorts here.
+        rows: result of `sort_rows` for this assignment; if None, this function sorts the rows.
 
     Returns:
         y_TD, in the dtype of the weights.
     """
     if torch.compiler.is_compiling():
         return _through_all(x_TD, assignment, weights)
-    if not torch.is_grad_enabled() and not x_TD.is_cuda and assignment.ids_TJ.numel() <= _FEW_ROWS:
+    if not torch.is_grad_enabled() and not x_TD.is_cuda and assignment.ids_TJ.numel() <= _MAX_UNSORTED_ROWS:
         return _row_by_row(x_TD, assignment, weights)
     rows = rows or sort_rows(assignment, weights.down_weight.shape, weights.down_weight)
-    x_TD = x_TD.to(weights.up_bias.dtype)  # differs under autocast
+    x_TD = x_TD.to(weights.up_bias.dtype)  # the dtypes differ under autocast
     y_TD: Tensor = _Apply.apply(x_TD, assignment.gates_TJ, rows, assignment.ids_TJ.shape[1], *weights)  # type: ignore[no-untyped-call]
     return y_TD
 
 
 def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
-    """Apply all U HyperExperts to every token, with weight zero for those that it is not assigned to.
+    """Apply all U HyperExperts to every token, with gate 0 for HyperExperts that the token does not use.
 
-    No shape depends on data, and the operators support every dtype. With K = 1, U is N: at D = 768, N = 8, A = 64 this
-    takes a sixth of an expert's FLOPs.
+    No tensor shape depends on the data, and the operators support every dtype. With K = 1, U equals N. For D = 768,
+    N = 8 and A = 64, this computation takes a sixth of an expert's FLOPs.
     """
     U, D, A = weights.down_weight.shape
     x_TD = x_TD.to(weights.up_bias.dtype)
@@ -123,7 +124,7 @@ def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeigh
 
 
 def _row_by_row(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
-    """Apply HyperExperts row by row, without gradients, for the few rows of a generation step."""
+    """Apply HyperExperts row by row, without gradients; fast for the few rows of a decoding step."""
     rows = []
     for row, index in enumerate(assignment.ids_TJ.flatten().tolist()):
         down_DA, down_bias_A, up_AD, up_bias_D = (weight[index] for weight in weights)
@@ -139,14 +140,14 @@ def sort_rows(assignment: Assignment, shape_UDA: Sequence[int], like: Tensor) ->
     Args:
         assignment: HyperExperts of each token.
         shape_UDA: U, D and A.
-        like: a tensor with the dtype and device of the products.
+        like: a tensor with the dtype and device of the matrix products.
     """
     kind = GroupedRows if _has_grouped_mm(shape_UDA[1:], like) else LoopedRows
     return kind(assignment.ids_TJ.flatten(), shape_UDA[0])
 
 
 def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
-    """Return whether the device has a grouped GEMM for this dtype; it needs rows aligned to 16 bytes."""
+    """Return whether a grouped GEMM is available for this device, dtype and shape. Rows must be aligned to 16 bytes."""
     if not like.is_cuda or like.dtype is not torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
     aligned = all(width * like.element_size() % 16 == 0 for width in widths)
@@ -154,7 +155,7 @@ def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
 
 
 class RoutedRows:
-    """Routed rows sorted by HyperExpert, and matrix products of the rows with the weights of their HyperExpert.
+    """Routed rows sorted by HyperExpert, with methods that multiply each row by its HyperExpert's weights.
 
     Args:
         ids_R: HyperExpert of each row.
@@ -170,20 +171,20 @@ class RoutedRows:
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
     ) -> Tensor:
-        """Return x W + gate * b, with W and b of each row's HyperExpert; y_RO."""
+        """Return y_RO = x W + gate * b, where W and b are the weights of the row's HyperExpert."""
         raise NotImplementedError
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
-        """Return the sum of x^T y over the rows of each HyperExpert; [U, I, O]."""
+        """Return the sum of x^T y over the rows of each HyperExpert, [U, I, O]."""
         raise NotImplementedError
 
     def sum(self, y_RO: Tensor) -> Tensor:
-        """Return the sum over the rows of each HyperExpert; [U, O]."""
+        """Return the sum over the rows of each HyperExpert, [U, O]."""
         raise NotImplementedError
 
 
 class _Chunk(NamedTuple):
-    """HyperExperts of one grouped GEMM."""
+    """The HyperExperts that one grouped GEMM applies."""
 
     ids: slice
     rows: slice
@@ -191,7 +192,7 @@ class _Chunk(NamedTuple):
 
 
 class GroupedRows(RoutedRows):
-    """Use grouped GEMMs. The host does not wait for the device unless more than one of them is needed."""
+    """Use grouped GEMMs. The host waits for the device only if more than one grouped GEMM is needed."""
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
         super().__init__(ids_R, count)
@@ -199,7 +200,7 @@ class GroupedRows(RoutedRows):
         row_cuts = self.ends_U[[cut - 1 for cut in cuts]].tolist() if cuts else []
         chunks = zip(pairwise([0, *cuts, count]), pairwise([0, *row_cuts, len(ids_R)]), strict=True)
         self._chunks = [
-            _Chunk(slice(*between), slice(*rows), self.ends_U[slice(*between)] - rows[0]) for between, rows in chunks
+            _Chunk(slice(*bounds), slice(*rows), self.ends_U[slice(*bounds)] - rows[0]) for bounds, rows in chunks
         ]
 
     def affine(
@@ -228,7 +229,7 @@ class GroupedRows(RoutedRows):
         )
 
     def sum(self, y_RO: Tensor) -> Tensor:
-        # A product with ones, 16 bytes wide, has no atomics and is therefore deterministic.
+        # Multiplying by a 16-byte-wide matrix of ones uses no atomics, so the sum is deterministic.
         return self.outer(y_RO.new_ones(len(y_RO), 16 // y_RO.element_size()), y_RO)[:, 0]
 
 
@@ -237,22 +238,23 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class LoopedRows(RoutedRows):
-    """Use one matrix product per HyperExpert, written in place. The host waits for the number of rows of each.
+    """Run one matrix product per HyperExpert and write the results in place. The host waits for the row counts.
 
-    For bf16 on CPU, oneDNN compiles code for each new number of rows, which takes longer than the product. There a
-    product extends over some rows of the next HyperExperts, whose own products then overwrite these rows.
+    For bf16 on CPU, oneDNN compiles a kernel for each new number of rows, which takes longer than the product itself.
+    Each bf16 product on CPU is therefore extended to a rounded number of rows. The extra rows belong to the next
+    HyperExperts, whose own products overwrite them.
     """
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
         super().__init__(ids_R, count)
         ends = self.ends_U.tolist()
-        self._rows_of = [slice(*between) for between in zip([0, *ends], ends, strict=False)]
+        self._rows_of = [slice(*bounds) for bounds in zip([0, *ends], ends, strict=False)]
 
-    def _reach(self, rows: slice, like: Tensor) -> slice:
+    def _extend(self, rows: slice, like: Tensor) -> slice:
         if like.is_cuda or like.dtype is torch.float32:
             return rows
         count = rows.stop - rows.start
-        multiple = max(32, 1 << count.bit_length() >> 3)  # at most a quarter more, except for few rows
+        multiple = max(32, 1 << count.bit_length() >> 3)  # rounding adds at most a quarter, unless there are few rows
         return slice(rows.start, min(rows.start + math.ceil(count / multiple) * multiple, like.shape[0]))
 
     def affine(
@@ -262,24 +264,24 @@ class LoopedRows(RoutedRows):
         for index, rows in enumerate(self._rows_of):
             if rows.start == rows.stop:
                 continue
-            reach = self._reach(rows, x_RI)
+            extended = self._extend(rows, x_RI)
             if bias_UO is None:
-                torch.mm(x_RI[reach], weight_UIO[index], out=y_RO[reach])
+                torch.mm(x_RI[extended], weight_UIO[index], out=y_RO[extended])
             else:
-                bias_tO = bias_UO[index] if gate_R1 is None else gate_R1[reach] * bias_UO[index]
-                torch.addmm(bias_tO, x_RI[reach], weight_UIO[index], out=y_RO[reach])
+                bias_tO = bias_UO[index] if gate_R1 is None else gate_R1[extended] * bias_UO[index]
+                torch.addmm(bias_tO, x_RI[extended], weight_UIO[index], out=y_RO[extended])
         return y_RO
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
         product_UIO = x_RI.new_empty(len(self._rows_of), x_RI.shape[1], y_RO.shape[1])
         for index, rows in enumerate(self._rows_of):
-            reach = self._reach(rows, x_RI)
-            x_tI, y_tO = x_RI[reach], y_RO[reach]
-            beyond = (0, 0, 0, reach.stop - rows.stop)
-            if reach != rows and x_RI.shape[1] <= y_RO.shape[1]:
-                x_tI = F.pad(x_RI[rows], beyond)
-            elif reach != rows:
-                y_tO = F.pad(y_RO[rows], beyond)
+            extended = self._extend(rows, x_RI)
+            x_tI, y_tO = x_RI[extended], y_RO[extended]
+            padding = (0, 0, 0, extended.stop - rows.stop)
+            if extended != rows and x_RI.shape[1] <= y_RO.shape[1]:
+                x_tI = F.pad(x_RI[rows], padding)
+            elif extended != rows:
+                y_tO = F.pad(y_RO[rows], padding)
             torch.mm(x_tI.t(), y_tO, out=product_UIO[index])
         return product_UIO
 
@@ -291,7 +293,7 @@ class LoopedRows(RoutedRows):
 
 
 class _Apply(torch.autograd.Function):
-    """`apply_generated` for sorted rows."""
+    """Autograd function of `apply_generated` for sorted rows."""
 
     @staticmethod
     def forward(
@@ -322,7 +324,7 @@ class _Apply(torch.autograd.Function):
         grad_inner_RA = rows.affine(grad_RD, up_UAD.transpose(1, 2))
         grad_gates_TJ, gated_RA = None, inner_RA
         if gate_R1 is not None:
-            # d y / d gate is the output of the row: inner W_up + b_up.
+            # The derivative of y with respect to the gate is the row's output, inner W_up + b_up.
             grad_gate_R = (grad_inner_RA * inner_RA).sum(1) + (grad_RD * up_bias_UD[rows.ids_R]).sum(1)
             grad_gates_TJ = torch.empty_like(gates_TJ).view(-1).index_copy_(
                 0, rows.order_R, grad_gate_R.to(gates_TJ.dtype)
@@ -344,6 +346,6 @@ def _sorted_gates(gates_TJ: Tensor | None, rows: RoutedRows, like: Tensor) -> Te
 
 
 def _by_token(y_RD: Tensor, rows: RoutedRows, per_token: int) -> Tensor:
-    """Restore the order of the tokens and sum the rows of each token; y_TD."""
+    """Restore the token order and return the sum of each token's rows, y_TD."""
     back_RD = torch.empty_like(y_RD).index_copy_(0, rows.order_R, y_RD)
     return back_RD if per_token == 1 else back_RD.view(-1, per_token, y_RD.shape[1]).sum(1)

@@ -1,7 +1,7 @@
 """Cache generated HyperExperts between the forward passes of one `generate` call.
 
-The hypernetwork's output depends on more than its parameters: adapters, hooks, swapped or quantised modules. No cheap
-check detects a change of all of these, so the cache does not outlive the call.
+The hypernetwork's output depends on its parameters, adapters and hooks, and on replaced or quantised modules. Changes
+to the model are expensive to detect, so the cache is discarded at the end of each `generate` call.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from .generated import HyperExpertWeights
 
 
 class HyperExpertCache:
-    """Generated HyperExperts of one layer, by selection.
+    """Generated HyperExperts of one layer, keyed by selection.
 
     Args:
-        capacity: largest number of selections. If new ones do not fit, the cache is cleared first.
+        capacity: maximum number of selections. If new selections do not fit, the cache is cleared first.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -25,11 +25,11 @@ class HyperExpertCache:
         self._weights: HyperExpertWeights | None = None
 
     def fetch(self, sets_UK: Tensor, generate: Callable[[Tensor], HyperExpertWeights]) -> HyperExpertWeights:
-        """Return the HyperExperts of U distinct selections, at most `capacity`, and generate the missing ones.
+        """Return the HyperExperts of U <= `capacity` distinct selections, and generate those that are not cached.
 
         Args:
-            sets_UK: expert indices.
-            generate: sets_UK -> weights.
+            sets_UK: expert indices of each selection.
+            generate: function that maps sets_UK to weights.
         """
         wanted = [tuple(sorted(experts)) for experts in sets_UK.tolist()]
         missing = [row for row, experts in enumerate(wanted) if experts not in self._row_of_set]
@@ -53,11 +53,11 @@ class HyperExpertCache:
 
 
 class KeptHyperExperts:
-    """Cached HyperExperts of all layers, used only by forward passes that receive this object.
+    """Cached HyperExperts of all layers, used only by forward passes that receive this cache as an argument.
 
     Attributes:
-        all_selections: weights of all possible selections of each layer, if there are few enough. Otherwise each layer
-            caches the selections that occur.
+        all_selections: each layer's weights for all possible selections, if there are few enough. Otherwise each layer
+            caches only the selections that it encounters.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class KeptHyperExperts:
         self._layers: dict[int, HyperExpertCache] = {}
 
     def layer(self, index: int, capacity: int) -> HyperExpertCache:
-        """Return the cache of MoE layer `index`, created at its first use."""
+        """Return the cache of MoE layer `index`, and create it on first use."""
         if index not in self._layers:
             self._layers[index] = HyperExpertCache(capacity)
         return self._layers[index]

@@ -1,11 +1,11 @@
 """HyperExperts: small modules generated from the identity of the experts that a token is not routed to.
 
-Equations: HyperMoE (Zhao et al., ACL 2024, arXiv 2402.12656); docs/METHOD.md numbers them.
+The equations are from HyperMoE (Zhao et al., ACL 2024, arXiv 2402.12656). Step numbers refer to docs/METHOD.md.
 
 Shape legend:
-    T tokens, D hidden size, N experts, K experts of a token, U selections (sets of experts),
+    T tokens, D hidden size, N experts, K experts per token, U selections (sets of experts),
     E expert-embedding size, P selection hidden size, H hypernetwork input size,
-    B bottleneck, A adapter size, J HyperExperts of a token, R = T * J routed rows.
+    B bottleneck, A adapter size, J HyperExperts per token, R = T * J routed rows.
 """
 
 import logging
@@ -28,8 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 def keep_initialisation(part: nn.Module) -> None:
     """Mark the modules in `part`, so that the model initialises them with their own `reset_parameters`.
 
-    Otherwise, Transformers would initialise every Linear and Embedding in the same way, with generated weights 10 to 30
-    times too large and expert embeddings 50 times too small.
+    Otherwise, Transformers would initialise every Linear and Embedding in the same way. Generated weights would then be
+    10 to 30 times too large, and expert embeddings 50 times too small.
     """
     for module in part.modules():
         module.keeps_initialisation = True  # type: ignore[assignment]
@@ -59,26 +59,26 @@ class SelectionEncoder(nn.Module):
             selected_UK: expert indices, in any order within a row.
 
         Returns:
-            z_UH. For K = N the sum over unselected experts is exactly zero.
+            z_UH. For K = N, the sum over unselected experts is exactly zero.
         """
-        # Calling the module gathers a sharded table; reading its weight would not.
+        # Call the module instead of reading its weight, because only a call gathers a sharded embedding table.
         table_NE = self.expert_embedding(torch.arange(self.num_experts, device=selected_UK.device))
         unselected_UN = table_NE.new_ones(selected_UK.shape[0], table_NE.shape[0]).scatter(1, selected_UK, 0.0)
-        # A GEMM with a 0/1 matrix is exactly zero for K = N, bitwise the same for any order of the K experts, and has a
-        # gradient without atomics. Its 2*U*N*E FLOPs are negligible next to step 5.
+        # A GEMM with a 0/1 matrix gives exactly zero for K = N and bitwise identical results for any order of the K
+        # experts. Its gradient uses no atomics, and its 2*U*N*E FLOPs are negligible compared with step 5.
         encoded: Tensor = self.mlp(unselected_UN @ table_NE)
         return encoded
 
 
 class GeneratorHead(nn.Linear):
-    """Linear map from the bottleneck to generated weights or biases, with the published initialisation.
+    """Linear layer that generates weights or biases from the bottleneck, initialised as in the paper.
 
-    Generated weights start at about 1e-5 (D = 768), so HyperExpert(x) is about zero.
+    Generated weights are initially about 1e-5 (D = 768), so HyperExpert(x) is close to zero.
 
     Args:
         bottleneck: B.
-        generated: numbers to generate.
-        fan_in: inputs of the generated matrix; 1 for a generated bias.
+        generated: number of values to generate.
+        fan_in: number of inputs of the generated matrix; 1 for a generated bias.
     """
 
     def __init__(self, bottleneck: int, generated: int, fan_in: int = 1) -> None:
@@ -86,7 +86,7 @@ class GeneratorHead(nn.Linear):
         super().__init__(bottleneck, generated)
 
     def reset_parameters(self) -> None:
-        """Uniform weights within +-1e-3 * sqrt(3 / (B * fan_in)), zero biases."""
+        """Draw weights uniformly within +-1e-3 * sqrt(3 / (B * fan_in)) and set biases to zero."""
         nn.init.uniform_(self.weight, -self.bound, self.bound)
         nn.init.zeros_(self.bias)
 
@@ -94,14 +94,14 @@ class GeneratorHead(nn.Linear):
 class HyperNetwork(nn.Module):
     """The hypernetwork that all layers and experts share (steps 4 to 6).
 
-    Parameters are read only inside `forward`, so that a sharded copy can be gathered for it. Each linear map is called
-    as a module, because it may be adapted, quantised or offloaded. Only `_factored` reads weights directly, and only of
-    plain maps.
+    Parameters are read only inside `forward`, so that sharded parameters can be gathered for the call. Linear layers
+    are called as modules, because they may have adapters or be quantised or offloaded. Only `_factored` reads weights
+    directly, and only from plain linear layers.
 
     Args:
         hidden_size: D.
         input_size: H.
-        num_layers: L, the number of layers that use it.
+        num_layers: L, the number of layers that share the hypernetwork.
         layer_embedding_size: width of the layer embedding.
         bottleneck_size: B.
         adapter_size: A.
@@ -130,7 +130,7 @@ class HyperNetwork(nn.Module):
 
     @property
     def sizes(self) -> Sizes:
-        """D, A and B, for the cost model."""
+        """Sizes D, A and B for the cost model."""
         return Sizes(self.hidden_size, self.adapter_size, self.bottleneck_size)
 
     def forward(
@@ -142,12 +142,12 @@ class HyperNetwork(nn.Module):
         form: Form = "per_set",
         recompute: bool = False,
     ) -> HyperExpertWeights | Tensor:
-        """Generate a HyperExpert for each of U encoded selections and, given tokens, apply them.
+        """Generate a HyperExpert for each of U encoded selections and, if tokens are given, apply the HyperExperts.
 
         Args:
             z_UH: encoded selections.
-            layer_U: layer of each selection.
-            x_TD: input of the MoE block; None only generates.
+            layer_U: layer index of each selection.
+            x_TD: input of the MoE block; None generates weights without applying them.
             assignment: which of the U HyperExperts each token uses.
             form: "per_set", "factored" or "per_token"; all three are exact.
             recompute: with "per_set", generate the weights again in the backward pass instead of saving them.
@@ -161,7 +161,7 @@ class HyperNetwork(nn.Module):
         if form == "per_set":
             if recompute and torch.is_grad_enabled():
                 rows = sort_rows(assignment, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
-                # Recompute only what is inside: parameters are gathered in this forward, which runs once.
+                # Recompute only `_per_set`: sharded parameters are gathered for `forward`, which must run only once.
                 y_TD: Tensor = checkpoint(self._per_set, x_TD, assignment, u_UB, rows, use_reentrant=False)
                 return y_TD
             return self._per_set(x_TD, assignment, u_UB)
@@ -169,11 +169,11 @@ class HyperNetwork(nn.Module):
         u_RB = u_UB[assignment.ids_TJ.flatten()]
         if form == "per_token":
             return assignment.sum_over_rows(self._per_token(x_RD, u_RB))
-        plain = _computes_its_weight(self.down_weight) and _computes_its_weight(self.up_weight)
+        plain = _is_plain_linear(self.down_weight) and _is_plain_linear(self.up_weight)
         return assignment.sum_over_rows(self._factored(x_RD, u_RB) if plain else self._per_token_in_chunks(x_RD, u_RB))
 
     def _generate(self, u_UB: Tensor) -> HyperExpertWeights:
-        """Generate the weights of all selections by one matrix product each (step 5)."""
+        """Generate the HyperExperts of all selections, with one matrix product per weight or bias (step 5)."""
         return HyperExpertWeights(
             self.down_weight(u_UB).view(-1, self.hidden_size, self.adapter_size),
             self.down_bias(u_UB),
@@ -182,19 +182,19 @@ class HyperNetwork(nn.Module):
         )
 
     def _per_set(self, x_TD: Tensor, assignment: Assignment, u_UB: Tensor, rows: RoutedRows | None = None) -> Tensor:
-        """Generate weights once per selection and apply them by grouped matrix products."""
+        """Generate weights once per selection and apply them with grouped matrix products."""
         return apply_generated(x_TD, assignment, self._generate(u_UB), rows)
 
     def _per_token(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """Generate weights for each row, as published. The tests use it as their reference."""
+        """Generate weights for each row, as in the paper. Tests use this method as a reference."""
         down_RDA, down_bias_RA, up_RAD, up_bias_RD = self._generate(u_RB)
         inner_RA = torch.relu(torch.einsum("rd,rda->ra", x_RD, down_RDA) + down_bias_RA)
         return torch.einsum("ra,rad->rd", inner_RA, up_RAD) + up_bias_RD
 
     def _per_token_in_chunks(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """Compute `_per_token` in chunks, if `_factored` cannot read the weights of the maps. The FLOPs are the same.
+        """Compute `_per_token` in chunks, for linear layers whose weights `_factored` cannot read.
 
-        A chunk has as many rows as the maps have input columns, so its generated weights need the memory of the maps.
+        The FLOPs are the same. A chunk has B rows, so its generated weights take as much memory as the linear layers.
         """
         if torch.compiler.is_compiling():
             return self._per_token(x_RD, u_RB)
@@ -202,7 +202,7 @@ class HyperNetwork(nn.Module):
         return torch.cat([checkpoint(self._per_token, x_rD, u_rB, use_reentrant=False) for x_rD, u_rB in chunks])
 
     def _factored(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """Contract x with the B basis matrices, then mix by u. No weights are generated."""
+        """Contract x with the B basis matrices, then mix the results by u. No weights are generated."""
         D, A, B = self.hidden_size, self.adapter_size, u_RB.shape[1]
         basis_RAB = (x_RD @ self.down_weight.weight.view(D, A * B)).view(-1, A, B)
         down_RA = torch.bmm(basis_RAB, u_RB.unsqueeze(-1)).squeeze(-1)
@@ -216,10 +216,10 @@ class HyperNetwork(nn.Module):
 
 
 class SharedHyperNetwork:
-    """Wrap the hypernetwork so that it can be an argument of the layers.
+    """Wrap the hypernetwork so that it can be passed to the layers as an argument.
 
-    accelerate moves all arguments of a layer to its device, modules too, and fails if the weights of a module are on
-    disk.
+    accelerate moves all arguments of a layer to the layer's device, including modules. This fails if the weights of a
+    module are offloaded to disk.
     """
 
     def __init__(self, module: HyperNetwork) -> None:
@@ -227,7 +227,7 @@ class SharedHyperNetwork:
 
     @property
     def sizes(self) -> Sizes:
-        """D, A and B."""
+        """Sizes D, A and B."""
         return self._module.sizes
 
     def __call__(self, *args: Any) -> Any:
@@ -235,11 +235,11 @@ class SharedHyperNetwork:
         return self._module(*args)
 
 
-def _computes_its_weight(head: nn.Module) -> bool:
-    """Return whether calling `head` computes only a product with its stored weight and bias.
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Return whether calling `head` only applies its stored weight and bias.
 
-    This is not the case with an adapter, a parametrization, a quantised weight (another type), offloading by accelerate
-    (a replaced forward) or hooks.
+    Adapters, parametrizations, hooks, quantised weights (another type) and offloading by accelerate (a replaced
+    forward) can change the result.
     """
     return (
         type(head) is GeneratorHead
@@ -255,10 +255,10 @@ class _Plan(NamedTuple):
 
     Attributes:
         selections_UK: selections to generate HyperExperts for.
-        assignment: which of these each token uses.
-        form: how to compute them.
+        assignment: which HyperExperts each token uses.
+        form: form of the computation.
         recompute: generate the weights again in the backward pass instead of saving them.
-        cache: where to fetch the weights from; None generates them in this pass.
+        cache: cache to fetch the weights from; None generates the weights in this pass.
     """
 
     selections_UK: Tensor
@@ -274,9 +274,9 @@ class HyperExperts(nn.Module):
     Args:
         encoder: the selection encoder of this layer.
         layer_index: row of this layer in the hypernetwork's layer embedding.
-        conditioning: "selection", as published: a token uses one HyperExpert, generated from all experts except its K.
-            "route": it uses one HyperExpert for each of its experts j, generated from all experts except j and weighted
-            by the gate of j.
+        conditioning: with "selection", as in the paper, each token uses one HyperExpert, generated from all experts
+            except its K selected experts. With "route", each token uses one HyperExpert for each selected expert j,
+            generated from all experts except j and weighted by the gate of j.
     """
 
     def __init__(
@@ -298,22 +298,23 @@ class HyperExperts(nn.Module):
         generated: HyperExpertWeights | None = None,
         kept: KeptHyperExperts | None = None,
     ) -> Tensor:
-        """Return HyperExpert(x) of every token (steps 2 to 6).
+        """Return HyperExpert(x) for every token (steps 2 to 6).
 
         Args:
             x_TD: input of the MoE block.
-            selected_TK: experts that the router selected: distinct indices in any order.
+            selected_TK: distinct indices of the experts that the router selected, in any order.
             hypernetwork: the hypernetwork that all layers share.
-            form: how to compute it. The forms agree to rounding; "auto" takes the cheaper of "per_set" and "factored".
-            gates_TK: weights of the experts' outputs; needed for conditioning "route".
-            generated: weights of all possible selections, if they were generated before.
+            form: form of the computation. All forms agree up to rounding; "auto" uses "per_set" or "factored",
+                whichever is cheaper.
+            gates_TK: weights of the experts' outputs; required for conditioning "route".
+            generated: weights of all possible selections, if already generated.
             kept: cache of the current `generate` call; used only without gradients.
 
         Returns:
             y_TD, to be added to the experts' output.
         """
         if generated is not None:
-            self._log_once("per_set", len(generated.up_bias), x_TD.shape[0], "generated with those of all layers")
+            self._log_once("per_set", len(generated.up_bias), x_TD.shape[0], "generated together for all layers")
             assignment = assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
             return apply_generated(x_TD, assignment, generated)
         plan = self._plan(x_TD, selected_TK, hypernetwork.sizes, form, gates_TK, kept)
@@ -334,14 +335,13 @@ class HyperExperts(nn.Module):
         gates_TK: Tensor | None,
         kept: KeptHyperExperts | None,
     ) -> _Plan:
-        """Decide what to generate and how to apply it, without computing with weights."""
+        """Decide which HyperExperts to generate and how to apply them, without using any weights."""
         tokens, set_size = selected_TK.shape[0], self.set_size(selected_TK.shape[1])
         if self.knows_selections(tokens, set_size, sizes):
             selections_UK = all_selections(self.num_experts, set_size, x_TD.device)
             assignment = assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
-        elif (
-            torch.compiler.is_compiling()
-        ):  # the number of distinct selections depends on data: generate for each token
+        elif torch.compiler.is_compiling():
+            # The number of distinct selections depends on the data, so generate a HyperExpert for each token.
             selections_UK, assignment = selected_TK, Assignment(torch.arange(tokens, device=x_TD.device).unsqueeze(1))
             form = "factored" if form == "auto" else form
         else:
@@ -356,29 +356,29 @@ class HyperExperts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """N."""
+        """Number N of experts."""
         return self.encoder.num_experts
 
     def set_size(self, top_k: int) -> int:
-        """Return how many experts a selection has: K, or 1 with conditioning "route"."""
+        """Return the number of experts in a selection: K, or 1 with conditioning "route"."""
         return 1 if self.conditioning == "route" else top_k
 
     def knows_selections(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
-        """Return whether to generate for all possible selections; the host then need not wait for the actual ones."""
+        """Return whether to generate all possible selections without waiting for the actual selections."""
         sets = math.comb(self.num_experts, set_size)
-        if sets <= self.num_experts or torch.compiler.is_compiling():  # in a graph `tokens` may be symbolic
+        if sets <= self.num_experts or torch.compiler.is_compiling():  # `tokens` may be symbolic when compiling
             return sets <= self.num_experts
         return generated_weights_fit(tokens, sets, sizes)
 
     def encode_all(self, set_size: int, device: torch.device) -> Tensor:
-        """Encode all possible selections; [C(N, set_size), H]."""
+        """Return the encodings of all possible selections, [C(N, set_size), H]."""
         z_UH: Tensor = self.encoder(all_selections(self.num_experts, set_size, device))
         return z_UH
 
     def _choose(
         self, form: Form | Literal["auto"], assignment: Assignment, sets: int, set_size: int, sizes: Sizes, x_TD: Tensor
     ) -> tuple[Form, bool]:
-        """Return the form, and whether the backward pass generates the weights again."""
+        """Return the form and whether the backward pass generates the weights again."""
         if torch.compiler.is_compiling():
             return ("per_set" if form == "auto" else form), False
         tokens, rows = x_TD.shape[0], assignment.ids_TJ.numel()
@@ -387,14 +387,14 @@ class HyperExperts(nn.Module):
         if form == "auto":
             form = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
             saved = "generated again in the backward pass" if recompute else "saved for the backward pass"
-            self._log_once(form, sets, tokens, saved if form == "per_set" else "none are generated")
+            self._log_once(form, sets, tokens, saved if form == "per_set" else "none")
         return form, recompute
 
     def _layer_of(self, z_UH: Tensor) -> Tensor:
         return torch.full((z_UH.shape[0],), self.layer_index, device=z_UH.device)
 
     def most_kept(self, sizes: Sizes) -> int:
-        """Return how many HyperExperts to cache: those of K = 1, or as many as take the memory of the hypernetwork."""
+        """Return the cache capacity, max(N, B). B generated HyperExperts take as much memory as the hypernetwork."""
         return max(self.num_experts, sizes.bottleneck)
 
     def _generate(self, selections_UK: Tensor, hypernetwork: HyperNetwork | SharedHyperNetwork) -> HyperExpertWeights:
@@ -433,14 +433,14 @@ class BakedHyperExperts(nn.Module):
         keep_initialisation(self)
 
     def reset_parameters(self) -> None:
-        """Set all weights to zero, until the baked ones are loaded."""
+        """Set all weights to zero; loading a checkpoint replaces them with the baked weights."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(
         self, x_TD: Tensor, selected_TK: Tensor, hypernetwork: None, *, gates_TK: Tensor, generated: None, kept: Any
     ) -> Tensor:
-        """Return HyperExpert(x) as `HyperExperts` does, without a hypernetwork, generation or cache."""
+        """Return HyperExpert(x) from the stored weights; `hypernetwork`, `generated` and `kept` are ignored."""
         weights = HyperExpertWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return apply_generated(x_TD, assign(selected_TK, gates_TK, self.num_experts, self.conditioning), weights)
 
@@ -452,17 +452,17 @@ def generate_ahead(
     top_k: int,
     kept: KeptHyperExperts | None = None,
 ) -> list[HyperExpertWeights] | None:
-    """Generate the HyperExperts of all layers by one matrix product, if all selections are known and the weights fit.
+    """Generate the HyperExperts of all layers in one call, if all selections are known and the weights fit.
 
     The hypernetwork's weights are then read once per pass instead of once per layer.
 
     Args:
         layers: the HyperExperts of all MoE layers.
-        hypernetwork: the hypernetwork that they share.
-        x_TD: tokens of the pass; only their number, dtype and device matter.
+        hypernetwork: the hypernetwork that the layers share.
+        x_TD: tokens of the pass; only the number of tokens, the dtype and the device are used.
         top_k: K.
-        kept: cache of the current `generate` call. Later passes use the weights too, so they are generated unless there
-            are too many, regardless of the cost of this pass.
+        kept: cache of the current `generate` call. Later passes reuse the weights, so the weights are generated if the
+            cache can store them, regardless of the cost of this pass.
 
     Returns:
         The weights of each layer, or None if each layer must generate its own.
@@ -474,7 +474,7 @@ def generate_ahead(
     rows = tokens * (top_k if layers[0].conditioning == "route" else 1)
     if kept is not None:
         ahead = sets <= layers[0].most_kept(sizes)
-    elif torch.compiler.is_compiling():  # in a graph without comparing costs, because `tokens` may be symbolic
+    elif torch.compiler.is_compiling():  # do not compare costs, because `tokens` may be symbolic
         ahead = layers[0].knows_selections(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)
@@ -482,7 +482,7 @@ def generate_ahead(
     if not ahead:
         return None
     sets_UK = all_selections(layers[0].num_experts, set_size, x_TD.device)
-    # Layers may be on other devices than the tokens.
+    # Layers and tokens may be on different devices.
     z_UH = torch.cat([layer.encoder(sets_UK).to(x_TD.device) for layer in layers])
     layer_U = torch.arange(len(layers), device=z_UH.device).repeat_interleave(sets)
     parts = (weight.split(sets) for weight in hypernetwork(z_UH, layer_U))

@@ -1,6 +1,6 @@
-"""Output projection, and its cross-entropy without the logits of all tokens at once.
+"""Output projection and a chunked cross-entropy, which never stores the logits of all tokens at once.
 
-Shape legend: T tokens, t tokens of a chunk, D hidden size, V vocabulary.
+Shape legend: T tokens, t tokens per chunk, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -12,24 +12,25 @@ from torch.autograd.function import once_differentiable
 
 _IGNORED = -100
 
-# Size of a chunk's fp32 logits. Time and peak memory of forward and backward at V = 50304, D = 768, T = 2048 on 2
-# cores, without weights and input. fp32: all logits 2.80 s, 1.2 GiB; 32 MiB 2.77, 0.6; 64 MiB 2.80, 0.4; 128 MiB 2.71,
-# 0.6. bf16: all logits 1.30 s, 1.0 GiB; 32 MiB 1.57, 0.4; 64 MiB 1.50, 0.4; 128 MiB 1.38, 0.5. Each chunk reads and
-# writes the fp32 sum of the weight's gradient.
+# Size of a chunk's fp32 logits. Each chunk reads and writes the accumulated fp32 gradient of the weight. Time and peak
+# memory of a forward and backward pass on 2 cores, for V = 50304, D = 768 and T = 2048, without weights and input:
+#         all logits        32 MiB            64 MiB            128 MiB
+#   fp32  2.80 s, 1.2 GiB   2.77 s, 0.6 GiB   2.80 s, 0.4 GiB   2.71 s, 0.6 GiB
+#   bf16  1.30 s, 1.0 GiB   1.57 s, 0.4 GiB   1.50 s, 0.4 GiB   1.38 s, 0.5 GiB
 _CHUNK_BYTES = 128 * 2**20
 
 
 class LMHead(nn.Linear):
-    """Linear map from the hidden state to logits; given labels, it returns the loss instead.
+    """Linear layer that maps hidden states to logits; if labels are given, the layer returns the loss instead.
 
     Args:
         hidden_size: D.
         vocab_size: V.
 
     Attributes:
-        fused_cross_entropy: a kernel to use instead of chunks; the trainer sets it. When called with x_TD, weight_VD
-            and labels_T, it returns the sum of the cross-entropies in nats over the labels that are not -100, with
-            gradients for x and weight.
+        fused_cross_entropy: kernel that replaces the chunked loss; set by the trainer. The call
+            `fused_cross_entropy(x_TD, weight_VD, labels_T)` returns the summed cross-entropy in nats over all labels
+            except -100, with gradients for x and weight.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
@@ -37,14 +38,14 @@ class LMHead(nn.Linear):
         self.fused_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the logits or, given labels, the loss.
+        """Return the logits, or the loss if labels are given.
 
         Args:
             x: [..., D].
             labels: [...], the next tokens; -100 is ignored. None returns the logits.
 
         Returns:
-            Logits [..., V], or the mean cross-entropy in nats in fp32. If all labels are -100, it is NaN and the
+            Logits [..., V], or the mean cross-entropy in nats (fp32). If all labels are -100, the loss is NaN and the
             gradients are zero, as in `F.cross_entropy`.
 
         Raises:
@@ -56,7 +57,7 @@ class LMHead(nn.Linear):
         if self.fused_cross_entropy is not None:
             total = self.fused_cross_entropy(x_TD, self.weight, labels_T)
         else:
-            # Under no_grad, ctx.needs_input_grad is still true.
+            # ctx.needs_input_grad is true even under no_grad.
             total = _ChunkedCrossEntropy.apply(x_TD, self.weight, labels_T, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         count = (labels_T != _IGNORED).sum()
         mean: Tensor = (total / count.clamp_min(1)).masked_fill(count == 0, torch.nan)
@@ -66,18 +67,17 @@ class LMHead(nn.Linear):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum the cross-entropies over chunks of tokens and compute both gradients in the forward pass.
 
-    The gradient of a chunk overwrites its logits, and both are freed before the next chunk. No GEMM runs twice. The
-    result is the sum instead of the mean, because gradients that are divided by the number of tokens before loss
-    scaling would underflow in fp16. The weight's gradient is accumulated in fp32, which takes 4 bytes per weight until
-    the last
-    chunk: in bf16 each chunk would round the sum again.
+    Each chunk's gradient overwrites its logits and is freed before the next chunk. No GEMM runs twice. The function
+    returns the sum instead of the mean, because gradients divided by the number of tokens before loss scaling would
+    underflow in fp16. The weight's gradient is accumulated in fp32, because in bf16 each chunk would round the sum
+    again. The fp32 gradient takes 4 bytes per weight until the last chunk.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, learning: bool) -> Tensor:
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        # A row of zeros has finite logits and does not change the weight's gradient.
+        # Set ignored rows to zero, which gives finite logits and leaves the weight's gradient unchanged.
         ignored_T = labels_T == _IGNORED
         clean_TD = x_TD.masked_fill(ignored_T.unsqueeze(1), 0).to(dtype)
         labels_T1 = labels_T.masked_fill(ignored_T, 0).unsqueeze(1)
@@ -114,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        # In place: a second gradient of the vocabulary's size would raise the peak memory of the step.
+        # Scale in place, because a second gradient of the projection's size would raise the peak memory of the step.
         scaled = [None if gradient is None else gradient.mul_(grad) for gradient in ctx.gradients]
         ctx.gradients = None
         return *scaled, None, None

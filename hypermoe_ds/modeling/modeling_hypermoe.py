@@ -1,6 +1,6 @@
-"""HyperMoE decoder language model for Transformers, on one device.
+"""Decoder-only HyperMoE language model for Transformers, on one device.
 
-Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, h heads, d head width, V vocabulary.
+Shape legend: B batch size, S sequence length, T tokens (B * S), D hidden size, h heads, d head dimension, V vocabulary.
 """
 
 import math
@@ -39,8 +39,8 @@ class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention, followed by a dense SwiGLU or a Mixture of Experts with its HyperExperts.
 
     Attributes:
-        skips_hyper_experts: leave out the HyperExperts' output.
-        hyper_stream: CUDA stream that the HyperExperts run on; None runs them on the current stream.
+        skips_hyper_experts: whether to omit the HyperExperts' output.
+        hyper_stream: CUDA stream for the HyperExperts; None means the current stream.
     """
 
     skips_hyper_experts = False
@@ -67,10 +67,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         output_hyper_expert_norms: bool = False,
         **attention_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the residual stream, the attention weights, and a MoE layer's logits, selection and HyperExpert norms.
+        """Return the residual stream, attention weights, router logits, selected experts and HyperExpert norms.
 
-        `generated` and the outputs are bare tensors, because reentrant activation checkpointing detaches tensors inside
-        other objects from the graph.
+        `generated` and the outputs are plain tensors, because reentrant activation checkpointing detaches tensors
+        nested in other objects from the graph.
         """
         y_BSD, weights_BhSS = self.self_attn(
             self.input_layernorm(x_BSD), rotary, attention_mask, past_key_values, **attention_kwargs
@@ -106,9 +106,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         weights: HyperExpertWeights | None,
         kept: KeptHyperExperts | None,
     ) -> Tensor:
-        """Compute the HyperExperts' output, if possible on `hyper_stream`, in parallel with the dispatch of tokens.
+        """Compute the HyperExperts' output in parallel with the token dispatch, on `hyper_stream` if possible.
 
-        Only HyperExperts with weights generated beforehand run on that stream, because gradients of parameters are
+        Only HyperExperts whose weights were generated beforehand run on `hyper_stream`, because parameter gradients are
         reduced on the main stream.
         """
         assert self.hyper_experts is not None
@@ -126,7 +126,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             return run()
         stream.wait_stream(torch.cuda.current_stream())
         for tensor in (hidden_TD, routing.selected_TK, routing.gates_TK, *weights):
-            tensor.record_stream(stream)  # the backward pass reads them on that stream too
+            tensor.record_stream(stream)  # the backward pass also reads these tensors on `stream`
         with torch.cuda.stream(stream):
             return run()
 
@@ -159,9 +159,9 @@ class HyperMoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        """Draw normal weights, smaller ones if they write to the residual stream (1/sqrt(2L), as in GPT-2).
+        """Draw normal weights, scaled by 1/sqrt(2L) if they write to the residual stream, as in GPT-2.
 
-        Transformers calls it only for modules that have parameters of their own.
+        Transformers calls this method only for modules that have parameters of their own.
         """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
@@ -182,7 +182,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
     """Embedding, decoder layers and final norm, with the hypernetwork that the layers share.
 
     Attributes:
-        skips_hyper_experts: generate no HyperExperts; each layer has the same attribute.
+        skips_hyper_experts: whether to generate no HyperExperts; each layer has its own `skips_hyper_experts`.
     """
 
     skips_hyper_experts = False
@@ -281,7 +281,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         ahead = iter(self._generate_ahead(x_BSD, kept))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         hidden, attentions, logits, selected, norms = [], [], [], [], []
-        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers the number
+        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers this number
             if output_hidden_states:
                 hidden.append(x_BSD)
             x_BSD, weights_BhSS, logits_TN, selected_TK, layer_norms = layer(
@@ -312,7 +312,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         )
 
     def _generate_ahead(self, x_BSD: Tensor, kept: KeptHyperExperts | None) -> list[HyperExpertWeights]:
-        """Return the generated weights of each MoE layer, or an empty list if each layer generates its own."""
+        """Return the generated weights of each MoE layer, or an empty list if each layer generates its own weights."""
         if self.hypernetwork is None or self.skips_hyper_experts:
             return []
         generating = [layer.hyper_experts for layer in self.layers if isinstance(layer.hyper_experts, HyperExperts)]
@@ -321,11 +321,11 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
 
 
 class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
-    """HyperMoE language model with its output projection and losses.
+    """HyperMoE language model with an output projection and losses.
 
     Attributes:
-        sum_over_ranks: sums a tensor over the data-parallel ranks; the trainer sets it if `router_aux_loss_scope` is
-            "data_parallel".
+        sum_over_ranks: function that sums a tensor over the data-parallel ranks; set by the trainer if
+            `router_aux_loss_scope` is "data_parallel".
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read by Transformers)
@@ -340,9 +340,9 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call Transformers' `generate`; in evaluation mode its passes share the HyperExperts that they generate.
+        """Call Transformers' `generate`; in evaluation mode, its forward passes share generated HyperExperts.
 
-        No other pass uses them, so adapters, weights and modules may change between two calls.
+        The HyperExperts are discarded after the call, so adapters, weights and modules may change between calls.
         """
         self._kept = None if self.training else KeptHyperExperts()
         try:
@@ -370,23 +370,23 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> HyperMoECausalLMOutput:
-        """Predict the next token.
+        """Predict the next token at every position.
 
         Args:
             input_ids: [B, S].
-            attention_mask: [B, S], 0 at padding, which no loss counts.
-            position_ids: [B, S]; None continues from the length of the cache.
-            past_key_values: keys and values of earlier tokens.
+            attention_mask: [B, S], 0 for padding, which all losses ignore.
+            position_ids: [B, S]; None starts at the length of the cache.
+            past_key_values: cached keys and values of earlier tokens.
             inputs_embeds: [B, S, D], instead of input_ids.
-            labels: [B, S], the input ids; the loss ignores -100.
-            use_cache: return a cache; None follows the configuration.
-            output_router_logits: return router logits, selections and HyperExpert norms.
-            output_logits: return logits; False with labels computes the loss in chunks and returns no logits.
-            logits_to_keep: compute logits for this many last positions only; 0 means all.
-            kwargs: `shift_labels` [B, S], labels that are already shifted, instead of `labels`; `num_items_in_batch`,
-                the number of tokens that the loss is divided by; arguments of `HyperMoEModel`.
+            labels: [B, S], not shifted, usually the input ids; the loss ignores -100.
+            use_cache: whether to return a cache; None uses the configuration.
+            output_router_logits: whether to return router logits, selections and HyperExpert norms.
+            output_logits: whether to return logits. False computes the loss in chunks, if labels are given.
+            logits_to_keep: number of last positions to compute logits for; 0 means all positions.
+            kwargs: `shift_labels` [B, S], shifted labels that replace `labels`; `num_items_in_batch`, the number of
+                tokens to divide the loss by; arguments of `HyperMoEModel`.
         """
-        # Not in the signature: the Trainer expects a dataset column for each parameter with "label" in its name.
+        # Not in the signature: the Trainer expects a dataset column for each parameter whose name contains "label".
         shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -426,10 +426,10 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         num_items: Tensor | int | None,
     ) -> dict[str, Tensor]:
-        """Return the losses by their names in the output, or nothing without labels.
+        """Return the losses by their names in the output, or an empty dictionary if there are no labels.
 
-        Given `num_items`, the number of tokens in an accumulated batch, the losses of the micro-batches add up to the
-        mean over all its tokens. Routing losses are weighted by tokens too.
+        `num_items` is the number of tokens in an accumulated batch. If given, the micro-batch losses add up to the mean
+        over all tokens of the batch. Routing losses are also weighted by tokens.
         """
         if labels_BS is None:
             return {}
@@ -444,16 +444,16 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             loss = lm_loss + len(routing) * weighted
         if num_items is not None:
             count = (labels_BS != -100).sum()
-            # The mean over no labels is NaN, and so are 0 / 0 and its gradients.
+            # Without labels, the mean loss is NaN, so replace it with zero. Clamping prevents 0 / 0 and NaN gradients.
             share = count / torch.as_tensor(num_items, device=count.device).clamp_min(1)
             loss, lm_loss = ((mean * share).masked_fill(count == 0, 0) for mean in (loss, lm_loss))
         return losses | {"loss": loss, "lm_loss": lm_loss}
 
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
-        """Return the mean cross-entropy, from the logits if they exist.
+        """Return the mean cross-entropy, computed from the logits if they exist.
 
-        Otherwise the model's own projection computes it in chunks. A projection wrapped in an adapter cannot do this:
-        it would pass the labels to the inner projection and add its own output to the loss.
+        Otherwise `LMHead` computes the loss in chunks. An adapter around `LMHead` cannot do this, because the adapter
+        would pass the labels to the inner projection and add its own output to the loss.
         """
         if logits_BSV is None and isinstance(self.lm_head, LMHead):
             chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
@@ -471,14 +471,14 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
 def _without_padding(
     routing: tuple[Routing, ...], labels_BS: Tensor, attention_mask: Tensor | None
 ) -> tuple[tuple[Routing, ...], Tensor]:
-    """Remove padding from the routing and mask it in the labels.
+    """Remove padding from the routing and set the labels of padding to -100.
 
-    Training passes no mask, so it does not wait for the device here.
+    Training passes no mask, so the host does not wait for the device here.
 
     Args:
         routing: routing of all B * S positions.
         labels_BS: the next tokens.
-        attention_mask: [B, S], or longer with a cache; a mask of another rank is ignored.
+        attention_mask: [B, S], or longer with a cache; a mask that is not two-dimensional is ignored.
     """
     if attention_mask is None or attention_mask.dim() != 2:
         return routing, labels_BS
@@ -491,7 +491,7 @@ def _without_padding(
 HyperMoEConfig.register_for_auto_class()
 HyperMoEModel.register_for_auto_class("AutoModel")
 HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# The Trainer's label smoothing, `transformers serve` and lm-evaluation-harness look up the kind of a model in these
-# tables, which `register` of the Auto classes does not write. Exports contain this file, so this also works in exports.
+# The Trainer's label smoothing, `transformers serve` and lm-evaluation-harness look up the model type in these tables,
+# which `register` of the Auto classes does not update. Exports contain this file, so they update the tables too.
 MODEL_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEForCausalLM.__name__

@@ -1,9 +1,10 @@
-"""Mixture of Experts: router, experts, block and routing losses, on one device.
+"""Mixture of Experts on one device: router, experts, MoE block and routing losses.
 
-In training, DeepSpeed's expert-parallel layer replaces the block. Its router has the same parts as `TopKRouter`;
-`run_observed` runs either of them.
+In training, DeepSpeed's expert-parallel layer replaces the MoE block. DeepSpeed's router has the same structure as
+`TopKRouter`, so `run_observed` works with either block.
 
-Shape legend: B batch, S sequence, T tokens (B * S), D hidden size, N experts, K experts of a token, F expert width.
+Shape legend: B batch size, S sequence length, T tokens (B * S), D hidden size, N experts, K experts per token,
+F expert width.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,11 +23,11 @@ Result = TypeVar("Result")
 
 
 class ResidualLinear(nn.Linear):
-    """A Linear whose output is added to the residual stream; the model initialises it with a smaller deviation."""
+    """Linear layer that writes to the residual stream, initialised with a smaller standard deviation."""
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the MLP of a dense layer, or the shared expert."""
+    """SwiGLU MLP of a dense layer or a shared expert: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class SwiGLU(nn.Module):
 
 
 class _Fp32Product(torch.autograd.Function):
-    """x W^T in fp32. Tensors for the backward pass are saved in the precision of the inputs, not in fp32."""
+    """Compute x W^T in fp32, but save the inputs for the backward pass in their original precision."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class _Fp32Product(torch.autograd.Function):
 
 
 class Fp32Gate(nn.Linear):
-    """A router's gate that computes its logits in fp32, for any precision of its input and weight."""
+    """Router gate that computes its logits in fp32, for any dtype of the input and weight."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         device = x_TD.device.type
@@ -64,14 +65,14 @@ class Fp32Gate(nn.Linear):
             with torch.autocast(device, enabled=False):
                 return self.forward(x_TD)
         if not self.weight.requires_grad or x_TD.dtype == self.weight.dtype == torch.float32:
-            # A quantised weight also takes this path: its class implements no other product.
+            # Quantised weights also use this path, because their class implements no other product.
             return F.linear(x_TD.float(), self.weight.float())
         logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TN
 
 
 class TopKRouter(nn.Module):
-    """Route each token to the K experts of highest probability (step 1 of docs/METHOD.md)."""
+    """Route each token to the K experts with the highest probability (step 1 of docs/METHOD.md)."""
 
     def __init__(self, config: HyperMoEConfig) -> None:
         super().__init__()
@@ -82,14 +83,14 @@ class TopKRouter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the gate [N, D]; DeepSpeed's AutoEP reads it from here."""
+        """Weight of the gate [N, D], which DeepSpeed's AutoEP reads through this property."""
         return self.gate.weight
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route tokens.
+        """Select K experts for each token.
 
         Returns:
-            gates_TK in fp32, selected_TK, and logits_TN.
+            gates_TK in fp32, selected_TK and logits_TN.
         """
         logits_TN = self.gate(x_TD)
         probabilities_TN = F.softmax(logits_TN.float(), dim=-1)
@@ -100,7 +101,7 @@ class TopKRouter(nn.Module):
 
 
 class _ExpertsForms(ExpertsInterface):
-    """Use Transformers' grouped products in graphs of torch.compile and torch.export, otherwise `Experts.forward`."""
+    """Use Transformers' grouped GEMMs under torch.compile and torch.export, and `Experts.forward` otherwise."""
 
     def get_interface(self, experts_implementation: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
         grouped: Callable[..., Tensor] = self["grouped_mm"]
@@ -119,9 +120,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(N, D, width))
 
     def forward(self, x_TD: Tensor, selected_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the sum of each token's experts, weighted by its gates; y_TD.
+        """Return y_TD, the gate-weighted sum of each token's expert outputs.
 
-        If Transformers splits the experts over ranks, index N marks an expert of another rank, which contributes zero.
+        If Transformers shards the experts over ranks, index N stands for any expert on another rank. Rows of index N
+        contribute zero.
         """
         top_k, chosen_R = selected_TK.shape[1], selected_TK.flatten()
         order_R = torch.argsort(chosen_R, stable=True)  # R = T * K rows, sorted by expert
@@ -135,7 +137,7 @@ class Experts(nn.Module):
         return (y_TKD * gates_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
     def _apply_gate(self, gate_up_tF: Tensor) -> Tensor:
-        """Return silu(gate) * up; Transformers' grouped products call it too."""
+        """Return silu(gate) * up; Transformers' grouped GEMMs also call this method."""
         gate_tF, up_tF = gate_up_tF.chunk(2, dim=-1)
         return F.silu(gate_tF) * up_tF
 
@@ -151,10 +153,10 @@ class MoEBlock(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
 
     def forward(self, x_BSD: Tensor, on_routing: "Callable[[Routing], None] | None" = None) -> Tensor:
-        """Return the sum of each token's experts, weighted by its gates; y_BSD.
+        """Return y_BSD, the gate-weighted sum of each token's expert outputs plus the shared expert's output.
 
         Args:
-            x_BSD: the tokens.
+            x_BSD: hidden states of the tokens.
             on_routing: called as soon as the router has selected the experts.
         """
         x_TD = x_BSD.flatten(0, 1)
@@ -180,11 +182,11 @@ class Routing:
 def run_observed(
     block: nn.Module, x_BSD: Tensor, on_routing: Callable[[Routing], Result]
 ) -> tuple[Tensor, Routing, Result]:
-    """Run a MoE block and call `on_routing` once its router has selected the experts, before tokens are dispatched.
+    """Run an MoE block and call `on_routing` once its router has selected the experts, before tokens are dispatched.
 
     Args:
-        block: a `MoEBlock`, or DeepSpeed's layer that replaces it.
-        x_BSD: the tokens.
+        block: a `MoEBlock`, or the DeepSpeed layer that replaces the block.
+        x_BSD: hidden states of the tokens.
         on_routing: called once, with the routing of all tokens.
 
     Returns:
@@ -208,8 +210,8 @@ def run_observed(
 def observe_router(router: nn.Module, on_routing: Callable[[Routing], None]) -> Iterator[None]:
     """Call `on_routing` once `router` has selected the experts.
 
-    The hooks exist for one pass only: nothing is stored on the module, and activation checkpointing observes the same
-    routing when it recomputes.
+    The hooks are registered for one pass only. Nothing is stored on the module, so a pass that activation checkpointing
+    recomputes observes the same routing.
     """
     logits: list[Tensor] = []
     handles = [
@@ -230,16 +232,17 @@ def observe_router(router: nn.Module, on_routing: Callable[[Routing], None]) -> 
 def load_balancing_loss(
     logits_TN: Tensor, selected_TK: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Return the Switch load-balancing loss of one layer (arXiv 2101.03961, equations 4 to 6).
+    """Return the Switch Transformer load-balancing loss of one layer (arXiv 2101.03961, equations 4 to 6).
 
-    It is N * sum_i f_i * P_i, where f_i is the share of the T * K routed rows that expert i received and P_i its mean
-    probability. It is 1 if the load is even, for any K.
+    The loss is N * sum_i f_i * P_i, where f_i is the fraction of the T * K routed rows that expert i receives, and P_i
+    is the mean probability of expert i. For any K, the loss is 1 if the load is balanced.
 
     Args:
         logits_TN: logits of the router.
-        selected_TK: experts that it selected.
-        sum_over_ranks: sums a tensor over the data-parallel ranks; f_i then counts the tokens of all ranks. The loss is
-            linear in P_i, so the mean of the ranks' losses is the loss of the whole batch, in value and gradient.
+        selected_TK: experts that the router selected.
+        sum_over_ranks: function that sums a tensor over the data-parallel ranks, so that f_i counts the tokens of all
+            ranks. The loss is linear in P_i, so the mean of the ranks' losses equals the loss of the whole batch, in
+            value and gradient.
     """
     N = logits_TN.shape[-1]
     probability_N = F.softmax(logits_TN.float(), dim=-1).mean(0)
@@ -252,5 +255,5 @@ def load_balancing_loss(
 
 
 def router_z_loss(logits_TN: Tensor) -> Tensor:
-    """Return the router z-loss of one layer: the mean of logsumexp squared (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Return the router z-loss of one layer: the mean squared logsumexp (ST-MoE, arXiv 2202.08906, equation 5)."""
     return torch.logsumexp(logits_TN.float(), dim=-1).square().mean()

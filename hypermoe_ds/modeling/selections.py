@@ -1,6 +1,6 @@
-"""Sets of selected experts: enumerate all possible sets, and find the set of each token.
+"""Enumerate all possible sets of selected experts, and find the set of each token.
 
-Shape legend: T tokens, N experts, K experts of a set, U distinct sets, C = C(N, K) possible sets, W words of a key.
+Shape legend: T tokens, N experts, K experts per set, U distinct sets, C = C(N, K) possible sets, W words per key.
 """
 
 import math
@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-_BITS_PER_WORD = 64  # of an int64, including the sign bit
+_BITS_PER_WORD = 64  # bits of an int64, including the sign bit
 
 
 def all_selections(num_experts: int, set_size: int, device: torch.device) -> Tensor:
     """Return every set of `set_size` experts; row i has rank i in colexicographic order.
 
-    The sets are computed on the device, without a synchronisation. All of them must fit into memory.
+    The sets are computed on the device without synchronisation. All sets must fit into memory.
 
     Returns:
         sets_CK, with the experts of each row in ascending order.
@@ -30,7 +30,7 @@ def all_selections(num_experts: int, set_size: int, device: torch.device) -> Ten
 
 
 def selection_ids(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """Return the row of `all_selections` for each token, for any order of its experts, without a synchronisation.
+    """Return each token's row in `all_selections`, for any order of the experts and without synchronisation.
 
     A set {c_1 < ... < c_K} has rank sum_i C(c_i, i) (combinatorial number system).
     """
@@ -43,10 +43,10 @@ def selection_ids(selected_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def distinct_selections(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct sets of the tokens; the host waits for their number.
+    """Return the distinct sets among the tokens. The host waits for the number of sets.
 
     Returns:
-        sets_UK, a row of expert indices for each set, and set_of_token_T, the row of each token.
+        sets_UK, one row of expert indices per set, and set_of_token_T, the row of each token's set.
     """
     keys_TW = selection_keys(selected_TK, num_experts)
     if keys_TW.shape[1] == 1:
@@ -67,9 +67,9 @@ def selection_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def _binomials(num_experts: int, set_size: int, device: torch.device) -> list[Tensor]:
-    """Return C(n, k) for n < N as a tensor [N] for each k from 1 to K, computed by Pascal's rule on the device.
+    """Return one tensor [N] of C(n, k), n < N, for each k from 1 to K, computed on the device by Pascal's rule.
 
-    Ranks need no values above C(N, K), so values are clamped to it and do not overflow.
+    Values are clamped to C(N, K) to prevent overflow, because no rank exceeds C(N, K).
     """
     most = math.comb(num_experts, set_size)
     column_N = torch.ones(num_experts, dtype=torch.long, device=device)

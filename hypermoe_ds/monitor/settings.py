@@ -18,10 +18,10 @@ class MonitorConfig(Settings):
         ge=1,
         le=LARGEST_COUNT,
         description="steps between measurements of parameter norms, update norms and the similarity of generated "
-        "weights; these steps are also logged; null disables it",
+        "weights; steps with a measurement are also logged; null disables the measurements",
     )
     tensorboard: bool = Field(True, description="write RUN_DIR/tensorboard")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; null disables it")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; null disables Weights & Biases")
     csv: bool = Field(False, description="write RUN_DIR/csv/train.csv and RUN_DIR/csv/validation.csv")
     peak_tflops: float | None = Field(
         None,
@@ -33,13 +33,14 @@ class MonitorConfig(Settings):
         None,
         min_length=2,
         max_length=2,
-        description="`[first, last]` steps to trace with the PyTorch profiler into RUN_DIR/profile; null disables it",
+        description="first and last step to trace with the PyTorch profiler into RUN_DIR/profile, as `[first, last]`; "
+        "null disables profiling",
     )
     profile_ranks: list[Annotated[int, Field(ge=0, le=LARGEST_COUNT)]] = Field([0], description="ranks to trace")
     memory_snapshot: bool = Field(False, description="also write a CUDA memory snapshot of the profiled steps")
 
     def check(self) -> None:
-        """Check the settings against each other and against the installed packages.
+        """Check that the settings are consistent and that the needed packages are installed.
 
         Raises:
             UserError: Weights & Biases is not installed, or the profiled steps are missing or in the wrong order.

@@ -1,1 +1,1 @@
-"""Parallelism: how ranks share batches and experts, expert parallelism, and the parallelised model."""
+"""Parallelism: layout of batches and experts over ranks, expert parallelism, and the DeepSpeed engine."""

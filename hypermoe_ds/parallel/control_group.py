@@ -1,4 +1,4 @@
-"""Exchange Python objects between ranks over gloo, separately from training."""
+"""Exchange Python objects between ranks over gloo, independently of training collectives."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,9 +11,9 @@ Value = TypeVar("Value")
 
 
 class ControlGroup:
-    """A gloo process group to exchange Python objects between all ranks.
+    """A gloo process group for exchanging Python objects between all ranks.
 
-    The constructor and all methods are collective. Each thread uses its own group, so that their messages do not mix.
+    The constructor and all methods are collective. Each thread needs its own group, so that messages do not mix.
 
     Attributes:
         group: the process group, for collectives on CPU tensors.
@@ -27,7 +27,7 @@ class ControlGroup:
         self.size = torch.distributed.get_world_size()
 
     def gather(self, value: Value) -> list[Value]:
-        """Return the values of all ranks, on every rank."""
+        """Gather one value from each rank and return the list on every rank."""
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value, self.group)
         return values
@@ -36,15 +36,15 @@ class ControlGroup:
         """Run `action` on rank 0 and return its result on every rank.
 
         Raises:
-            UserError: `action` raised it; it is raised on every rank.
+            UserError: `action` raised this error; all ranks raise it.
         """
         return self._shared(action if self.rank == 0 else None)[0]
 
     def gather_or_raise(self, action: Callable[[], Value]) -> list[Value]:
-        """Run `action` on every rank and return the results of all.
+        """Run `action` on every rank and return the results of all ranks.
 
         Raises:
-            UserError: `action` raised it on some rank; the one of the first such rank is raised on every rank.
+            UserError: `action` raised this error on any rank; all ranks raise the error of the lowest such rank.
         """
         return self._shared(action)
 

@@ -1,4 +1,4 @@
-"""Expert parallelism: the AutoEP section of the DeepSpeed configuration, and the sum over ranks."""
+"""Expert parallelism: the AutoEP section of the DeepSpeed configuration, and a sum over ranks."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor
 def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool) -> dict[str, Any]:
     """Return the `expert_parallel` section of the DeepSpeed configuration.
 
-    `deepspeed.initialize` then replaces each MoE block by an expert-parallel one, for any size. With groups of one rank
-    the experts are not split and no token is sent.
+    With this section, `deepspeed.initialize` replaces each MoE block with an expert-parallel layer, for any `size`. If
+    `size` is 1, the experts are not sharded and no tokens are sent.
 
     Args:
-        size: ranks that share one copy of the experts.
+        size: number of ranks that share one copy of the experts.
         renormalises_gates: whether the gates of a token sum to one.
         has_shared_experts: whether the blocks have a shared expert.
     """
@@ -34,13 +34,13 @@ def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool
         "has_shared_experts": has_shared_experts,
         "shared_experts_pattern": "shared_experts",
         "expert_activation": "swiglu",
-        # On CPU the grouped path needs a fallback of a Triton kernel and is not faster than sequential GEMMs.
+        # On CPU, the grouped path needs a fallback for a Triton kernel and is not faster than sequential GEMMs.
         "use_grouped_mm": torch.cuda.is_available(),
     }
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum counts over all ranks, which are all data-parallel (collective)."""
+    """Sum a tensor over all ranks (collective); all ranks are data-parallel."""
     total = value.clone()
     torch.distributed.all_reduce(total)
     return total

@@ -5,10 +5,10 @@ from torch import nn
 
 
 def overlap_hyper_experts(model: nn.Module, enabled: bool) -> None:
-    """Switch the overlap of HyperExperts with the all-to-all on or off in every layer of `model`.
+    """Enable or disable the overlap of HyperExperts with the all-to-all in every layer of `model`.
 
-    The results are the same. One stream serves all layers, because each layer waits for its own HyperExperts. On CPU
-    nothing changes.
+    The overlap does not change the results. All layers share one stream, because each layer waits for its own
+    HyperExperts. On CPU, this function has no effect.
     """
     on_gpu = next(model.parameters()).is_cuda
     stream = torch.cuda.Stream() if enabled and on_gpu else None  # type: ignore[no-untyped-call]

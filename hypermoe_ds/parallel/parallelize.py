@@ -1,4 +1,4 @@
-"""Turn a model for one device into a DeepSpeed engine that trains it on all ranks."""
+"""Turn a single-device model into a DeepSpeed engine that trains on all ranks."""
 
 import io
 from collections.abc import Callable
@@ -24,20 +24,20 @@ def parallelize(
     activation_checkpointing: bool,
     overlap: bool,
 ) -> deepspeed.DeepSpeedEngine:
-    """Apply all parallelism to a model (collective), in this order:
+    """Parallelise a model (collective), in this order:
 
     1. The load-balancing loss counts the tokens of all ranks, if configured.
     2. Layers are recomputed in the backward pass, if `activation_checkpointing` is set.
-    3. DeepSpeed replaces each MoE block by an expert-parallel one (AutoEP) and partitions the states by ZeRO.
-    4. The routers of these blocks compute their logits as the model's own routers do, in fp32 if configured.
+    3. DeepSpeed replaces each MoE block with an expert-parallel layer (AutoEP) and partitions the states (ZeRO).
+    4. The expert-parallel routers use the gate class of the model, which computes logits in fp32 if configured.
     5. HyperExperts run on a separate CUDA stream, if `overlap` is set.
 
     Args:
-        model: a `HyperMoEForCausalLM`, the same on every rank.
-        ds_config: the configuration for DeepSpeed.
-        parameter_groups: parameters of the model by optimizer settings.
-        optimizer: builds the optimizer; called after step 3 has replaced the blocks.
-        scheduler: builds the learning-rate schedule.
+        model: a `HyperMoEForCausalLM`, identical on every rank.
+        ds_config: the DeepSpeed configuration.
+        parameter_groups: the model's parameters, grouped by optimizer settings.
+        optimizer: function that builds the optimizer; called after DeepSpeed has replaced the MoE blocks.
+        scheduler: function that builds the learning-rate schedule.
         activation_checkpointing: whether to recompute layers.
         overlap: whether HyperExperts overlap with the all-to-all on GPUs.
     """
@@ -46,7 +46,7 @@ def parallelize(
     gates = {type(module.gate) for name, module in model.named_modules() if name.endswith(".mlp.router")}
     if activation_checkpointing:
         model.activation_checkpointing_enable()
-    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints about 25 lines on memory use
+    with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints about 25 lines about memory use
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups,
@@ -61,7 +61,7 @@ def parallelize(
 
 
 def _replace_gates(model: nn.Module, gate: type[nn.Linear]) -> None:
-    """Change the class of the gates in AutoEP's routers; they keep parameters, names and DeepSpeed's hooks."""
+    """Change the class of the gates in AutoEP's routers, but keep parameters, names and DeepSpeed's hooks."""
     for module in model.modules():
         if isinstance(module, TokenChoiceTopKRouter):
             module.gate.__class__ = gate

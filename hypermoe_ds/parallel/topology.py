@@ -1,4 +1,4 @@
-"""Compute how ranks share a batch and the experts. This module needs no GPU, no ranks and no DeepSpeed."""
+"""Compute how ranks share batches and experts, without a GPU, a process group or DeepSpeed."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,12 +13,12 @@ class ParallelConfig(Settings):
     """Settings of the section `parallel`."""
 
     expert: int = Field(
-        1, ge=1, le=LARGEST_COUNT, description="ranks that share one copy of the experts (expert parallelism)"
+        1, ge=1, le=LARGEST_COUNT, description="expert-parallel size: ranks that share one copy of the experts"
     )
     overlap_hyper_experts: bool = Field(
         True,
-        description="on GPUs, run HyperExperts that were generated before routing on a separate CUDA stream, "
-        "overlapped with the all-to-all",
+        description="on GPUs, run HyperExperts on a separate CUDA stream, overlapped with the all-to-all, if they were "
+        "generated before routing",
     )
 
 
@@ -26,12 +26,12 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, w
     """Return the number of micro-batches that each rank runs for one optimizer step.
 
     Args:
-        global_batch_size: sequences of one optimizer step, over all ranks.
-        micro_batch_size: sequences of one forward pass on one rank.
-        world_size: number of ranks; all are data-parallel, for any expert parallelism.
+        global_batch_size: number of sequences per optimizer step, over all ranks.
+        micro_batch_size: number of sequences per forward pass on one rank.
+        world_size: number of ranks. All ranks are data-parallel, with or without expert parallelism.
 
     Raises:
-        UserError: the sizes do not divide.
+        UserError: `global_batch_size` is not a multiple of `micro_batch_size * world_size`.
     """
     at_once = micro_batch_size * world_size
     if global_batch_size % at_once:
@@ -49,15 +49,15 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, w
 
 
 def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> None:
-    """Refuse a layout that cannot be built.
+    """Check that the experts can be sharded over the ranks.
 
     Args:
-        expert: ranks that share one copy of the experts.
-        num_experts: experts N of a layer.
+        expert: number of ranks that share one copy of the experts.
+        num_experts: number N of experts per layer.
         world_size: number of ranks.
 
     Raises:
-        UserError: `expert` does not divide the experts, or does not divide the ranks.
+        UserError: `expert` does not divide `num_experts` or `world_size`.
     """
     where = f"parallel.expert={expert}"
     both = [n for n in range(1, min(num_experts, world_size) + 1) if num_experts % n == 0 and world_size % n == 0]
@@ -69,12 +69,12 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> Non
 
 
 def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_size: int) -> int:
-    """Return how many of the first hosts can share the batch; 0 if none can.
+    """Return the largest n for which the first n hosts can share the batch, or 0 if there is none.
 
     Args:
-        slots: ranks of each host, in the order in which they are used.
-        global_batch_size: sequences of one optimizer step, over all ranks.
-        micro_batch_size: sequences of one forward pass on one rank.
+        slots: number of ranks on each host, in the order in which the hosts are used.
+        global_batch_size: number of sequences per optimizer step, over all ranks.
+        micro_batch_size: number of sequences per forward pass on one rank.
     """
     fitting = [global_batch_size % (micro_batch_size * ranks) == 0 for ranks in accumulate(slots)]
     return max((number for number, fits in enumerate(fitting, start=1) if fits), default=0)

@@ -31,9 +31,9 @@ class TrainConfig(Settings):
         description="length of the run in tokens, such as 300e9, instead of `train.steps`; rounded up to whole steps",
     )
     stop_at_step: int | None = Field(
-        None, ge=1, le=LARGEST_COUNT, description="step after which this launch saves and ends"
+        None, ge=1, le=LARGEST_COUNT, description="step after which this launch saves a checkpoint and ends"
     )
-    micro_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences per forward pass and rank")
+    micro_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences per forward pass on each rank")
     global_batch_size: int = Field(ge=1, le=LARGEST_COUNT, description="sequences per optimizer step, over all ranks")
     seed: int = Field(1234, ge=0, lt=2**32, description="seed for the initial weights and the data order")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="precision of weights and activations")
@@ -52,13 +52,13 @@ class TrainConfig(Settings):
         description="maximum number of consecutive steps skipped because of NaN or Inf in the loss or gradient",
     )
     skip_samples: list[SampleRange] = Field(
-        [], description="ranges of training samples to skip, `[[first, last], ...]`, as indices in the data order"
+        [], description="ranges of training samples to skip: `[[first, last], ...]`, as indices in the data order"
     )
     consistency_interval: int | None = Field(
         1000,
         ge=1,
         le=LARGEST_COUNT,
-        description="steps between comparisons of replicated parameters across ranks; null disables them",
+        description="steps between checks that replicated parameters are equal on all ranks; null disables the checks",
     )
 
 
@@ -95,11 +95,11 @@ class ScheduleConfig(Settings):
     )
 
     def factor(self, step: int, steps: int) -> float:
-        """Return the learning rate of an optimizer step as a fraction of the peak rate.
+        """Return the learning rate of an optimizer step as a fraction of the peak learning rate.
 
         With W warm-up steps, the factor is `step / W` until step W, 1 until step T, and then falls to `min_lr_ratio`
-        at the last step. For `warmup_stable_decay`, T is the last step minus `decay_steps`; otherwise it is W. T is at
-        least 1, so that the first learning rate is above 0.
+        at the last step. T is the last step minus `decay_steps` for `warmup_stable_decay`, and W for other schedules.
+        T is at least 1, so that the first learning rate is above 0.
 
         Args:
             step: optimizer step, counted from 1; after the last step the factor stays constant.
@@ -128,10 +128,10 @@ class EvaluationConfig(Settings):
         ge=1,
         le=LARGEST_COUNT,
         description="number of validation sequences, split among the datasets in proportion to their lengths (at "
-        "least one each); null uses all",
+        "least one per dataset); null uses all sequences",
     )
     hyper_expert_contribution: bool = Field(
-        True, description="also validate with the HyperExperts disabled, to log their contribution to the loss"
+        True, description="also validate without HyperExperts, to log their contribution to the loss"
     )
     prompts: list[str] = Field([], description="prompts to continue greedily and log at each validation")
     prompt_tokens: int = Field(32, ge=1, le=LARGEST_COUNT, description="tokens to generate for each prompt")

@@ -133,7 +133,7 @@ def test_bad_arguments_give_one_line() -> None:
     for arguments, message in (
         (("--sides", "moe,mixtrol"), "did you mean 'mixtral'?"),
         (("hidden_size=3.5",), "wrong type"),
-        (("--sides", "moe,mixtral", "--activation-checkpointing"), "only of hypermoe, moe, per_token"),
+        (("--sides", "moe,mixtral", "--activation-checkpointing"), "only supported by hypermoe, moe, per_token"),
     ):
         done = run("train_step.py", *arguments)
         assert done.returncode == 2

@@ -142,9 +142,9 @@ BAD = {
     "taken": ("--checkpoint LLAMA --output TAKEN", "TAKEN: exists already"),
     "half of an option": (
         "--checkpoint LLAMA --output new --upcycle --experts 4",
-        "--upcycle: lacks --experts or --top-k",
+        "--upcycle: needs --experts and --top-k",
     ),
-    "no upcycling": ("--checkpoint LLAMA --output new --granularity 2", "--granularity=2: belongs to --upcycle"),
+    "no upcycling": ("--checkpoint LLAMA --output new --granularity 2", "--granularity=2: needs --upcycle"),
     "no tokenizer": ("--checkpoint LLAMA --output new --upcycle --experts 4 --top-k 1", "LLAMA: has no tokenizer"),
     "no field": (
         "--checkpoint LLAMA --output new adaptor_size=3",

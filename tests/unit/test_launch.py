@@ -141,7 +141,7 @@ def test_help_prints_the_usage_and_a_missing_recipe_is_reported(folder: Path, sc
     assert usage.returncode == 0
     assert launch(script, "-h", folder=folder).stdout == usage.stdout
     bare = launch(script, "--dry-run", folder=folder)
-    assert bare.stderr == f"{script}: --config: is missing; name a recipe, such as one of pretrain/recipes\n"
+    assert bare.stderr == f"{script}: --config: is missing; give a recipe, such as one of pretrain/recipes\n"
     assert bare.returncode == 2
 
 
@@ -202,7 +202,7 @@ def test_an_invalid_rendezvous_address_is_refused(
             {"DS_ENV_FILE": "hostfile"},
             "hostfile: '# two hosts' is not a variable; write one NAME=VALUE per line",
         ),
-        ("pdsh.sh", {"HYPERMOE_VENV": "a b"}, "'a b': reaches no other host over pdsh; use a path of letters"),
+        ("pdsh.sh", {"HYPERMOE_VENV": "a b"}, "'a b': cannot be passed to other hosts; use a path of letters"),
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; set it to the host of NODE_RANK=0"),
     ],
 )
@@ -247,12 +247,12 @@ def test_an_unknown_option_is_reported_before_anything_starts(
 @pytest.mark.parametrize("option", ["--hostfile", "--config", "--deepspeed_config"])
 def test_an_option_without_its_path_is_reported(folder: Path, option: str) -> None:
     done = launch("pdsh.sh", "--dry-run", option, folder=folder)
-    assert (done.returncode, done.stderr) == (2, f"pdsh.sh: {option}: no file is named; add its path\n")
+    assert (done.returncode, done.stderr) == (2, f"pdsh.sh: {option}: no file is given; add its path\n")
 
 
 def test_a_virtual_environment_without_python_is_refused(folder: Path) -> None:
     done = launch("pdsh.sh", "--dry-run", "--config", "r.yaml", folder=folder, HYPERMOE_VENV="/nowhere")
-    remedy = "name the environment that launch/setup.sh made, or unset it"
+    remedy = "set it to the environment that launch/setup.sh created, or unset it"
     assert done.stderr == f"pdsh.sh: HYPERMOE_VENV=/nowhere: has no bin/python; {remedy}\n"
     assert (done.returncode, done.stdout) == (2, "")
 

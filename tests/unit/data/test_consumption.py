@@ -1,4 +1,4 @@
-"""Consumed tokens and epochs by dataset equal a count sample by sample."""
+"""Test consumed tokens and epochs per dataset against a count of single samples."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,9 +19,9 @@ S, SAMPLES = 16, 200
 SKIPPED = [[3, 9], [50, 50], [120, 140]]
 
 
-def build(corpus: TokenisedCorpus, folder: Path, sources: int) -> tuple[SequenceDataset, DataConfig]:
-    weights = [3.0, 1.0, 0.5][:sources]
-    for number in range(sources):  # each dataset uses different token ids
+def build(corpus: TokenisedCorpus, folder: Path, datasets: int) -> tuple[SequenceDataset, DataConfig]:
+    weights = [3.0, 1.0, 0.5][:datasets]
+    for number in range(datasets):  # each dataset uses different token ids
         write_token_files(f"{folder}/d{number}", [[100 * number + 5] * 90 for _ in range(10)])
     given: dict[str, Any] = {
         "train": [{"prefix": f"{folder}/d{n}", "weight": weight} for n, weight in enumerate(weights)],
@@ -32,31 +32,31 @@ def build(corpus: TokenisedCorpus, folder: Path, sources: int) -> tuple[Sequence
     return build_datasets(config, 1, SAMPLES, None)[0], config
 
 
-@pytest.mark.parametrize("sources", [1, 3])
+@pytest.mark.parametrize("datasets", [1, 3])
 @pytest.mark.parametrize("skipped", [[], SKIPPED])
-def test_counts_equal_a_count_sample_by_sample(
-    corpus: TokenisedCorpus, tmp_path: Path, sources: int, skipped: list[list[int]], monkeypatch: pytest.MonkeyPatch
+def test_totals_equal_a_count_of_single_samples(
+    corpus: TokenisedCorpus, tmp_path: Path, datasets: int, skipped: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumption, "_CHUNK", 7)
-    samples, config = build(corpus, tmp_path, sources)
+    samples, config = build(corpus, tmp_path, datasets)
     counting = Consumption(samples, dataset_shares(config.train, 1), S, SkippedSamples(skipped))
-    of_sample = [int(samples[index]["tokens"][1]) // 100 for index in range(SAMPLES)]
-    out = {index for first, last in skipped for index in range(first, last + 1)}
+    dataset_of_sample = [int(samples[index]["tokens"][1]) // 100 for index in range(SAMPLES)]
+    skipped_indices = {index for first, last in skipped for index in range(first, last + 1)}
     for consumed in (0, 5, 5, 64, 131, SAMPLES):
-        seen = Counter(of_sample[index] for index in range(consumed) if index not in out)
+        seen = Counter(dataset_of_sample[index] for index in range(consumed) if index not in skipped_indices)
         values = counting.at(consumed)
         assert values.pop("consumed_tokens") == sum(seen.values()) * S
-        for number in range(sources):
+        for number in range(datasets):
             assert values.pop(f"consumed_tokens/d{number}") == seen[number] * S
             assert values.pop(f"epochs/d{number}") == pytest.approx(seen[number] * S / 900)
         assert values == {}
 
 
-def test_a_resumed_run_counts_from_the_beginning(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_a_resumed_run_reports_the_same_totals_as_an_uninterrupted_run(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     samples, config = build(corpus, tmp_path, 3)
-    whole, resumed = (
+    uninterrupted, resumed = (
         Consumption(samples, dataset_shares(config.train, 1), S, SkippedSamples(SKIPPED)) for _ in range(2)
     )
     for consumed in range(0, 151, 50):
-        expected = whole.at(consumed)
+        expected = uninterrupted.at(consumed)
     assert resumed.at(150) == expected

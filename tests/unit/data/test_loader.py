@@ -1,4 +1,4 @@
-"""The samples that the loader gives each rank equal a plain enumeration."""
+"""Test the samples that each rank reads against a plain enumeration."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ S = 5
 
 
 class Numbered:
-    """Dataset without state whose sample i consists of S tokens with the value i."""
+    """Dataset whose sample i consists of S tokens with the value i."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -35,35 +35,35 @@ class Numbered:
 @pytest.mark.parametrize(
     ("length", "batch", "size", "consumed"), list(product((0, 1, 17, 64), (1, 3), (1, 2, 4), (0, 1)))
 )
-def test_ranks_read_the_samples_in_order(length: int, batch: int, size: int, consumed: int) -> None:
+def test_ranks_together_read_the_samples_in_order(length: int, batch: int, size: int, consumed: int) -> None:
     if consumed > length:
         return
     samplers = [ResumableSampler(length, batch, rank, size, consumed) for rank in range(size)]
-    taken = [index for step in zip(*samplers, strict=True) for block in step for index in block]
-    whole = (length - consumed) // (batch * size)
-    assert taken == list(range(consumed, consumed + whole * batch * size))
-    assert {len(sampler) for sampler in samplers} == {whole}
-    assert length - consumed - len(taken) < batch * size
+    read = [index for step in zip(*samplers, strict=True) for block in step for index in block]
+    steps = (length - consumed) // (batch * size)
+    assert read == list(range(consumed, consumed + steps * batch * size))
+    assert {len(sampler) for sampler in samplers} == {steps}
+    assert length - consumed - len(read) < batch * size
 
 
-def test_a_run_continues_with_the_same_samples_on_another_number_of_ranks() -> None:
+def test_resume_on_another_number_of_ranks_continues_with_the_same_samples() -> None:
     def global_steps(size: int, consumed: int) -> list[int]:
         ranks = [ResumableSampler(96, 12 // size, rank, size, consumed) for rank in range(size)]
         return [index for step in zip(*ranks, strict=True) for block in step for index in block]
 
-    whole = global_steps(4, 0)
+    uninterrupted = global_steps(4, 0)
     for size in (1, 2, 3, 6, 12):
-        assert global_steps(4, 0)[:24] + global_steps(size, 24) == whole
+        assert global_steps(4, 0)[:24] + global_steps(size, 24) == uninterrupted
 
 
 @pytest.mark.parametrize("arguments", [(10, 0, 0, 1, 0), (10, 1, 1, 1, 0), (10, 1, -1, 1, 0), (10, 1, 0, 1, 11)])
-def test_numbers_out_of_range_are_refused(arguments: tuple[int, int, int, int, int]) -> None:
+def test_sampler_arguments_out_of_range_are_refused(arguments: tuple[int, int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"out of range|consumed_samples"):
         ResumableSampler(*arguments)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_contain_the_samples_of_the_sampler(workers: int) -> None:
+def test_the_loader_yields_the_samples_of_the_sampler(workers: int) -> None:
     state = torch.get_rng_state()
     batches = build_loader(Numbered(23), 2, rank=1, size=2, consumed_samples=3, workers=workers)
     for block in ResumableSampler(23, 2, 1, 2, 3):
@@ -72,12 +72,12 @@ def test_batches_contain_the_samples_of_the_sampler(workers: int) -> None:
         assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
         assert batch["input_ids"].tolist() == [[index] * S for index in block]
         assert batch["labels"].tolist() == [[index + 1] * S for index in block]
-    assert torch.equal(torch.get_rng_state(), state), "loading leaves the model's random numbers alone"
+    assert torch.equal(torch.get_rng_state(), state), "loading does not change the global random state"
     with pytest.raises(UserError, match="no whole micro-batch left of its 23 samples"):
         next(batches)
 
 
-def test_workers_survive_a_signal_but_end_with_their_rank() -> None:
+def test_workers_ignore_sigterm_and_exit_with_their_rank() -> None:
     def rank() -> None:
         batches = build_loader(Numbered(2000), 1, rank=0, size=1, consumed_samples=0, workers=2)
         next(batches)
@@ -87,14 +87,14 @@ def test_workers_survive_a_signal_but_end_with_their_rank() -> None:
         sender.start()
         sender.join()
         assert [int(batch["input_ids"][0, 0]) for batch in batches_until(batches, 2000)] == list(range(1, 2000))
-        sys.exit(3)  # the loader is still in use, as when an error ends a rank
+        sys.exit(3)  # the loader is still in use, as when a rank exits with an error
 
     process = multiprocessing.get_context("fork").Process(target=rank)
     process.start()
     process.join(60)
-    ended, process_code = not process.is_alive(), process.exitcode
+    exited, exit_code = not process.is_alive(), process.exitcode
     process.kill()
-    assert (ended, process_code) == (True, 3)
+    assert (exited, exit_code) == (True, 3)
 
 
 def test_killed_workers_leave_no_temporary_folders(tmp_path: Path) -> None:
@@ -121,17 +121,17 @@ def test_a_loader_refuses_more_consumed_samples_than_the_dataset_has() -> None:
 
 
 @pytest.mark.parametrize(("length", "batch", "size"), list(product((1, 2, 7, 24), (1, 4), (1, 2, 3, 8))))
-def test_validation_counts_every_sample_once_in_equal_steps(length: int, batch: int, size: int) -> None:
+def test_validation_reads_every_sample_once_with_equal_steps_per_rank(length: int, batch: int, size: int) -> None:
     ranks = [list(validation_batches(Numbered(length), batch, rank, size)) for rank in range(size)]
     assert {len(batches) for batches in ranks} == {-(-length // (batch * size))}
-    counted = []
+    read = []
     for micro_batch in (micro_batch for batches in ranks for micro_batch in batches):
         assert micro_batch["input_ids"].shape == micro_batch["labels"].shape == (batch, S)
         for tokens, labels in zip(micro_batch["input_ids"].tolist(), micro_batch["labels"].tolist(), strict=True):
             assert labels in ([tokens[0] + 1] * S, [IGNORED_LABEL] * S)
             if labels[0] != IGNORED_LABEL:
-                counted.append(tokens[0])
-    assert sorted(counted) == list(range(length))
+                read.append(tokens[0])
+    assert sorted(read) == list(range(length))
 
 
 def test_validation_without_samples_is_refused() -> None:
@@ -139,6 +139,6 @@ def test_validation_without_samples_is_refused() -> None:
         validation_batches(Numbered(0), 1, 0, 1)
 
 
-def test_a_loader_does_not_read_ahead_of_the_requested_batches() -> None:
+def test_a_loader_without_workers_does_not_read_ahead() -> None:
     batches = build_loader(Numbered(10**9), 2, rank=0, size=4, consumed_samples=10**8, workers=0)
     assert [batch["input_ids"][0, 0].item() for batch in islice(batches, 3)] == [10**8, 10**8 + 8, 10**8 + 16]

@@ -1,4 +1,4 @@
-"""Transformers and SentencePiece give the same ids, and decoding restores the text exactly."""
+"""Test that Transformers and SentencePiece give the same ids, and that decoding restores the text."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ TEXTS = [
 ]
 
 
-def test_transformers_and_sentencepiece_give_the_same_ids_and_decoding_restores_the_text(
+def test_ids_equal_those_of_sentencepiece_and_decode_to_the_same_text(
     corpus: TokenisedCorpus,
 ) -> None:
     loaded = AutoTokenizer.from_pretrained(str(corpus.tokenizer), local_files_only=True)
@@ -41,35 +41,35 @@ def test_transformers_and_sentencepiece_give_the_same_ids_and_decoding_restores_
         assert ids == reference.encode(text), text[:80]
         assert loaded.encode(text, add_special_tokens=False) == ids
         assert loaded.decode(ids) == text
-        assert not {0, 1, 2, 3} & set(ids), "the name of a control token is text"
+        assert not {0, 1, 2, 3} & set(ids), "names of control tokens are encoded as text"
 
 
-def test_only_the_space_symbol_changes_in_a_round_trip(corpus: TokenisedCorpus) -> None:
+def test_a_round_trip_turns_the_sentencepiece_space_symbol_into_a_space(corpus: TokenisedCorpus) -> None:
     loaded = load_tokenizer(corpus.tokenizer)
     assert loaded.decode(loaded("a\u2581b")["input_ids"]) == "a b"
 
 
-def test_sizes_and_control_tokens_agree(corpus: TokenisedCorpus) -> None:
+def test_the_tokenizer_has_the_requested_size_and_control_tokens(corpus: TokenisedCorpus) -> None:
     loaded = load_tokenizer(corpus.tokenizer)
     assert len(loaded) == 1000
-    names = (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
-    assert names == (0, 1, 2, 3)
+    control_tokens = (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+    assert control_tokens == (0, 1, 2, 3)
     assert loaded.decode([1, *loaded("x")["input_ids"], 2], skip_special_tokens=True) == "x"
 
 
-def test_indentation_is_one_token(corpus: TokenisedCorpus) -> None:
+def test_an_indentation_of_8_spaces_is_one_token(corpus: TokenisedCorpus) -> None:
     assert len(load_tokenizer(corpus.tokenizer)("        ")["input_ids"]) == 1
 
 
-def test_a_tokenizer_saved_again_by_transformers_gives_the_same_ids(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_a_tokenizer_saved_by_transformers_gives_the_same_ids(corpus: TokenisedCorpus, tmp_path: Path) -> None:
     loaded = load_tokenizer(corpus.tokenizer)
     loaded.save_pretrained(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert all(again(text)["input_ids"] == loaded(text)["input_ids"] for text in TEXTS)
+    reloaded = load_tokenizer(tmp_path)
+    assert all(reloaded(text)["input_ids"] == loaded(text)["input_ids"] for text in TEXTS)
     assert vocabulary_file(tmp_path).name == "tokenizer.json"
 
 
-def test_training_is_deterministic_for_every_kind_of_file(tmp_path: Path) -> None:
+def test_training_on_text_and_jsonl_files_gives_the_same_tokenizer(tmp_path: Path) -> None:
     files = stdlib_texts(4)
     lines = write_jsonl(tmp_path / "lines.jsonl", [path.read_text(encoding="utf-8") for path in files], "body")
     train_tokenizer(files, 500, tmp_path / "a")
@@ -98,7 +98,7 @@ def test_training_uses_lines_of_any_length(tmp_path: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
     ],
 )
-def test_a_folder_without_a_tokenizer_is_refused(
+def test_a_missing_or_damaged_tokenizer_is_refused(
     corpus: TokenisedCorpus, tmp_path: Path, break_folder: object, problem: str
 ) -> None:
     folder = tmp_path / "tokenizer"
@@ -108,7 +108,7 @@ def test_a_folder_without_a_tokenizer_is_refused(
         load_tokenizer(folder)
 
 
-def test_a_tokenizer_without_an_end_of_document_token_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_eos_token_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models  # noqa: PLC0415
 
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
@@ -142,10 +142,10 @@ def test_code_in_a_tokenizer_folder_is_never_run(
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nTokenizer = Config = object\n")
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    prompts: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": prompts.append(prompt) or "y")
     try:
         load_tokenizer(folder)
-    except UserError as refusal:
-        assert "needs code of the folder (auto_map), which is never run here" in str(refusal)  # noqa: PT017
-    assert (asked, (tmp_path / "ran").exists()) == ([], False)
+    except UserError as error:
+        assert "needs code of the folder (auto_map), which is never run here" in str(error)  # noqa: PT017
+    assert (prompts, (tmp_path / "ran").exists()) == ([], False)

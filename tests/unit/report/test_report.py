@@ -219,7 +219,7 @@ def test_command_writes_the_page_without_loading_torch(run_dir: Path, other_dir:
     ("run", "output", "line"),
     [
         ("missing", "out.html", "error: missing: has no metrics.jsonl; give the run folder"),
-        ("", "no/out.html", "error: --output no/out.html: is in a folder that does not exist; make the folder first"),
+        ("", "no/out.html", "error: --output no/out.html: is in a folder that does not exist; create the folder first"),
         ("", ".", "error: --output .: is a folder; give a file such as report.html"),
     ],
 )
