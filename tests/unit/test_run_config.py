@@ -88,7 +88,7 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
         ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps: is missing, and so is train.tokens; give one of them"),
-        ("train.tokens=1000", "train.tokens=1000: takes 32 steps and train.steps is 10; give only one of them, and omit"),
+        ("train.tokens=1000", "train.tokens=1000: takes 32 steps and train.steps is 10; give only one of them, and"),
         ("train.tokens=1.5", "train.tokens=1.5: is not valid"),
         ("train.tokens=-5", "train.tokens=-5: is not valid"),
         ("train.tokens=many", "train.tokens='many': is not valid"),

@@ -112,7 +112,9 @@ def test_describe_sample_names_the_documents_of_its_tokens(
     for index in range(40):
         tokens = [*dataset[index]["tokens"].tolist(), int(dataset[index]["labels"][-1])]
         expected = sorted({token % 100 for token in tokens})
-        assert dataset.describe_sample(index) == f"document {', '.join(map(str, expected))} of {names[tokens[0] // 100]}"
+        assert (
+            dataset.describe_sample(index) == f"document {', '.join(map(str, expected))} of {names[tokens[0] // 100]}"
+        )
 
 
 def test_the_seed_determines_the_training_order(corpus: TokenisedCorpus, tmp_path: Path) -> None:
