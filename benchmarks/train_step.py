@@ -44,9 +44,8 @@ def main() -> None:
     settings = settings_of(arguments)
     sides = arguments.sides.split(",")
     check(sides, settings, arguments)
-    if (
-        arguments.in_turns is None and arguments.micro_batch_size != "auto"
-    ):  # auto searches for the largest value that fits
+    # "auto" searches for the largest micro-batch that fits.
+    if arguments.in_turns is None and arguments.micro_batch_size != "auto":
         settings = replace(settings, in_turns=rounds_that_fit(settings, len(sides)))
     groups = [[side] for side in sides] if settings.in_turns else [sides]
     if arguments.micro_batch_size == "auto":

@@ -1,4 +1,4 @@
-"""Convert YAML files and dotted overrides to frozen, typed settings."""
+"""Read settings strictly: convert YAML files and dotted overrides to frozen, typed settings."""
 
 import difflib
 import math
@@ -110,9 +110,8 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(where, f"is not valid YAML{line} ({problem})", "fix that line") from None
     except RecursionError:
         raise UserError(where, "is nested too deeply", "start from a file in pretrain/recipes") from None
-    except (
-        Exception
-    ) as error:  # PyYAML's constructors raise many kinds of errors, for example for !!int x or 2001-99-99
+    # PyYAML's constructors raise many kinds of errors, for example for !!int x or 2001-99-99.
+    except Exception as error:
         raise UserError(where, f"is not valid YAML ({error})", "fix that value") from None
 
 

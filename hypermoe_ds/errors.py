@@ -22,9 +22,8 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
-        super().__init__(
-            where, problem, remedy
-        )  # pass all arguments, so that the error can be pickled and sent to other ranks
+        # Pass all arguments, so that the error can be pickled and sent to other ranks.
+        super().__init__(where, problem, remedy)
 
     def __str__(self) -> str:
         where, problem, remedy = (shortened(part) for part in self.args)

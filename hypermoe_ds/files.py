@@ -28,11 +28,8 @@ def file_of(folder: Path, name: str) -> Path:
         raise UserError(str(path), "is not a file of this folder", "fetch or export the folder again")
     try:
         root, target, is_file = folder.resolve(), path.resolve(), path.is_file()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # a link to itself, or a name that is too long or contains a zero byte
+    # A link that points to itself, or a name that is too long or contains a zero byte.
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(repr(str(path)), f"cannot be read ({error})", "fetch or export the folder again") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not target.is_relative_to(root) and target.parent != blobs:
@@ -122,7 +119,7 @@ def check_input(folder: Path) -> None:
     """Refuse a missing folder early, before large libraries are imported.
 
     Raises:
-        UserError: the path does not exist or is not a folder.
+        UserError: the path is missing or not a folder.
     """
     if not folder.is_dir():
         raise UserError(str(folder), "is not a folder", "check the path; give the run folder or Hugging Face folder")
@@ -165,7 +162,7 @@ def writing_to(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def scratch_path(target: Path) -> Iterator[Path]:
+def scratch_folder(target: Path) -> Iterator[Path]:
     """Create a temporary hidden folder next to `target` and remove it on exit.
 
     Missing parents of `target` are created, and removed again if the code inside the context fails.

@@ -62,8 +62,8 @@ def signal_when_parent_ends(number: signal.Signals) -> None:
 def _wait_for_local_rank_zero(seconds: float) -> None:
     """Wait until the launcher kills this rank, so that only local rank 0 of each host prints the error.
 
-    If this rank exited first, the launcher would kill local rank 0 before local rank 0 printed the error. If this
-    rank is not killed within `seconds`, the error is limited to this rank, and the caller prints it.
+    If this rank exited first, the launcher would kill local rank 0 before local rank 0 printed the error. If nothing
+    kills this rank within `seconds`, only this rank has the error, and the caller prints it.
     """
     if local_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -52,8 +52,8 @@ usage() {
   --dry-run               check the settings and print the commands without running them
   --help                  show this help
 
-These arguments are passed to pretrain/train.py: --config R.yaml, --deepspeed_config F.json (default: ds_configs/zero1.json)
-and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) set the rendezvous. See also docs/CLUSTERS.md.
+These arguments are passed to pretrain/train.py: --config R.yaml, --deepspeed_config F.json
+(default: ds_configs/zero1.json) and section.key=value. MASTER_ADDR and MASTER_PORT (default: 29500) set the rendezvous. See also docs/CLUSTERS.md.
 TEXT
 }
 

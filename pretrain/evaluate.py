@@ -32,9 +32,8 @@ def main() -> None:
 
     model, tokenizer = load_any(arguments.checkpoint, arguments.step)
     run = RunFolder(arguments.checkpoint)
-    if (
-        run.exists() and run.settings.exists()
-    ):  # missing in a run that was initialised from weights and has not trained yet
+    # A run that was initialised from weights and has not trained yet has no settings.
+    if run.exists() and run.settings.exists():
         length = run.section("data", DataConfig).sequence_length
     else:
         length = model.config.max_position_embeddings

@@ -12,7 +12,7 @@ from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import write_weights
 from hypermoe_ds.checkpoint.store import name_latest, step_name
 from hypermoe_ds.data.tokenizer import copy_tokenizer
-from hypermoe_ds.files import check_output, check_room, scratch_path
+from hypermoe_ds.files import check_output, check_room, scratch_folder
 from hypermoe_ds.modeling import HyperMoEConfig
 
 _SHARD_BYTES = 10**8  # held in memory while a shard is written
@@ -40,7 +40,7 @@ def init_from_weights(
         UserError: the output exists and is not empty, the disk is too full, or the folder has no tokenizer.
     """
     check_output(output)
-    with scratch_path(output) as scratch:
+    with scratch_folder(output) as scratch:
         check_room(output, scratch, 4 * config.parameter_counts().total)
         run = RunFolder(scratch / output.name)
         copy_tokenizer(tokenizer, run.tokenizer)

@@ -13,7 +13,7 @@ from hypermoe_ds.checkpoint.hf_folder import read_hypermoe_config
 from hypermoe_ds.config import Section, load_yaml, validate
 from hypermoe_ds.data.tokenizer import tokenizer_files, vocabulary_digests
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_path, write_durably
+from hypermoe_ds.files import scratch_folder, write_durably
 from hypermoe_ds.modeling import HyperMoEConfig
 
 # Keys of a model's configuration that do not affect its weights or outputs.
@@ -152,7 +152,7 @@ class RunFolder:
         write_durably(self.ds_config, json.dumps(ds_config, indent=2) + "\n")
         self.write_model(model)
         if not self.tokenizer.exists():
-            with scratch_path(self.tokenizer) as scratch:
+            with scratch_folder(self.tokenizer) as scratch:
                 copy = scratch / self.tokenizer.name
                 copy.mkdir()
                 for path in tokenizer_files(tokenizer):

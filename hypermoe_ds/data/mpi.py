@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, cast
 
 from hypermoe_ds.data.preprocess import Job, TokenizerFile, Written, check_job, preprocess, publish, write_tokens
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_path, writing_to
+from hypermoe_ds.files import scratch_folder, writing_to
 
 Result = TypeVar("Result")
 
@@ -80,7 +80,7 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
     rank = comm.Get_rank()
     files = _together(comm, lambda: _check(job))
     with ExitStack() as stack:
-        made = _together(comm, lambda: stack.enter_context(scratch_path(job.path(".bin"))) if rank == 0 else None)
+        made = _together(comm, lambda: stack.enter_context(scratch_folder(job.path(".bin"))) if rank == 0 else None)
         scratch = Path(str(comm.bcast(made)))
         tokenizer_file = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
         _together(comm, tokenizer_file.encoder)  # loading takes seconds and is excluded from the speed

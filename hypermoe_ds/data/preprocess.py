@@ -17,7 +17,7 @@ from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.data.token_files import Metadata
 from hypermoe_ds.data.tokenizer import vocabulary_file
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_path, sha256_of, writing_to
+from hypermoe_ds.files import scratch_folder, sha256_of, writing_to
 from hypermoe_ds.progress import Progress
 
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order in which `publish` moves files: the .idx file is last
@@ -110,7 +110,7 @@ def preprocess(job: Job) -> str:
     tokenizer_file = TokenizerFile.of(job.tokenizer)
     tokenizer_file.encoder()  # loading takes seconds and is excluded from the speed
     start = time.perf_counter()
-    with scratch_path(job.path(".bin")) as scratch:
+    with scratch_folder(job.path(".bin")) as scratch:
         written = write_tokens(job, files, tokenizer_file, scratch / "tokens", progress=True)
         publish(job, tokenizer_file, written, scratch / "tokens")
     return written.summary(job.output, time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Train SentencePiece BPE tokenizers in the folder format of Transformers, and load tokenizer folders."""
+"""Train SentencePiece BPE tokenizers as folders that Transformers loads, and load tokenizer folders."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ import sentencepiece
 
 from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import check_output, file_of, scratch_path, sha256_of
+from hypermoe_ds.files import check_output, file_of, scratch_folder, sha256_of
 from hypermoe_ds.progress import progress
 
 # SentencePiece silently skips lines longer than its limit, so long lines are split. The limits on the length and number
@@ -73,7 +73,7 @@ def train_tokenizer(
         raise UserError(f"vocab_size={vocab_size}", "is not a number of tokens", "give a positive number such as 32000")
     files = expand_inputs(inputs)
     report = ReadReport()
-    with scratch_path(output) as scratch:
+    with scratch_folder(output) as scratch:
         lines = _lines(progress(read_documents(files, report, text_field, strict), "read", "documents"))
         model = _train(lines, vocab_size, report, text_field)
         folder = scratch / output.name

@@ -21,7 +21,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.export.streaming import streamed_logits
 from hypermoe_ds.export.tokenizer import write_tokenizer
 from hypermoe_ds.export.weight_loader import LazyWeights, WeightLoader, read_folder
-from hypermoe_ds.files import check_output, check_room, scratch_path
+from hypermoe_ds.files import check_output, check_room, scratch_folder
 from hypermoe_ds.modeling import HyperMoEForCausalLM, meta_model
 from hypermoe_ds.progress import Progress, progress
 
@@ -63,7 +63,7 @@ def export(
     check_output(output)
     model = _with_tokens_of(tokenizer, meta_model(loader.config).to(loader.dtype))
     needed = sum(shape.numel() for shape in loader.shapes.values()) * loader.dtype.itemsize
-    with scratch_path(output) as scratch:
+    with scratch_folder(output) as scratch:
         check_room(output, scratch, needed)
         folder = scratch / output.name
         write_tokenizer(tokenizer, folder, chat_template)

@@ -201,7 +201,7 @@ class _Status:
         self._steps, self._step, self.text = steps, step, text
 
     def __rich__(self) -> Spinner | Text:
-        """Return the text of the status line; empty if there is no work to show."""
+        """Return the text of the status line; empty if no work is in progress."""
         if not self.text:
             return Text("")
         parts = [self.text]

@@ -17,7 +17,7 @@ class LossMeter:
         self._sums: Tensor | None = None
 
     def add(self, output: Any) -> None:
-        """Add the losses of one forward pass; NaN and infinite losses are left out of the means."""
+        """Add the losses of one forward pass; NaN and infinite losses are ignored in the means."""
         losses = {name: getattr(output, attribute) for name, attribute in _LOSSES.items()}
         self._names = [name for name, loss in losses.items() if loss is not None]  # a dense model has no routing losses
         losses_L = torch.stack([losses[name].detach().double() for name in self._names])

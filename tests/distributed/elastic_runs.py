@@ -112,6 +112,6 @@ def build_engine_with_other_weights(layout: Layout) -> Any:
 
 
 def with_one_micro_batch(layout: Layout) -> Layout:
-    """Return the layout with micro-batches of two sequences, over each of which the expert loads are counted."""
+    """Return the layout with micro-batches of two sequences; expert loads are counted per micro-batch."""
     accumulation = GLOBAL_BATCH // layout.ranks // 2
     return replace(layout, accumulation=accumulation, model={"router_aux_loss_scope": "micro_batch"})

@@ -164,7 +164,7 @@ def test_a_step_with_a_nan_in_one_gradient_only_skips_its_samples(recipe: Path, 
     for one, other in zip(spoilt, whole, strict=True):
         for record in (one, other):
             del record["step"], record["skipped_steps"]
-        counted = {key for key in one if key.startswith(("consumed_tokens", "epochs/"))}  # count the bad step
+        counted = {key for key in one if key.startswith(("consumed_tokens", "epochs/"))}  # they include the bad step
         assert {key: one[key] for key in one.keys() - counted} == {key: other[key] for key in other.keys() - counted}
 
 
