@@ -171,7 +171,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         UserError: the folder is not writable.
     """
     with writing_to(target):
-        made = _make_parents(target.parent)
+        made = make_folder(target.parent)
         try:
             with TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
                 yield Path(folder)
@@ -181,8 +181,8 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             raise
 
 
-def _make_parents(folder: Path) -> Path | None:
-    """Create `folder` and return the topmost folder that was missing, if any."""
+def make_folder(folder: Path) -> Path | None:
+    """Create a folder and its parents, and return the topmost folder that was missing, if any."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing[-1] if missing else None

@@ -40,6 +40,10 @@ class Progress:
             remark = f", {note}" if (note := self._note()) else ""
             print(f"{self._doing}: {self._done:,}{of_all} {self._unit}{remark}", file=sys.stderr, flush=True)
 
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(line, file=sys.stderr)
+
     def __enter__(self) -> "Progress":
         return self
 

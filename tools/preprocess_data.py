@@ -1,7 +1,11 @@
-"""Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training. Under mpirun, all ranks share the work."""
+"""Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training. Under mpirun, all ranks share the work.
+
+After an interruption, the same command continues. Rejected files and records are listed in PREFIX.rejected.jsonl.
+"""
 
 import argparse
 
+from hypermoe_ds.data.arguments import add_input_arguments, percentage, read_options
 from hypermoe_ds.data.mpi import preprocess_locally_or_with_mpi
 from hypermoe_ds.data.preprocess import Job
 from hypermoe_ds.process import one_line_errors
@@ -10,28 +14,35 @@ from hypermoe_ds.process import one_line_errors
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Under mpirun, each rank tokenises whole files, so give at least as many files as ranks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="text files (one document each), .jsonl, .jsonl.gz (one document per line), or folders of these",
-    )
+    add_input_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without suffix")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes that tokenise")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSONL field that contains the text")
-    parser.add_argument("--strict", action="store_true", help="stop at the first file or line without text")
+    parser.add_argument(
+        "--max-rejected",
+        type=percentage,
+        default="1%",
+        metavar="SHARE",
+        help="fail if more files and records are rejected, such as 0.5%%",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files at the output")
     return parser.parse_args()
 
 
 def main() -> None:
     args = _arguments()
-    job = Job(args.input, args.tokenizer, args.output, args.workers, args.text_field, args.strict, args.overwrite)
+    job = Job(
+        inputs=args.input,
+        tokenizer=args.tokenizer,
+        output=args.output,
+        workers=args.workers,
+        options=read_options(args),
+        unknown_as=args.unknown_as,
+        max_rejected=args.max_rejected,
+        overwrite=args.overwrite,
+    )
     summary = preprocess_locally_or_with_mpi(job)
     if summary is not None:
         print(summary)

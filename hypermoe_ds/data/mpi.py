@@ -1,17 +1,16 @@
-"""Tokenise under mpirun: each rank tokenises a share of the files, and rank 0 joins the parts in input order."""
+"""Tokenise under mpirun: each rank writes a share of the shards, and rank 0 joins them in input order."""
 
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
-from hypermoe_ds.data.preprocess import Job, TokenizerFile, Written, check_job, preprocess, publish, write_tokens
+from hypermoe_ds.data.preprocess import Job, Plan, finish, make_plan, preprocess, shown_progress, summary, tokenise
+from hypermoe_ds.data.shard_folder import ShardFolder, shard_folder
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_folder, writing_to
 
 Result = TypeVar("Result")
 
@@ -68,7 +67,7 @@ def preprocess_locally_or_with_mpi(job: Job) -> str | None:
 def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
     """Tokenise the inputs on all ranks and write the same files as a single process would write.
 
-    All ranks must share the output folder.
+    All ranks must share the output folder. An interrupted job can continue with another number of ranks.
 
     Returns:
         A one-line summary on rank 0, None on all other ranks.
@@ -78,67 +77,32 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
         SystemExit: a rank failed. All ranks except rank 0 raise SystemExit.
     """
     rank = comm.Get_rank()
-    files = _together(comm, lambda: _check(job))
+    plan = _together(comm, lambda: _plan(job))
     with ExitStack() as stack:
-        made = _together(comm, lambda: stack.enter_context(scratch_folder(job.path(".bin"))) if rank == 0 else None)
-        scratch = Path(str(comm.bcast(made)))
-        tokenizer_file = _together(comm, lambda: TokenizerFile.of(job.tokenizer))
-        _together(comm, tokenizer_file.encoder)  # loading takes seconds and is excluded from the speed
+
+        def open_folder() -> tuple[ShardFolder, str]:
+            return stack.enter_context(shard_folder(job.output, plan.description(), len(plan.shards)))
+
+        opened = _together(comm, lambda: open_folder() if rank == 0 else None)
+        folder, message = comm.bcast(opened) or (None, "")
+        assert folder is not None
+        numbers = comm.bcast(folder.unfinished())[rank :: comm.Get_size()]
         start = time.perf_counter()
-        share = share_of(files, [path.stat().st_size for path in files], rank, comm.Get_size())
-        part = _together(
-            comm, lambda: write_tokens(job, share, tokenizer_file, _part(scratch, rank), progress=rank == 0)
-        )
-        parts = comm.allgather(part)
-        written = _together(comm, lambda: _join(job, tokenizer_file, scratch, parts) if rank == 0 else None)
-    return written.summary(job.output, time.perf_counter() - start) if written is not None else None
+        _together(comm, lambda: _tokenise(plan, folder, numbers, message, shown=rank == 0))
+        written = _together(comm, lambda: finish(plan, folder) if rank == 0 else None)
+    return summary(job, written, time.perf_counter() - start) if written is not None else None
 
 
-def _check(job: Job) -> list[Path]:
+def _plan(job: Job) -> Plan:
     if job.workers != 1:
         raise UserError(f"workers={job.workers}", "under mpirun each rank is one worker", "remove --workers")
-    return check_job(job)
+    return make_plan(job)
 
 
-def share_of(files: Sequence[Path], sizes: Sequence[int], rank: int, ranks: int) -> list[Path]:
-    """Return the files of a rank: consecutive input files with about 1/`ranks` of all bytes.
-
-    Args:
-        files: all files.
-        sizes: size of each file in bytes.
-        rank: the rank.
-        ranks: number of ranks.
-    """
-    total = sum(sizes) + len(sizes)  # add one byte per file, in case all files are empty
-    share, before = [], 0
-    for path, size in zip(files, sizes, strict=True):
-        middle = before + (size + 1) / 2
-        if int(middle * ranks / total) == rank:
-            share.append(path)
-        before += size + 1
-    return share
-
-
-def _part(scratch: Path, rank: int) -> Path:
-    return scratch / f"part-{rank:05d}"
-
-
-def _join(job: Job, tokenizer_file: TokenizerFile, scratch: Path, parts: Sequence[Written]) -> Written:
-    """Join the parts of all ranks and publish the result."""
-    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (the import takes seconds)
-
-    written = Written()
-    with writing_to(job.path(".bin")):
-        builder = IndexedDatasetBuilder(str(scratch / "tokens.bin"), dtype=tokenizer_file.encoder().dtype)
-        with builder.data_file:
-            for rank, part in enumerate(parts):
-                written.tokens += part.tokens
-                written.report.add(part.report)
-                if part.tokens:
-                    builder.add_index(str(_part(scratch, rank)))
-            builder.finalize(str(scratch / "tokens.idx"))
-    publish(job, tokenizer_file, written, scratch / "tokens")
-    return written
+def _tokenise(plan: Plan, folder: ShardFolder, numbers: list[int], message: str, shown: bool) -> None:
+    """Write the shards of this rank; show the progress of rank 0."""
+    with shown_progress(plan, numbers, message, shown) as meter:
+        tokenise(plan, folder, numbers, meter)
 
 
 def _together(comm: Communicator, work: Callable[[], Result]) -> Result:

@@ -1,28 +1,31 @@
-"""Tokenise text into token files. Worker processes tokenise documents; the main process writes them in input order."""
+"""Tokenise text into token files, shard by shard, so that an interrupted job can continue."""
 
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from hypermoe_ds.data.encoding import Encoder, Tokens, encode_batch, encoder_for
-from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
+from hypermoe_ds import __version__
+from hypermoe_ds.data.encoding import Encoder, encoder_for
+from hypermoe_ds.data.inputs import InputFile, Kind, find_inputs
+from hypermoe_ds.data.readers import ReadOptions
+from hypermoe_ds.data.shard_folder import ShardFolder, shard_folder
 from hypermoe_ds.data.token_files import Metadata
+from hypermoe_ds.data.token_shards import ShardSummary, Span, plan_shards, write_shard
 from hypermoe_ds.data.tokenizer import vocabulary_file
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import scratch_folder, sha256_of, writing_to
+from hypermoe_ds.files import sha256_of, writing_to
+from hypermoe_ds.process import signal_when_parent_ends
 from hypermoe_ds.progress import Progress
 
-_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which `publish` moves files: the .idx file is last
-_BATCH_DOCUMENTS = 32
-_BATCHES_AHEAD = 4  # per worker; limits the amount of text in memory
+_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which files are published: the .idx file is last
+_SECONDS_BETWEEN_UPDATES = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,13 @@ class Job:
     """A preprocessing job.
 
     Attributes:
-        inputs: input files and folders; see `readers.expand_inputs`.
+        inputs: input files and folders; see `inputs.find_inputs`.
         tokenizer: Hugging Face tokenizer folder.
-        output: prefix of the files to write; `.bin`, `.idx` and `.json` are appended.
+        output: prefix of the files to write; `.bin`, `.idx`, `.json` and `.rejected.jsonl` are appended.
         workers: number of processes that tokenise; 1 uses the current process. The output is the same for any number.
-        text_field: JSONL field that contains the text.
-        strict: raise an error for inputs without text instead of counting them.
+        options: how documents are read.
+        unknown_as: kind of the files whose names have no known suffix; None refuses such files.
+        max_rejected: largest share of rejected files and records, 0 to 1.
         overwrite: replace existing files at `output`.
     """
 
@@ -43,34 +47,14 @@ class Job:
     tokenizer: str
     output: str
     workers: int = 1
-    text_field: str = "text"
-    strict: bool = False
+    options: ReadOptions = field(default_factory=ReadOptions)
+    unknown_as: Kind | None = None
+    max_rejected: float = 0.01
     overwrite: bool = False
 
     def path(self, suffix: str) -> Path:
         """Return the output file with `suffix`."""
         return Path(f"{self.output}{suffix}")
-
-
-@dataclass
-class Written:
-    """Number of written tokens, including end-of-document tokens, and a report on the inputs."""
-
-    tokens: int = 0
-    report: ReadReport = field(default_factory=ReadReport)
-
-    def speed(self, seconds: float) -> str:
-        """Return the number of tokens per second as text."""
-        return f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s"
-
-    def summary(self, output: str, seconds: float) -> str:
-        """Return a one-line summary of the output, the speed and the skipped inputs."""
-        report = self.report
-        return (
-            f"{output}: {report.documents:,} documents, {self.tokens:,} tokens, {report.text_bytes:,} bytes of text, "
-            f"{seconds:.1f} seconds, {self.speed(seconds)}, "
-            f"skipped: {report.describe_skipped() or 'nothing'}"
-        )
 
 
 @dataclass(frozen=True)
@@ -96,122 +80,243 @@ class TokenizerFile:
         return encoder_for(self.folder, self.sha256)
 
 
+@dataclass
+class Plan:
+    """A checked job.
+
+    Attributes:
+        job: the job.
+        files: the input files, in order.
+        shards: the spans of each shard.
+        tokenizer: the tokenizer.
+    """
+
+    job: Job
+    files: list[InputFile]
+    shards: list[list[Span]]
+    tokenizer: TokenizerFile
+
+    def description(self) -> dict[str, Any]:
+        """Describe everything that affects the content of the shards, as JSON."""
+        return {
+            "version": __version__,
+            "tokenizer": [self.tokenizer.sha256, self.tokenizer.encoder().digest],
+            "options": asdict(self.job.options),
+            "files": [[str(each.path), each.kind, each.size, each.modified_ns] for each in self.files],
+        }
+
+
 def preprocess(job: Job) -> str:
     """Tokenise the inputs and write either all token files or none.
+
+    After an interruption, the same job continues with the shards that are not finished.
 
     Returns:
         A one-line summary.
 
     Raises:
-        UserError: an input cannot be read (or, with `strict`, has no text), no document was found, the tokenizer is
-            missing, or the output already exists.
+        UserError: an input cannot be read (or, with `strict`, has no text), too much was rejected, no document was
+            found, the tokenizer is missing, or the output already exists or is being written by another job.
     """
-    files = check_job(job)
-    tokenizer_file = TokenizerFile.of(job.tokenizer)
-    tokenizer_file.encoder()  # loading takes seconds and is excluded from the speed
+    plan = make_plan(job)
     start = time.perf_counter()
-    with scratch_folder(job.path(".bin")) as scratch:
-        written = write_tokens(job, files, tokenizer_file, scratch / "tokens", progress=True)
-        publish(job, tokenizer_file, written, scratch / "tokens")
-    return written.summary(job.output, time.perf_counter() - start)
+    with shard_folder(job.output, plan.description(), len(plan.shards)) as (folder, message):
+        numbers = folder.unfinished()
+        with shown_progress(plan, numbers, message) as meter:
+            tokenise(plan, folder, numbers, meter)
+        written = finish(plan, folder)
+    return summary(job, written, time.perf_counter() - start)
 
 
-def check_job(job: Job) -> list[Path]:
-    """Check a job before tokenisation starts, and return the files to read.
+def make_plan(job: Job) -> Plan:
+    """Check a job before tokenisation starts, find its inputs and load its tokenizer.
 
     Raises:
-        UserError: an input or the number of workers is invalid, or the output exists and `overwrite` is not set.
+        UserError: an input, the tokenizer or the number of workers is invalid, or the output exists and `overwrite` is
+            not set.
     """
     if job.workers < 1:
         raise UserError(f"workers={job.workers}", "is not a number of processes", "give 1 or more")
+    if not 0 <= job.max_rejected <= 1:
+        raise UserError(f"max_rejected={job.max_rejected:.0%}", "is not a share", "give 0% to 100%")
     if job.output.endswith("/") or Path(job.output).is_dir():
         raise UserError(job.output, "is a folder", "give a prefix such as data/corpus, to which .bin is appended")
     for suffix in _SUFFIXES:
         if job.path(suffix).exists() and not job.overwrite:
             raise UserError(str(job.path(suffix)), "exists already", "choose another output, or give --overwrite")
-    return expand_inputs(job.inputs)
+    files = find_inputs(job.inputs, job.unknown_as)
+    tokenizer = TokenizerFile.of(job.tokenizer)
+    tokenizer.encoder()  # loading takes seconds and is excluded from the speed
+    return Plan(job, files, plan_shards(files), tokenizer)
 
 
-def write_tokens(
-    job: Job, files: Sequence[Path], tokenizer_file: TokenizerFile, prefix: Path, progress: bool
-) -> Written:
-    """Tokenise `files` into `prefix`.bin and `prefix`.idx, with an end-of-sequence token after each document.
+class Counters:
+    """Numbers of input bytes and tokens that all workers have processed, in shared memory."""
+
+    def __init__(self) -> None:
+        self._values = get_context("fork").Array("q", 2)
+
+    def add(self, read: int, tokens: int) -> None:
+        """Add to the numbers; called by the workers."""
+        with self._values.get_lock():
+            self._values[0] += read
+            self._values[1] += tokens
+
+    @property
+    def read(self) -> int:
+        """Number of input bytes."""
+        return int(self._values[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self._values[1])
+
+
+@dataclass
+class Meter:
+    """Show the counters of the workers in a progress bar, if there is one."""
+
+    counters: Counters
+    bar: Progress | None
+    shown: int = 0
+
+    def update(self) -> None:
+        """Show the current numbers."""
+        if self.bar is not None:
+            read = self.counters.read
+            self.bar.update(read - self.shown)
+            self.shown = read
+
+
+@contextmanager
+def shown_progress(plan: Plan, numbers: Sequence[int], message: str, shown: bool = True) -> Iterator[Meter]:
+    """Show the input bytes, the time left and the tokens of the shards with these numbers."""
+    total = sum(span.size for number in numbers for span in plan.shards[number])
+    counters, start = Counters(), time.perf_counter()
+
+    def note() -> str:
+        speed = counters.tokens / max(time.perf_counter() - start, 1e-9)
+        return f"{counters.tokens:,} tokens, {speed:,.0f} tokens/s"
+
+    if not shown:
+        yield Meter(counters, None)
+        return
+    with Progress("tokenise", "B", total, note) as bar:
+        if message:
+            bar.print(message)
+        yield Meter(counters, bar)
+
+
+def tokenise(plan: Plan, folder: ShardFolder, numbers: Sequence[int], meter: Meter) -> None:
+    """Write shards, in this process or in `workers` processes.
 
     Raises:
-        UserError: an input is invalid, or the disk is full.
+        UserError: see `write_shard`; also raised if a worker process died.
     """
-    from hypermoe_ds.data.megatron import IndexedDatasetBuilder  # noqa: PLC0415 (the import takes seconds)
+    workers = min(plan.job.workers, len(numbers))
+    if workers <= 1:
 
-    written = Written()
-    documents = read_documents(files, written.report, job.text_field, job.strict)
-    encoder, start = tokenizer_file.encoder(), time.perf_counter()
-    shown = Progress("tokenise", "documents", note=lambda: written.speed(time.perf_counter() - start))
-    with writing_to(prefix), shown if progress else nullcontext() as bar:
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=encoder.dtype)
-        with builder.data_file:
-            for tokens in _tokenise(documents, tokenizer_file, job.workers):
-                builder.add_document(tokens, [len(tokens)])
-                written.tokens += len(tokens)
-                if bar is not None:
-                    bar.update()
-            builder.finalize(f"{prefix}.idx")
-    return written
+        def progress(read: int, tokens: int) -> None:
+            meter.counters.add(read, tokens)
+            meter.update()
+
+        for number in numbers:
+            write_shard(plan.shards[number], folder.files(number), plan.tokenizer.encoder(), plan.job.options, progress)
+        return
+    _Worker.plan, _Worker.folder, _Worker.counters = plan, folder, meter.counters
+    # Forked workers inherit the loaded tokenizer. Forking is safe, because no thread of this process can hold a lock.
+    with ProcessPoolExecutor(workers, get_context("fork"), _begin_worker) as pool:
+        futures = {pool.submit(_write_shard, number) for number in numbers}
+        try:
+            while futures:
+                done, futures = wait(futures, _SECONDS_BETWEEN_UPDATES)
+                meter.update()
+                for future in done:
+                    future.result()
+        except BrokenProcessPool:
+            remedy = "start the same command again to continue, with fewer workers if memory ran out"
+            raise UserError(f"workers={plan.job.workers}", "a worker process died", remedy) from None
+        except BaseException:
+            _stop_workers(pool)
+            raise
 
 
-def publish(job: Job, tokenizer_file: TokenizerFile, written: Written, prefix: Path) -> None:
-    """Write the metadata next to the finished files at `prefix`, and move all files to the output.
+class _Worker:
+    """What workers inherit from the process that forks them."""
+
+    plan: Plan
+    folder: ShardFolder
+    counters: Counters
+
+
+def _begin_worker() -> None:
+    """Make a worker ignore Ctrl-C, which the terminal sends to all processes, and end with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal_when_parent_ends(signal.SIGKILL)
+
+
+def _write_shard(number: int) -> None:
+    plan = _Worker.plan
+    files, encoder = _Worker.folder.files(number), plan.tokenizer.encoder()
+    write_shard(plan.shards[number], files, encoder, plan.job.options, _Worker.counters.add)
+
+
+def _stop_workers(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers; their unfinished shards are written again by the next job."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
+def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
+    """Join all shards, check the share of rejections, and move the files to the output.
 
     Raises:
-        UserError: there is no document, or the output cannot be written.
+        UserError: there is no document, too much was rejected, or the output cannot be written.
     """
-    written.report.require_documents(job.text_field)
-    encoder = tokenizer_file.encoder()
+    job, encoder = plan.job, plan.tokenizer.encoder()
+    written = folder.join(encoder.dtype)
+    report = written.report
+    rejected = sum(report.rejected.values())
+    with writing_to(job.path(".bin")):
+        if rejected:
+            folder.joined(".rejected.jsonl").replace(job.path(".rejected.jsonl"))
+    report.require_documents(job.options.text_field)
+    if rejected > job.max_rejected * (rejected + report.documents):
+        share = rejected / (rejected + report.documents)
+        problem = f"{share:.1%} were rejected, more than {job.max_rejected:.1%}: {report.describe_rejected()}"
+        remedy = f"see {job.path('.rejected.jsonl')}; correct the inputs or raise --max-rejected"
+        raise UserError("the inputs", problem, remedy)
     metadata = Metadata(
         vocab_size=encoder.vocab_size,
         eos_id=encoder.eos_id,
-        tokenizer=tokenizer_file.folder,
-        tokenizer_file=tokenizer_file.file,
-        tokenizer_sha256=tokenizer_file.sha256,
-        documents=written.report.documents,
+        tokenizer=plan.tokenizer.folder,
+        tokenizer_file=plan.tokenizer.file,
+        tokenizer_sha256=plan.tokenizer.sha256,
+        documents=report.documents,
         tokens=written.tokens,
-        text_bytes=written.report.text_bytes,
+        text_bytes=report.text_bytes,
         encoding_sha256=encoder.digest,
     )
     with writing_to(job.path(".bin")):
-        metadata.write(Path(f"{prefix}.json"))
+        metadata.write(folder.joined(".json"))
         # Remove the old index first, so that an interruption cannot leave a usable mix of old and new files.
         job.path(".idx").unlink(missing_ok=True)
+        if not rejected:
+            job.path(".rejected.jsonl").unlink(missing_ok=True)
         for suffix in _SUFFIXES:
-            Path(f"{prefix}{suffix}").replace(job.path(suffix))
+            folder.joined(suffix).replace(job.path(suffix))
+    return written
 
 
-def _tokenise(documents: Iterator[str], tokenizer_file: TokenizerFile, workers: int) -> Iterator[Tokens]:
-    """Yield the tokens of each document, in order."""
-    encoder = tokenizer_file.encoder()
-    if workers == 1:
-        yield from map(encoder.encode, documents)
-        return
-    # Forked workers inherit the loaded tokenizer. Forking is safe, because no thread of this process can hold a lock.
-    # The terminal sends Ctrl-C to all processes. Workers ignore the signal, and this process handles it.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    try:
-        for batch in _in_order(pool, documents, tokenizer_file, workers * _BATCHES_AHEAD):
-            yield from batch
-    except BrokenProcessPool:
-        remedy = "start fewer workers if memory ran out"
-        raise UserError(f"workers={workers}", "a worker process died", remedy) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, documents: Iterator[str], tokenizer_file: TokenizerFile, ahead: int
-) -> Iterator[list[Tokens]]:
-    """Yield the tokens of batches of documents, in order, with at most `ahead` batches in progress."""
-    pending: deque[Future[list[Tokens]]] = deque()
-    while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-        pending.append(pool.submit(encode_batch, tokenizer_file.folder, tokenizer_file.sha256, batch))
-        if len(pending) == ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def summary(job: Job, written: ShardSummary, seconds: float) -> str:
+    """Return a one-line summary of the output, the speed and the rejections."""
+    report = written.report
+    unknown = f"{written.unknown:,} unknown tokens, " if written.unknown else ""
+    return (
+        f"{job.output}: {report.documents:,} documents, {written.tokens:,} tokens, {unknown}"
+        f"{report.text_bytes:,} bytes of text, {seconds:.1f} seconds, "
+        f"{report.text_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s, "
+        f"rejected: {report.describe_rejected() or 'nothing'}"
+    )

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ _HEADER = np.dtype(
 )  # packed struct of 34 bytes
 _TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 _SCANNED_TOKENS = 1 << 24
+_CHUNK = 1 << 20
 _AGAIN = "run tools/preprocess_data.py again"
 
 
@@ -76,6 +78,36 @@ class TokenFiles:
     def largest_token(self) -> int:
         """Return the largest token id among the first 16,777,216 tokens."""
         return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=_SCANNED_TOKENS).max())
+
+
+def write_index(path: Path, dtype: type[np.int32 | np.uint16], lengths: Sequence[Path], documents: int) -> None:
+    """Write the index of a token file, as megatron-core's `IndexedDatasetBuilder` does, but with constant memory.
+
+    Args:
+        path: the `.idx` file to write.
+        dtype: NumPy type of the tokens.
+        lengths: files with the number of tokens of each document, int32, in order.
+        documents: total number of documents.
+    """
+    code = next(code for code, each in _TOKEN_DTYPES.items() if each == np.dtype(dtype))
+    with path.open("wb") as index:
+        index.write(np.array((_MAGIC, 1, code, documents, documents + 1), dtype=_HEADER).tobytes())
+        for part in _chunks(lengths):
+            index.write(part.tobytes())
+        offset = 0
+        for part in _chunks(lengths):
+            ends = offset + np.cumsum(part, dtype=np.int64) * np.dtype(dtype).itemsize
+            index.write(np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes())
+            offset = int(ends[-1])
+        for first in range(0, documents + 1, _CHUNK):
+            index.write(np.arange(first, min(first + _CHUNK, documents + 1), dtype=np.int64).tobytes())
+
+
+def _chunks(paths: Sequence[Path]) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
+    for path in paths:
+        with path.open("rb") as file:
+            while len(part := np.fromfile(file, dtype=np.int32, count=_CHUNK)):
+                yield part
 
 
 def check_files(config: DataConfig) -> None:

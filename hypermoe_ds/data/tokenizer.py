@@ -11,7 +11,8 @@ from typing import Any
 
 import sentencepiece
 
-from hypermoe_ds.data.readers import ReadReport, expand_inputs, read_documents
+from hypermoe_ds.data.inputs import InputFile, Kind, find_inputs
+from hypermoe_ds.data.readers import Document, DocumentReader, LongText, ReadOptions, ReadReport
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_output, file_of, scratch_folder, sha256_of
 from hypermoe_ds.progress import progress
@@ -46,7 +47,11 @@ _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools
 
 
 def train_tokenizer(
-    inputs: Iterable[str | Path], vocab_size: int, output: str | Path, text_field: str = "text", strict: bool = False
+    inputs: Iterable[str | Path],
+    vocab_size: int,
+    output: str | Path,
+    options: ReadOptions | None = None,
+    unknown_as: Kind | None = None,
 ) -> ReadReport:
     """Train a byte-fallback BPE tokenizer and write it to a folder.
 
@@ -55,14 +60,14 @@ def train_tokenizer(
     same tokenizer.
 
     Args:
-        inputs: input files and folders; see `readers.expand_inputs`.
+        inputs: input files and folders; see `inputs.find_inputs`.
         vocab_size: number of tokens, including control tokens and the 256 bytes.
         output: folder to write, with `tokenizer.model` and `tokenizer_config.json`.
-        text_field: JSONL field that contains the text.
-        strict: raise an error for inputs without text instead of counting them.
+        options: how documents are read.
+        unknown_as: kind of the files whose names have no known suffix; None refuses such files.
 
     Returns:
-        Counts of read documents and skipped inputs.
+        Counts of documents and rejections.
 
     Raises:
         UserError: `output` is not empty, an input is invalid, there is no text, or `vocab_size` does not fit the text.
@@ -71,11 +76,12 @@ def train_tokenizer(
     check_output(output)
     if vocab_size <= 0:
         raise UserError(f"vocab_size={vocab_size}", "is not a number of tokens", "give a positive number such as 32000")
-    files = expand_inputs(inputs)
+    options = options or ReadOptions()
+    files = find_inputs(inputs, unknown_as)
     report = ReadReport()
     with scratch_folder(output) as scratch:
-        lines = _lines(progress(read_documents(files, report, text_field, strict), "read", "documents"))
-        model = _train(lines, vocab_size, report, text_field)
+        lines = _lines(progress(_documents(files, options, report), "read", "documents"))
+        model = _train(lines, vocab_size, report, options.text_field)
         folder = scratch / output.name
         folder.mkdir()
         (folder / "tokenizer.model").write_bytes(model)
@@ -98,11 +104,19 @@ def _folder_config() -> dict[str, Any]:
     }
 
 
-def _lines(documents: Iterable[str]) -> Iterator[str]:
+def _documents(files: Iterable[InputFile], options: ReadOptions, report: ReadReport) -> Iterator[Document]:
+    for file in files:
+        for document in DocumentReader(file, options, report.reject):
+            report.documents += 1
+            yield document
+
+
+def _lines(documents: Iterable[Document]) -> Iterator[str]:
     for document in documents:
-        for line in document.split("\n"):
-            for start in range(0, len(line), _LINE_CHARACTERS):
-                yield line[start : start + _LINE_CHARACTERS]
+        for piece in document.pieces() if isinstance(document, LongText) else [document]:
+            for line in piece.split("\n"):
+                for start in range(0, len(line), _LINE_CHARACTERS):
+                    yield line[start : start + _LINE_CHARACTERS]
 
 
 class _RecordingLines:

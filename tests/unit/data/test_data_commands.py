@@ -32,12 +32,12 @@ BAD = {
     "train too small": ("train", "--input TEXT --vocab-size 100", "vocab_size=100: is too small for the characters"),
     "train no size": ("train", "--input TEXT --vocab-size 0", "vocab_size=0: is not a number of tokens"),
     "train no text": ("train", "--input empty.txt --vocab-size 400", "have no document: 1 with empty file"),
-    "train no field": ("train", "--input no_field.jsonl --vocab-size 400", "give the name of the field"),
+    "train no field": ("train", "--input no_field.jsonl --vocab-size 400", "give the field that contains the text"),
     "train strict empty": ("train", "--strict --input TEXT empty.txt --vocab-size 400", "empty.txt: empty file"),
     "train strict latin": ("train", "--strict --input latin.txt --vocab-size 400", "latin.txt: no UTF-8 text"),
     "train strict json": ("train", "--strict --input no_json.jsonl --vocab-size 400", "jsonl:2: no JSON object"),
     "train strict field": ("train", "--strict --input no_field.jsonl --vocab-size 400", "jsonl:1: no text in the"),
-    "train strict gzip": ("train", "--strict --input cut.jsonl.gz --vocab-size 400", "cut.jsonl.gz: broken gzip data"),
+    "train strict gzip": ("train", "--strict --input cut.jsonl.gz --vocab-size 400", "cut.jsonl.gz: broken data"),
     "train output exists": ("train", "--input TEXT --vocab-size 400 --output TOKENIZER", "exists already; remove it"),
     "missing input": ("preprocess", "--input none.txt --tokenizer TOKENIZER", "none.txt: no such file"),
     "missing tokenizer": ("preprocess", "--input TEXT --tokenizer none", "none: no such tokenizer folder"),
@@ -113,8 +113,12 @@ def test_commands_turn_text_into_a_tokenizer_and_token_files(tmp_path: Path) -> 
         0,
         ["tokenizer: 500 tokens, learned from 4 documents"],
     )
-    assert trained.done.stderr == "warning: skipped 1 with no text in the field (first: a.jsonl:5)\n"
-    made = start("preprocess", [*common, "--tokenizer", "tokenizer", "--output", "out", "--workers", "2"], tmp_path)
+    assert trained.done.stderr == "warning: rejected 1 with no text in the field (first: a.jsonl:5)\n"
+    made = start(
+        "preprocess",
+        [*common, "--tokenizer", "tokenizer", "--output", "out", "--workers", "2", "--max-rejected", "20%"],
+        tmp_path,
+    )
     assert (made.done.returncode, made.done.stderr) == (0, "")
     metadata = read_metadata(str(tmp_path / "out"))
     assert metadata is not None
@@ -122,8 +126,10 @@ def test_commands_turn_text_into_a_tokenizer_and_token_files(tmp_path: Path) -> 
     size = sum(len(text.encode()) for text in texts)
     [summary] = made.done.stdout.splitlines()
     assert summary.startswith(f"out: 4 documents, {metadata.tokens:,} tokens, {size:,} bytes of text, ")
-    assert summary.endswith("skipped: 1 with no text in the field (first: a.jsonl:5)")
-    assert sorted(set(made.files_after) - set(made.files_before)) == ["out.bin", "out.idx", "out.json"]
+    assert summary.endswith("rejected: 1 with no text in the field (first: a.jsonl:5)")
+    assert sorted(set(made.files_after) - set(made.files_before)) == [
+        "out.bin", "out.idx", "out.json", "out.rejected.jsonl",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", ["train", "preprocess"])

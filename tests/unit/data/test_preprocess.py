@@ -5,26 +5,32 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hypermoe_ds.data import encoding, readers, token_shards
+from hypermoe_ds.data import preprocess as preprocess_module
 from hypermoe_ds.data.encoding import Encoder
 from hypermoe_ds.data.megatron import IndexedDataset
-from hypermoe_ds.data.mpi import preprocess_on_ranks, share_of
+from hypermoe_ds.data.mpi import preprocess_on_ranks
 from hypermoe_ds.data.preprocess import Job, preprocess
+from hypermoe_ds.data.readers import ReadOptions
 from hypermoe_ds.data.token_files import inspect, read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
-from tests.helpers.corpus import TokenisedCorpus, write_jsonl
+from tests.helpers.corpus import TokenisedCorpus, write_jsonl, write_token_files
 
 SUFFIXES = (".bin", ".idx", ".json")
+STRICT = ReadOptions(strict=True)
 
 
 def contents(prefix: str) -> list[bytes]:
@@ -78,13 +84,16 @@ def test_a_large_vocabulary_is_written_as_int32(tmp_path: Path) -> None:
     assert Encoder(str(tmp_path)).dtype is np.int32
 
 
-def test_the_files_do_not_depend_on_the_number_of_workers(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+def test_the_files_do_not_depend_on_workers_and_shards(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = [line for path in corpus.texts[:6] for line in path.read_text(encoding="utf-8").split("\n\n")]
     packed = tmp_path / "lines.jsonl.gz"
     packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "lines.jsonl", lines).read_bytes()))
     inputs = [*corpus.texts[6:8], packed, corpus.texts[8]]
-    for workers in (1, 2):
-        preprocess(job(corpus, inputs, tmp_path / str(workers), workers=workers))
+    preprocess(job(corpus, inputs, tmp_path / "1"))
+    monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
+    preprocess(job(corpus, inputs, tmp_path / "2", workers=2))
     assert contents(f"{tmp_path}/1") == contents(f"{tmp_path}/2")
     assert read_metadata(f"{tmp_path}/1").documents == sum(bool(line.strip()) for line in lines) + 3  # type: ignore[union-attr]
 
@@ -98,7 +107,7 @@ def test_existing_files_are_kept_without_overwrite(corpus: TokenisedCorpus, tmp_
     assert contents(f"{tmp_path}/out") == before
     (tmp_path / "bad.jsonl").write_text("no json")
     with pytest.raises(UserError, match="no JSON object"):
-        preprocess(job(corpus, [*second, tmp_path / "bad.jsonl"], tmp_path / "out", overwrite=True, strict=True))
+        preprocess(job(corpus, [*second, tmp_path / "bad.jsonl"], tmp_path / "out", overwrite=True, options=STRICT))
     assert contents(f"{tmp_path}/out") == before
     preprocess(job(corpus, second, tmp_path / "out", overwrite=True))
     preprocess(job(corpus, second, tmp_path / "new"))
@@ -110,15 +119,177 @@ def test_a_failure_leaves_no_files(corpus: TokenisedCorpus, tmp_path: Path, work
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     inputs = [*corpus.texts[:3], tmp_path / "bad.txt"]
     with pytest.raises(UserError, match=r"bad\.txt: no UTF-8 text"):
-        preprocess(job(corpus, inputs, tmp_path / "new" / "folder" / "out", strict=True, workers=workers))
+        preprocess(job(corpus, inputs, tmp_path / "new" / "folder" / "out", options=STRICT, workers=workers))
     assert os.listdir(tmp_path) == ["bad.txt"]
 
 
 def test_a_killed_worker_is_reported(corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
     monkeypatch.setattr(Encoder, "encode", lambda *_: os._exit(1))
     with pytest.raises(UserError, match="workers=2: a worker process died"):
         preprocess(job(corpus, corpus.texts[:3], tmp_path / "out", workers=2))
     assert os.listdir(tmp_path) == []
+
+
+def killed_job(work: Job, shards: int) -> None:
+    """Run a job in a child process, which is killed when `shards` shards are finished."""
+    pid = os.fork()
+    if pid == 0:
+        write, written = token_shards.write_shard, []
+
+        def write_or_die(*args: Any) -> None:
+            if len(written) == shards:
+                os.kill(os.getppid() if work.workers > 1 else os.getpid(), signal.SIGKILL)
+                signal.pause()
+            write(*args)
+            written.append(1)
+
+        preprocess_module.write_shard = write_or_die  # type: ignore[assignment]
+        preprocess(work)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_job_continues_and_ends_with_the_same_files(
+    corpus: TokenisedCorpus,
+    tmp_path: Path,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
+    preprocess(job(corpus, corpus.texts, tmp_path / "alone"))
+    killed_job(job(corpus, corpus.texts, tmp_path / "out", workers=workers), 2)
+    partial = tmp_path / ".out.partial"
+    finished = {path: path.stat().st_mtime_ns for path in partial.glob("shard-*.json")}
+    assert len(finished) >= 2
+    preprocess(job(corpus, corpus.texts, tmp_path / "out"))
+    assert f"continuing: {len(finished)} of " in capfd.readouterr().err
+    assert contents(f"{tmp_path}/out") == contents(f"{tmp_path}/alone")
+    assert not partial.exists()
+
+
+def test_an_interrupted_join_continues(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
+    preprocess(job(corpus, corpus.texts, tmp_path / "alone"))
+    unlink, removed = Path.unlink, []
+
+    def interrupt(path: Path, **options: bool) -> None:
+        if path.name.startswith("shard"):
+            removed.append(path)
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(job(corpus, corpus.texts, tmp_path / "out"))
+    preprocess(job(corpus, corpus.texts, tmp_path / "out"))
+    assert contents(f"{tmp_path}/out") == contents(f"{tmp_path}/alone")
+
+
+def test_a_different_job_does_not_use_the_shards_of_an_unfinished_job(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
+    killed_job(job(corpus, corpus.texts, tmp_path / "out"), 2)
+    preprocess(job(corpus, corpus.texts[1:4], tmp_path / "out"))
+    assert "removed the unfinished files of a different job" in capfd.readouterr().err
+    preprocess(job(corpus, corpus.texts[1:4], tmp_path / "alone"))
+    assert contents(f"{tmp_path}/out") == contents(f"{tmp_path}/alone")
+
+
+def test_two_jobs_cannot_write_the_same_output(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    lock = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", f"{lock}; sys.stdin.read()", str(tmp_path / ".out.partial" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match="out: is being written by another job"):
+            preprocess(job(corpus, corpus.texts[:1], tmp_path / "out"))
+        other.communicate(b"")
+    preprocess(job(corpus, corpus.texts[:1], tmp_path / "out"))
+
+
+def test_rejections_are_listed_and_too_many_fail_the_job(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    lines = ['{"text": "good"}'] * 98 + ["no json", "{}"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    work = job(corpus, [tmp_path / "a.jsonl"], tmp_path / "out")
+    with pytest.raises(UserError, match=r"2\.0% were rejected, more than 1\.0%: 1 with no JSON object"):
+        preprocess(work)
+    listed = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
+    assert [(each["line"], each["reason"]) for each in listed] == [
+        (99, "no JSON object"),
+        (100, "no text in the field"),
+    ]
+    assert {each["file"] for each in listed} == {str(tmp_path / "a.jsonl")}
+    assert not (tmp_path / "out.bin").exists()
+    assert "rejected: 1 with no JSON object" in preprocess(replace(work, max_rejected=0.02))
+    assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_file_that_disappears_is_rejected_or_stops_a_strict_job(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = preprocess_module.make_plan
+
+    def lose(work: Job) -> Any:
+        made = plan(work)
+        (tmp_path / "b.txt").unlink()
+        return made
+
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("some text")
+    monkeypatch.setattr(preprocess_module, "make_plan", lose)
+    inputs = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    summary = preprocess(job(corpus, inputs, tmp_path / "out", max_rejected=0.5))
+    assert "out: 2 documents" in summary
+    assert "rejected: 1 with unreadable file" in summary
+    (tmp_path / "b.txt").write_text("some text")
+    with pytest.raises(UserError, match=r"b\.txt: cannot be read \(No such file"):
+        preprocess(job(corpus, inputs, tmp_path / "strict", options=STRICT))
+
+
+def test_a_file_that_changes_stops_the_job(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    plan = preprocess_module.make_plan
+
+    def change(work: Job) -> Any:
+        made = plan(work)
+        (tmp_path / "a.txt").write_text("another text")
+        return made
+
+    monkeypatch.setattr(preprocess_module, "make_plan", change)
+    with pytest.raises(UserError, match=r"a\.txt: changed while the job ran"):
+        preprocess(job(corpus, [tmp_path / "a.txt"], tmp_path / "out"))
+
+
+def test_the_index_is_the_one_that_megatron_core_writes(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    dataset = IndexedDataset(corpus.train)
+    write_token_files(f"{tmp_path}/reference", [dataset[number].tolist() for number in range(len(dataset))])
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{corpus.train}{suffix}").read_bytes() == Path(f"{tmp_path}/reference{suffix}").read_bytes()
+
+
+def test_a_long_document_has_the_tokens_of_one_pass(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in corpus.texts)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    write_jsonl(tmp_path / "b.jsonl", [text])
+    monkeypatch.setattr(readers, "LONG_BYTES", 10_000)
+    monkeypatch.setattr(encoding, "WINDOW", 5_000)
+    preprocess(job(corpus, [tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "out"))
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    dataset = IndexedDataset(f"{tmp_path}/out")
+    assert [dataset[number].tolist() for number in range(len(dataset))] == [expected, expected]
 
 
 # MPI ranks, simulated by threads of this process.
@@ -175,15 +346,19 @@ def on_ranks(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_the_files_do_not_depend_on_the_number_of_ranks(corpus: TokenisedCorpus, tmp_path: Path, size: int) -> None:
+def test_the_files_do_not_depend_on_the_number_of_ranks(
+    corpus: TokenisedCorpus, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     inputs = [corpus.texts[0], tmp_path / "bad.txt", *corpus.texts[1:4]]
-    alone = preprocess(job(corpus, inputs, tmp_path / "alone"))
-    summaries = on_ranks(size, lambda comm: preprocess_on_ranks(job(corpus, inputs, tmp_path / "ranks"), comm))
+    monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
+    alone = preprocess(job(corpus, inputs, tmp_path / "alone", max_rejected=1))
+    work = job(corpus, inputs, tmp_path / "ranks", max_rejected=1)
+    summaries = on_ranks(size, lambda comm: preprocess_on_ranks(work, comm))
     assert contents(f"{tmp_path}/ranks") == contents(f"{tmp_path}/alone")
     assert summaries[1:] == [None] * (size - 1)
     assert summaries[0].split("bytes of text")[0] == alone.replace("/alone", "/ranks").split("bytes of text")[0]
-    assert summaries[0].partition("skipped")[2] == alone.partition("skipped")[2]
+    assert summaries[0].partition("rejected")[2] == alone.partition("rejected")[2]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
@@ -194,22 +369,12 @@ def test_an_error_on_one_rank_ends_all_ranks_and_rank_0_reports_it(
     (tmp_path / "bad.txt").write_bytes(b"\xff" * 9000)
     inputs = list(corpus.texts[:3])
     inputs.insert(place, tmp_path / "bad.txt")
-    work = job(corpus, inputs, tmp_path / "out", strict=True)
+    work = job(corpus, inputs, tmp_path / "out", options=STRICT)
     first, *others = on_ranks(3, lambda comm: preprocess_on_ranks(work, comm))
     assert isinstance(first, UserError)
     assert "bad.txt: no UTF-8 text" in str(first)
     assert [(type(error), error.code) for error in others] == [(SystemExit, 2)] * 2
     assert os.listdir(tmp_path) == ["bad.txt"]
-
-
-def test_contiguous_shares_cover_all_files() -> None:
-    sizes = [0, 100, 1, 1, 50, 0, 400, 3, 90, 90]
-    files = [Path(str(number)) for number in range(len(sizes))]
-    for ranks in (1, 2, 3, 7, 20):
-        shares = [share_of(files, sizes, rank, ranks) for rank in range(ranks)]
-        assert [path for share in shares for path in share] == files
-    even = [len(share_of(files, [5] * 10, rank, 5)) for rank in range(5)]
-    assert even == [2] * 5
 
 
 def _mpirun() -> str | None:

@@ -1,0 +1,59 @@
+"""Command-line arguments of the tools that read text."""
+
+import argparse
+
+from hypermoe_ds.data.inputs import READABLE_KINDS, Kind
+from hypermoe_ds.data.readers import ReadOptions
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that select inputs and describe how documents are read."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=f"files and folders: {READABLE_KINDS}. A text file is one document",
+    )
+    parser.add_argument(
+        "--as",
+        dest="unknown_as",
+        type=Kind,
+        choices=(Kind.TEXT, Kind.JSON_LINES),
+        help="how to read files whose names have no known suffix; without it, such files are refused",
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of JSON Lines, Parquet and datasets that contains the text; a.b is field b inside field a",
+    )
+    parser.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        help="text between the documents of a text file, with escapes such as \\n; without it, a file is one document",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first file or record without text")
+
+
+def read_options(arguments: argparse.Namespace) -> ReadOptions:
+    """Return how documents are read, from the parsed arguments."""
+    separator = arguments.document_separator
+    if separator is not None:
+        separator = separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\f", "\f")
+    return ReadOptions(arguments.text_field, separator, arguments.strict)
+
+
+def percentage(text: str) -> float:
+    """Convert a percentage such as ``0.5%`` to a share.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not a percentage.
+    """
+    try:
+        number, sign, rest = text.partition("%")
+        if not sign or rest:
+            raise ValueError
+        return float(number) / 100
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a percentage such as 0.5%") from None

@@ -1,0 +1,132 @@
+"""The folder of an unfinished preprocessing job, in which the same job continues after an interruption."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hypermoe_ds.data.token_files import write_index
+from hypermoe_ds.data.token_shards import ShardFiles, ShardSummary
+from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import make_folder, sync_folder, write_durably, writing_to
+
+_COPIED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """The folder of an unfinished job: the description of the job, its shards, and the files joined so far.
+
+    Attributes:
+        path: the folder.
+        shards: number of shards of the job.
+    """
+
+    path: Path
+    shards: int
+
+    def files(self, number: int) -> ShardFiles:
+        """Return the files of a shard."""
+        return ShardFiles(self.path, number)
+
+    def unfinished(self) -> list[int]:
+        """Return the numbers of the shards that are not finished."""
+        return [number for number in range(self.shards) if self.files(number).summary() is None]
+
+    def joined(self, suffix: str) -> Path:
+        """Return the joined file with a suffix."""
+        return self.path / f"joined{suffix}"
+
+    def join(self, dtype: type[np.int32 | np.uint16]) -> ShardSummary:
+        """Join the finished shards, in order, into token files, an index and a list of rejections.
+
+        The tokens of each shard are deleted after they are copied, so the disk holds them only once. An interrupted
+        join continues.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        total, lengths = ShardSummary(), []
+        size = np.dtype(dtype).itemsize
+        with writing_to(self.path), self.joined(".bin").open("ab") as target:
+            for number in range(self.shards):
+                files = self.files(number)
+                summary = files.summary()
+                assert summary is not None
+                if files.path(".bin").exists():
+                    target.truncate(total.tokens * size)
+                    target.seek(0, os.SEEK_END)
+                    with files.path(".bin").open("rb") as source:
+                        shutil.copyfileobj(source, target, _COPIED_BYTES)
+                    target.flush()
+                    os.fsync(target.fileno())
+                    files.path(".bin").unlink()
+                total.add(summary)
+                lengths.append(files.path(".lengths"))
+            write_index(self.joined(".idx"), dtype, lengths, total.report.documents)
+            with self.joined(".rejected.jsonl").open("wb") as rejected:
+                for number in range(self.shards):
+                    with self.files(number).path(".rejected.jsonl").open("rb") as source:
+                        shutil.copyfileobj(source, rejected)
+        return total
+
+
+@contextmanager
+def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tuple[ShardFolder, str]]:
+    """Open the folder of a job next to its output, and lock it; the folder of a different job is removed.
+
+    If the code inside fails, the folder remains if it has a finished shard. Otherwise, the folder is removed.
+
+    Args:
+        output: prefix of the output files.
+        job: description of the job; a job with an equal description continues.
+        shards: number of shards.
+
+    Yields:
+        The folder, and a message if an earlier job left files.
+
+    Raises:
+        UserError: another job is writing the same output, or the folder is not writable.
+    """
+    path = Path(output).parent / f".{Path(output).name}.partial"
+    with writing_to(path):
+        made = make_folder(path)
+        with (path / "lock").open("w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                remedy = "wait for it, or choose another output"
+                raise UserError(output, "is being written by another job", remedy) from None
+            folder = ShardFolder(path, shards)
+            message = _prepare(folder, job)
+            try:
+                yield folder, message
+            except BaseException:
+                if len(folder.unfinished()) == shards:
+                    shutil.rmtree(made or path)
+                raise
+        shutil.rmtree(path)
+
+
+def _prepare(folder: ShardFolder, job: dict[str, Any]) -> str:
+    """Keep the finished shards of the same job, and remove everything else; return a message about it."""
+    description = folder.path / "job.json"
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    same = description.exists() and description.read_text() == digest
+    others = [each for each in folder.path.iterdir() if each.name != "lock"]
+    if same:
+        finished = folder.shards - len(folder.unfinished())
+        return f"continuing: {finished:,} of {folder.shards:,} shards are finished"
+    for each in others:
+        each.unlink()
+    write_durably(description, digest)
+    sync_folder(folder.path)
+    return f"removed the unfinished files of a different job from {folder.path}" if others else ""
