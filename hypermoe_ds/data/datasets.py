@@ -133,10 +133,13 @@ def _check_tokenizer(folder: str, tokenizer: Any, dataset: DatasetConfig, metada
         problem += f", which is read from its {read} and not from {metadata.tokenizer_file}"
     elif sha256_of(path) != metadata.tokenizer_sha256:
         problem += f", whose {metadata.tokenizer_file} differs"
-    elif (len(tokenizer), tokenizer.eos_token_id) != (metadata.vocab_size, metadata.eos_id):
+    elif (
+        metadata.vocab_size not in (embeddings_needed(tokenizer), len(tokenizer))  # older files have the length
+        or tokenizer.eos_token_id != metadata.eos_id
+    ):
         problem += (
-            f", with {metadata.vocab_size} tokens and end-of-sequence token {metadata.eos_id} "
-            f"instead of {len(tokenizer)} and {tokenizer.eos_token_id}"
+            f", with {metadata.vocab_size} token ids and end-of-sequence token {metadata.eos_id} "
+            f"instead of {embeddings_needed(tokenizer)} and {tokenizer.eos_token_id}"
         )
     elif metadata.encoding_sha256 not in ("", encoding_digest(tokenizer)):
         problem += ", which encodes text differently (compare their tokenizer_config.json)"

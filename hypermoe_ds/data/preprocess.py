@@ -279,10 +279,10 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
     written = folder.join(encoder.dtype)
     report = written.report
     rejected = sum(report.rejected.values())
+    report.require_documents(job.options.text_field)
     with writing_to(job.path(".bin")):
         if rejected:
             folder.joined(".rejected.jsonl").replace(job.path(".rejected.jsonl"))
-    report.require_documents(job.options.text_field)
     if rejected > job.max_rejected * (rejected + report.documents):
         share = rejected / (rejected + report.documents)
         problem = f"{share:.1%} were rejected, more than {job.max_rejected:.1%}: {report.describe_rejected()}"

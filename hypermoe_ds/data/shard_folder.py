@@ -41,6 +41,11 @@ class ShardFolder:
         """Return the numbers of the shards that are not finished."""
         return [number for number in range(self.shards) if self.files(number).summary() is None]
 
+    def has_documents(self) -> bool:
+        """Return whether a finished shard has a document."""
+        summaries = (self.files(number).summary() for number in range(self.shards))
+        return any(summary is not None and summary.report.documents for summary in summaries)
+
     def joined(self, suffix: str) -> Path:
         """Return the joined file with a suffix."""
         return self.path / f"joined{suffix}"
@@ -83,7 +88,7 @@ class ShardFolder:
 def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tuple[ShardFolder, str]]:
     """Open the folder of a job next to its output, and lock it; the folder of a different job is removed.
 
-    If the code inside fails, the folder remains if it has a finished shard. Otherwise, the folder is removed.
+    If the code inside fails, the folder remains if a finished shard has a document. Otherwise, the folder is removed.
 
     Args:
         output: prefix of the output files.
@@ -110,7 +115,7 @@ def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tupl
             try:
                 yield folder, message
             except BaseException:
-                if len(folder.unfinished()) == shards:
+                if not folder.has_documents():
                     shutil.rmtree(made or path)
                 raise
         shutil.rmtree(path)

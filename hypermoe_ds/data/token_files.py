@@ -28,7 +28,7 @@ class Metadata:
     """Metadata of token files, stored in `PREFIX.json`.
 
     Attributes:
-        vocab_size: vocabulary size of the tokenizer, including added tokens.
+        vocab_size: largest token id of the tokenizer plus 1.
         eos_id: id of the token that ends each document.
         tokenizer: folder of the tokenizer.
         tokenizer_file: name of the tokenizer's vocabulary file.

@@ -74,7 +74,7 @@ def test_intact_datasets_pass(config: DataConfig) -> None:
         ),
         (
             change("valid.json", eos_id=7),
-            r"another tokenizer than .*, with 1000 tokens and end-of-sequence token 7 instead of 1000 and 2",
+            r"another tokenizer than .*, with 1000 token ids and end-of-sequence token 7 instead of 1000 and 2",
         ),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer: no such tokenizer folder"),
     ],
@@ -131,7 +131,7 @@ def test_token_ids_beyond_the_vocabulary_of_the_model_are_refused(config: DataCo
     ):
         check_datasets(config, VOCAB - 1)
     change("train.json", vocab_size=1001)(tmp_path / "copy")
-    with pytest.raises(UserError, match=r"made with another tokenizer .*, with 1001 tokens .*; set data\.tokenizer"):
+    with pytest.raises(UserError, match=r"made with another tokenizer .*, with 1001 token ids .*; set data\.tokenizer"):
         check_datasets(config, VOCAB)
 
 

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from hypermoe_ds.data.readers import ReadOptions
 from hypermoe_ds.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_file
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, stdlib_texts, write_jsonl
@@ -74,7 +75,7 @@ def test_training_on_text_and_jsonl_files_gives_the_same_tokenizer(tmp_path: Pat
     lines = write_jsonl(tmp_path / "lines.jsonl", [path.read_text(encoding="utf-8") for path in files], "body")
     train_tokenizer(files, 500, tmp_path / "a")
     (tmp_path / "b").mkdir()  # an empty output folder is accepted
-    train_tokenizer([lines], 500, tmp_path / "b", text_field="body")
+    train_tokenizer([lines], 500, tmp_path / "b", ReadOptions(text_field="body"))
     first, second = (tmp_path / name / "tokenizer.model" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "lines.jsonl"]
