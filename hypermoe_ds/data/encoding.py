@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hypermoe_ds.data.long_documents import WINDOW, LongEncoder
+from hypermoe_ds.data.long_documents import LongEncoder
 from hypermoe_ds.data.readers import Document, LongText
 from hypermoe_ds.data.tokenizer import embeddings_needed, encode_as_text, encoding_digest, load_tokenizer
 
 Tokens = npt.NDArray[np.int32 | np.uint16]
+# Encoding a text of this length takes 125 MB (measured). Windows need less memory but twice the time, because they also
+# compute the offsets of the tokens.
+LONG_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 18
 
@@ -60,7 +63,7 @@ class Encoder:
         batch: list[str] = []
         characters = 0
         for document in documents:
-            if isinstance(document, LongText) or len(document) > WINDOW:
+            if isinstance(document, LongText) or len(document) > LONG_CHARACTERS:
                 yield from self._encode_batch(batch)
                 yield from self._encode_long(document)
                 batch, characters = [], 0
@@ -83,7 +86,9 @@ class Encoder:
         else:
             ids = (encode_as_text(self._tokenizer, document) for document in documents)
         for each in ids:
-            yield np.array([*each, self.eos_id], dtype=self.dtype), True
+            tokens = np.empty(len(each) + 1, dtype=self.dtype)
+            tokens[:-1], tokens[-1] = each, self.eos_id
+            yield tokens, True
 
     def _encode_long(self, document: Document) -> Iterator[tuple[Tokens, bool]]:
         pieces = document.pieces() if isinstance(document, LongText) else [document]

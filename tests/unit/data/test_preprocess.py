@@ -284,7 +284,7 @@ def test_a_long_document_has_the_tokens_of_one_pass(
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     write_jsonl(tmp_path / "b.jsonl", [text])
     monkeypatch.setattr(readers, "LONG_BYTES", 10_000)
-    monkeypatch.setattr(encoding, "WINDOW", 5_000)
+    monkeypatch.setattr(encoding, "LONG_CHARACTERS", 5_000)
     preprocess(job(corpus, [tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "out"))
     tokenizer = load_tokenizer(corpus.tokenizer)
     expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
