@@ -75,6 +75,11 @@ class Encoder:
                 batch, characters = [], 0
         yield from self._encode_batch(batch)
 
+    @property
+    def token_bytes(self) -> int:
+        """Size of a token id in bytes."""
+        return np.dtype(self.dtype).itemsize
+
     def decode(self, tokens: Tokens) -> str:
         """Return the text of token ids."""
         return str(self._tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))

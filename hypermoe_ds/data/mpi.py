@@ -87,8 +87,10 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
         folder, message = comm.bcast(opened) or (None, "")
         assert folder is not None
         numbers = comm.bcast(folder.unfinished())[rank :: comm.Get_size()]
+        check = _together(comm, lambda: plan.check_tokenizer(folder, folder.unfinished()) if rank == 0 else None)
+        messages = [message, check.describe_loss()] if check is not None else []
         start = time.perf_counter()
-        _together(comm, lambda: _tokenise(plan, folder, numbers, message, shown=rank == 0))
+        _together(comm, lambda: _tokenise(plan, folder, numbers, messages, shown=rank == 0))
         written = _together(comm, lambda: finish(plan, folder) if rank == 0 else None)
     return summary(job, written, time.perf_counter() - start) if written is not None else None
 
@@ -99,9 +101,9 @@ def _plan(job: Job) -> Plan:
     return make_plan(job)
 
 
-def _tokenise(plan: Plan, folder: ShardFolder, numbers: list[int], message: str, shown: bool) -> None:
+def _tokenise(plan: Plan, folder: ShardFolder, numbers: list[int], messages: list[str], shown: bool) -> None:
     """Write the shards of this rank; show the progress of rank 0."""
-    with shown_progress(plan, numbers, message, shown) as meter:
+    with shown_progress(plan, numbers, messages, shown) as meter:
         tokenise(plan, folder, numbers, meter)
 
 

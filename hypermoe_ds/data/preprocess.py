@@ -19,8 +19,9 @@ from hypermoe_ds.data.shard_folder import ShardFolder, shard_folder
 from hypermoe_ds.data.token_files import Metadata
 from hypermoe_ds.data.token_shards import ShardSummary, Span, plan_shards, write_shard
 from hypermoe_ds.data.tokenizer import vocabulary_file
+from hypermoe_ds.data.tokenizer_check import TokenizerCheck, check_tokenizer
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import sha256_of, writing_to
+from hypermoe_ds.files import check_room, sha256_of, writing_to
 from hypermoe_ds.process import signal_when_parent_ends
 from hypermoe_ds.progress import Progress
 
@@ -105,6 +106,24 @@ class Plan:
             "files": [[str(each.path), each.kind, each.size, each.modified_ns] for each in self.files],
         }
 
+    def check_tokenizer(self, folder: ShardFolder, numbers: Sequence[int]) -> TokenizerCheck:
+        """Check the tokenizer on a sample, and check that the disk has room for the tokens of the unfinished shards.
+
+        Raises:
+            UserError: there is too little free space.
+        """
+        encoder = self.tokenizer.encoder()
+        check = check_tokenizer(encoder, self.files, self.job.options)
+        text_bytes = sum(_text_bytes(span) for number in numbers for span in self.shards[number])
+        check_room(self.job.path(".bin"), folder.path, int(text_bytes * check.tokens_per_byte() * encoder.token_bytes))
+        return check
+
+
+def _text_bytes(span: Span) -> int:
+    """Estimate the text in a span: compressed text and Parquet are assumed to be half as large as the text."""
+    compressed = span.file.compression or span.file.kind is Kind.PARQUET
+    return span.size * (2 if compressed else 1)
+
 
 def preprocess(job: Job) -> str:
     """Tokenise the inputs and write either all token files or none.
@@ -122,7 +141,8 @@ def preprocess(job: Job) -> str:
     start = time.perf_counter()
     with shard_folder(job.output, plan.description(), len(plan.shards)) as (folder, message):
         numbers = folder.unfinished()
-        with shown_progress(plan, numbers, message) as meter:
+        check = plan.check_tokenizer(folder, numbers)
+        with shown_progress(plan, numbers, [message, check.describe_loss()]) as meter:
             tokenise(plan, folder, numbers, meter)
         written = finish(plan, folder)
     return summary(job, written, time.perf_counter() - start)
@@ -190,7 +210,7 @@ class Meter:
 
 
 @contextmanager
-def shown_progress(plan: Plan, numbers: Sequence[int], message: str, shown: bool = True) -> Iterator[Meter]:
+def shown_progress(plan: Plan, numbers: Sequence[int], messages: Sequence[str], shown: bool = True) -> Iterator[Meter]:
     """Show the input bytes, the time left and the tokens of the shards with these numbers."""
     total = sum(span.size for number in numbers for span in plan.shards[number])
     counters, start = Counters(), time.perf_counter()
@@ -203,7 +223,7 @@ def shown_progress(plan: Plan, numbers: Sequence[int], message: str, shown: bool
         yield Meter(counters, None)
         return
     with Progress("tokenise", "B", total, note) as bar:
-        if message:
+        for message in filter(None, messages):
             bar.print(message)
         yield Meter(counters, bar)
 

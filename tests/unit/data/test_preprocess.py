@@ -125,7 +125,7 @@ def test_a_failure_leaves_no_files(corpus: TokenisedCorpus, tmp_path: Path, work
 
 def test_a_killed_worker_is_reported(corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_shards, "_SMALLEST_SHARD", 10_000)
-    monkeypatch.setattr(Encoder, "encode", lambda *_: os._exit(1))
+    monkeypatch.setattr(preprocess_module, "write_shard", lambda *_: os._exit(1))
     with pytest.raises(UserError, match="workers=2: a worker process died"):
         preprocess(job(corpus, corpus.texts[:3], tmp_path / "out", workers=2))
     assert os.listdir(tmp_path) == []
@@ -290,6 +290,67 @@ def test_a_long_document_has_the_tokens_of_one_pass(
     expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     dataset = IndexedDataset(f"{tmp_path}/out")
     assert [dataset[number].tolist() for number in range(len(dataset))] == [expected, expected]
+
+
+def word_level_tokenizer(folder: Path, vocabulary: dict[str, int], lower_case: bool = False) -> Path:
+    """Write a tokenizer of whole words to a folder."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: PLC0415
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if lower_case:
+        tokenizer.normalizer = normalizers.Lowercase()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_ids_with_gaps_are_written_with_a_type_and_a_vocabulary_that_hold_the_largest_id(tmp_path: Path) -> None:
+    tokenizer = word_level_tokenizer(tmp_path / "tokenizer", {"<unk>": 0, "</s>": 1, "a": 2, " ": 3, "b": 70_000})
+    (tmp_path / "a.txt").write_text("a b a")
+    preprocess(Job([str(tmp_path / "a.txt")], str(tokenizer), f"{tmp_path}/out"))
+    assert np.fromfile(tmp_path / "out.bin", dtype=np.int32).tolist() == [2, 3, 70_000, 3, 2, 1]
+    assert read_metadata(f"{tmp_path}/out").vocab_size == 70_001  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("lower_case", "text", "warning"),
+    [
+        (False, "a b", ""),
+        (
+            False,
+            "a c",
+            "1 of 1 documents change by encoding and decoding, and 25.00% of the tokens are unknown",
+        ),
+        (True, "A b", "1 of 1 documents change by encoding and decoding, and 0.00% of the tokens are unknown"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_reported(
+    tmp_path: Path, lower_case: bool, text: str, warning: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, " ": 4}
+    tokenizer = word_level_tokenizer(tmp_path / "tokenizer", vocabulary, lower_case)
+    (tmp_path / "a.txt").write_text(text)
+    preprocess(Job([str(tmp_path / "a.txt")], str(tokenizer), f"{tmp_path}/out"))
+    error = capfd.readouterr().err
+    assert warning in error
+    assert ("loses text" in error) == bool(warning)
+
+
+def test_too_little_free_space_stops_a_job_before_it_starts(
+    corpus: TokenisedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, tokens = sum(path.stat().st_size for path in corpus.texts[:-4]), Path(f"{corpus.train}.bin").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens // 2))
+    with pytest.raises(UserError, match=r"out\.bin: needs .* GiB and .* are free"):
+        preprocess(job(corpus, corpus.texts[:-4], tmp_path / "out"))
+    assert size > tokens
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens * 2))
+    preprocess(job(corpus, corpus.texts[:-4], tmp_path / "out"))
 
 
 # MPI ranks, simulated by threads of this process.
