@@ -6,6 +6,7 @@ Shape legend: B samples per micro-batch, S tokens per sample.
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Protocol, cast
@@ -167,7 +168,18 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         # The loader draws a seed from this generator, so that the global random state does not change.
         generator=torch.Generator(),
     )
-    return iter(loader) if pinned else map(_Batch.tensors, loader)
+    with _stop_signals_blocked():
+        return iter(loader) if pinned else map(_Batch.tensors, loader)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block stop signals, so that the workers forked inside inherit the block and no signal can end them early."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_rank(_worker: int) -> None:
@@ -183,7 +195,6 @@ def _exit_with_rank(_worker: int) -> None:
             pass
         os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     Thread(target=listen, daemon=True).start()
     signal_when_parent_ends(signal.SIGKILL)
 
