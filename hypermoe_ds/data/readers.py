@@ -144,10 +144,12 @@ class LongText:
     Attributes:
         file: the file that contains only this document.
         text_bytes: size of the text in UTF-8 bytes.
+        progress: function that is called with the number of bytes that have been read from the file.
     """
 
     file: InputFile
     text_bytes: int
+    progress: Callable[[int], None] = lambda _: None
 
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces of about 256 KiB.
@@ -156,7 +158,8 @@ class LongText:
             LostDocumentError: the file can no longer be read.
         """
         try:
-            for _, piece in positioned_pieces(self.file):
+            for position, piece in positioned_pieces(self.file):
+                self.progress(position)
                 yield piece
         except (OSError, ValueError, *_BROKEN) as error:
             raise LostDocumentError(self, str(error)) from error
@@ -214,6 +217,10 @@ class DocumentReader:
             # bz2 reports broken data, and pyarrow a broken file, as an OSError without a number.
             self.reject(Problem.UNREADABLE if error.errno else Problem.BROKEN)
 
+    def move_to(self, position: int) -> None:
+        """Set the position."""
+        self.position = position
+
     def reject(self, reason: Problem, line: int | None = None) -> None:
         """Report a rejected file or record, or raise a `UserError` if `options.strict` is set."""
         rejection = Rejection(str(self.file.path), line, reason)
@@ -251,7 +258,7 @@ def _read_text(reader: DocumentReader) -> Iterator[Document]:
             for _, piece in positioned_pieces(file):
                 text_bytes += utf8_bytes(piece)
                 blank = blank and not piece.strip()
-            document = LongText(file, text_bytes)
+            document = LongText(file, text_bytes, reader.move_to)
     except UnicodeDecodeError:
         reader.reject(Problem.NOT_UTF8)
         return
@@ -277,7 +284,7 @@ def utf8_bytes(text: str) -> int:
 
 def _positioned(reader: DocumentReader) -> Iterator[str]:
     for position, piece in positioned_pieces(reader.file):
-        reader.position = position
+        reader.move_to(position)
         yield piece
 
 

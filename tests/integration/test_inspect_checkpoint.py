@@ -135,4 +135,4 @@ def test_memory_stays_below_the_size_of_the_largest_tensor(tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "the experts differ" in done.stdout
-    assert int(done.stderr.splitlines()[-1]) < 100 * MIB
+    assert int(done.stderr.splitlines()[-1]) < 128 * MIB

@@ -155,10 +155,12 @@ def test_a_long_text_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "latin.txt").write_bytes(text.encode() + b"\xff")
     (tmp_path / "blank.txt").write_bytes(b" " * 500)
     for name in ("a.txt", "b.txt.gz"):
-        [document] = DocumentReader(find_inputs([tmp_path / name])[0], ReadOptions(), pytest.fail)
+        reader = DocumentReader(find_inputs([tmp_path / name])[0], ReadOptions(), pytest.fail)
+        [document] = reader
         assert isinstance(document, LongText)
         assert document.text_bytes == len(text.encode())
         assert "".join(document.pieces()) == text
+        assert reader.position == reader.file.size
     documents, rejections = read([tmp_path / "latin.txt", tmp_path / "blank.txt"])
     assert documents == []
     assert [each.reason for each in rejections] == [Problem.NOT_UTF8, Problem.EMPTY_FILE]

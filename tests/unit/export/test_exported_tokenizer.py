@@ -58,8 +58,9 @@ def test_a_run_encodes_control_tokens_as_text_even_with_an_exported_tokenizer(
         exported = tmp_path / "saved"
     copy_tokenizer(exported, tmp_path / "run")
     for text in ("a </s> b", "<s>", "</s></s>", "<pad><unk>x"):
-        ids = Encoder(str(tmp_path / "run")).encode(text)
-        assert ids.tolist() == Encoder(str(trained)).encode(text).tolist()
+        [(ids, _)] = Encoder(str(tmp_path / "run")).encode([text])
+        [(expected, _)] = Encoder(str(trained)).encode([text])
+        assert ids.tolist() == expected.tolist()
         assert ids[-1] == 2
         assert not set(ids[:-1].tolist()) & {0, 1, 2, 3}
 
