@@ -70,7 +70,7 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
         port = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
         problem = f"the ranks cannot connect to it ({str(error).splitlines()[0][:120]})"
         if "EADDRINUSE" in str(error):
-            remedy = "another job may use it: give `deepspeed --master_port N` a free one"
+            remedy = "another job may use it: set MASTER_PORT=N, or give `deepspeed --master_port N` a free one"
             raise UserError(port, problem, remedy) from None
         raise MachineError(f"{port}: {problem}; see which host is missing: python tools/preflight.py") from None
     found = torch.distributed.get_world_size()
