@@ -163,7 +163,8 @@ class RoutedRows:
     """
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
-        self.order_R = torch.argsort(ids_R, stable=True)
+        # GPUs sort shorter keys in fewer kernels: 8 kernels for 8 bits, compared with 22 for 64 bits.
+        self.order_R = torch.argsort(ids_R.to(torch.uint8 if count <= 256 else torch.int32), stable=True)
         self.ids_R = ids_R[self.order_R]
         all_U = torch.arange(count, device=ids_R.device)
         self.ends_U = torch.searchsorted(self.ids_R, all_U, right=True, out_int32=True)

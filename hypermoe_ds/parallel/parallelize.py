@@ -1,13 +1,18 @@
 """Turn a single-device model into a DeepSpeed engine that trains on all ranks."""
 
 import io
+import math
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.moe.ep_router import TokenChoiceTopKRouter
-from torch import nn
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -30,7 +35,8 @@ def parallelize(
     2. Layers are recomputed in the backward pass, if `activation_checkpointing` is set.
     3. DeepSpeed replaces each MoE block with an expert-parallel layer (AutoEP) and partitions the states (ZeRO).
     4. The expert-parallel routers use the gate class of the model, which computes logits in fp32 if configured.
-    5. HyperExperts run on a separate CUDA stream, if `overlap` is set.
+    5. ZeRO 1 and 2 check all gradients for NaN and infinity at once.
+    6. HyperExperts run on a separate CUDA stream, if `overlap` is set.
 
     Args:
         model: a `HyperMoEForCausalLM`, identical on every rank.
@@ -56,6 +62,8 @@ def parallelize(
         )
     for gate in gates:
         _replace_gates(model, gate)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        engine.optimizer.has_overflow_partitioned_grads_serial = partial(has_invalid_gradient, engine.optimizer)
     overlap_hyper_experts(model, overlap)
     return engine
 
@@ -65,3 +73,13 @@ def _replace_gates(model: nn.Module, gate: type[nn.Linear]) -> None:
     for module in model.modules():
         if isinstance(module, TokenChoiceTopKRouter):
             module.gate.__class__ = gate
+
+
+def has_invalid_gradient(optimizer: DeepSpeedZeroOptimizer) -> Tensor:
+    """Return whether any gradient on this rank contains NaN or infinity, as a tensor [1].
+
+    DeepSpeed 0.19.8's own method launches 14 kernels per gradient, which took 36 ms per step for 193 gradients on an
+    H100.
+    """
+    gradients = [grad for grads in optimizer.averaged_gradients.values() for grad in grads if grad.numel()]
+    return ~torch.isfinite(get_total_norm(gradients, math.inf)).view(1)
