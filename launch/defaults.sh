@@ -155,24 +155,22 @@ write_environment() {
     fi
 }
 
-# run [exec] COMMAND...: print a command so that it can be pasted into a shell, and run it unless --dry-run is given. If
-# launcher_log is set, the command's output is written to that file. The ranks still print to the terminal, which they
-# find through HYPERMOE_SCREEN.
+# announce COMMAND...: print a command so that it can be pasted into a shell.
+announce() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+}
+
+# run [exec] COMMAND...: print a command, and run it unless --dry-run is given.
 run() {
     local how=()
     if [ "$1" = exec ]; then
         how=(exec)
         shift
     fi
-    printf '+'
-    printf ' %q' "$@"
-    printf '\n'
+    announce "$@"
     if $dry_run; then return; fi
-    if [ -n "${launcher_log:-}" ]; then
-        mkdir -p "$(dirname "$launcher_log")"
-        export HYPERMOE_SCREEN=/proc/$$/fd
-        exec 3>&1 4>&2 >>"$launcher_log" 2>&1
-    fi
     "${how[@]}" "$@"
 }
 
