@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hypermoe_ds.checkpoint.expert_layout import split_gate_up
 from hypermoe_ds.config import LARGEST_COUNT
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import SwiGLU
@@ -210,7 +211,7 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
     )
     layer.deepspeed_moe.gate.wg.weight.copy_(block.router.gate.weight)
     for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, first):
-        gate_FD, up_FD = block.experts.gate_up_proj[number].chunk(2)
+        gate_FD, up_FD = split_gate_up(block.experts.gate_up_proj[number])
         expert.gate_proj.weight.copy_(gate_FD)
         expert.up_proj.weight.copy_(up_FD)
         expert.down_proj.weight.copy_(block.experts.down_proj[number])

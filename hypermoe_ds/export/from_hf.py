@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.expert_layout import split_gate_up
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, read_config
 from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, Reader, TrackedTensors
 from hypermoe_ds.errors import UserError
@@ -155,15 +156,16 @@ def _one_by_one(
     _, gate, up, down = names
     halves = [gate, up] if part == "experts.gate_up_proj" else [down]
     readers = [
-        [taken.reader(f"{block}.{expert}.{half}.weight", (rows // len(halves), columns)) for half in halves]
-        for expert in range(N)
+        [taken.reader(f"{block}.{expert}.{half}.weight", (rows // len(halves), columns)) for expert in range(N)]
+        for half in halves
     ]
 
     def read() -> Tensor:
         whole = torch.empty(shape, dtype=taken.files.dtype)
-        for expert, of_expert in enumerate(readers):
-            for target, half in zip(whole[expert].chunk(len(halves)), of_expert, strict=True):
-                target.copy_(half())
+        targets = split_gate_up(whole) if len(halves) == 2 else (whole,)
+        for target, of_half in zip(targets, readers, strict=True):
+            for expert_view, of_expert in zip(target, of_half, strict=True):
+                expert_view.copy_(of_expert())
         return whole
 
     return read

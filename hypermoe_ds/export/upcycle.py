@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.expert_layout import join_gate_up
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -94,8 +95,7 @@ class Upcycling:
 
     def gate_up(self, name: str, gate: Callable[[], Tensor], up: Callable[[], Tensor]) -> Tensor:
         """Build `gate_up_proj` [N, 2F, D] from the dense gate and up projections [G * F, D]."""
-        halves = [self._copies(f"{name}.{half}", read()) for half, read in (("gate", gate), ("up", up))]
-        return torch.cat(halves, dim=1)
+        return join_gate_up(self._copies(f"{name}.gate", gate()), self._copies(f"{name}.up", up()))
 
     def down(self, name: str, down: Callable[[], Tensor]) -> Tensor:
         """Build `down_proj` [N, D, F] from the dense down projection [D, G * F]."""
