@@ -31,12 +31,13 @@ from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.step_observer import StepObserver
 from results import check_arguments, machine_line
 
 _ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"

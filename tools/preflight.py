@@ -147,8 +147,8 @@ def needed_gib(config: RunConfig) -> float:
 
     A run needs space for the checkpoints that it keeps and for one being written, each of 12 bytes per parameter.
     """
+    from hypermoe_ds.checkpoint.directory import saved_steps
     from hypermoe_ds.checkpoint.run_folder import RunFolder
-    from hypermoe_ds.checkpoint.store import saved_steps
 
     checkpoint_gib = 12 * config.build_model_config().parameter_counts().total / 2**30
     existing = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))

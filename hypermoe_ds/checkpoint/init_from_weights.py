@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import name_latest, step_name
 from hypermoe_ds.checkpoint.expert_layout import training_weights
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import write_weights
-from hypermoe_ds.checkpoint.store import name_latest, step_name
 from hypermoe_ds.data.tokenizer import copy_tokenizer
 from hypermoe_ds.files import check_output, check_room, scratch_folder
 from hypermoe_ds.modeling import HyperMoEConfig

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hypermoe_ds.checkpoint import store
+from hypermoe_ds.checkpoint import directory
 from hypermoe_ds.checkpoint.engine_state import Counters, EngineState, LocalSlice
 from hypermoe_ds.checkpoint.manifest import (
     BYTES_OF_ELEMENT,
@@ -90,8 +90,8 @@ class CheckpointManager:
                 intact one belongs to a different model.
         """
         if self._folder.is_dir():
-            self._first(lambda: store.remove_unfinished(self._folder))
-        step = self._first(lambda: store.latest_step(self._folder))
+            self._first(lambda: directory.remove_unfinished(self._folder))
+        step = self._first(lambda: directory.latest_step(self._folder))
         if step is None:
             return None
         if self._config.resume == "none":
@@ -99,7 +99,7 @@ class CheckpointManager:
                 str(self._folder), "has checkpoints", "choose another run.dir or set checkpoint.resume=auto"
             )
         step = self._newest_good(step)
-        with CheckpointReader(self._folder / store.step_name(step), verify=None) as reader:
+        with CheckpointReader(self._folder / directory.step_name(step), verify=None) as reader:
             self._refuse_other_model(reader.manifest)
             saved = reader.manifest.state
             self._state.load(reader, saved.get("engine", {}))
@@ -171,17 +171,17 @@ class CheckpointManager:
         Candidates are verified in full, including a search for NaN, for any `checkpoint.verify`.
         """
         self._join()
-        named = self._first(lambda: store.named_step(self._folder))
-        steps = self._first(lambda: store.saved_steps(self._folder))
+        named = self._first(lambda: directory.named_step(self._folder))
+        steps = self._first(lambda: directory.saved_steps(self._folder))
         for step in reversed([step for step in steps if named is None or step <= named]):
             if self._damage(step, "full", before_bad_steps=True) is None:
-                return self._folder / store.step_name(step)
+                return self._folder / directory.step_name(step)
         return None
 
     def newest(self) -> Path | None:
         """Return the checkpoint that `latest` names, or None if it names none."""
-        step = store.named_step(self._folder)
-        return None if step is None else self._folder / store.step_name(step)
+        step = directory.named_step(self._folder)
+        return None if step is None else self._folder / directory.step_name(step)
 
     def check_room(self) -> None:
         """Check that the disk has room for a checkpoint, without writing anything.
@@ -226,11 +226,11 @@ class CheckpointManager:
             _LOGGER.info("checkpoint of step %d: on disk after %.2f s", step, time.perf_counter() - began)
 
     def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], prune: bool) -> None:
-        partial = store.partial_folder(self._folder, step)
+        partial = directory.partial_folder(self._folder, step)
         rank = self._ranks.rank
         self._ranks.gather_or_raise(lambda: self._refuse_not_finite(step, tensors))
         try:
-            self._first(lambda: store.begin(self._folder, step))
+            self._first(lambda: directory.begin(self._folder, step))
             entries = self._ranks.gather_or_raise(
                 lambda: self._as_user_error(lambda: write_shard(partial, rank, tensors))
             )
@@ -247,20 +247,20 @@ class CheckpointManager:
             raise UserError(str(self._folder), problem, "continue from the checkpoint before it")
 
     def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry], prune: bool) -> None:
-        partial = store.partial_folder(self._folder, step)
+        partial = directory.partial_folder(self._folder, step)
         files = {shard_name(rank): entry for rank, entry in enumerate(entries)}
         kinds = (WEIGHT, *MOMENTS) if saved["engine"]["optimizer_steps"] else (WEIGHT,)
         Manifest(step, saved, self._settings, self._tensors, kinds, files).write(partial)
         sync_folder(partial)
-        store.publish(self._folder, step)
+        directory.publish(self._folder, step)
         if prune:
-            store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
+            directory.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
 
     def _newest_good(self, newest: int) -> int:
         """Find the newest intact checkpoint up to step `newest`, and update `latest`."""
         damage: list[UserError] = []
         while True:
-            steps = self._first(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
+            steps = self._first(lambda: [step for step in directory.saved_steps(self._folder) if step <= newest])
             if not steps:
                 raise UserError(
                     str(self._folder),
@@ -275,13 +275,13 @@ class CheckpointManager:
                     _LOGGER.info("using the checkpoint of step %d instead", step)
                 return step
             damage.append(error)
-            aside = self._first(lambda: str(store.set_aside(self._folder, step)))  # noqa: B023
+            aside = self._first(lambda: str(directory.set_aside(self._folder, step)))  # noqa: B023
             if self._ranks.rank == 0:
                 _LOGGER.warning("warning: %s (renamed to %s)", error, aside)
 
     def _name_latest(self, step: int) -> None:
-        if store.named_step(self._folder) != step:
-            store.name_latest(self._folder, step)
+        if directory.named_step(self._folder) != step:
+            directory.name_latest(self._folder, step)
 
     def _damage(self, step: int, verify: Verify, before_bad_steps: bool = False) -> UserError | None:
         """Verify a checkpoint and return the first error found, or None (collective).
@@ -296,7 +296,7 @@ class CheckpointManager:
         Raises:
             UserError: the disk fails.
         """
-        folder = self._folder / store.step_name(step)
+        folder = self._folder / directory.step_name(step)
 
         def check() -> list[UserError]:
             try:

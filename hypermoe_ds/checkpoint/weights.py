@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.expert_layout import training_shapes, training_view
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, short
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
-from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model
 

@@ -1,8 +1,8 @@
 """Read how a checkpoint was trained from its run folder, for the model card of an export."""
 
+from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.manifest import Manifest
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.export.model_card import TrainingRecord, training_record
 from hypermoe_ds.monitor.summary import validation_at
 

@@ -100,8 +100,8 @@ def _similarity_lines(seen: Inspection) -> Iterator[str]:
     for layer in seen.similarity:
         first, second = layer.pair
         yield f"  {layer.block}: {layer.mean:.4f}, {layer.largest:.4f}, {first} and {second} of {layer.experts}"
-    verdicts = [verdict for layer in seen.similarity if (verdict := layer.verdict())]
-    yield from verdicts or [
+    warnings = [warning for layer in seen.similarity if (warning := layer.warning())]
+    yield from warnings or [
         f"the experts differ: every mean is below {COLLAPSING} and every pair below {NEAR_COPIES}"
         if all(math.isfinite(layer.mean) for layer in seen.similarity)
         else "some experts have NaN or Inf, so their cosines are undefined"

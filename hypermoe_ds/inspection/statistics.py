@@ -88,7 +88,7 @@ class Similarity:
     largest: float
     pair: tuple[int, int]
 
-    def verdict(self) -> str | None:
+    def warning(self) -> str | None:
         """Return a description of the problem, or None if the experts differ enough."""
         if self.mean >= COLLAPSING:
             return (
@@ -135,10 +135,10 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return the statistics as a dict for JSON."""
         return {
-            "origin": asdict(self.provenance),
+            "provenance": asdict(self.provenance),
             "groups": {kind: {name: asdict(m) for name, m in self.groups(kind).items()} for kind in self.tensors},
             "not_finite": {name: asdict(measured) for name, measured in self.not_finite().items()},
-            "expert_similarity": [{**asdict(layer), "verdict": layer.verdict()} for layer in self.similarity],
+            "expert_similarity": [{**asdict(layer), "warning": layer.warning()} for layer in self.similarity],
             "tensors": {kind: {name: asdict(m) for name, m in part.items()} for kind, part in self.tensors.items()},
         }
 

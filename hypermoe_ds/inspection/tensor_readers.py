@@ -13,13 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.expert_layout import training_shapes, training_view
 from hypermoe_ds.checkpoint.hf_folder import read_config
 from hypermoe_ds.checkpoint.manifest import MANIFEST
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.safetensors_folder import SafetensorsFolder
 from hypermoe_ds.checkpoint.shards import WEIGHT, CheckpointReader
-from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 

@@ -1,41 +1,18 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.resilience.watchdog import Watchdog
+from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.step_monitor import StepMonitor
-
-if TYPE_CHECKING:
-    from hypermoe_ds.monitor.step_clock import Part
-    from hypermoe_ds.training.recorder import Recorder
-    from hypermoe_ds.training.validation import Validation
-
-
-class StepObserver:
-    """Hooks into an optimizer step. This base class does nothing.
-
-    Attributes:
-        logs: whether this step is logged; if so, its forward passes also return router logits.
-    """
-
-    logs = False
-
-    def measure(self, _part: "Part") -> AbstractContextManager[None]:
-        """Return a context manager for one part of the step."""
-        return nullcontext()
-
-    def observe(self, output: Any) -> None:
-        """Process the output of a micro-batch."""
-
-    def observe_gradients(self) -> None:
-        """Process the gradients after the last backward pass and before the optimizer step."""
+from hypermoe_ds.training.step_observer import StepObserver
+from hypermoe_ds.training.validation import Validation
 
 
 def train(
@@ -43,9 +20,9 @@ def train(
     batches: Iterator[dict[str, Tensor]],
     state: TrainState,
     last_step: int,
-    recorder: "Recorder",
+    recorder: Recorder,
     checkpoints: CheckpointManager,
-    validate: "Callable[[], Validation] | None",
+    validate: Callable[[], Validation] | None,
     validation_interval: int,
     skipped_samples: SkippedSamples,
     step_monitor: StepMonitor,

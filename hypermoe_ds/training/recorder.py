@@ -13,10 +13,10 @@ from hypermoe_ds.monitor.routing import RoutingMeter
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.similarity import hyper_expert_similarity
 from hypermoe_ds.monitor.step_clock import Part, StepClock
-from hypermoe_ds.training.loop import StepObserver
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.step_observer import StepObserver
 
 if TYPE_CHECKING:  # these modules import megatron-core, which benchmarks/train_step.py does not need
     from hypermoe_ds.data.consumption import Consumption

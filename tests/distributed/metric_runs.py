@@ -14,9 +14,10 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import HyperExpertWeights
 from hypermoe_ds.monitor.similarity import hyper_expert_similarity
 from hypermoe_ds.training.evaluation import without_hyper_experts
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.settings import OptimizerConfig
+from hypermoe_ds.training.step_observer import StepObserver
 from hypermoe_ds.training.validation import continue_greedily
 
 OPTIMIZER = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)

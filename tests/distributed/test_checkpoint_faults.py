@@ -21,9 +21,9 @@ from fault_runs import (
     save_without_end,
 )
 
+from hypermoe_ds.checkpoint.directory import latest_step, saved_steps, step_name
 from hypermoe_ds.checkpoint.manifest import MANIFEST
 from hypermoe_ds.checkpoint.shards import CheckpointReader, shard_name
-from hypermoe_ds.checkpoint.store import latest_step, saved_steps, step_name
 from tests.helpers.ranks import process_group, ranks_of, run_on_ranks
 
 RANKS = 2

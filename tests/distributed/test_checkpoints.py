@@ -10,8 +10,8 @@ import torch
 from engine_runs import SAVED_STEP, resume_into_each, resume_on_rank, save_on_rank
 from small_runs import Layout, probe_of
 
+from hypermoe_ds.checkpoint.directory import saved_steps
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.store import saved_steps
 from hypermoe_ds.checkpoint.weights import load_model
 from tests.helpers.ranks import run_on_ranks
 

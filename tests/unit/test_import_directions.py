@@ -1,6 +1,7 @@
 """Modules import only from lower layers, and files and functions stay small."""
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,26 @@ def reaches(library: str, start: Path, root: Path) -> bool:
     return False
 
 
+def import_cycle(root: Path) -> list[str]:
+    """Return modules that import each other in a cycle, even if only inside functions or for type checking."""
+    modules = {module_name(path, root): path for path in python_files(root, (PACKAGE,))}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        imported = {
+            dotted if dotted in modules else dotted.rpartition(".")[0] for _, dotted in imported_names(path, root)
+        }
+        graph[name] = imported & modules.keys() - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
 def size_violations(root: Path, folders: tuple[str, ...]) -> list[str]:
     found = []
     for path in python_files(root, folders):
@@ -161,6 +182,10 @@ def logic_violations(root: Path) -> list[str]:
 
 def test_modules_import_only_from_lower_layers() -> None:
     assert import_violations(REPOSITORY) == []
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    assert import_cycle(REPOSITORY) == []
 
 
 def test_order_lists_every_subpackage_and_module() -> None:
@@ -274,6 +299,14 @@ def test_an_indirect_import_of_deepspeed_is_found(tmp_path: Path) -> None:
     topology.write_text("import math", encoding="utf-8")
     write_source(tmp_path, "hypermoe_ds/parallel/__init__.py", "from .expert_parallel import f")
     assert reaches("deepspeed", start, tmp_path)
+
+
+def test_an_import_cycle_is_found_even_if_one_import_is_inside_a_function(tmp_path: Path) -> None:
+    write_source(tmp_path, "hypermoe_ds/data/a.py", "from hypermoe_ds.data.b import f")
+    other = write_source(tmp_path, "hypermoe_ds/data/b.py", "import math")
+    assert import_cycle(tmp_path) == []
+    other.write_text("def f():\n    from . import a", encoding="utf-8")
+    assert set(import_cycle(tmp_path)) == {"hypermoe_ds.data.a", "hypermoe_ds.data.b"}
 
 
 def test_an_oversized_file_or_function_is_found(tmp_path: Path) -> None:
