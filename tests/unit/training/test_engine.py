@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -145,9 +145,9 @@ def built_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the model that `build_engine` passes to DeepSpeed."""
     models: list[Any] = []
 
-    def initialize(model: Any, **_: Any) -> tuple[None]:
+    def initialize(model: Any, **_: Any) -> tuple[SimpleNamespace]:
         models.append(model)
-        return (None,)
+        return (SimpleNamespace(optimizer=None),)
 
     monkeypatch.setattr(engine.deepspeed, "initialize", initialize)
     config = HyperMoEConfig(
