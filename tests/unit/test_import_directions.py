@@ -58,8 +58,13 @@ def imported_names(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, ".".join([*module, alias.name])) for alias in node.names)
         elif isinstance(node, ast.Attribute) and (dotted := ast.unparse(node)).startswith(f"{PACKAGE}."):
             yield node.lineno, dotted
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(MODULE_NAME, node.value):
-            yield node.lineno, node.value  # for import_module, runpy or `python -m`
+
+
+def named_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and value of each string that names a module, for import_module, runpy or `python -m`."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(MODULE_NAME, node.value):
+            yield node.lineno, node.value
 
 
 def computed_imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -100,7 +105,7 @@ def import_violations(root: Path) -> list[str]:
             found.append(f"{name}: '{unit}' is missing from ORDER")
             continue
         found += [f"{name}:{line} {code}: give a constant module name" for line, code in computed_imports(path)]
-        for line, dotted in imported_names(path, root):
+        for line, dotted in (*imported_names(path, root), *named_modules(path)):
             target, top = unit_of_name(dotted), dotted.partition(".")[0]
             where = f"{name}:{line} imports {dotted}"
             if target is not None and target not in LEVELS:
