@@ -278,7 +278,9 @@ def test_skipped_samples_beyond_the_end_are_refused(recipe: Path) -> None:
 )
 def test_more_samples_than_an_index_supports_are_refused(recipe: Path, override: str) -> None:
     config = load_run_config(recipe, [override, "train.steps=100"])
-    with pytest.raises(UserError, match=r"^train\.steps=100: with .* needs [0-9,]+ samples; stay below 10,000,000,000"):
+    with pytest.raises(
+        UserError, match=r"^train\.steps=100: needs [0-9,]+ samples, given .*; stay below 10,000,000,000"
+    ):
         config.samples(TrainState())
 
 
