@@ -47,7 +47,7 @@ from hypermoe_ds.training.validation import Batches, Validator
 
 
 def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, console: Console) -> int:
-    """Run the checks that need torch or other ranks, build the components, train, and return the exit code.
+    """Check everything that needs torch or other ranks, build the components, train, and return the exit code.
 
     Raises:
         UserError: the recipe, the DeepSpeed JSON, the data, the run folder or the number of ranks are inconsistent.
@@ -75,7 +75,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
         launch = report_launch(config, model_config, ds_config, state, folder, console)
-        if rank == 0:  # `versions_now` starts a git process
+        if rank == 0:  # not on every rank, because `versions_now` starts a git process
             logger.log_launch(settings, versions_now())
         train_set, valid_sets = load_datasets(config, state, console)
 
@@ -107,7 +107,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
 def load_datasets(
     config: RunConfig, state: TrainState, console: Console
 ) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
-    """Build the training and validation samples (collective); warn if the order of the training samples has changed.
+    """Build the training and validation sets (collective); warn if the order of the training samples has changed.
 
     Raises:
         UserError: the data is missing, damaged or too short.
@@ -117,7 +117,10 @@ def load_datasets(
             config.data, config.train.seed, config.samples(state), config.evaluation.max_samples
         )
     if state.use_data_order(train_set.data_order_hash):
-        console.log("warning: data or train.steps changed the order of the samples: some are seen twice, some never")
+        console.log(
+            "warning: the training samples have a new order, because the data or train.steps changed: the run trains "
+            "on some samples twice and on others never"
+        )
     return train_set, valid_sets
 
 
@@ -203,7 +206,8 @@ def report_launch(
     ranks = ControlGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
     tokens = config.samples(state) * config.data.sequence_length
-    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []  # reads all token indices
+    # Only rank 0 needs the shares, and computing them reads the index of every dataset.
+    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []
     launch = Launch(state.step, ranks.size, hosts, asdict(model_config.parameter_counts()), datasets)
     if ranks.rank == 0:
         stage = ds_config["zero_optimization"]["stage"]
@@ -220,7 +224,7 @@ def report_launch(
 def report_end(
     config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
 ) -> None:
-    """Print the result of the launch and the next commands, and write to the run folder how the launch ended.
+    """Print the result of the launch and the commands to run next, and record in the run folder why it ended.
 
     Raises:
         MachineError: the file cannot be written.

@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="tokens per sequence (default: that of the run, or max_position_embeddings of a Hugging Face model)",
+        help="tokens per sequence (default: data.sequence_length of the run, or max_position_embeddings of the model)",
     )
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="SEQUENCES", help="default: 8")
     return parser.parse_args()

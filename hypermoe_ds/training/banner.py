@@ -72,7 +72,7 @@ def repetition_warnings(datasets: Sequence[DatasetShare]) -> list[str]:
     """Return a warning for each dataset that the run reads for 4 or more epochs."""
     return [
         f"warning: the run reads {dataset.name} {dataset.epochs:.1f} times ({readable(dataset.tokens)} tokens): "
-        "repeated data adds little from 4 epochs on; add data, lower its weight in data.train, or shorten the run"
+        "after 4 epochs, repeated data helps little; add data, lower its weight in data.train, or shorten the run"
         for dataset in datasets
         if dataset.epochs >= _MOST_EPOCHS
     ]

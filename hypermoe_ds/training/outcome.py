@@ -13,7 +13,7 @@ _REPOSITORY = Path(__file__).parents[2]
 _REASONS = {
     "finished": "the run is finished",
     "stop_at_step": "train.stop_at_step ended this launch",
-    "signal": "a signal ended this launch; its last step is saved",
+    "signal": "a signal ended this launch after it saved a checkpoint",
 }
 
 

@@ -7,7 +7,7 @@ from hypermoe_ds.monitor.step_clock import Part
 
 
 class StepObserver:
-    """Hooks into an optimizer step. This base class does nothing.
+    """Base class for hooks that `optimizer_step` calls; its own hooks do nothing.
 
     Attributes:
         logs: whether this step is logged; if so, its forward passes also return router logits.

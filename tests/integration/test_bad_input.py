@@ -140,7 +140,7 @@ CASES = {
         ("file/run: cannot be written",), ("run.dir=FOLDER/file/run",), prepare=a_file
     ),
     "sequences too long": BadInput(
-        ("data.sequence_length=64: longer than model.max_position_embeddings=32",), ("data.sequence_length=64",)
+        ("data.sequence_length=64: is longer than model.max_position_embeddings=32",), ("data.sequence_length=64",)
     ),
 }
 

@@ -66,7 +66,7 @@ def test_an_index_that_names_an_outside_file_or_a_pickle_is_refused(
     outside = folder.parent / "outside.safetensors"
     rename_in_index(folder, str(outside) if name == "ABSOLUTE" else name)
     first_shard(folder).rename(outside)
-    with pytest.raises(UserError, match=r"is not a file of this folder|is not a safetensors file"):
+    with pytest.raises(UserError, match=r"is not a file in this folder|is not a safetensors file"):
         read(folder)
 
 

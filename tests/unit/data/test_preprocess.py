@@ -346,7 +346,7 @@ def test_too_little_free_space_stops_a_job_before_it_starts(
     size, tokens = sum(path.stat().st_size for path in corpus.texts[:-4]), Path(f"{corpus.train}.bin").stat().st_size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens // 2))
-    with pytest.raises(UserError, match=r"out\.bin: needs .* GiB and .* are free"):
+    with pytest.raises(UserError, match=r"out\.bin: needs .* GiB, but .* GiB are free"):
         preprocess(job(corpus, corpus.texts[:-4], tmp_path / "out"))
     assert size > tokens
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens * 2))

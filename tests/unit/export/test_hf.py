@@ -227,7 +227,7 @@ def test_an_export_needs_free_disk_space_for_its_weights(
 ) -> None:
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(UserError, match=r"hf: needs 0.00 GiB and 0.00 are free; free some disk"):
+    with pytest.raises(UserError, match=r"hf: needs 0.00 GiB, but 0.00 GiB are free; free disk space"):
         export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
