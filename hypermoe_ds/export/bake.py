@@ -80,7 +80,7 @@ def _baked_config(config: HyperMoEConfig) -> HyperMoEConfig:
     if config.hyper_sets > config.num_experts:
         raise UserError(
             "--bake",
-            f"{config.hyper_sets:,} HyperExperts a layer are more than its {config.num_experts} experts",
+            f"{config.hyper_sets:,} HyperExperts per layer are more than the {config.num_experts} experts",
             "bake a model with num_experts_per_tok=1 or hyper_conditioning=route",
         )
     return HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
