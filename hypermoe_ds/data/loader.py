@@ -110,7 +110,7 @@ def build_loader(
 
 def _until_exhausted(batches: Iterator[dict[str, torch.Tensor]], length: int) -> Iterator[dict[str, torch.Tensor]]:
     yield from batches
-    problem = f"has no whole micro-batch left of its {length} samples"
+    problem = f"has {length} samples, and too few are left for another micro-batch"
     raise UserError("data.train", problem, "end the run here or raise train.steps")
 
 
@@ -165,7 +165,7 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         worker_init_fn=_exit_with_rank,
         pin_memory=pinned,
         persistent_workers=workers > 0,
-        # The loader draws a seed from this generator, so that the global random state does not change.
+        # Draw the loader's seed from a separate generator, so that the global random state does not change.
         generator=torch.Generator(),
     )
     with _stop_signals_blocked():
@@ -174,7 +174,7 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals, so that the workers forked inside inherit the block and no signal can end them early."""
+    """Block stop signals while workers are forked. Workers inherit the block, so no signal can end them at startup."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -1,4 +1,6 @@
-"""Read the weights of a new run from a Hugging Face folder: HyperMoE, another Mixture of Experts, or a dense model.
+"""Read the weights of a new run from a Hugging Face folder.
+
+The folder contains a HyperMoE model, another Mixture of Experts, or a dense model.
 
 Shape legend: D hidden size, N experts, F expert width.
 """
@@ -54,7 +56,7 @@ def open_folder(
         folder: a Hugging Face folder with safetensors files.
         upcycling: how to convert a dense model; None for a Mixture of Experts.
         fields: values for `OPEN_FIELDS`, for a model without HyperExperts.
-        seed: seed for initialising the HyperExperts of a Mixture of Experts that has none.
+        seed: seed for initialising HyperExperts, if the model is a Mixture of Experts without HyperExperts.
 
     Raises:
         UserError: HyperMoE cannot express the model; the error names the key and value, or the tensor.
@@ -67,7 +69,7 @@ def open_folder(
     if kind in DENSE and upcycling is None:
         raise UserError(f"{folder}: model_type={kind!r}", "is dense", "give --upcycle --experts N --top-k K")
     if kind not in DENSE and upcycling is not None:
-        raise UserError("--upcycle", f"{folder} has experts already (model_type={kind!r})", "remove it")
+        raise UserError("--upcycle", f"{folder} already has experts (model_type={kind!r})", "remove it")
     for key in fields or {}:
         if key not in OPEN_FIELDS:
             raise UserError(
@@ -88,9 +90,9 @@ def open_folder(
 
 def _refuse_options(upcycling: Upcycling | None, fields: Mapping[str, Any] | None) -> None:
     if upcycling is not None:
-        raise UserError("--upcycle", "this is a HyperMoE model already", "remove it")
+        raise UserError("--upcycle", "the model is already a HyperMoE model", "remove it")
     for key, value in (fields or {}).items():
-        raise UserError(f"{key}={value!r}", "this is a HyperMoE model already", "remove it")
+        raise UserError(f"{key}={value!r}", "the model is already a HyperMoE model", "remove it")
 
 
 def _hypermoe(folder: Path) -> LazyWeights:
@@ -100,10 +102,10 @@ def _hypermoe(folder: Path) -> LazyWeights:
     if raw.get("baked_hyper_experts", False) is not False:
         raise UserError(
             f"{folder / 'config.json'}: baked_hyper_experts=True",
-            "there is no hypernetwork left to train",
+            "the model has no hypernetwork to train",
             "give a folder that was exported without --bake",
         )
-    # Keep only the fields that a recipe sets: the others depend on the tokenizer and the export.
+    # Keep only the fields that a recipe sets, because the others depend on the tokenizer and the export.
     config = hypermoe_config(folder, {key: value for key, value in raw.items() if key in _FIELDS})
     return read_folder(folder, config)
 

@@ -13,7 +13,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
 PAPER = "https://arxiv.org/abs/2402.12656"
-_LARGEST_EXPONENT = 700.0  # exp of larger values overflows a float
+_LARGEST_EXPONENT = 700.0  # the exponential of larger values overflows a float
 _HEADER = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -32,7 +32,7 @@ class TrainingRecord:
         sequence_length: tokens per sample.
         precision: precision of weights and activations.
         valid_loss: validation loss of these weights, in nats per token.
-        written_by: git commit and package versions.
+        written_by: git commit and package versions that wrote the checkpoint.
     """
 
     data: Mapping[str, float]
@@ -60,7 +60,7 @@ def training_record(
         settings: the resolved recipe; missing values are recorded as unknown.
         step: step of the checkpoint.
         consumed_samples: sequences consumed; None assumes `step` global batches.
-        valid_loss: validation loss at that step, if it was validated.
+        valid_loss: validation loss at that step; None if the step was not validated.
         written_by: git commit and package versions.
 
     Raises:
@@ -133,7 +133,7 @@ def model_card(
         parts += ["## Training\n", _table(_training(training))]
     parts += ["## Use\n", _usage()]
     if command:
-        parts += ["## Made by\n", f"```\n{command}\n```\n"]
+        parts += ["## Export command\n", f"```\n{command}\n```\n"]
     return "\n".join(parts)
 
 
@@ -153,11 +153,11 @@ def _architecture(config: HyperMoEConfig) -> Iterator[tuple[str, str]]:
     yield "active parameters per token", f"{counts.active:,}"
     if counts.hypernetwork:
         part = "baked HyperExperts" if config.baked_hyper_experts else "hypernetwork and encoders"
-        yield f"of these {part}", f"{counts.hypernetwork:,}"
+        yield f"parameters of the {part}", f"{counts.hypernetwork:,}"
     moe = len(config.moe_layers)
-    yield "layers", f"{config.num_hidden_layers}, of which {moe} Mixtures of Experts"
+    yield "layers", f"{config.num_hidden_layers}, {moe} of them with a Mixture of Experts"
     yield "hidden size", f"{config.hidden_size:,}"
-    yield "attention", f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys and values"
+    yield "attention", f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key-value heads"
     if moe:
         yield "experts", f"{config.num_experts} per layer, {config.num_experts_per_tok} per token"
         yield "expert width", f"{config.moe_intermediate_size:,}"
@@ -206,6 +206,6 @@ output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-The modeling files in this folder need only torch and Transformers. With HyperMoE-DS installed, `import
-hypermoe_ds.modeling` replaces them and `trust_remote_code` is not needed.
+The modeling files in this folder need only torch and Transformers. If HyperMoE-DS is installed, `import
+hypermoe_ds.modeling` replaces them, and `trust_remote_code` is not needed.
 """

@@ -8,7 +8,7 @@ from hypermoe_ds.monitor.summary import validation_at
 
 
 def read_training_record(run: RunFolder, step: int | None = None) -> TrainingRecord:
-    """Read the datasets, the tokens consumed and, if that step was validated, the validation loss.
+    """Read the datasets, the number of consumed tokens and, if the step was validated, the validation loss.
 
     Args:
         run: the run folder.

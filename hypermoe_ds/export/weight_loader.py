@@ -22,7 +22,7 @@ class WeightLoader(Protocol):
     Attributes:
         config: configuration of the model.
         dtype: precision of the tensors.
-        shapes: names and shapes of the tensors that a file of the model contains, in model order.
+        shapes: names and shapes of the tensors that are stored in weight files, in model order.
     """
 
     @property
@@ -41,12 +41,12 @@ class WeightLoader(Protocol):
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """The tensors of a model, each returned by a function.
+    """The tensors of a model, each loaded by its own function.
 
     Attributes:
         config: configuration of the model.
         dtype: precision of the tensors.
-        readers: by tensor name, a function that returns the tensor in any precision.
+        readers: for each tensor name, a function that returns the tensor in any precision.
     """
 
     config: HyperMoEConfig

@@ -27,17 +27,17 @@ def inspection_lines(seen: Inspection) -> Iterator[str]:
 
 
 def difference_lines(differences: Differences) -> Iterator[str]:
-    """Describe the differences between two folders, line by line; distances are relative to the first."""
+    """Describe the differences between two folders, line by line; distances are relative to the norms of the first."""
     for title, names in (
-        ("only in the first", differences.only_first),
-        ("only in the second", differences.only_second),
+        ("only in the first folder", differences.only_first),
+        ("only in the second folder", differences.only_second),
     ):
         yield from _listed(title, names)
     reshaped = [f"{name}: {list(a)} and {list(b)}" for name, (a, b) in differences.reshaped.items()]
-    yield from _listed("other shape", reshaped)
+    yield from _listed("different shapes", reshaped)
     for kind, tensors in differences.tensors.items():
         yield ""
-        yield f"{kind}: ||second - first|| / ||first||, for {_count(len(tensors), 'tensor')} in both"
+        yield f"{kind}: ||second - first|| / ||first||, for {_count(len(tensors), 'tensor')} in both folders"
         if not tensors:
             yield "  nothing to compare"
         elif all(distance.difference == 0 for distance in tensors.values()):

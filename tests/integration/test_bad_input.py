@@ -108,11 +108,11 @@ CASES = {
         ("train.global_batch_size=7",),
     ),
     "vocabulary too small": BadInput(
-        ("has token ids up to 499 and the model 64 embeddings", "set model.vocab_size to 500 or more"),
+        ("has token ids up to 499, but the model has 64 embeddings", "set model.vocab_size to 500 or more"),
         ("model.vocab_size=64",),
     ),
     "token ids beyond the vocabulary": BadInput(
-        ("large: has 600 token ids and the model 512", "set model.vocab_size to 600 or more"),
+        ("large: has token ids up to 599, but the model has 512", "set model.vocab_size to 600 or more"),
         ("data.train=[{prefix: FOLDER/large}]",),
         prepare=large_ids,
     ),

@@ -73,7 +73,7 @@ def test_the_loader_yields_the_samples_of_the_sampler(workers: int) -> None:
         assert batch["input_ids"].tolist() == [[index] * S for index in block]
         assert batch["labels"].tolist() == [[index + 1] * S for index in block]
     assert torch.equal(torch.get_rng_state(), state), "loading does not change the global random state"
-    with pytest.raises(UserError, match="no whole micro-batch left of its 23 samples"):
+    with pytest.raises(UserError, match="has 23 samples, and too few are left for another micro-batch"):
         next(batches)
 
 

@@ -95,7 +95,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 def test_a_baked_folder_is_refused(tmp_path: Path) -> None:
     HyperMoEConfig(baked_hyper_experts=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="baked_hyper_experts=True: there is no hypernetwork left to train; give a"):
+    with pytest.raises(UserError, match="baked_hyper_experts=True: the model has no hypernetwork to train; give a"):
         open_folder(tmp_path)
 
 

@@ -163,7 +163,9 @@ def test_a_model_with_nan_logits_is_refused_without_output(
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"gives logits that are NaN or Inf; see tools/inspect_checkpoint\.py$"):
+    with pytest.raises(
+        UserError, match=r"gives logits that are NaN or Inf; inspect it with tools/inspect_checkpoint\.py$"
+    ):
         export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert sorted(tmp_path.iterdir()) == before
 
