@@ -115,9 +115,9 @@ def _model_fields() -> dict[str, Any]:
 ModelSection = create_model("ModelSection", __base__=Settings, **_model_fields())
 
 
-def model_section(config: "HyperMoEConfig") -> dict[str, Any]:
+def model_section(model_config: "HyperMoEConfig") -> dict[str, Any]:
     """Return the `model` section of a recipe for this model, with every field."""
-    return {key: getattr(config, key) for key in ModelSection.model_fields if key != "preset"}
+    return {key: getattr(model_config, key) for key in ModelSection.model_fields if key != "preset"}
 
 
 class RunConfig(Settings):

@@ -74,13 +74,13 @@ def bake_weights(loader: WeightLoader) -> LazyWeights:
     return LazyWeights(config, loader.dtype, readers)
 
 
-def _baked_config(config: HyperMoEConfig) -> HyperMoEConfig:
-    if not config.hypernetwork or not config.moe_layers or config.baked_hyper_experts:
+def _baked_config(model_config: HyperMoEConfig) -> HyperMoEConfig:
+    if not model_config.hypernetwork or not model_config.moe_layers or model_config.baked_hyper_experts:
         raise UserError("--bake", "the model has no hypernetwork", "remove it")
-    if config.hyper_sets > config.num_experts:
+    if model_config.hyper_sets > model_config.num_experts:
         raise UserError(
             "--bake",
-            f"{config.hyper_sets:,} HyperExperts per layer are more than the {config.num_experts} experts",
+            f"{model_config.hyper_sets:,} HyperExperts per layer are more than the {model_config.num_experts} experts",
             "bake a model with num_experts_per_tok=1 or hyper_conditioning=route",
         )
-    return HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
+    return HyperMoEConfig(**{**model_config.to_dict(), "baked_hyper_experts": True})

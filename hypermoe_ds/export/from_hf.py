@@ -111,18 +111,18 @@ def _hypermoe(folder: Path) -> LazyWeights:
 
 
 def _readers(
-    taken: TrackedTensors, config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
+    taken: TrackedTensors, model_config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
 ) -> dict[str, Reader]:
     """Return a reader for each tensor except those of the HyperExperts."""
     readers: dict[str, Reader] = {}
-    for name, shape in state_dict_shapes(config).items():
+    for name, shape in state_dict_shapes(model_config).items():
         if ".hyper_experts." in name or name.startswith("model.hypernetwork."):
             continue
         match = _EXPERTS.fullmatch(name)
         if match is None:
             readers[name] = taken.reader(name, shape)
         elif upcycling is not None:
-            readers[name] = _upcycled(taken, config, upcycling, name, match)
+            readers[name] = _upcycled(taken, model_config, upcycling, name, match)
         elif match["part"] == "router.gate.weight":
             block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else names[0]
             readers[name] = taken.reader(f"{match['layer']}.{block}.gate.weight", shape)
@@ -134,10 +134,10 @@ def _readers(
 
 
 def _upcycled(
-    taken: TrackedTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
+    taken: TrackedTensors, model_config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
 ) -> Reader:
     """Return the reader of a router or expert tensor of an upcycled model."""
-    D, width = config.hidden_size, config.intermediate_size
+    D, width = model_config.hidden_size, model_config.intermediate_size
 
     def dense(projection: str) -> Reader:
         shape = (D, width) if projection == "down_proj" else (width, D)
@@ -147,7 +147,7 @@ def _upcycled(
         return partial(upcycling.gate_up, name, dense("gate_proj"), dense("up_proj"))
     if match["part"] == "experts.down_proj":
         return partial(upcycling.down, name, dense("down_proj"))
-    return partial(upcycling.router, name, config)
+    return partial(upcycling.router, name, model_config)
 
 
 def _one_by_one(

@@ -11,11 +11,11 @@ from hypermoe_ds.modeling.hyper_experts import HyperNetwork, SelectionEncoder
 _ZERO = ("up_weight", "up_bias")
 
 
-def init_hyper_experts(config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
+def init_hyper_experts(model_config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
     """Return the fp32 tensors of the hypernetwork and of each layer's selection encoder."""
     parts = {
         prefix: part
-        for prefix, part in meta_model(config).named_modules()
+        for prefix, part in meta_model(model_config).named_modules()
         if isinstance(part, HyperNetwork | SelectionEncoder)
     }
     tensors: dict[str, Tensor] = {}

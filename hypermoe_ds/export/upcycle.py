@@ -105,13 +105,13 @@ class Upcycling:
         whole_DF = down().float() * (self.experts if self.top_k == 1 else self.granularity)
         return self._copies(name, whole_DF.T).transpose(1, 2)
 
-    def router(self, name: str, config: HyperMoEConfig) -> Tensor:
+    def router(self, name: str, model_config: HyperMoEConfig) -> Tensor:
         """Initialise the router's weight [N, D] at random, with equal rows for experts that form one MLP."""
-        std = config.initializer_range
+        std = model_config.initializer_range
         if self.router_std is not None or self.top_k == 1:
-            std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / config.hidden_size**0.5
+            std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / model_config.hidden_size**0.5
         groups = self.experts // self.granularity
-        rows_ND = torch.randn(groups, config.hidden_size, generator=self._generator(name)) * std
+        rows_ND = torch.randn(groups, model_config.hidden_size, generator=self._generator(name)) * std
         return rows_ND.repeat_interleave(self.granularity, dim=0)
 
     def _copies(self, name: str, whole_FD: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _load_communication() -> None:
 
 
 def build_engine(
-    config: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     ds_config: dict[str, Any],
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
@@ -122,7 +122,7 @@ def build_engine(
     if train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("train.precision=fp16", "this device does not support it", "set it to bf16 or fp32")
     torch.manual_seed(train.seed)
-    model = HyperMoEForCausalLM(config)
+    model = HyperMoEForCausalLM(model_config)
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     return parallelize(
