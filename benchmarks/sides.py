@@ -1,4 +1,4 @@
-"""Build the sides of a comparison: models of the same shape, each with its training step.
+"""Build the sides of a comparison: models of the same size, each with its training step.
 
 A training step is a function `step(batch) -> loss` that runs forward, backward, gradient clipping and AdamW. `batch`
 contains `input_ids` [B, S] and `labels` [B, S] (the next tokens). All micro-batches of a step use the same batch. The
@@ -76,7 +76,8 @@ def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
 def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
     """Build the model without HyperExperts, with the initial weights of HyperMoE.
 
-    With different random weights, each rank would receive a different share of the tokens, which changes the step time.
+    With other initial weights, each rank would receive a different share of the tokens, which changes the step
+    time.
     """
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None
@@ -121,8 +122,8 @@ def _mixtral(
 ) -> tuple[nn.Module, Step]:
     """Build Transformers' Mixtral with a plain training loop; several ranks use DistributedDataParallel.
 
-    In bf16, weights and moments are bf16 without fp32 copies, so that the optimizer needs less memory and time than
-    DeepSpeed's optimizer.
+    In bf16, weights and moments are stored in bf16 without fp32 copies. The optimizer therefore needs less memory and
+    time than DeepSpeed's optimizer.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(train.seed)
@@ -148,7 +149,7 @@ def _mixtral(
 
 
 def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
-    """Return a Mixtral configuration with our shape. Mixtral has no dense layers, shared experts or QK norm."""
+    """Return a Mixtral configuration with the sizes of HyperMoE, except dense layers, shared experts and QK norm."""
     same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
     same += "router_aux_loss_coef"
@@ -157,7 +158,7 @@ def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
         intermediate_size=config.moe_intermediate_size,
         num_local_experts=config.num_experts,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        output_router_logits=True,  # our step also computes the load-balancing loss
+        output_router_logits=True,  # like HyperMoE, compute the load-balancing loss
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -170,17 +171,17 @@ def _deepspeed_moe(
     optimizer: OptimizerConfig,
     expert_parallel: int,
 ) -> Any:
-    """Build a DeepSpeed engine with our decoder and DeepSpeed's older MoE layer instead of our MoE blocks.
+    """Build a DeepSpeed engine with the decoder of HyperMoE, but with DeepSpeed's older MoE layer.
 
-    Like our blocks, DeepSpeed's layer is dropless: it pads every expert to the largest load. DeepSpeed's router has no
-    z-loss, and shared experts are omitted.
+    Like the MoE blocks of HyperMoE, DeepSpeed's layer drops no tokens: it pads every expert to the largest load.
+    DeepSpeed's router has no z-loss. Shared experts are omitted.
     """
     torch.manual_seed(train.seed)
     model = _plain_moe(config)
     first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
     for layer in (model.model.layers[index] for index in config.moe_layers):
         layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)
-        layer.is_moe = False  # type: ignore[assignment] # the decoder treats it as a plain MLP; the hook below adds the routing loss
+        layer.is_moe = False  # type: ignore[assignment] # use `mlp` as a dense MLP; the hook below adds the routing loss
     blocks = [module for module in model.modules() if isinstance(module, MoE)]
 
     def add_balancing_loss(_module: nn.Module, _inputs: object, output: Any) -> None:
@@ -200,7 +201,7 @@ def _deepspeed_moe(
 
 @torch.no_grad()
 def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
-    """Build DeepSpeed's layer with the weights of our block. `first` is the index of this rank's first expert."""
+    """Build DeepSpeed's layer with the weights of `block`. `first` is the index of this rank's first expert."""
     layer = MoE(
         config.hidden_size,
         SwiGLU(config.hidden_size, config.moe_intermediate_size),
@@ -208,7 +209,7 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
         ep_size=expert_parallel,
         k=config.num_experts_per_tok,
         drop_tokens=False,
-        top2_2nd_expert_sampling=False,  # selects the two most likely experts, as our router does
+        top2_2nd_expert_sampling=False,  # select the two most likely experts, as `TopKRouter` does
     )
     layer.deepspeed_moe.gate.wg.weight.copy_(block.router.gate.weight)
     for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, first):
@@ -221,6 +222,6 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
 
 
 def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build an AdamW optimizer with the settings of our engine for the other sides."""
+    """Build AdamW for the other sides, with the settings of the HyperMoE engine."""
     betas = (optimizer.beta1, optimizer.beta2)
     return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)

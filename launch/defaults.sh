@@ -23,7 +23,7 @@ fi
 : "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # default of --deepspeed_config
 : "${MASTER_PORT:=29500}"                                    # rendezvous port; must differ between jobs
 export MASTER_PORT
-# Without keepalive messages, the launcher would hang if the network connection is lost.
+# Without keepalive messages, the launcher would hang if it lost the network connection.
 : "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 export HYPERMOE_SSH_OPTIONS
 
@@ -98,7 +98,7 @@ read_command_line() {
         esac
         shift
     done
-    launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # critical prints nothing
+    launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # the level critical prints nothing
     check_rendezvous "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
     [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; give a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then

@@ -1,6 +1,7 @@
 """Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training. Under mpirun, all ranks share the work.
 
-After an interruption, the same command continues. Rejected files and records are listed in PREFIX.rejected.jsonl.
+After an interruption, the same command continues the job. Rejected files and records are listed in
+PREFIX.rejected.jsonl.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def _arguments() -> argparse.Namespace:
         type=percentage,
         default="1%",
         metavar="SHARE",
-        help="fail if more files and records are rejected, such as 0.5%%",
+        help="fail if a larger share of files and records is rejected, such as 0.5%%",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files at the output")
     return parser.parse_args()

@@ -78,7 +78,7 @@ def test_the_config_of_smollm2_is_translated(tmp_path: Path) -> None:
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types=|is not valid"),
         ("qwen2", {}, "model_type='qwen2': has attention biases, which HyperMoE does not support; choose"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: "),
-        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: it renormalises gates"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: Mixtral renormalises gates"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: HyperMoE supports only None"),
         ("olmoe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob=True: with K = 1 "),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]: "),
