@@ -118,7 +118,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the code inside the context, and end the process if a rank is lost. Entering the context is collective."""
+        """Watch the code inside the context, and end the process if a rank is lost. Entering is collective."""
         thread = Thread(target=self._run, daemon=True)
         try:
             self._prepare()
@@ -302,7 +302,7 @@ def _last_seen(heartbeat: Heartbeat, state: str) -> str:
 
 
 def start_time() -> str:
-    """Return the start time of this process in clock ticks since boot; with the process ID, it identifies the process."""
+    """Return the start time of this process in clock ticks since boot; with the process ID, it is unique."""
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
