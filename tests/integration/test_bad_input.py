@@ -102,8 +102,8 @@ CASES = {
     ),
     "batches do not divide": BadInput(
         (
-            "train.micro_batch_size=2: times 1 ranks does not divide train.global_batch_size=7",
-            "these micro-batches fit: 1, 7",
+            "train.micro_batch_size=2: multiplied by 1 ranks, it does not divide train.global_batch_size=7",
+            "choose one of 1, 7",
         ),
         ("train.global_batch_size=7",),
     ),

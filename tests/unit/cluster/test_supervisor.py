@@ -179,7 +179,7 @@ def test_nothing_is_started_if_no_host_passes_at_first(tmp_path: Path) -> None:
     (tmp_path / "calls").write_text("x")
     done = with_hosts(tmp_path, "", "{hosts}")
     assert (done.returncode, (tmp_path / "launches").exists()) == (1, False)
-    assert done.stderr.splitlines()[-1].endswith("no host can train; fix what the lines above name")
+    assert done.stderr.splitlines()[-1].endswith("no host can train; fix the problems listed above")
 
 
 def test_a_command_without_a_hostfile_placeholder_is_refused(tmp_path: Path) -> None:
