@@ -95,11 +95,11 @@ def main() -> None:
         print(machine_line(str(engine.device)))
 
 
-def build(config: HyperMoEConfig, ranks: int) -> Any:
+def build(model_config: HyperMoEConfig, ranks: int) -> Any:
     """Build an fp32 engine and run one step, so that the optimizer state exists."""
     train = TrainConfig(steps=1000, micro_batch_size=1, global_batch_size=ranks, precision="fp32")
-    ds_config = merge({"zero_optimization": {"stage": 1}}, train, config, 1, ranks)
-    engine = build_engine(config, ds_config, OptimizerConfig(lr=1e-4), ScheduleConfig(), train, ParallelConfig())
+    ds_config = merge({"zero_optimization": {"stage": 1}}, train, model_config, 1, ranks)
+    engine = build_engine(model_config, ds_config, OptimizerConfig(lr=1e-4), ScheduleConfig(), train, ParallelConfig())
     step(engine)
     return engine
 

@@ -73,13 +73,13 @@ def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
     return engine.module, _engine_step(engine)
 
 
-def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
+def _plain_moe(model_config: HyperMoEConfig) -> HyperMoEForCausalLM:
     """Build the model without HyperExperts, with the initial weights of HyperMoE.
 
     With other initial weights, each rank would receive a different share of the tokens, which changes the step
     time.
     """
-    model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**model_config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None
     for layer in model.model.layers:
         layer.hyper_experts = None  # type: ignore[assignment]
@@ -118,7 +118,7 @@ def _force_per_token(model: Any) -> None:
 
 
 def _mixtral(
-    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, settings: StepSettings
+    model_config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, settings: StepSettings
 ) -> tuple[nn.Module, Step]:
     """Build Transformers' Mixtral with a plain training loop; several ranks use DistributedDataParallel.
 
@@ -127,7 +127,7 @@ def _mixtral(
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(train.seed)
-    model: Any = MixtralForCausalLM(mixtral_config(config))
+    model: Any = MixtralForCausalLM(mixtral_config(model_config))
     model = model.to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32).train()
     adamw = _adamw(parameter_groups(model, optimizer.weight_decay), optimizer)
     parallel = DistributedDataParallel(model) if settings.ranks > 1 else model
@@ -148,16 +148,16 @@ def _mixtral(
     return model, step
 
 
-def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
+def mixtral_config(model_config: HyperMoEConfig) -> MixtralConfig:
     """Return a Mixtral configuration with the sizes of HyperMoE, except dense layers, shared experts and QK norm."""
     same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
     same += "router_aux_loss_coef"
     return MixtralConfig(
-        **{name: getattr(config, name) for name in same.split()},
-        intermediate_size=config.moe_intermediate_size,
-        num_local_experts=config.num_experts,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        **{name: getattr(model_config, name) for name in same.split()},
+        intermediate_size=model_config.moe_intermediate_size,
+        num_local_experts=model_config.num_experts,
+        rope_parameters={"rope_type": "default", "rope_theta": model_config.rope_theta},
         output_router_logits=True,  # like HyperMoE, compute the load-balancing loss
         bos_token_id=None,
         eos_token_id=None,
@@ -165,7 +165,7 @@ def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
 
 
 def _deepspeed_moe(
-    config: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     ds_config: dict[str, Any],
     train: TrainConfig,
     optimizer: OptimizerConfig,
@@ -177,15 +177,15 @@ def _deepspeed_moe(
     DeepSpeed's router has no z-loss. Shared experts are omitted.
     """
     torch.manual_seed(train.seed)
-    model = _plain_moe(config)
-    first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
-    for layer in (model.model.layers[index] for index in config.moe_layers):
-        layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)
+    model = _plain_moe(model_config)
+    first = torch.distributed.get_rank() % expert_parallel * (model_config.num_experts // expert_parallel)
+    for layer in (model.model.layers[index] for index in model_config.moe_layers):
+        layer.mlp = _native_layer(layer.mlp, model_config, expert_parallel, first)
         layer.is_moe = False  # type: ignore[assignment] # use `mlp` as a dense MLP; the hook below adds the routing loss
     blocks = [module for module in model.modules() if isinstance(module, MoE)]
 
     def add_balancing_loss(_module: nn.Module, _inputs: object, output: Any) -> None:
-        output.loss = output.lm_loss + config.router_aux_loss_coef * sum(b.deepspeed_moe.l_aux for b in blocks)
+        output.loss = output.lm_loss + model_config.router_aux_loss_coef * sum(b.deepspeed_moe.l_aux for b in blocks)
 
     model.register_forward_hook(add_balancing_loss)
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
@@ -200,14 +200,14 @@ def _deepspeed_moe(
 
 
 @torch.no_grad()
-def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
+def _native_layer(block: Any, model_config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
     """Build DeepSpeed's layer with the weights of `block`. `first` is the index of this rank's first expert."""
     layer = MoE(
-        config.hidden_size,
-        SwiGLU(config.hidden_size, config.moe_intermediate_size),
-        config.num_experts,
+        model_config.hidden_size,
+        SwiGLU(model_config.hidden_size, model_config.moe_intermediate_size),
+        model_config.num_experts,
         ep_size=expert_parallel,
-        k=config.num_experts_per_tok,
+        k=model_config.num_experts_per_tok,
         drop_tokens=False,
         top2_2nd_expert_sampling=False,  # select the two most likely experts, as `TopKRouter` does
     )

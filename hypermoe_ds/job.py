@@ -1,5 +1,6 @@
 """Run a training job: build its components, run the training loop, and report the launch and its result."""
 
+import os
 import socket
 import sys
 import time
@@ -233,5 +234,5 @@ def report_end(
     run_dir, tokens = Path(config.run.dir), state.consumed_samples * config.data.sequence_length
     write_end(run_dir, state.step, ended)
     data = next((dataset.prefix for dataset in config.data.valid), None)
-    resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended)
+    resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended, os.environ)
     console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume), wrap=False)

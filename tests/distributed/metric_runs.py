@@ -143,8 +143,8 @@ def _evaluate(layout: Layout) -> ModelResults:
     engine = engine_of(layout)
     model, seen = engine.module.model, []
     handle = model.hypernetwork.register_forward_hook(lambda _module, _inputs, weights: seen.append(weights))
-    branches = [layer.hyper_experts for layer in model.layers if layer.is_moe]
-    similarity = hyper_expert_similarity(branches, model.hypernetwork, model.config.num_experts_per_tok)
+    hyper_experts = [layer.hyper_experts for layer in model.layers if layer.is_moe]
+    similarity = hyper_expert_similarity(hyper_experts, model.hypernetwork, model.config.num_experts_per_tok)
     handle.remove()
     engine.eval()
     probe = training_tokens()[0, :2, :-1]

@@ -308,7 +308,7 @@ def test_an_error_in_a_deepspeed_json_is_reported_without_importing_torch(script
         ({"model": {"preset": "tiny"}}, "model.preset=tiny: is unknown; did you mean 'tiny-10m'?"),
         ({"data": {}}, "{recipe}: data.train: is missing; add this key"),
         ({"train": {**RECIPE["train"], "steps": 0}}, "{recipe}: train.steps=0: is not valid; Input should be greater"),
-        ({"schedule": {"warmup_steps": 10**6}}, "schedule.warmup_steps=1000000: with decay_steps="),
+        ({"schedule": {"warmup_steps": 10**6}}, "schedule.warmup_steps=1000000: together with decay_steps="),
     ],
 )
 def test_an_error_in_a_recipe_is_reported_without_importing_torch(

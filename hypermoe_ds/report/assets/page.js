@@ -24,8 +24,8 @@ function shown(value) {
 }
 /** Sort parts of a step and groups of parameters in their usual order, everything else by name. */
 function natural(a, b) {
-  const places = [data.order.indexOf(a), data.order.indexOf(b)];
-  return places.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : places[0] - places[1];
+  const indices = [data.order.indexOf(a), data.order.indexOf(b)];
+  return indices.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : indices[0] - indices[1];
 }
 /** Return the colour of an item: layers go from dark to bright, everything else uses the palette. */
 function itemColour(item, index, count) {
