@@ -82,7 +82,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
 
         validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
         recorder = build_recorder(config, model_config, engine, train_set, launch.datasets, logger, console)
-        batches = training_batches(config, train_set, state.consumed_samples)
+        batches = training_batches(config, train_set, state.consumed_samples, model_config.vocab_size)
         stopped = loop.train(
             engine=engine,
             batches=watchdog.each(batches, "forward and backward"),
@@ -125,7 +125,7 @@ def load_datasets(
     return train_set, valid_sets
 
 
-def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int) -> Batches:
+def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int, vocab_size: int) -> Batches:
     """Load this rank's micro-batches, starting at `consumed_samples`."""
     return build_loader(
         train_set,
@@ -134,6 +134,7 @@ def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_sam
         size=torch.distributed.get_world_size(),
         consumed_samples=consumed_samples,
         workers=config.data.workers,
+        vocab_size=vocab_size,
         skipped_samples=config.skipped_samples,
     )
 

@@ -26,10 +26,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field of JSON Lines, Parquet and datasets that contains the text; a.b is field b inside field a",
+        help="field of JSON Lines, Parquet and datasets that contains the text; a.b is field b inside field a (default: text)",
     )
     parser.add_argument(
         "--document-separator",
+        type=separator,
         metavar="TEXT",
         help="string between the documents of a text file, such as \\n\\n; without it, a text file is one document",
     )
@@ -40,10 +41,18 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """Return the reading options that the parsed arguments contain."""
-    separator = arguments.document_separator
-    if separator is not None:
-        separator = separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\f", "\f")
-    return ReadOptions(arguments.text_field, separator, arguments.strict)
+    return ReadOptions(arguments.text_field, arguments.document_separator, arguments.strict)
+
+
+def separator(text: str) -> str:
+    """Return a separator in which `\\n`, `\\t` and `\\f` are replaced by the characters that they stand for.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text separates no documents; omit the option")
+    return text.replace("\\n", "\n").replace("\\t", "\t").replace("\\f", "\f")
 
 
 def percentage(text: str) -> float:

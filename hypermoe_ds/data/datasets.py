@@ -105,8 +105,8 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
     Raises:
         UserError: the tokenizer folder or a token file is missing, a token file is truncated, a dataset was made with
             another tokenizer, or a dataset is shorter than one sample. The error is also raised if the tokenizer or a
-            dataset has more token ids than the model. If a dataset has no `.json`, only its first 16,777,216 tokens are
-            checked.
+            dataset has more token ids than the model. If a dataset has no `.json`, its first 16,777,216 tokens are
+            checked here and the others when they are loaded.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     needed = embeddings_needed(tokenizer)

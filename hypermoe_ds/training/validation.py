@@ -82,7 +82,9 @@ class Validator:
 
     def _evaluate_one(self, dataset: SequenceDataset) -> Evaluation:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        batches = validation_batches(dataset, self._micro_batch_size, rank, ranks)
+        batches = validation_batches(
+            dataset, self._micro_batch_size, rank, ranks, self._engine.module.config.vocab_size
+        )
         total = -(-len(dataset) // (self._micro_batch_size * ranks))
         return evaluate(self._engine, self._each(batches, total), self._engine.device)
 

@@ -201,7 +201,7 @@ def test_the_index_is_rebuilt_when_token_files_are_replaced(corpus: TokenisedCor
 def test_the_loader_starts_after_the_consumed_samples(corpus: TokenisedCorpus, workers: int) -> None:
     dataset = build_train(settings(corpus), 40)
     expected = rows(dataset)
-    batches = build_loader(dataset, 3, rank=1, size=2, consumed_samples=12, workers=workers)
+    batches = build_loader(dataset, 3, rank=1, size=2, consumed_samples=12, workers=workers, vocab_size=10**6)
     for start in (15, 21, 27):
         batch = next(batches)
         found = torch.cat((batch["input_ids"], batch["labels"][:, -1:]), dim=1).tolist()
