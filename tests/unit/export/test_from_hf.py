@@ -103,7 +103,7 @@ def test_an_unknown_config_key_is_refused(tmp_path: Path) -> None:
     HyperMoEConfig().save_pretrained(tmp_path)
     edit(tmp_path, rope_scaling={"rope_type": "linear"})
     with pytest.raises(
-        UserError, match=r"config.json: rope_scaling={'rope_type': 'linear'}: is unknown, and to drop it"
+        UserError, match=r"config.json: rope_scaling={'rope_type': 'linear'}: is unknown, and dropping it"
     ):
         open_folder(tmp_path)
 
