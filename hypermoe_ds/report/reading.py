@@ -88,7 +88,7 @@ def read_run(path: Path, name: str, bins: int) -> Run:
     """
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(str(path), "has no metrics.jsonl", "give the run.dir of a run that has started training")
+        raise UserError(str(path), "has no metrics.jsonl", "give the run folder (run.dir) of a run that has trained")
     series, loads = _read_metrics(metrics, bins)
     if not series:
         raise UserError(str(metrics), "has no record", "wait for the first logged step")

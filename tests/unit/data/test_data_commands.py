@@ -32,7 +32,11 @@ BAD = {
     "train too small": ("train", "--input TEXT --vocab-size 100", "vocab_size=100: is too small for the characters"),
     "train no size": ("train", "--input TEXT --vocab-size 0", "vocab_size=0: is not a number of tokens"),
     "train no text": ("train", "--input empty.txt --vocab-size 400", "contain no document: 1 with empty file"),
-    "train no field": ("train", "--input no_field.jsonl --vocab-size 400", "give the field that contains the text"),
+    "train no field": (
+        "train",
+        "--input no_field.jsonl --vocab-size 400",
+        "set --text-field to the field that contains the text",
+    ),
     "train strict empty": ("train", "--strict --input TEXT empty.txt --vocab-size 400", "empty.txt: empty file"),
     "train strict latin": ("train", "--strict --input latin.txt --vocab-size 400", "latin.txt: no UTF-8 text"),
     "train strict json": ("train", "--strict --input no_json.jsonl --vocab-size 400", "jsonl:2: no JSON object"),

@@ -266,7 +266,7 @@ def test_a_file_that_changes_stops_the_job(
         return made
 
     monkeypatch.setattr(preprocess_module, "make_plan", change)
-    with pytest.raises(UserError, match=r"a\.txt: changed while the job ran"):
+    with pytest.raises(UserError, match=r"a\.txt: changed while the job was running"):
         preprocess(job(corpus, [tmp_path / "a.txt"], tmp_path / "out"))
 
 
