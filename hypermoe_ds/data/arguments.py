@@ -26,7 +26,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field of JSON Lines, Parquet and datasets that contains the text; a.b is field b inside field a (default: text)",
+        help="text field of JSON Lines, Parquet and datasets; a.b is field b inside field a (default: text)",
     )
     parser.add_argument(
         "--document-separator",
