@@ -42,7 +42,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             raise UserError(str(path), f"is larger than {_LARGEST_JSON / 2**20:.0f} MiB", FETCH_AGAIN)
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise UserError(str(path), "is nested too deep", FETCH_AGAIN) from None
+        raise UserError(str(path), "is nested too deeply", FETCH_AGAIN) from None
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read ({error})", FETCH_AGAIN) from None
     if not isinstance(content, dict):
@@ -76,7 +76,9 @@ def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
     content, path = read_config(folder), folder / CONFIG
     kind = content.get("model_type")
     if kind != HyperMoEConfig.model_type:
-        raise UserError(f"{path}: model_type={short(kind)}", "is not a HyperMoE model", "give an export of one")
+        raise UserError(
+            f"{path}: model_type={short(kind)}", "is not a HyperMoE model", "give an exported HyperMoE model"
+        )
     return hypermoe_config(folder, content)
 
 
@@ -112,7 +114,8 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
     Args:
         folder: the folder with the weights.
         config: configuration of the model.
-        stored: names of the stored tensors; their layers are counted before a model with `num_hidden_layers` is built.
+        stored: names of the stored tensors. Their layers are counted before the model is built, so that a wrong
+            `num_hidden_layers` is found first.
 
     Raises:
         UserError: the weights have fewer layers than the configuration, or a tensor is too large to address.
@@ -123,8 +126,8 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
         raise UserError(str(folder), problem, "correct config.json")
     try:
         return state_dict_shapes(config)
-    except RuntimeError as error:  # overflowing sizes
-        problem = f"its config.json describes impossible tensors ({last_line(error)})"
+    except RuntimeError as error:  # the size of a tensor overflows
+        problem = f"has a config.json that describes impossible tensors ({last_line(error)})"
         raise UserError(str(folder), problem, "correct config.json") from None
 
 

@@ -37,7 +37,7 @@ def init_from_weights(
         state: training state before the first step.
 
     Raises:
-        UserError: the output exists and is not empty, the disk is too full, or the folder has no tokenizer.
+        UserError: the output exists and is not empty, there is too little disk space, or there is no tokenizer.
     """
     check_output(output)
     with scratch_folder(output) as scratch:

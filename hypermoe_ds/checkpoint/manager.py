@@ -1,4 +1,4 @@
-"""Save and resume a run (collective). Saves are atomic and run in the background."""
+"""Save and resume a run (collective). Saves are atomic and can run in the background."""
 
 import logging
 import os
@@ -71,7 +71,7 @@ class CheckpointManager:
         self._size = _BYTES_OF_PARAMETER * sum(entry.numel for entry in self._tensors.values())
         self._identity = _identity(checkpoints.parent)
         self._writer: Thread | None = None
-        self._failure: Exception | None = None  # of the background save
+        self._failure: Exception | None = None  # raised by the background save
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step`."""
@@ -80,7 +80,7 @@ class CheckpointManager:
     def resume(self) -> dict[str, Any] | None:
         """Load the newest intact checkpoint, written under any layout.
 
-        Damaged checkpoints are reported and renamed.
+        If a checkpoint is damaged, log a warning and rename it.
 
         Returns:
             The state of the run in the checkpoint; None if there is no checkpoint.
@@ -109,7 +109,7 @@ class CheckpointManager:
         return run
 
     def save(self, step: int, state: dict[str, Any], prune: bool = True) -> None:
-        """Save a checkpoint, then delete old ones. With `checkpoint.asynchronous`, return before it is on disk.
+        """Save a checkpoint, then delete old ones. With `checkpoint.asynchronous`, return before the save has finished.
 
         Args:
             step: optimizer steps taken.
@@ -166,9 +166,9 @@ class CheckpointManager:
         return self._failure is not None
 
     def last_good(self) -> Path | None:
-        """Return the newest intact checkpoint from before the current run of bad steps, or None (collective).
+        """Return the newest intact checkpoint from before the current series of bad steps, or None (collective).
 
-        Candidates are verified in full, including a search for NaN, for any `checkpoint.verify`.
+        Checkpoints are verified in full, including a search for NaN, whatever the value of `checkpoint.verify`.
         """
         self._join()
         named = self._first(lambda: directory.named_step(self._folder))
@@ -195,8 +195,8 @@ class CheckpointManager:
         if free < self._size:
             raise UserError(
                 str(self._folder),
-                f"{free / 2**30:.2f} GiB are free and a checkpoint needs {self._size / 2**30:.2f} GiB",
-                "free some disk or choose another run.dir",
+                f"{free / 2**30:.2f} GiB are free, but a checkpoint needs {self._size / 2**30:.2f} GiB",
+                "free disk space or choose another run.dir",
             )
 
     def _free_bytes(self) -> int:
@@ -236,7 +236,7 @@ class CheckpointManager:
             )
             self._first(lambda: self._publish(step, saved, entries, prune))
         except UserError:
-            if rank == 0:  # the disk may be full: free the space
+            if rank == 0:  # free the space, because the disk may be full
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -244,7 +244,7 @@ class CheckpointManager:
         name = first_not_finite(tensors.items())
         if name is not None:
             problem = f"step {step} is not saved: {name} has NaN or Inf on rank {self._ranks.rank}"
-            raise UserError(str(self._folder), problem, "continue from the checkpoint before it")
+            raise UserError(str(self._folder), problem, "resume from an earlier checkpoint")
 
     def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry], prune: bool) -> None:
         partial = directory.partial_folder(self._folder, step)
@@ -286,7 +286,7 @@ class CheckpointManager:
     def _damage(self, step: int, verify: Verify, before_bad_steps: bool = False) -> UserError | None:
         """Verify a checkpoint and return the first error found, or None (collective).
 
-        Each rank checks part of the files.
+        Each rank checks some of the files.
 
         Args:
             step: step of the checkpoint.
@@ -334,9 +334,9 @@ class CheckpointManager:
             if ours.get(name) != theirs.get(name):
                 here, there = (str(list(of[name])) if name in of else "missing" for of in (ours, theirs))
                 raise UserError(
-                    f"model: {name} {here}",
-                    f"step {manifest.step} of {self._folder.parent} is of another model (there it is {there})",
-                    "choose another run.dir or the model of that run",
+                    f"model: {name}",
+                    f"is {here}, but {there} in step {manifest.step} of {self._folder.parent}",
+                    "choose another run.dir or use the model of that run",
                 )
 
     def _restore_random_state(self, reader: CheckpointReader) -> None:
@@ -362,7 +362,7 @@ class CheckpointManager:
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             problem = f"cannot be {done} on {socket.gethostname()} ({reason})"
-            raise UserError(str(self._folder), problem, "fix that and start again") from None
+            raise UserError(str(self._folder), problem, "fix the cause and start again") from None
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class RunFolder:
         """Refuse to continue with a different model or tokenizer.
 
         Raises:
-            UserError: the model or the tokenizer differs from the run's.
+            UserError: the model or the tokenizer differs from that of the run.
         """
         self.check_same_model(config)
         self.check_same_tokenizer(tokenizer)
@@ -167,7 +167,7 @@ def model_fields(config: HyperMoEConfig) -> dict[str, Any]:
 
 
 def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
-    """Refuse a model that differs from the run's. Fields that the run did not record are not compared.
+    """Refuse a model that differs from the run's model. Fields that the run did not record are not compared.
 
     Raises:
         UserError: a field differs; the error names the first one.
@@ -176,8 +176,8 @@ def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: 
         if key in theirs and ours[key] != theirs[key]:
             raise UserError(
                 f"model.{key}={ours[key]!r}",
-                f"{run} has another model (there it is {theirs[key]!r})",
-                "choose another run.dir or the model of that run",
+                f"differs from {theirs[key]!r} in the run folder {run}",
+                "choose another run.dir or use the model of that run",
             )
 
 
@@ -188,4 +188,4 @@ def check_step(step: int | None, paths: Iterable[Path]) -> None:
         UserError: a step is given, and no folder is a run folder.
     """
     if step is not None and not any(RunFolder(path).exists() for path in paths):
-        raise UserError(f"--step={step}", "only a run folder has steps and none is given", "remove it")
+        raise UserError(f"--step={step}", "only run folders have steps, but none is given", "remove it")

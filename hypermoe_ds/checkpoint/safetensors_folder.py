@@ -78,7 +78,7 @@ class SafetensorsFolder:
                     for name in file.keys():  # noqa: SIM118 (no dict)
                         if name in self._file_of:
                             other = self._file_of[name].name
-                            raise UserError(f"{path}: {short(name)}", f"is in {other} too", FETCH_AGAIN)
+                            raise UserError(f"{path}: {short(name)}", f"is also in {other}", FETCH_AGAIN)
                         part = file.get_slice(name)
                         self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part.get_dtype()
                         self._file_of[name] = path
@@ -90,7 +90,7 @@ class SafetensorsFolder:
         return self._file_of[name]
 
     def map(self, name: str) -> Tensor:
-        """Memory-map a tensor: only the parts that are used are read.
+        """Memory-map a tensor, so that only the parts that are used are read from disk.
 
         Raises:
             UserError: the file is damaged.
@@ -140,7 +140,7 @@ class FolderWeights(SafetensorsFolder):
 
 
 class TrackedTensors:
-    """Tensors of a folder, with a record of which were used, to find unused ones."""
+    """Tensors of a folder; the class records which of them were used, to find unused ones."""
 
     def __init__(self, files: FolderWeights) -> None:
         self.files = files
@@ -157,7 +157,7 @@ class TrackedTensors:
         if found != tuple(shape):
             raise UserError(
                 f"{self.files.folder}: {name}",
-                f"is {list(found)}, but by config.json {list(shape)}",
+                f"is {list(found)}, but {list(shape)} according to config.json",
                 "correct config.json",
             )
         self._names.add(name)

@@ -29,7 +29,7 @@ class CheckpointWeights:
     Args:
         reader: the checkpoint.
         config: configuration of the run's model.
-        dtype: precision of the tensors; None uses the run's, which gives bitwise the training weights.
+        dtype: precision of the tensors; None uses the run's, so that they are bitwise identical to those in training.
 
     Attributes:
         config: configuration of the run's model.
@@ -50,11 +50,11 @@ class CheckpointWeights:
         for name, shape in self.shapes.items():
             for part, of_part in training_shapes(name, shape).items():
                 if stored.get(part) != tuple(of_part):
-                    found = f"has {part} as {list(stored[part])}" if part in stored else f"has no {part}"
-                    raise _broken(reader.folder, f"{found}, the run's model as {list(of_part)}")
+                    found = f"is {list(stored[part])}" if part in stored else "is missing"
+                    raise _broken(reader.folder, f"{part} {found}, but {list(of_part)} in the run's model")
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor in `dtype`; of a stacked expert tensor, only one expert at a time is also held in fp32.
+        """Read a tensor in `dtype`. Stacked experts are read one by one, so that only one expert is in memory in fp32.
 
         Raises:
             UserError: the checkpoint cannot be read.

@@ -124,7 +124,7 @@ CASES = {
     ),
     "no tokenizer": BadInput(("none: no such tokenizer folder", "give a folder with"), ("data.tokenizer=FOLDER/none",)),
     "another model's run": BadInput(
-        ("model.adapter_size=4: ", "has another model (there it is 8)", "choose another run.dir"),
+        ("model.adapter_size=4: ", "differs from 8 in the run folder", "choose another run.dir"),
         ("run.dir=OTHER", "model.adapter_size=4"),
     ),
     "run that another job trains": BadInput(
@@ -135,7 +135,7 @@ CASES = {
     "existing run without resume": BadInput(
         ("checkpoints: has checkpoints", "set checkpoint.resume=auto"), ("run.dir=OTHER", "checkpoint.resume=none")
     ),
-    "full disk": BadInput(("GiB are free and a checkpoint needs", "choose another run.dir"), free_bytes=1000),
+    "full disk": BadInput(("GiB are free, but a checkpoint needs", "choose another run.dir"), free_bytes=1000),
     "run folder inside a file": BadInput(
         ("file/run: cannot be written",), ("run.dir=FOLDER/file/run",), prepare=a_file
     ),

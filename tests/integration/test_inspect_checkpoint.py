@@ -68,7 +68,7 @@ def test_nan_gives_exit_code_1_and_the_name_of_the_tensor(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         ("EMPTY", "is not a run folder, checkpoint folder or Hugging Face folder"),
-        ("EMPTY --step 3", "only a run folder has steps"),
+        ("EMPTY --step 3", "only run folders have steps"),
         ("RUN --step 4", "choose a saved step: 3, 5"),
         ("RUN --json none/seen.json", "cannot be written"),
     ],

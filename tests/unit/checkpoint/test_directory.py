@@ -58,7 +58,7 @@ def test_an_invalid_latest_is_reported_and_the_newest_step_is_used(
     assert latest_step(tmp_path) == 20
     [record] = caplog.records
     assert record.getMessage() == (
-        f"warning: {tmp_path}/latest: names no checkpoint next to it; the newest is step_00000020"
+        f"warning: {tmp_path}/latest: does not name an existing checkpoint; using the newest, step_00000020"
     )
 
 
@@ -70,7 +70,7 @@ def test_a_latest_that_is_a_folder_is_reported(tmp_path: Path) -> None:
 
 def test_latest_without_checkpoints_does_not_start_a_new_run(tmp_path: Path) -> None:
     make(tmp_path, latest="step_00000010")
-    with pytest.raises(UserError, match="latest: names no checkpoint, and there is none; restore one, or remove"):
+    with pytest.raises(UserError, match="latest: exists, but there is no checkpoint; restore a checkpoint, or remove"):
         latest_step(tmp_path)
 
 

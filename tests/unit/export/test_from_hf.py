@@ -124,7 +124,7 @@ def test_pickled_and_missing_weights_are_refused(tmp_path: Path) -> None:
     [
         ("missing", r"model.layers.1.block_sparse_moe.experts.5.w3.weight: is missing; copy"),
         ("unexpected", r"model.layers.0.self_attn.q_proj.bias: is not part of a HyperMoE model; choose"),
-        ("shape", r"model.norm.weight: is \[31\], but by config.json \[32\]; correct"),
+        ("shape", r"model.norm.weight: is \[31\], but \[32\] according to config.json; correct"),
         ("dtype", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
     ],
 )
