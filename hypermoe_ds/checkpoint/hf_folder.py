@@ -108,12 +108,12 @@ def last_line(error: Exception) -> str:
     return lines[-1].strip()[:200]
 
 
-def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
+def checked_shapes(folder: Path, model_config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
     """Return the shapes of a model's tensors, after checking that the stored weights have enough layers.
 
     Args:
         folder: the folder with the weights.
-        config: configuration of the model.
+        model_config: configuration of the model.
         stored: names of the stored tensors. Their layers are counted before the model is built, so that a wrong
             `num_hidden_layers` is found first.
 
@@ -121,11 +121,13 @@ def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]
         UserError: the weights have fewer layers than the configuration, or a tensor is too large to address.
     """
     layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
-    if layers < config.num_hidden_layers:
-        problem = f"has weights of {layers} layers, but config.json has num_hidden_layers={config.num_hidden_layers}"
+    if layers < model_config.num_hidden_layers:
+        problem = (
+            f"has weights of {layers} layers, but config.json has num_hidden_layers={model_config.num_hidden_layers}"
+        )
         raise UserError(str(folder), problem, "correct config.json")
     try:
-        return state_dict_shapes(config)
+        return state_dict_shapes(model_config)
     except RuntimeError as error:  # the size of a tensor overflows
         problem = f"has a config.json that describes impossible tensors ({last_line(error)})"
         raise UserError(str(folder), problem, "correct config.json") from None

@@ -163,13 +163,13 @@ class TrackedTensors:
         self._names.add(name)
         return partial(self.files.read, name)
 
-    def refuse_unused(self, config: HyperMoEConfig) -> None:
+    def refuse_unused(self, model_config: HyperMoEConfig) -> None:
         """Refuse tensors without a reader, so that none is dropped silently."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         for name in self.files.shapes:
             if name in self._names or _DERIVED.fullmatch(name):
                 continue
-            tied = name == head and config.tie_word_embeddings
+            tied = name == head and model_config.tie_word_embeddings
             if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
                 continue
             reason = "differs from the embedding it is tied to" if tied else "is not part of a HyperMoE model"

@@ -40,10 +40,12 @@ class CheckpointWeights:
         UserError: the checkpoint belongs to a different model.
     """
 
-    def __init__(self, reader: CheckpointReader, config: HyperMoEConfig, dtype: torch.dtype | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, reader: CheckpointReader, model_config: HyperMoEConfig, dtype: torch.dtype | None = None
+    ) -> None:
+        self.config = model_config
         self.dtype = dtype or _precision_of(reader)
-        self.shapes = checked_shapes(reader.folder, config, reader.manifest.tensors)
+        self.shapes = checked_shapes(reader.folder, model_config, reader.manifest.tensors)
         self._reader = reader
         self._mapped = 0
         stored = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
@@ -115,10 +117,10 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
         return model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
 
 
-def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
+def model_of(model_config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
     """Build a Transformers model from named tensors without copying them."""
-    model = meta_model(config)
-    if config.tie_word_embeddings:
+    model = meta_model(model_config)
+    if model_config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
