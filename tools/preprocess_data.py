@@ -17,7 +17,9 @@ def _arguments() -> argparse.Namespace:
     add_input_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without suffix")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of tokenising processes (default: 1)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="number of tokenising processes (default: 1)"
+    )
     parser.add_argument(
         "--max-rejected",
         type=percentage,

@@ -25,18 +25,21 @@ def name_of(layout: Layout) -> str:
 
 
 def batches_from(layout: Layout, rank: int, step: int) -> Iterator[dict[str, Tensor]]:
-    """Yield a rank's micro-batches from `step` on; each step uses the same sequences under any layout."""
+    """Yield a rank's micro-batches, starting at `step`. All layouts use the same sequences in each step."""
     for tokens in random_tokens(5, BEFORE + AFTER, GLOBAL_BATCH, S + 1)[step:]:
         for block in tokens.chunk(layout.accumulation):
             own = block.chunk(layout.ranks)[rank]
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
 
 
-Ended = tuple[list[Step], Tensor]  # the steps after the checkpoint, and the final logits
+Ended = tuple[list[Step], Tensor]  # steps after the checkpoint, and logits at the end
 
 
 def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
-    """For each layout, train, save a checkpoint in the background, and continue; all layouts use the same ranks."""
+    """Train under each layout, save a checkpoint in the background, and continue training.
+
+    All layouts share the processes.
+    """
     return [_save(layout, folder) for layout, folder in zip(layouts, folders, strict=True)]
 
 
@@ -54,7 +57,10 @@ def _save(layout: Layout, folder: Path) -> Ended:
 
 
 def resume_each(layouts: list[Layout], folders: list[Path], again: list[Path]) -> list[Ended]:
-    """Resume each run under a new layout, save a copy at once, and continue; all layouts use the same ranks."""
+    """Resume each run under another layout, save a copy of its checkpoint, and continue training.
+
+    All layouts share the processes.
+    """
     return [_resume(*run) for run in zip(layouts, folders, again, strict=True)]
 
 
@@ -71,7 +77,7 @@ def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
 
 
 def first_norms(layouts: list[Layout]) -> list[float]:
-    """Return the gradient norm of the first step under each layout; all layouts use the same ranks."""
+    """Return the gradient norm of the first step under each layout. All layouts share the processes."""
     norms = []
     for layout in layouts:
         engine = engine_of(layout, BEFORE + AFTER)
@@ -82,7 +88,7 @@ def first_norms(layouts: list[Layout]) -> list[float]:
 
 
 def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
-    """Save only the initial weights, then train; return the steps."""
+    """Save a checkpoint of the initial weights, then train; return the steps."""
     engine = engine_of(layout, BEFORE + AFTER)
     checkpoints = manager_of(engine, RunFolder(folder))
     checkpoints.save(0, {"step": 0})
@@ -112,6 +118,6 @@ def build_engine_with_other_weights(layout: Layout) -> Any:
 
 
 def with_one_micro_batch(layout: Layout) -> Layout:
-    """Return the layout with micro-batches of two sequences; expert loads are counted per micro-batch."""
+    """Return the layout with micro-batches of two sequences, each with its own load-balancing loss."""
     accumulation = GLOBAL_BATCH // layout.ranks // 2
     return replace(layout, accumulation=accumulation, model={"router_aux_loss_scope": "micro_batch"})

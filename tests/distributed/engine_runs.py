@@ -73,7 +73,7 @@ def engine_of(layout: Layout, steps: int = STEPS) -> Any:
 
 
 class Watcher(StepObserver):
-    """Minimal replacement of the recorder: collects losses and routing."""
+    """Minimal replacement for the recorder that collects losses and routing."""
 
     def __init__(self, num_experts: int) -> None:
         self.logs = True
@@ -188,7 +188,7 @@ SAVED_STEP = 2
 
 
 def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> list[Step]:
-    """Take `count` steps."""
+    """Train for `count` steps and return them."""
     watcher = Watcher(engine.module.config.num_experts)
     taken = []
     for _ in range(count):
@@ -199,10 +199,10 @@ def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> l
 
 
 def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ...]:
-    """Train to `SAVED_STEP`, save, and continue to the end.
+    """Train up to `SAVED_STEP`, save a checkpoint, and train to the last step.
 
     Returns:
-        The logits at the checkpoint, the steps after it, and the logits at the end.
+        The logits at the checkpoint, the steps after the checkpoint, and the logits after the last step.
     """
     rank = torch.distributed.get_rank()
     engine, run = engine_of(layout), RunFolder(folder)
@@ -219,7 +219,7 @@ def save_on_rank(layout: Layout, folder: Path, tokenizer: Path) -> tuple[Any, ..
 
 
 def resume_on_rank(layout: Layout, folder: Path) -> tuple[Any, ...]:
-    """Resume from the checkpoint and continue to the end; return the same results as `save_on_rank`."""
+    """Resume from the checkpoint and train to the last step; return the same results as `save_on_rank`."""
     rank = torch.distributed.get_rank()
     engine = engine_of(layout)
     state = manager_of(engine, RunFolder(folder)).resume()
@@ -240,7 +240,7 @@ def resume_into_each(
         layout: layout of all models.
         folder: the run folder.
         others: configuration fields of the other models.
-        named: whether the checkpoint records its model's configuration.
+        named: whether the checkpoint records the configuration of its model.
 
     Returns:
         For each other model, the error, and whether any of its weights changed.

@@ -1,4 +1,4 @@
-"""Code that ranks run in the checkpoint fault tests: save checkpoints of a small replacement of the engine's state."""
+"""Code that ranks run in the checkpoint fault tests: save checkpoints of a small replacement for the engine's state."""
 
 import errno
 import logging
@@ -23,7 +23,10 @@ NUMEL = 200_000
 
 
 class Part:
-    """Replacement of `EngineState`: one rank's half of a parameter, whose values are the number of the step."""
+    """Replacement for `EngineState` with the rank's part of one parameter.
+
+    All its values are the number of the step.
+    """
 
     device = torch.device("cpu")
 
@@ -57,7 +60,10 @@ def manager_of(folder: Path, **config: Any) -> tuple[CheckpointManager, Part]:
 
 
 def save_without_end(folder: Path, asynchronous: bool) -> None:
-    """Resume, then save every step until killed; each rank records the steps whose save has completed."""
+    """Resume, then save every step until the process is killed.
+
+    Each rank writes down the steps whose save has completed.
+    """
     checkpoints, part = manager_of(folder, asynchronous=asynchronous, verify="full")
     state = checkpoints.resume()
     step = 0 if state is None else state["step"]
@@ -76,10 +82,10 @@ def save_without_end(folder: Path, asynchronous: bool) -> None:
 def save_steps(
     folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None
 ) -> tuple[int, str | None, list[str]]:
-    """Resume and save every step up to `last`; the save of `fails_at` fails on rank 1.
+    """Resume and save every step up to `last`; the save of step `fails_at` fails on rank 1.
 
     Returns:
-        The step resumed from, the error or None, and the log messages.
+        The step from which the run resumed, the error or None, and the log messages.
     """
     checkpoints, part = manager_of(folder, **config)
     write = manager.write_shard
@@ -111,7 +117,10 @@ def save_steps(
 
 
 def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | None]:
-    """Save two steps, then three with a NaN on rank 1; return the errors and the last good checkpoint."""
+    """Save two finite states, then three states with a NaN on rank 1.
+
+    Return the errors and the last good checkpoint.
+    """
     checkpoints, part = manager_of(folder, asynchronous=asynchronous, keep_last=1)
     raised = []
     for step in range(1, 6):
@@ -127,7 +136,10 @@ def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | 
 
 
 def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str | None]:
-    """Save good steps 1 to 3 and bad steps 4 and 5; return the last good checkpoint after damaging 5, 3, 2 and 1."""
+    """Save checkpoints of good steps 1 to 3 and bad steps 4 and 5, then damage four of them.
+
+    The checkpoints are damaged in the order 5, 3, 2, 1. Return the last good checkpoint after each damage.
+    """
     checkpoints, part = manager_of(folder, keep_last=1, asynchronous=False, verify="sizes")
     for step in range(1, 6):
         part.values.fill_(step)
@@ -144,7 +156,10 @@ def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str 
 
 
 def save_on_full_disk(folder: Path) -> list[str]:
-    """Save until the disk is full, with a faked measurement of free space; then free space and save once more."""
+    """Save until the disk is full, then free space and save once more.
+
+    The measurement of free disk space is faked, so that the saves start.
+    """
     manager.shutil.disk_usage = lambda _: _Plenty  # type: ignore[attr-defined]
     checkpoints, part = manager_of(folder, asynchronous=False, keep_last=9)
     errors = []

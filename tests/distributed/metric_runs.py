@@ -1,4 +1,4 @@
-"""Code that ranks run in the tests of metrics: measure norms with the product and with a naive computation."""
+"""Code that ranks run in the tests of metrics: measure norms with hypermoe_ds and with a naive computation."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ PATTERNS = {
 
 
 def named_group(name: str) -> str:
-    """Return the group of a parameter, by patterns that are independent of the product's."""
+    """Return the group of a parameter, by patterns that are independent of those in hypermoe_ds."""
     [*found] = [group for group, pattern in PATTERNS.items() if re.search(pattern, name)]
     assert len(found) <= 1, name
     return found[0] if found else "rest"
@@ -46,11 +46,11 @@ class Norms(StepObserver):
 
 
 class MeasuredStep(NamedTuple):
-    """Norms of a step, measured by the product and computed from the weight differences.
+    """Norms of a step, measured by hypermoe_ds and computed from the weight differences.
 
     Attributes:
         global_norm: gradient norm that DeepSpeed reports.
-        gradients, weights: norms that the product measures.
+        gradients, weights: norms that hypermoe_ds measures.
         expected: naively computed parameter norms and update ratios.
     """
 
@@ -116,10 +116,10 @@ class ModelResults(NamedTuple):
     """Metrics and outputs of a model on one rank.
 
     Attributes:
-        similarity: similarity that the product measures.
-        pairs: mean cosine over all pairs, computed naively.
+        similarity: similarity that hypermoe_ds measures.
+        pairs: mean cosine similarity over all pairs, computed naively.
         without: logits without HyperExperts.
-        again: logits with HyperExperts, before and after disabling them.
+        again: logits with HyperExperts, computed before and after the HyperExperts were disabled.
         tokens: greedy continuation of a prompt.
     """
 
@@ -134,7 +134,7 @@ PROMPT, NEW_TOKENS = [5, 17, 3, 99], 12
 
 
 def evaluate_each(layouts: list[Layout]) -> list[ModelResults]:
-    """Return similarity, logits without HyperExperts and a sample, for each layout."""
+    """Return the similarity, the logits without HyperExperts and a sample text for each layout."""
     return [_evaluate(layout) for layout in layouts]
 
 

@@ -50,8 +50,8 @@ MOST_RANKS = 4
 LEARNING_RATE = 1e-2
 LAST_RATE = 0.2  # learning rate of the last step, relative to the first
 WEIGHT_DECAY = 0.1
-EPSILON = 1e-6  # larger than the rounding error of the gradients, which Adam would otherwise amplify
-CLIP = 0.8  # some steps are clipped and some are not
+EPSILON = 1e-6  # Adam's epsilon; with a smaller one, Adam would amplify the rounding errors of gradients
+CLIP = 0.8  # maximum gradient norm, which only some steps exceed
 SEED = 7
 
 
@@ -88,7 +88,7 @@ class Layout:
 
     @property
     def pieces(self) -> int:
-        """Number of parts of the global batch over which expert loads are counted and whose losses are averaged."""
+        """Number of parts of the global batch whose losses are averaged. Expert loads are counted in each part."""
         per_rank = self.model.get("router_aux_loss_scope") == "micro_batch"
         return self.accumulation * (self.ranks if per_rank else 1)
 
@@ -98,7 +98,10 @@ def model_config(layout: Layout) -> HyperMoEConfig:
 
 
 def wake_hypernetwork() -> None:
-    """Initialise generated weights with large values in this process, because errors in tiny weights stay unnoticed."""
+    """Initialise generated weights with large values in this process.
+
+    The tests would not detect errors in tiny generated weights.
+    """
     GeneratorHead.reset_parameters = nn.Linear.reset_parameters  # type: ignore[method-assign]
 
 
@@ -112,7 +115,10 @@ def training_tokens() -> Tensor:
 
 
 def probe_of(rank: int) -> Tensor:
-    """Return the batch on which a rank computes logits; it differs between ranks, so that their routing differs."""
+    """Return the batch on which a rank computes logits.
+
+    Each rank has a different batch, so that its routing differs.
+    """
     return random_tokens(11, MOST_RANKS, 2, S)[rank]
 
 
@@ -129,7 +135,10 @@ def batches_of_rank(layout: Layout, rank: int) -> Iterator[dict[str, Tensor]]:
 
 @dataclass
 class SerialRun:
-    """Results of the serial run: values per step, and logits of each rank's probe batch before and after."""
+    """Results of the serial run.
+
+    Lists have one item per step, except the logits of each rank's probe batch before and after training.
+    """
 
     first_logits: list[Tensor]
     losses: list[float] = field(default_factory=list)

@@ -105,7 +105,7 @@ def take(engine: Any, step_monitor: StepMonitor, state: TrainState, source: Iter
 
 
 def skip_each(layouts: list[Layout], what: str) -> None:
-    """Check that a bad step changes no weights and that the run continues as if its samples did not exist."""
+    """Check that a bad step changes no weights and that the run continues as if its samples were skipped."""
     for layout in layouts:
         lines: list[str] = []
         engine = engine_of(layout)
@@ -145,7 +145,10 @@ def _make_bad(engine: Any, step_monitor: StepMonitor, what: str) -> None:
 
 
 def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, Tensor]) -> None:
-    """Compare with a run without the samples of the bad step; its learning rates are those of the good steps."""
+    """Compare with a run that never reads the samples of the bad step.
+
+    Its learning rates are those of the good steps.
+    """
     engine = engine_of(layout)
     step_monitor, state, source = step_monitor_of(engine, layout, []), TrainState(), batches(layout, BAD_STEP)
     without = [take(engine, step_monitor, state, source) for _ in range(STEPS - 1)]
@@ -213,7 +216,7 @@ def spike(layout: Layout) -> list[str]:
 
 
 def asked_to_stop(layout: Layout, rank: int) -> list[bool]:
-    """Send SIGTERM to one rank after the second step; return for each step whether it stops the run."""
+    """Send SIGTERM to one rank after the second step; return, for each step, whether the run stops after it."""
     engine = engine_of(layout)
     step_monitor, state = step_monitor_of(engine, layout, []), TrainState()
     stops = []

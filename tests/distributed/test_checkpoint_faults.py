@@ -31,7 +31,7 @@ KILLS = 20
 
 
 def newest(folder: Path) -> int:
-    """Verify the checkpoint that `latest` names and return its step; 0 without a checkpoint."""
+    """Verify the checkpoint that `latest` names and return its step, or 0 if there is no checkpoint."""
     step = latest_step(folder / "checkpoints")
     if step is None:
         return 0
@@ -126,10 +126,10 @@ def test_with_an_invalid_latest_file_the_newest_intact_checkpoint_is_used_and_re
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_state_with_nan_is_never_saved_and_deletes_no_good_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+def test_a_state_with_nan_is_never_saved_and_no_good_checkpoint_is_deleted(tmp_path: Path, asynchronous: bool) -> None:
     for raised, good in run_on_ranks(RANKS, save_not_finite, tmp_path, asynchronous):
         assert good == step_name(2)
-        assert len(raised) == (1 if asynchronous else 3), "written in the background it is logged, then raised"
+        assert len(raised) == (1 if asynchronous else 3), "a failed background save is logged, and the next save raises"
         for error in raised:
             assert "is not saved: weight/weight has NaN or Inf on rank 1; resume from" in error
     assert saved_steps(tmp_path / "checkpoints") == [2]

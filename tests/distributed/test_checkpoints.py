@@ -80,7 +80,7 @@ def test_a_checkpoint_of_a_different_model_is_refused_before_loading(tmp_path: P
     for (_, message), (error, changed) in zip(OTHERS, refused, strict=True):
         assert re.match(rf"{re.escape(message)}: differs from \S+ in the run folder {re.escape(str(tmp_path))};", error)
         assert not changed
-    assert saved_steps(tmp_path / "checkpoints") == [0], "it is not set aside"
+    assert saved_steps(tmp_path / "checkpoints") == [0], "the checkpoint is not renamed"
 
 
 def test_shapes_are_compared_if_a_checkpoint_does_not_record_its_model(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ RANKS = 3
 
 
 def exchange(fails: int | None) -> tuple[list[int], object, object]:
-    """Return all ranks, the process of rank 0 and all processes; or the error of the failing rank."""
+    """Return all ranks, the process id of rank 0, and all process ids.
+
+    If rank `fails` raises an error, return the error instead of the affected ids.
+    """
     group = ControlGroup()
 
     def action() -> int:

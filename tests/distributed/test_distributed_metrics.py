@@ -1,4 +1,4 @@
-"""Metrics over ranks equal a naive computation or that of one process."""
+"""Metrics over several ranks equal a naive computation, or the metrics of one process."""
 
 import pytest
 import torch
@@ -63,7 +63,10 @@ def _serial_model(**changes: object) -> HyperMoEForCausalLM:
 
 @torch.no_grad()
 def _references() -> tuple[torch.Tensor, list[int]]:
-    """Return the logits of a model without hypernetwork, and Transformers' greedy continuation with hypernetwork."""
+    """Return logits and a greedy continuation for comparison.
+
+    The logits are from a model without a hypernetwork, and Transformers generates the continuation with one.
+    """
     probe = training_tokens()[0, :2, :-1]
     without = _serial_model(hypernetwork=False)(input_ids=probe, use_cache=False).logits
     generated = _serial_model().generate(

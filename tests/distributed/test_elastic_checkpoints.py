@@ -43,9 +43,9 @@ class Saved:
     """A run that saved a checkpoint and continued.
 
     Attributes:
-        folder: its folder.
-        steps: those after the checkpoint.
-        logits: the last ones.
+        folder: folder of the run.
+        steps: steps after the checkpoint.
+        logits: logits after the last step.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
-    """Train one run per layout; return them by the name of the layout."""
+    """Train one run per layout; return the runs by the name of their layout."""
     runs = {}
     for ranks, expert in SPREADS:
         layouts = [layout for layout in LAYOUTS if (layout.ranks, layout.expert) == (ranks, expert)]
@@ -117,7 +117,7 @@ def test_a_run_resumes_under_another_layout_with_the_same_moments_and_losses(
     differences_after_resuming(saved, pairs, tmp_path)
 
 
-def test_with_the_same_micro_batch_on_fewer_ranks_a_run_accumulates_and_keeps_its_losses(tmp_path: Path) -> None:
+def test_gradient_accumulation_on_fewer_ranks_keeps_the_losses(tmp_path: Path) -> None:
     source, target = with_one_micro_batch(LAYOUTS[6]), with_one_micro_batch(LAYOUTS[0])
     assert (source.accumulation, target.accumulation) == (2, 4)
     [(steps, _)] = run_on_ranks(source.ranks, save_each, [source], [tmp_path / "run"])[0]

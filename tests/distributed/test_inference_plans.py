@@ -12,7 +12,7 @@ from tests.distributed.inference_runs import load_and_run
 from tests.helpers.ranks import run_on_ranks
 
 SMALL = {
-    "vocab_size": 61,  # 2 ranks hold 31 and 30 rows
+    "vocab_size": 61,  # rank 0 has 31 rows of the embedding, and rank 1 has 30
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

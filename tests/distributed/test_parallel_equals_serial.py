@@ -69,7 +69,7 @@ def compared(request: pytest.FixtureRequest, runs: dict[str, list[RankRun]]) -> 
 Compared = tuple[list[RankRun], SerialRun, Layout]
 
 
-def test_the_serial_run_clips_some_steps_only() -> None:
+def test_only_some_steps_of_the_serial_run_are_clipped() -> None:
     norms = serial_run(Layout()).grad_norms
     assert min(norms) < CLIP < max(norms)
 

@@ -11,7 +11,10 @@ from tests.helpers.ranks import run_on_ranks
 
 
 def routing_of(model: HyperMoEForCausalLM, rank: int) -> tuple[Tensor, Tensor]:
-    """Return logits and selection of the first MoE layer; up to it, both models run the same modules."""
+    """Return the logits and the selection of the first MoE layer.
+
+    Both models run the same modules before this layer.
+    """
     with torch.no_grad():
         output = model.eval()(input_ids=probe_of(rank), use_cache=False, output_router_logits=True)
     return output.router_logits[0], output.selected_experts[0]

@@ -1,4 +1,4 @@
-"""All ranks skip a step with NaN or Inf, all see loss spikes and stop signals, and replicas are compared."""
+"""All ranks skip steps with NaN or Inf, report loss spikes, react to stop signals, and compare replicas."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_too_many_consecutive_bad_steps_end_the_run_and_report_checkpoint_and_da
     good: Path | None, again: str
 ) -> None:
     for error, step in run_on_ranks(RANKS, too_many_bad_steps, Layout(RANKS), good):
-        assert step == 4, "one that is alone is borne"
+        assert step == 4, "a single bad step does not end the run"
         assert error == (
             "train.max_bad_steps=1: 2 steps in a row up to step 4 had a NaN or Inf in loss or gradient; "
             f"{again} with a smaller optimizer.lr, or skip their data with train.skip_samples=[[16, 31]]"

@@ -1,4 +1,4 @@
-"""A lost rank ends the job and is named in the failure report, whichever rank it is and for any cause."""
+"""If any rank is lost for any reason, the job ends and the failure report names the rank."""
 
 import re
 import signal
@@ -51,13 +51,13 @@ def test_a_lost_rank_is_reported_with_its_step_and_ends_the_job(kind: str, lost:
         if kind == "stopped":
             signal_as_the_launcher(ranks[lost].pid)
             ranks[lost].join(30)
-            assert ranks[lost].exitcode == -signal.SIGKILL, "it cannot end itself"
+            assert ranks[lost].exitcode == -signal.SIGKILL, "a stopped process cannot exit by itself"
     report = (tmp_path / FAILURE_REPORT).read_text()
     assert re.match(rf"rank {lost} \(process \d+ on [\w.-]+\) {FOUND[kind]}", report), report
-    # Any rank may write the report; a rank that hangs while loading data does not mention its own wait.
+    # The report names the rank that waited, unless the lost rank, which hangs while loading data, writes it itself.
     waited = rf"rank \d waited in step {LAST_GOOD + 1}, forward and backward; "
     assert re.search(rf"; ({waited}{'|' * (kind == 'hangs')})stacks of ", report), report
-    assert len(re.findall(r"rank \d", report)) <= 2, "nobody else is blamed"
+    assert len(re.findall(r"rank \d", report)) <= 2, "the report names no other rank"
     for rank in others:
         stack = (tmp_path / f"stack_{rank:05d}.txt").read_text()
         assert f"in step {LAST_GOOD + 1}" in stack
@@ -76,7 +76,7 @@ def test_progressing_ranks_continue_and_files_of_an_earlier_launch_are_moved(tmp
         "told_there",
         "rank_00001.json",
         "rank_00000.json.tmp",
-    ):  # a user's folder, and ours as folders
+    ):  # `notes` is a user's folder; the other names are those of files of the watchdog
         (tmp_path / name).mkdir()
         (tmp_path / name / "note").touch()
     assert run_on_ranks(2, train_to_the_end, tmp_path) == [0, 1]
@@ -105,7 +105,7 @@ def test_a_rank_lost_before_training_ends_the_job(kind: str, fate: str, tmp_path
 
 
 @pytest.mark.parametrize("hosts", [["a", "a", "a"], ["a", "b", "b"]])
-def test_if_no_rank_is_behind_each_host_prints_one_report_that_names_the_network_of_several_hosts(
+def test_if_no_rank_is_behind_each_host_prints_one_report_that_may_suggest_the_network(
     hosts: list[str], tmp_path: Path
 ) -> None:
     folder, consoles = tmp_path / "watch", tmp_path / "consoles"

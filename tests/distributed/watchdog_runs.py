@@ -43,7 +43,7 @@ def lose(folder: Path, kind: str, lost: int) -> None:
 
 
 def train_to_the_end(folder: Path) -> int:
-    """Take steps that together exceed the timeout but individually do not; return the number of remaining threads."""
+    """Train for longer than the timeout, in steps that are shorter than the timeout. Return this rank."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():

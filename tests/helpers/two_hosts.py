@@ -134,7 +134,7 @@ class TwoHosts:
         )  # fmt: skip
 
     def crash(self, host: str) -> None:
-        """Simulate a power failure: disconnect the host, then kill its processes. No connection is closed."""
+        """Simulate a power failure: disconnect the host, then kill its processes, so that they close no connection."""
         self.disconnect(host)
         self.processes[host].kill()
         self.processes[host].wait()
@@ -152,7 +152,7 @@ class TwoHosts:
         return [*inside, "ssh", "-F", str(self.folder / "ssh" / "ssh_config"), _ADDRESSES[host]]
 
     def answers(self, host: str) -> bool:
-        """Return whether a login over ssh succeeds."""
+        """Return whether an ssh login to the host succeeds."""
         login = subprocess.run(
             [*self._ssh(host), "true"], capture_output=True, timeout=_UP_SECONDS, check=False, stdin=subprocess.DEVNULL
         )

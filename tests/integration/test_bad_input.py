@@ -45,7 +45,7 @@ class BadInput:
 
     Attributes:
         message: parts of the error message.
-        overrides: overrides of the recipe; FOLDER and OTHER are replaced.
+        overrides: overrides of the recipe; the test replaces FOLDER and OTHER by paths.
         ds_json: content of the DeepSpeed JSON; None writes invalid JSON.
         prepare: creates the files that the overrides name.
         free_bytes: faked free disk space.
@@ -74,7 +74,7 @@ def a_file(files: Files) -> None:
 
 
 def lock_of_another_job(files: Files) -> None:
-    """Lock the other run in this process, so that the job finds it in use."""
+    """Lock the other run in this process, so that the job finds the run in use."""
     files.lock = RunLock(files.other_run)
 
 

@@ -1,4 +1,4 @@
-"""Run the benchmarks end to end at a tiny size; timings are not checked."""
+"""Run the benchmarks end to end with a tiny model, without checking the timings."""
 
 import json
 import math
@@ -44,7 +44,10 @@ def run(script: str, *arguments: object, python_path: str = str(REPOSITORY)) -> 
 
 @pytest.fixture(scope="module")
 def compare(tmp_path_factory: pytest.TempPathFactory) -> Compare:
-    """Return a function that runs a tiny comparison, without megatron-core and with a library that prints on import."""
+    """Return a function that compares training steps of a tiny model.
+
+    The scripts cannot import megatron-core, and a library prints a line on import.
+    """
     folder = tmp_path_factory.mktemp("bench")
     (folder / "megatron.py").write_text("raise ImportError('a benchmark needs no megatron-core')\n")
     (folder / "sitecustomize.py").write_text("print('output of a library')\n")
@@ -73,7 +76,7 @@ def peers(compare: Compare) -> dict[str, Any]:
     return compare("--ranks", 1, "--sides", "mixtral,deepspeed_moe,per_token,moe", "--steps", 3, "--warmup", 0)
 
 
-def test_every_side_steps_and_reports_a_finite_loss(on_two_ranks: dict[str, Any], peers: dict[str, Any]) -> None:
+def test_every_side_trains_and_reports_finite_losses(on_two_ranks: dict[str, Any], peers: dict[str, Any]) -> None:
     for found, ranks in ((on_two_ranks, 2), (peers, 1)):
         for side in found["sides"].values():
             assert len(side["losses"]) == len(side["step_seconds"]) == 3

@@ -18,7 +18,7 @@ from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import CompletedRun, run_script
 
 # Loads each folder without access to this project, and saves the logits of token ids read from a file.
-STRANGER = """
+SCRIPT_WITHOUT_PROJECT = """
 import sys
 
 class Absent:
@@ -65,7 +65,7 @@ def token_ids() -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def seen_by_a_stranger(
+def outputs_without_project(
     exported: dict[Path, Path], token_ids: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Path, dict[str, object]]:
     """Compute logits and token ids in a process that cannot import this project."""
@@ -73,7 +73,7 @@ def seen_by_a_stranger(
     torch.save(token_ids, folder / "ids.pt")
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *map(str, exported.values())],
+        [sys.executable, "-c", SCRIPT_WITHOUT_PROJECT, *map(str, exported.values())],
         cwd=folder, env=inherited | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -88,18 +88,18 @@ def run(request: pytest.FixtureRequest) -> Path:
 
 
 def test_without_this_project_an_export_gives_the_logits_of_the_trained_model(
-    run: Path, seen_by_a_stranger: dict[Path, dict[str, Tensor]], token_ids: Tensor
+    run: Path, outputs_without_project: dict[Path, dict[str, Tensor]], token_ids: Tensor
 ) -> None:
     with torch.no_grad():
         logits = load_model(RunFolder(run))(input_ids=token_ids).logits
-    torch.testing.assert_close(seen_by_a_stranger[run]["logits"], logits, **PRECISE)
+    torch.testing.assert_close(outputs_without_project[run]["logits"], logits, **PRECISE)
 
 
 def test_the_tokenizer_of_an_export_gives_the_token_ids_of_training(
-    run: Path, seen_by_a_stranger: dict[Path, dict[str, object]], corpus: TokenisedCorpus
+    run: Path, outputs_without_project: dict[Path, dict[str, object]], corpus: TokenisedCorpus
 ) -> None:
     expected = AutoTokenizer.from_pretrained(corpus.tokenizer)("def f(x):\n\treturn x")["input_ids"]
-    assert seen_by_a_stranger[run]["ids"] == expected
+    assert outputs_without_project[run]["ids"] == expected
 
 
 def printed_loss(done: CompletedRun) -> float:

@@ -1,4 +1,4 @@
-"""Real jobs with faults end as documented, and resumed jobs end with the results of an undisturbed run.
+"""Real jobs with faults end as documented, and resumed jobs end with the results of an uninterrupted run.
 
 Tests that wait 30 s for the launcher or launch a job several times are marked slow.
 """
@@ -54,7 +54,7 @@ def assert_ends_as(folder: Path, undisturbed: Path) -> None:
         json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
         for run in (folder / "run", undisturbed)
     )
-    assert ours["files"] == theirs["files"], "with their hashes"
+    assert ours["files"] == theirs["files"], "the hashes of the files differ"
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -124,9 +124,9 @@ def test_a_killed_rank_is_reported_and_the_supervisor_restarts_the_job(
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_the_step(recipe: Path, reference_run: Path, tmp_path: Path) -> None:
     done = faulty("term_launcher:0:3", recipe, tmp_path).finish()
-    assert done.returncode == 1, "the launcher's own exit code"
+    assert done.returncode == 1, "this is the launcher's own exit code"
     saved = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
-    assert saved in (3, 4), "the launcher polls"
+    assert saved in (3, 4), "the launcher polls, so the signal may arrive one step later"
     assert {heartbeat.end for heartbeat in read_heartbeats(tmp_path / "run/watch").values()} == {"saved"}
     assert_no_process_remains(tmp_path)
     resume(recipe, tmp_path)
@@ -164,7 +164,9 @@ def test_a_step_with_a_nan_in_one_gradient_only_skips_its_samples(recipe: Path, 
     for one, other in zip(spoilt, whole, strict=True):
         for record in (one, other):
             del record["step"], record["skipped_steps"]
-        counted = {key for key in one if key.startswith(("consumed_tokens", "epochs/"))}  # they include the bad step
+        counted = {
+            key for key in one if key.startswith(("consumed_tokens", "epochs/"))
+        }  # these metrics include the bad step
         assert {key: one[key] for key in one.keys() - counted} == {key: other[key] for key in other.keys() - counted}
 
 

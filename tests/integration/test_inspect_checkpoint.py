@@ -44,7 +44,7 @@ def test_a_run_its_checkpoint_and_its_export_are_identified_and_have_equal_weigh
         assert len(seen["differences"]) == 1
 
 
-def test_an_earlier_step_differs(run: Path, tmp_path: Path) -> None:
+def test_comparing_with_an_earlier_step_reports_differences(run: Path, tmp_path: Path) -> None:
     done = run_script(
         TOOL, "--checkpoint", run, "--compare", run / "checkpoints/step_00000005", "--step", 3, folder=tmp_path
     )

@@ -96,7 +96,7 @@ def test_the_page_draws_its_charts_within_the_window_and_without_errors(
         const canvas = document.querySelector('#loss canvas');
         const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
         return new Set(new Uint32Array(pixels.buffer)).size;"""
-    assert browser.execute_script(drawn) > 10, "colours of axes and curves"
+    assert browser.execute_script(drawn) > 10, "the canvas should have the colours of axes and curves"
     sections = browser.execute_script("return [...document.querySelectorAll('main > section')].map((each) => each.id)")
     expected = ["summary", "loss", "validation", "optimization", "speed", "memory", "data", "routing", "hyperexperts"]
     assert sections == [*expected, "settings", "samples"]

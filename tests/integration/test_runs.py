@@ -50,7 +50,7 @@ def test_a_resumed_run_saves_a_bitwise_identical_checkpoint(reference_run: Path,
         CheckpointReader(reference_run / last, "full") as whole,
         CheckpointReader(stopped_run / last, "full") as stopped,
     ):
-        assert whole.manifest.files == stopped.manifest.files, "with their hashes"
+        assert whole.manifest.files == stopped.manifest.files, "the hashes of the files differ"
         assert len(whole.manifest.files) == 2
         assert whole.manifest.state == stopped.manifest.state
         assert whole.manifest.tensors == stopped.manifest.tensors
@@ -126,7 +126,7 @@ def test_metrics_have_the_documented_keys(reference_run: Path, corpus: Tokenised
     first = training_records(reference_run)[0]["lr"]
     assert first == yaml.safe_load((reference_run / "resolved" / "config.yaml").read_text())["optimizer"]["lr"] / 2
     keys_seen = {key for record in records(reference_run) for key in record} - {"step", "time"}
-    assert {key for key in keys_seen if metric_of(key) is None} == set(), "every metric is in the registry"
+    assert {key for key in keys_seen if metric_of(key) is None} == set(), "the registry lacks these metrics"
     not_seen = {metric.name for metric in METRICS} - {key.partition("/")[0] for key in keys_seen}
     assert not_seen == {"loss_scale", "tflops_per_gpu", "mfu", "memory_allocated_gib", "memory_reserved_gib"}
 
@@ -146,7 +146,7 @@ def test_measuring_metrics_changes_no_weight(recipe: Path, reference_run: Path, 
     off += ["evaluation.hyper_expert_contribution=false", "evaluation.interval=8", "evaluation.prompts=[]"]
     run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", "parallel.expert=2", *off), folder=tmp_path, ranks=2)
     with CheckpointReader(run / LAST) as plain, CheckpointReader(reference_run / LAST) as measured:
-        assert plain.manifest.files == measured.manifest.files, "with their hashes"
+        assert plain.manifest.files == measured.manifest.files, "the hashes of the files differ"
     assert records(run)[-1]["valid_loss"] == records(reference_run)[-1]["valid_loss"]
     samples = [json.loads(line) for line in (reference_run / "samples.jsonl").read_text().splitlines()]
     assert [(sample["step"], sample["prompt"]) for sample in samples] == [(4, "import os"), (8, "import os")]
@@ -164,7 +164,7 @@ def test_a_profile_names_the_parts_of_the_model_and_changes_no_weight(
     assert sorted(path.name for path in profile.iterdir()) == names
     with gzip.open(profile / names[0]) as file:
         events = Counter(event.get("name") for event in json.load(file)["traceEvents"] if event.get("ph") == "X")
-    layers, micro_batches = 2, 4  # of two steps
+    layers, micro_batches = 2, 4  # micro-batches of the two profiled steps
     once = dict.fromkeys(("data", "forward", "backward", "optimizer", "head"), micro_batches)
     assert {name: events[name] for name in once} == once
     for name in ("attention", "router", "dispatch", "experts", "combine"):
@@ -176,12 +176,12 @@ def test_a_profile_names_the_parts_of_the_model_and_changes_no_weight(
     assert len(operators) == 10
     assert not {"forward", "backward", "attention"} & set(operators)
     with CheckpointReader(run / LAST) as profiled, CheckpointReader(reference_run / LAST) as plain:
-        assert profiled.manifest.files == plain.manifest.files, "with their hashes"
+        assert profiled.manifest.files == plain.manifest.files, "the hashes of the files differ"
 
 
 def test_the_run_learns(reference_run: Path) -> None:
     losses = [record["valid_loss"] for record in records(reference_run) if "valid_loss" in record]
-    assert losses[1] < losses[0] < 6.3, "ln 512 is 6.24"
+    assert losses[1] < losses[0] < 6.3, "the first loss should be about ln 512 = 6.24"
 
 
 def test_tensorboard_has_the_metrics_and_the_expert_loads(reference_run: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_launch_ignores_unrelated_files_in_the_run_folder(stopped_run: Path, r
     assert "; resumed from step 8\n" in done.stdout
     left = {".step_notes", "latest", "step_00000009", "step_00000010.damaged"}
     assert {path.name for path in checkpoints.iterdir()} == left
-    assert (archive / "manifest.json").exists(), "of a link only the link is removed"
+    assert (archive / "manifest.json").exists(), "only the link is removed, not its target"
     assert [record["step"] for record in training_records(run)] == list(range(1, STEPS + 2))
 
 

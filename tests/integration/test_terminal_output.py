@@ -75,7 +75,7 @@ def test_the_terminal_shows_the_run_and_the_log_file_has_library_output(recipe: 
     names = [line.split()[0] for line in done.stdout.splitlines() if line and line[0] != " "]
     assert names[:7] == ["model", "layout", "batch", "data", "length", "device", "run"]
     assert names[-5:] == ["validation", "resume", "evaluate", "export", "report"]
-    assert "auto_ep" not in done.output(), "a warning of DeepSpeed's"
+    assert "auto_ep" not in done.output(), "the terminal shows a warning from DeepSpeed"
     log = (tmp_path / "run/logs/rank_00000.log").read_text()
     assert "auto_ep" in log
     assert log.count("=== launch of ") == 1

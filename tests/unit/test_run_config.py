@@ -251,15 +251,19 @@ def test_the_model_section_lists_the_fields_of_the_model() -> None:
     for name in names:
         field = ModelSection.model_fields[name]
         assert type(getattr(HyperMoEConfig, name)) in get_args(field.annotation) or name in CHOICES
-        assert " " in (field.description or ""), "the description is a phrase"
-        assert not any(f"{other}: " in field.description for other in names), "the description is of one setting only"
+        assert " " in (field.description or ""), "the description must be a phrase"
+        assert not any(f"{other}: " in field.description for other in names), (
+            "the description must describe only one setting"
+        )
 
 
 def test_a_run_needs_its_consumed_and_its_remaining_samples(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.global_batch_size=4"])
     assert config.samples(TrainState()) == 40
     assert config.samples(TrainState(step=6, consumed_samples=24)) == 40
-    assert config.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, "6 steps of 16 samples, 4 of 4"
+    assert config.samples(TrainState(step=6, consumed_samples=96)) == 96 + 16, (
+        "6 steps have used 16 samples each, and 4 remaining steps use 4 each"
+    )
     assert config.samples(TrainState(step=12, consumed_samples=48)) == 48, "the run has passed train.steps"
     with_skips = load_run_config(recipe, ["train.skip_samples=[[3, 4], [8, 8]]"])
     assert with_skips.samples(TrainState()) == 13
@@ -270,7 +274,9 @@ def test_skipped_samples_beyond_the_end_are_refused(recipe: Path) -> None:
     config = load_run_config(recipe, ["train.skip_samples=[[3, 4], [42, 43]]"])
     with pytest.raises(UserError, match=r"skip_samples=\[\[42, 43\]\]: begins after the run's last sample, 11; remove"):
         config.samples(TrainState())
-    assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, "5 steps of 8 samples, 5 of 1, 2 skipped"
+    assert config.samples(TrainState(step=5, consumed_samples=40)) == 47, (
+        "5 steps have used 8 samples each, 5 remaining steps use 1 each, and 2 are skipped"
+    )
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,9 @@ def test_the_last_checkpoints_and_multiples_of_keep_every_are_kept(
 ) -> None:
     make(tmp_path, 10, 20, 30, 40, 50, 90)
     directory.remove_old(tmp_path, 50, keep_last, keep_every)
-    assert saved_steps(tmp_path) == [*kept, 90], "one of a later step is of a run taken back: it is not touched"
+    assert saved_steps(tmp_path) == [*kept, 90], (
+        "a checkpoint of a later step, from before the run returned to this step, is kept"
+    )
     assert all(path.name.startswith("step_") for path in tmp_path.iterdir())
 
 

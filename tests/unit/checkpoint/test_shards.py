@@ -24,7 +24,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def cut_over(folder: Path, shards: int) -> None:
-    """Write a checkpoint in which each parameter is split at different offsets; some shards have no part of it."""
+    """Write a checkpoint that splits each parameter at random offsets. Some shards contain no part of a parameter."""
     contents: list[dict[str, Tensor]] = [{} for _ in range(shards)]
     tensors = {}
     for name, tensor in weights().items():

@@ -23,7 +23,7 @@ def attempt(outcome: str, began: float = 0, step: int | None = 7, what: str = ""
     [
         (0, [replace(RUNNING, end="done")], "done", ""),
         (75, [replace(RUNNING, end="saved")], "saved", SAVED),
-        (1, [replace(RUNNING, end="saved")], "saved", SAVED),  # of a launcher that received the signal
+        (1, [replace(RUNNING, end="saved")], "saved", SAVED),  # exit code of a launcher that received the signal
         (2, [], "refused", "see the last line of the output"),
         (2, [replace(FAILED, error="UserError: train.max_bad_steps")], "refused", "UserError: train.max_bad_steps"),
         (1, [LOST, FAILED], "error", "ValueError: at 0x7f12 of 5"),
@@ -34,8 +34,8 @@ def attempt(outcome: str, began: float = 0, step: int | None = 7, what: str = ""
             [replace(RUNNING, end="saved")],
             "saved",
             SAVED,
-        ),  # of DeepSpeed after its launcher was killed
-        (1, [replace(FAILED, error="UserError: a")], "refused", "UserError: a"),  # of torchrun
+        ),  # exit code of the deepspeed command after its launcher was killed
+        (1, [replace(FAILED, error="UserError: a")], "refused", "UserError: a"),  # exit code of torchrun
         (1, [], "unmet", "not all ranks had joined"),
     ],
 )

@@ -22,7 +22,7 @@ from hypermoe_ds.errors import UserError
 REPOSITORY = Path(__file__).parents[3]
 
 TEXT = "# hosts\nnode1 slots=8\n\n  node2\tslots=4\nten.nine-8 slots=16 # big\n"
-# Options of ssh and mpirun; a file, a pattern and a list of pdsh; commands and expansions of a shell.
+# ssh and mpirun would read these names as options, pdsh as files, patterns or lists, and a shell as commands.
 NOT_HOSTS = ["-oProxyCommand=id", "--", "^all", "/n1/", "n[1-2]", "a,b", "$(id)", "`id`", "a;id", "a%h"]
 
 

@@ -150,7 +150,7 @@ def test_slow_pairs_are_attributed_to_the_host_that_has_most_of_them() -> None:
     failures = check_interconnect(interconnect(p01=1.0, p12=1.0, p13=1.0), HOSTS, 0.0)
     assert [failure.host for failure in failures] == [HOSTS[1]] * 3
     [alone] = check_interconnect(interconnect(p01=1.0), HOSTS, 0.0)
-    assert alone.host == HOSTS[1], "of two hosts the later one"
+    assert alone.host == HOSTS[1], "of two hosts, the later one is reported"
 
 
 def test_a_failure_names_its_host_or_none_if_all_hosts_have_it() -> None:
@@ -230,7 +230,7 @@ def test_an_edit_of_the_training_code_changes_the_source_digest(tmp_path: Path) 
         (tmp_path / name).write_text("x = 1\n")
     before = source_digest(tmp_path)
     (tmp_path / "tools/b.py").write_text("x = 2\n")
-    assert source_digest(tmp_path) == before, "tools do not train"
+    assert source_digest(tmp_path) == before, "training does not import tools, so they do not change the digest"
     (tmp_path / "hypermoe_ds/a.py").write_text("x = 2\n")
     assert source_digest(tmp_path) != before
 
@@ -306,6 +306,6 @@ def test_a_failed_rendezvous_is_reported_in_one_line_without_waiting_for_other_h
     assert remedy in str(error.value)
 
 
-def test_a_host_report_survives_json() -> None:
+def test_a_host_report_is_unchanged_after_conversion_to_json_and_back() -> None:
     again = HostReport(**json.loads(json.dumps(GOOD.__dict__)))
     assert again == GOOD

@@ -31,7 +31,10 @@ launch = Path("launches").stat().st_size
 def supervised(
     folder: Path, job: str, *options: str, dispositions: str = "--default-signal"
 ) -> "subprocess.Popen[str]":
-    """Start a supervisor with this job. It does not inherit ignored signals, which a background process has."""
+    """Start a supervisor with this job.
+
+    By default, it does not inherit the ignored signals of a test run in the background.
+    """
     (folder / "train.py").write_text(JOB + job)
     (folder / "r.yaml").write_text("run:\n  dir: run\n")
     command = ["env", "RANK=0", sys.executable, str(folder / "train.py"), "--config", "r.yaml"]
@@ -60,7 +63,9 @@ def outcome(process: "subprocess.Popen[str]", folder: Path) -> tuple[int, list[s
         ("beat(); sys.exit(76)", (76, ["lost"] * 5)),
     ],
 )
-def test_a_job_is_restarted_while_that_can_help(job: str, expected: tuple[int, list[str]], tmp_path: Path) -> None:
+def test_a_job_is_restarted_only_while_a_restart_can_help(
+    job: str, expected: tuple[int, list[str]], tmp_path: Path
+) -> None:
     assert outcome(supervised(tmp_path, job, "--max-restarts", "4"), tmp_path) == expected
 
 
@@ -84,7 +89,7 @@ except psutil.NoSuchProcess:
     assert outcome(supervised(tmp_path, job), tmp_path) == (0, ["lost", "done"])
 
 
-# Saves on SIGTERM, ignores SIGINT, and ends when it finds a file.
+# A job that saves on SIGTERM, ignores SIGINT, and ends when the file `over` exists.
 SAVES = """
 def end(number, frame):
     beat(end='saved')
@@ -123,7 +128,7 @@ def test_a_background_supervisor_ignores_signals_of_the_terminal(number: signal.
     assert outcome(process, tmp_path) == (0, ["done"])
 
 
-# Replaces tools/preflight.py: the second call finds no host, each other call a different one.
+# Replacement for tools/preflight.py. The second call finds no host; every other call finds a different host.
 PREFLIGHT = """
 import json, sys
 from pathlib import Path

@@ -102,7 +102,7 @@ def test_bad_input_prints_one_line_and_writes_nothing(name: str, outcomes: dict[
     assert len(lines) == 1, outcome.done.stderr
     assert lines[0].startswith("error: ")
     assert BAD[name][2] in lines[0]
-    assert ";" in lines[0], "a remedy is given"
+    assert ";" in lines[0], "the error names no remedy"
     assert outcome.files_after == outcome.files_before
 
 

@@ -1,4 +1,4 @@
-"""Joined windows have the token ids of the whole document, for every kind of tokenizer and difficult text."""
+"""Encoding a document in windows gives the token ids of encoding it at once, for all tokenizers and difficult text."""
 
 import random
 from collections.abc import Callable
@@ -26,7 +26,7 @@ WINDOW, OVERLAP = 3000, 512
 
 
 def byte_level(text: list[str], pattern: str | None = None) -> Tokenizer:
-    """Train a byte-level BPE tokenizer like GPT-2's, or like Llama 3's with another pattern of words."""
+    """Train a byte-level BPE tokenizer like GPT-2's, or like Llama 3's if `pattern` splits the text into words."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=pattern is not None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern is not None:
@@ -61,7 +61,7 @@ def word_piece(text: list[str]) -> Tokenizer:
 
 
 def with_added_tokens(text: list[str]) -> Tokenizer:
-    """Return a tokenizer that reads runs of spaces as one token, like those of code models."""
+    """Return a tokenizer that encodes runs of spaces as one token, like the tokenizers of code models."""
     tokenizer = byte_level(text)
     tokenizer.add_tokens([*(" " * n for n in range(2, 25)), "aaa", "<tab>"])
     return tokenizer

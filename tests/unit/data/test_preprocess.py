@@ -308,7 +308,7 @@ def word_level_tokenizer(folder: Path, vocabulary: dict[str, int], lower_case: b
     return folder
 
 
-def test_ids_with_gaps_are_written_with_a_type_and_a_vocabulary_that_hold_the_largest_id(tmp_path: Path) -> None:
+def test_the_largest_id_decides_the_integer_type_and_the_vocabulary_size(tmp_path: Path) -> None:
     tokenizer = word_level_tokenizer(tmp_path / "tokenizer", {"<unk>": 0, "</s>": 1, "a": 2, " ": 3, "b": 70_000})
     (tmp_path / "a.txt").write_text("a b a")
     preprocess(Job([str(tmp_path / "a.txt")], str(tokenizer), f"{tmp_path}/out"))

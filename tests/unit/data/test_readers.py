@@ -166,7 +166,7 @@ def test_a_long_text_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     assert [each.reason for each in rejections] == [Problem.NOT_UTF8, Problem.EMPTY_FILE]
 
 
-def test_a_long_text_that_disappears_is_lost(tmp_path: Path) -> None:
+def test_a_long_text_whose_file_disappears_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "lost.txt").write_text("x")
     [file] = find_inputs([tmp_path / "lost.txt"])
     file.path.unlink()
@@ -202,7 +202,7 @@ def test_spans_of_a_file_yield_each_line_once_with_its_number(tmp_path: Path, ne
         assert [(each.line, each.reason) for each in rejections] == [(6, Problem.NO_JSON)]
 
 
-def test_reports_add_up_in_order() -> None:
+def test_adding_reports_sums_counts_and_keeps_the_first_location() -> None:
     first, second = ReadReport(2, 10), ReadReport(3, 20)
     first.reject(Rejection("a", 1, Problem.NO_JSON))
     second.reject(Rejection("b", 1, Problem.NO_JSON))

@@ -80,7 +80,7 @@ def their_logits(model: PreTrainedModel) -> Tensor:
 
 
 def largest_difference(weights: WeightLoader, theirs: PreTrainedModel) -> float:
-    """Return the largest difference between our logits and theirs, which are at most about 10."""
+    """Return the largest difference between our logits and those of Transformers. The logits are at most about 10."""
     return float((streamed_logits(weights, ids()) - their_logits(theirs)).abs().max())
 
 

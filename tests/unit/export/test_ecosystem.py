@@ -16,7 +16,7 @@ from tests.helpers.jobs import REPOSITORY
 PROMPTS = ["def read(path):", "import", "class Absent(Exception):\n    pass"]
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
-# Load with all auto classes and the pipeline in a new process, with no input for prompts.
+# Loads the folder with all auto classes and the pipeline. It cannot answer prompts such as that for trust_remote_code.
 SCRIPT = """
 import json, sys
 import torch
@@ -53,10 +53,10 @@ print(json.dumps({
 
 
 def run_script(folder: Path, preimport: str | None, trust: bool | None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run SCRIPT. The code can import this package only if `preimport` names a module to import first."""
+    """Run SCRIPT, which can import this package only if `preimport` names a module to import first."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment = inherited | {"HF_HOME": str(cwd / "home"), "HF_HUB_OFFLINE": "1"}
-    absent = "" if preimport else "import sys\nsys.modules['hypermoe_ds'] = None\n"  # even if it is installed
+    absent = "" if preimport else "import sys\nsys.modules['hypermoe_ds'] = None\n"  # hides an installed package
     return subprocess.run(
         [sys.executable, "-c", absent + SCRIPT, json.dumps([str(folder), preimport, trust, PROMPTS, GREEDY])],
         cwd=cwd, env=environment | ({"PYTHONPATH": str(REPOSITORY)} if preimport else {}), stdin=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ def test_a_changed_tensor_is_reported_with_its_group(tmp_path: Path) -> None:
     first = training_weights(small_model())
     second = first | {ROUTER: 1.5 * first[ROUTER], EXPERTS: first[EXPERTS] + 0.01}
     differences = compared(tmp_path, first, second)
-    assert differences.tensors.keys() == {"weight"}, "the second has no moments"
+    assert differences.tensors.keys() == {"weight"}, "the second folder has no moments"
     changed = {name: d.relative for name, d in differences.tensors["weight"].items() if d.difference}
     assert changed == {
         ROUTER: pytest.approx(0.5, rel=1e-6),

@@ -107,7 +107,7 @@ def test_expert_similarity_is_the_cosine_of_every_pair(tmp_path: Path) -> None:
 
 def test_collapsing_experts_and_near_copies_are_reported_in_words(tmp_path: Path) -> None:
     def lines(name: str, layers: dict[str, list[float]]) -> str:
-        """Mix each expert of a block with expert 0, by its share."""
+        """Return the report for a model whose experts are mixed with expert 0 in the given shares."""
         weights = training_weights(small_model())
         for block, shares in layers.items():
             for part in ("w1", "w2", "w3"):

@@ -175,7 +175,7 @@ def test_generate_uses_the_active_adapter_between_and_within_calls(kind: str) ->
         assert torch.equal(peft.generate(input_ids=ids, **options), base)
 
     class Base(LogitsProcessor):
-        """Replaces scores with those of the base model, as contrastive decoding does within `generate`."""
+        """Logits processor that runs the base model within `generate`, as contrastive decoding does."""
 
         def __call__(self, input_ids: Tensor, _scores: Tensor) -> Tensor:
             with peft.disable_adapter():

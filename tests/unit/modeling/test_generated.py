@@ -90,7 +90,9 @@ def test_bfloat16_products_have_few_different_shapes_for_any_load() -> None:
             y.sum().backward()
     # The rows of the last HyperExpert cannot be padded, so their number varies.
     last = 5 * 50
-    assert last < len(products.seen) < last + 5 * 30, "unpadded: 5 products of 8 HyperExperts in each of 50 steps"
+    assert last < len(products.seen) < last + 5 * 30, (
+        "without padding: 5 products for each of 8 HyperExperts in each of 50 steps"
+    )
 
 
 def two_layers(num_experts: int, conditioning: Any, monkeypatch: Any) -> tuple[list[HyperExperts], HyperNetwork]:

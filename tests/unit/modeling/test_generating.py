@@ -23,7 +23,7 @@ def left_padded(prompts: list[Tensor], pad_id: int = 0) -> tuple[Tensor, Tensor]
 
 
 def untied_model(variant: str = "plain") -> Any:
-    """Build a model with untied embeddings, because an untrained tied one repeats a single token."""
+    """Build a model with untied embeddings, because an untrained model with tied embeddings repeats a token."""
     return build(**{**VARIANTS[variant], "tie_word_embeddings": False})
 
 

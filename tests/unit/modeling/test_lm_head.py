@@ -16,7 +16,7 @@ from hypermoe_ds.modeling import lm_head
 from hypermoe_ds.modeling.lm_head import LMHead
 
 V, D, T = 101, 16, 37
-ROWS = 5  # per chunk; T is not a multiple
+ROWS = 5  # rows per chunk; T is not a multiple of this number
 
 Inputs = tuple[LMHead, Tensor, Tensor]
 IGNORED = {"none": slice(0, 0), "some": slice(3, 20), "all but one": slice(1, T), "all": slice(0, T)}

@@ -60,7 +60,7 @@ def test_linear_weights_are_used_only_by_f_linear(kind: str, baked: bool) -> Non
             module.weight = nn.Parameter(weight, requires_grad=False)
     with torch.no_grad():
         assert distance(model(input_ids=ids).logits, plain) < 1e-5
-    assert distance(model(input_ids=ids).logits, plain) < 1e-5, "with gradients"
+    assert distance(model(input_ids=ids).logits, plain) < 1e-5, "the check must run with gradients"
     check_lora_gradients(model, ids, baked)
 
 
@@ -74,5 +74,5 @@ def test_int8_weights_change_logits_little_and_support_lora(kind: str, baked: bo
     with torch.no_grad():
         quantised = model(input_ids=ids).logits
     assert 0 < distance(quantised, plain) < 0.1
-    assert distance(model(input_ids=ids).logits, quantised) < 1e-5, "with gradients"
+    assert distance(model(input_ids=ids).logits, quantised) < 1e-5, "the check must run with gradients"
     check_lora_gradients(model, ids, baked)

@@ -136,7 +136,7 @@ def test_adding_a_micro_batch_does_not_wait_for_the_device(experts: int, chosen:
     meter = RoutingMeter(experts)
     with Synchronisations() as waits:
         for output in outputs(case(experts, chosen)):
-            waits.seen.clear()  # ignore those that made the output
+            waits.seen.clear()  # ignore synchronisations while the output was created
             meter.add(output)
             assert waits.seen == []
         meter.read()

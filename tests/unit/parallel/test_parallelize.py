@@ -1,4 +1,4 @@
-"""Laws of the changes that `parallelize` makes to DeepSpeed's engine."""
+"""Test the changes that `parallelize` makes to DeepSpeed's engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def optimizer_with(*gradients: Tensor) -> Any:
-    """Return what DeepSpeed's own check reads, with the gradients split over two parameter groups."""
+    """Build the part of an optimizer that DeepSpeed's own check reads, with two parameter groups."""
     return SimpleNamespace(
         averaged_gradients={0: list(gradients[:1]), 1: list(gradients[1:])},
         bit16_groups=[[], []],
@@ -26,7 +26,7 @@ def optimizer_with(*gradients: Tensor) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 1.0, LARGEST, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("position", [0, 6])
-def test_gradients_are_invalid_exactly_when_deepspeeds_own_check_says_so(
+def test_the_check_of_gradients_agrees_with_deepspeeds_own_check(
     dtype: torch.dtype, value: float, position: int
 ) -> None:
     gradients = [torch.full((7,), 0.5, dtype=dtype), torch.full((3, 5), -2.0), torch.empty(0)]
@@ -38,7 +38,7 @@ def test_gradients_are_invalid_exactly_when_deepspeeds_own_check_says_so(
     assert result.item() == expected.item() == (not torch.isfinite(gradients[0]).all())
 
 
-def test_the_largest_finite_gradients_are_valid_although_their_squares_overflow() -> None:
+def test_large_finite_gradients_are_valid_even_if_their_squares_overflow() -> None:
     assert not has_invalid_gradient(optimizer_with(torch.full((4,), LARGEST), torch.full((4,), -LARGEST))).item()
 
 

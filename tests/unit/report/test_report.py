@@ -68,7 +68,7 @@ def test_trained_time_excludes_pauses(run_dir: Path) -> None:
 
 def test_restarts_name_why_the_previous_launch_ended(run_dir: Path) -> None:
     run = read_run(run_dir, "first", 10)
-    times = {0: 0, 100: 0, 200: 20, 300: 20, 400: 30, 500: 40}  # time of a launch: its first step
+    times = {0: 0, 100: 0, 200: 20, 300: 20, 400: 30, 500: 40}  # maps the time of each launch to its first step
     run.launches[:] = [{"time": time, "step": step} for time, step in times.items()]
     run.launches.insert(4, {"time": 390, "step": 30, "ended": "stop_at_step"})
     ends = {90: ("unmet", None), 190: ("lost", 25), 290: ("error", 25), 600: ("lost", 45)}
@@ -107,7 +107,7 @@ def test_page_has_every_metric_and_needs_no_other_file(run_dir: Path, other_dir:
     page = build_page([read_run(folder, folder.name, bins_per_run(2)) for folder in (run_dir, other_dir)])
     assert re.findall(r"(?:src|href)=[\"'](?!#|data:)[^\"']+", page) == []
     assert re.findall(r"@import|url\((?!data:)", page) == []
-    assert len(re.findall(r"</script>", page)) == 3, "a sample text ended a script"
+    assert len(re.findall(r"</script>", page)) == 3, "the text of a sample closed a script element"
     data = data_of(page)
     assert list(data["pages"])[:-1] == list(PAGES)
     for run in data["runs"]:

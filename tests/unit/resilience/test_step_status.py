@@ -23,7 +23,7 @@ def test_a_non_finite_loss_makes_all_its_gradients_nan(value: float) -> None:
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     loss = (weight * weight).sum() + value
     [plain] = torch.autograd.grad(loss, weight, retain_graph=True)
-    assert plain.tolist() == [2, 4], "without StepLosses the gradients are finite"
+    assert plain.tolist() == [2, 4], "without StepLosses, the gradients are finite"
     [recorded] = torch.autograd.grad(StepLosses().add(loss), weight)
     assert recorded.isnan().all()
 

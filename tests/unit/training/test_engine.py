@@ -64,7 +64,7 @@ def memory_added_by_products(row_counts: range) -> float:
 
 def test_memory_does_not_grow_with_the_number_of_expert_batch_sizes() -> None:
     few, many = (run_on_ranks(1, memory_added_by_products, range(64, end))[0] for end in (264, 1064))
-    assert many < few + 40, "grows by 0.6 MiB per shape if the code for 1,024 shapes is cached"
+    assert many < few + 40, "with 1,024 cached kernels, memory would grow by 0.6 MiB per shape"
 
 
 ORPHAN = """

@@ -19,7 +19,7 @@ TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(1)).to(torch.b
 
 
 def model(input_ids: Tensor, shift_labels: Tensor, use_cache: bool, output_logits: bool) -> Any:
-    """Return only the loss of logits that depend on the token; NaN without labels."""
+    """Return the loss of a model whose logits depend only on the current token; NaN if no token has a label."""
     assert not use_cache
     assert not output_logits
     loss = F.cross_entropy(TABLE[input_ids].float().flatten(0, 1), shift_labels.flatten())
@@ -83,7 +83,7 @@ def test_host_waits_for_the_device_only_once() -> None:
         with Synchronisations() as seen:
             evaluate(model, [batch(number, 2, 3) for number in range(count)], torch.device("cpu"))
         synchronisations.append(seen.seen.count("_local_scalar_dense"))
-    assert synchronisations[0] == synchronisations[1] <= 2  # two numbers of one tensor
+    assert synchronisations[0] == synchronisations[1] <= 2  # the result is one tensor with two numbers
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(0.5, math.exp(0.5)), (1e4, math.inf), (math.nan, math.nan)])

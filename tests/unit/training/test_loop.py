@@ -408,7 +408,7 @@ def test_validation_is_logged_as_a_record_lines_and_samples(tmp_path: Path) -> N
 # The position of a run
 
 
-def test_position_survives_saving_and_older_checkpoints_load() -> None:
+def test_position_is_saved_and_restored_also_from_older_checkpoints() -> None:
     state = TrainState()
     for step in range(3):
         state.advance(8 * (step + 1), skipped=step > 0)
@@ -418,7 +418,9 @@ def test_position_survives_saving_and_older_checkpoints_load() -> None:
     assert TrainState.from_dict(saved) == state
     del saved["good_samples"]
     assert TrainState.from_dict({}) == TrainState()
-    assert TrainState.from_dict(saved).good_samples == 24, "older checkpoints lack it: use the consumed samples"
+    assert TrainState.from_dict(saved).good_samples == 24, (
+        "older checkpoints do not store it, so the consumed samples are used"
+    )
 
 
 def test_changed_data_order_is_noticed_once() -> None:
