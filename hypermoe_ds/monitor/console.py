@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parents[1]
 _COLUMNS = 120  # width of output to a file
-_LONG_SECONDS = 30  # without a status line, log work that takes longer
+_LONG_SECONDS = 30  # without a status line, log operations that take longer
 _TRAINING = ("beginning", "forward and backward")
 _WARNING = "warning: "
 
@@ -34,11 +34,11 @@ _WARNING = "warning: "
 class Console:
     """Print lines on rank 0 and, on a terminal, a status line below them.
 
-    As a context manager it also prints the messages and warnings of this package. It never waits for a device.
+    As a context manager, it also prints the log messages and warnings of this package. It never waits for a device.
 
     Args:
         rank: this rank.
-        out: output stream; None takes stdout.
+        out: output stream; None selects stdout.
     """
 
     def __init__(self, rank: int, out: TextIO | None = None) -> None:
@@ -47,7 +47,7 @@ class Console:
         self._is_terminal = self._out.isatty()
         width = None if self._is_terminal else _COLUMNS
         self._rich = _Rich(file=self._out, force_terminal=self._is_terminal, width=width)
-        self._lock = RLock()  # a background thread writes checkpoints and logs them
+        self._lock = RLock()  # the background thread that writes checkpoints also logs
         self._layers = LayerMessages()
         self._status = _Status()
         self._printed = time.monotonic()
@@ -73,7 +73,7 @@ class Console:
                     self._print(Text.assemble((f"{'' if number else name:<{indent}}", "bold"), line))
 
     def progress(self, steps: int, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
-        """Show the current part of a step; without a terminal, log long work other than training every 30 s.
+        """Show the current part of a step; without a terminal, log long operations other than training every 30 s.
 
         Args:
             steps: length of the run.
@@ -82,7 +82,7 @@ class Console:
             done: items of the part that are done, such as validation batches.
             total: number of items; None if unknown.
         """
-        if not self._prints or doing == "waiting for data":  # happens within training and validation
+        if not self._prints or doing == "waiting for data":  # this is a part of training and validation
             return
         is_training = doing in _TRAINING
         count = f" {done:,}/{total:,}" if total else f" {done:,}" if done else ""
@@ -94,7 +94,7 @@ class Console:
 
     @contextmanager
     def phase(self, doing: str) -> Iterator[None]:
-        """Show the work inside; without a terminal, print one line if it takes more than 30 s."""
+        """Show what the code inside the context does; without a terminal, print a line after 30 s."""
         self._status.text = doing
         timer = Timer(_LONG_SECONDS, self.log, [f"{doing} ..."])
         timer.daemon = True
@@ -120,7 +120,7 @@ class Console:
             warnings.showwarning = self._warn
             if self._is_terminal:
                 self._live.start()
-                self._rich.show_cursor(True)  # a killed rank could not restore it
+                self._rich.show_cursor(True)  # rich hides it, and a killed rank could not restore it
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -161,7 +161,7 @@ class Console:
         try:
             self._rich.print(text, soft_wrap=True)
             self._out.flush()
-        except OSError:  # the run continues, or saves and stops
+        except OSError:  # the run does not end because its stdout is closed
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
@@ -186,7 +186,7 @@ class _ToConsole(logging.Handler):
 
 
 class _Status:
-    """The status line: current work and, in training, the step and the time left at the average pace."""
+    """Status line: the current operation and, during training, the step and the time left at the average pace."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -195,8 +195,8 @@ class _Status:
         self._spinner = Spinner("dots")
 
     def show(self, steps: int, step: int, text: str) -> None:
-        """Set the position of the run."""
-        if self._first is None or step <= self._first[1]:  # slower than later steps, so not counted
+        """Set the step and the text of the status line."""
+        if self._first is None or step <= self._first[1]:  # the first step is slow: exclude it
             self._first = (time.monotonic(), step)
         self._steps, self._step, self.text = steps, step, text
 
@@ -239,7 +239,7 @@ def step_line(step: int, steps: int, scalars: Mapping[str, float], seconds_left:
 
 
 def validation_lines(step: int, steps: int, values: Mapping[str, float]) -> list[str]:
-    """Format the lines of a validation: one per dataset, and one for all if there are several.
+    """Format the lines of a validation: one per dataset and, if there are several datasets, one for all of them.
 
     Args:
         step: optimizer step, counted from 1.

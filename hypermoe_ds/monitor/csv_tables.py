@@ -1,4 +1,4 @@
-"""Write RUN_DIR/csv: a table of training metrics and one of validations, with a row per record."""
+"""Write RUN_DIR/csv: a table of training metrics and a table of validation metrics, with one row per record."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ class CsvTable:
             self._path.unlink()
             return
         [self._columns] = csv.reader([first])
-        # A CSV reader would fail on damaged files, with undecodable bytes or fields of megabytes.
+        # Do not use a CSV reader: it fails on damaged files with undecodable bytes or fields of several megabytes.
         rows = (line.split(",") for line in lines)
         columns = len(self._columns)
         self._rewrite(row for row in rows if len(row) == columns and row[0].isdecimal() and int(row[0]) <= step)

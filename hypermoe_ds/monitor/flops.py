@@ -1,4 +1,4 @@
-"""Compute model FLOPs of training and look up the peak of GPU types."""
+"""Compute the model FLOPs of training, and look up the peak FLOP/s of GPUs."""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from hypermoe_ds.modeling import HyperMoEConfig
 
 _BACKWARD_AND_FORWARD = 3  # the backward pass takes twice the FLOPs of the forward pass
 
-# Dense peak TFLOP/s in 16 bits and in fp32 (TF32 is not used), from the vendors' data sheets. The longest key that
-# occurs in the device name applies.
+# Dense peak TFLOP/s in bf16 or fp16, and in fp32 without TF32, from the vendors' data sheets. If a device name contains
+# several keys, the longest one applies.
 _PEAK_TFLOPS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "V100": (125, 15.7),
@@ -40,8 +40,8 @@ class ModelFlops:
     Attributes:
         per_token: FLOPs of training on one token.
         ranks: number of GPUs, or of processes without GPUs.
-        device: name of the GPU; None without one.
-        peak: peak of the device in TFLOP/s, if it is known.
+        device: name of the GPU; None without a GPU.
+        peak: peak of the device in TFLOP/s; None if unknown.
     """
 
     per_token: int
@@ -64,9 +64,9 @@ class ModelFlops:
 def training_flops_per_token(model_config: HyperMoEConfig, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass.
 
-    This is three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B), so only active
-    parameters count. Recomputation is not counted, nor is the generation of HyperExperts, which all tokens of a
-    selection share.
+    The result is three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B), so only
+    active parameters count. Recomputation is not counted. The generation of HyperExperts is not counted either, because
+    all tokens of a selection share it.
     """
     return _BACKWARD_AND_FORWARD * model_config.forward_flops_per_token(sequence_length)
 

@@ -14,7 +14,7 @@ class LayerMessages:
         self._messages: dict[str, list[list[int]]] = {}
 
     def add(self, message: str) -> bool:
-        """Add a message and return whether it is about a layer (`... layer 3: ...`); others are not kept."""
+        """Keep a message that names a layer (`... layer 3: ...`), and return whether it does."""
         if _LAYER_MESSAGE.fullmatch(message) is None:
             return False
         numbers = [int(number) for number in _NUMBER.findall(message)]

@@ -1,4 +1,4 @@
-"""Write metrics, settings and samples to every destination that is switched on."""
+"""Write metrics, settings and samples to all configured destinations."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.tensorboard import TensorBoard
 from hypermoe_ds.monitor.weights_and_biases import WeightsAndBiases
 
-_VALIDATION_KEY = "valid_loss"  # in every validation record
+_VALIDATION_KEY = "valid_loss"  # every validation record contains this key
 _LOAD_DIGITS = 5
 
 
@@ -25,7 +25,7 @@ class MetricLogger:
     Args:
         config: selects the destinations.
         run_dir: the run folder.
-        rank: this rank; the others write nothing.
+        rank: this rank; all ranks except 0 write nothing.
         resumed_step: step of the checkpoint that the run continues from; records of later steps are removed.
 
     Raises:

@@ -10,7 +10,7 @@ _LOSSES = {"loss": "lm_loss", "total_loss": "loss", "aux_loss": "aux_loss", "z_l
 
 
 class LossMeter:
-    """Sum the losses of every micro-batch, without a synchronisation until `read`."""
+    """Sum the losses of every micro-batch, without waiting for the device until `read`."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -26,7 +26,7 @@ class LossMeter:
         self._sums = sums_2L if self._sums is None else self._sums + sums_2L
 
     def read(self) -> dict[str, float]:
-        """Return the means over micro-batches and ranks since the last call (collective); NaN without a finite loss."""
+        """Return the means over micro-batches and ranks since the last call (collective); NaN if no loss is finite."""
         if self._sums is None:
             raise ValueError("no loss was added since the last read")
         sums_2L, self._sums = self._sums, None

@@ -13,10 +13,10 @@ class MemoryMeter:
         self._peak = 0.0
 
     def read(self) -> dict[str, float]:
-        """Return the peak memory since the last call and since the first one (collective).
+        """Return the peak memory since the last call and since the launch (collective).
 
-        With a GPU, this is the memory allocated for tensors and reserved by PyTorch; without one, only the peak of
-        resident memory since the process began.
+        On a GPU, the values are the memory allocated for tensors and the memory reserved by PyTorch. On CPU, the only
+        value is the peak of resident memory since the process began.
         """
         if torch.cuda.is_available():
             names = ["memory_allocated_gib", "memory_reserved_gib"]

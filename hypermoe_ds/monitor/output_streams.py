@@ -1,4 +1,4 @@
-"""Redirect the output of libraries to a log file per rank, so that the terminal shows only the run's own lines."""
+"""Redirect the output of libraries to a log file per rank, so that the terminal shows only the run's own messages."""
 
 import faulthandler
 import logging
@@ -38,7 +38,7 @@ def restore_terminal() -> None:
     """Print to the terminal of launch/local.sh, which redirects the output of DeepSpeed's launcher to a file."""
     folder = os.environ.get("HYPERMOE_SCREEN")
     for number, kept in ((1, 3), (2, 4)) if folder else ():
-        with suppress(OSError):  # cannot be opened if it is a socket: keep the launcher's file
+        with suppress(OSError):  # a socket cannot be opened; if it is one, keep the launcher's file
             terminal = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
             os.dup2(terminal, number)
             os.close(terminal)
@@ -51,20 +51,20 @@ def log_level(verbose: bool) -> str | None:
         verbose: whether `--verbose` is given; HYPERMOE_LOG_LEVEL takes precedence.
 
     Raises:
-        UserError: HYPERMOE_LOG_LEVEL is not a level.
+        UserError: HYPERMOE_LOG_LEVEL is not a log level.
     """
     given = os.environ.get(_VARIABLE)
     if given and given.lower() not in _LEVELS:
-        raise UserError(f"{_VARIABLE}={given}", "is not a level", f"set it to one of {', '.join(_LEVELS)}")
+        raise UserError(f"{_VARIABLE}={given}", "is not a log level", f"set it to one of {', '.join(_LEVELS)}")
     return (given or ("info" if verbose else "")).upper() or None
 
 
 def redirect_output(run_dir: Path, level: str | None) -> OutputStreams:
-    """Redirect stdout and stderr, also of C++ libraries, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
+    """Redirect stdout and stderr, including those of C++ code, to RUN_DIR/logs/rank_00000.log, and set up `logging`.
 
     Args:
         run_dir: the run folder; created if it is missing.
-        level: log level of libraries on the terminal, without redirection; None redirects all output to the file.
+        level: log level of libraries on the terminal; nothing is redirected. None redirects all output to the file.
 
     Raises:
         UserError: the file cannot be written.

@@ -28,7 +28,7 @@ class StepStatistics:
 
 
 class RoutingMeter:
-    """Sum the routing statistics of a step's micro-batches, without a synchronisation until `read`.
+    """Sum the routing statistics of a step's micro-batches, without waiting for the device until `read`.
 
     Args:
         num_experts: N.
@@ -86,7 +86,7 @@ class RoutingMeter:
 
 
 def count_distinct(selected_TK: Tensor, num_experts: int) -> Tensor:
-    """Count the distinct selections exactly and, unlike `torch.unique`, without a synchronisation.
+    """Count the distinct selections exactly and, unlike `torch.unique`, without waiting for the device.
 
     Args:
         selected_TK: expert indices, T > 0.

@@ -48,8 +48,8 @@ class MonitorConfig(Settings):
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
             raise UserError(f"monitor.profile_steps={self.profile_steps}", "ends before it begins", "give first, last")
         if self.memory_snapshot and self.profile_steps is None:
-            remedy = "give monitor.profile_steps too"
-            raise UserError("monitor.memory_snapshot=true", "needs profiled steps, and there are none", remedy)
+            remedy = "set monitor.profile_steps too"
+            raise UserError("monitor.memory_snapshot=true", "needs profiled steps, but there are none", remedy)
         if self.wandb_project is not None and find_spec("wandb") is None:
             where = f"monitor.wandb_project={self.wandb_project}"
             raise UserError(where, "the package wandb is not installed", "pip install wandb, or remove this setting")

@@ -25,9 +25,9 @@ def sample_selections(num_experts: int, size: int) -> list[tuple[int, ...]]:
 
 @torch.no_grad()
 def hyper_expert_similarity(layers: list[HyperExperts], hypernetwork: HyperNetwork, top_k: int) -> dict[str, float]:
-    """Return `hyper_expert_similarity/moe_layer_I`: the mean cosine between generated weights of different selections.
+    """Return `hyper_expert_similarity/moe_layer_I`: the mean cosine similarity of different selections' HyperExperts.
 
-    The down and up matrices of a HyperExpert are compared as one vector. All ranks must call this, because the
+    The down and up matrices of a HyperExpert are compared as one vector. All ranks must call this function, because the
     parameters of the hypernetwork may be sharded. If only one selection is possible, the result is empty.
 
     Args:

@@ -37,7 +37,7 @@ class StepClock:
 
     @contextmanager
     def measure(self, part: Part) -> Iterator[None]:
-        """Add the time inside to a part of the step."""
+        """Add the time spent inside the context to a part of the step."""
         if self._has_events and part in _ON_DEVICE:
             begin, end = _event(), _event()
             begin.record()
@@ -51,7 +51,7 @@ class StepClock:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Exclude the time inside, for example of a validation."""
+        """Exclude the time spent inside the context, for example in a validation."""
         began = time.perf_counter()
         yield
         self._excluded += time.perf_counter() - began
@@ -59,7 +59,7 @@ class StepClock:
     def read(self) -> dict[str, float]:
         """Return tokens per second over all ranks and seconds per step, in total and by part; then reset.
 
-        The rate excludes checkpoints. On a GPU this waits for the last step.
+        The tokens per second exclude the time spent on checkpoints. On a GPU, this method waits for the last step.
         """
         if self._events:
             self._events[-1][2].synchronize()

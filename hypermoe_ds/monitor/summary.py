@@ -12,7 +12,7 @@ from pydantic_core import from_json
 
 from hypermoe_ds.errors import UserError
 
-_LOSSES = (int, float, type(None))  # null: not finite
+_LOSSES = (int, float, type(None))  # NaN and infinity are written as null
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class RunSummary:
 
     Attributes:
         step: last logged optimizer step.
-        consumed_samples: sequences trained on.
-        tokens_per_second: median over the records, for all ranks together.
+        consumed_samples: number of training sequences consumed.
+        tokens_per_second: median over the records, summed over ranks.
         valid_loss: last validation loss in nats per token; NaN if the model has diverged.
     """
 

@@ -1,4 +1,4 @@
-"""Write RUN_DIR/tensorboard: a group of charts per page, a chart per metric with its layers or datasets as lines."""
+"""Write RUN_DIR/tensorboard: one group of charts per page, one chart per metric, and one line per layer or dataset."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hypermoe_ds.monitor.metrics import PAGES, metric_of
 
-_PIXELS = 8  # edge of an expert's square in the image of loads
+_PIXELS = 8  # width and height of an expert's square in the image of loads
 _OTHER = f"{len(PAGES) + 1}_other"
-_BRIGHTEST = 2.0  # load / mean load shown as white; 1 is grey
+_BRIGHTEST = 2.0  # ratio of load to mean load that is shown as white; a ratio of 1 is grey
 
 
 class TensorBoard:
-    """Write event files in which TensorBoard shows the pages in order.
+    """Write event files that make TensorBoard show the pages in order.
 
-    TensorBoard sorts groups by name, so their names begin with a number. It draws one line per run, so each item of a
-    metric, such as an MoE layer, is a TensorBoard run: a subfolder with its own event file.
+    TensorBoard sorts groups by name, so the names of groups begin with a number. It draws one line per run, so each
+    item of a metric, such as an MoE layer, is a TensorBoard run: a subfolder with its own event file.
 
     Args:
         folder: RUN_DIR/tensorboard.
@@ -37,7 +37,7 @@ class TensorBoard:
         self._writer("")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values by their keys in metrics.jsonl."""
+        """Write metric values; their keys are those of metrics.jsonl."""
         for key, value in values.items():
             name, _, item = key.partition("/")
             self._writer(_run_name(item)).add_scalar(f"{_group(name)}/{name}", value, step)
@@ -62,7 +62,7 @@ class TensorBoard:
         self.texts(step, {f"sample/{number}": _quoted(*sample) for number, sample in enumerate(samples)})
 
     def flush(self) -> None:
-        """Flush everything to the operating system, so that a killed process loses nothing."""
+        """Flush all event files to the operating system, so that no values are lost if the process is killed."""
         for writer in self._writers.values():
             writer.flush()
 

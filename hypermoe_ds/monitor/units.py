@@ -1,4 +1,4 @@
-"""Format numbers for people."""
+"""Format numbers, counts and durations for display."""
 
 _SUFFIXES = ("K", "M", "B", "T")
 

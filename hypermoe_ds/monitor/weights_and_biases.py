@@ -14,23 +14,23 @@ class WeightsAndBiases:
 
     Args:
         project: W&B project.
-        run_dir: the run folder; names the W&B run, and its file `wandb_id` keeps the id of the W&B run.
+        run_dir: the run folder. The W&B run has the name of this folder, and the file `wandb_id` stores its ID.
     """
 
     def __init__(self, project: str, run_dir: Path) -> None:
         self._wandb: Any = import_module("wandb")
         path = run_dir / "wandb_id"
         run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else None
-        # Without "allow" a resumed launch would start a second W&B run.
+        # Without "allow", a resumed launch would start a second W&B run.
         self._run = self._wandb.init(
             project=project, name=run_dir.resolve().name, id=run_id, resume="allow", dir=str(run_dir)
         )
         write_atomically(path, f"{self._run.id}\n")
 
     def metrics(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[float]]) -> None:
-        """Log values and each layer's loads, as a histogram, by their keys in metrics.jsonl.
+        """Log metric values, and each layer's loads as a histogram; their keys are those of metrics.jsonl.
 
-        A resumed run repeats steps. W&B ignores steps that it already has, so no chart has a step twice.
+        A resumed run may repeat steps. W&B ignores steps that it already has, so no chart shows a step twice.
         """
         histograms = {key: self._wandb.Histogram(list(load)) for key, load in loads.items()}
         self._run.log({_by_page(key): value for key, value in {**values, **histograms}.items()}, step=step)

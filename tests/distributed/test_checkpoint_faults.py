@@ -119,8 +119,8 @@ def test_with_an_invalid_latest_file_the_newest_intact_checkpoint_is_used_and_re
     (resumed, error, messages), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
     assert (resumed, error) == (2, None)
     first, second = [line for line in messages if line.startswith("warning: ")]
-    latest = f"{tmp_path}/checkpoints/latest"
-    assert first == f"warning: {latest}: does not name an existing checkpoint; using the newest, step_00000003"
+    file = f"{tmp_path}/checkpoints/latest"
+    assert first == f"warning: {file}: does not name an existing checkpoint; using the newest, step_00000003"
     assert f"{step_name(3)}/{shard_name(1)}" in second
     assert newest(tmp_path) == 2
 

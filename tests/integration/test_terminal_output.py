@@ -91,7 +91,7 @@ def test_verbose_shows_library_output_on_the_terminal(recipe: Path, tmp_path: Pa
     assert not (tmp_path / "run/logs").exists()
     quiet = output_of(recipe, tmp_path, HYPERMOE_FAULT=fault, HYPERMOE_LOG_LEVEL="loud")
     assert quiet.stderr == (
-        "error: HYPERMOE_LOG_LEVEL=loud: is not a level; set it to one of debug, info, warning, error, critical\n"
+        "error: HYPERMOE_LOG_LEVEL=loud: is not a log level; set it to one of debug, info, warning, error, critical\n"
     )
 
 

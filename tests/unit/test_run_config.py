@@ -103,7 +103,7 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0: is not valid"),
         ("monitor.profile_steps=[3, 2]", "monitor.profile_steps=[3, 2]: ends before it begins; give first, last"),
         ("monitor.profile_steps=[3]", "monitor.profile_steps=[3]: is not valid"),
-        ("monitor.memory_snapshot=true", "monitor.memory_snapshot=true: needs profiled steps, and there are none"),
+        ("monitor.memory_snapshot=true", "monitor.memory_snapshot=true: needs profiled steps, but there are none"),
         ("monitor.interval=0", "monitor.interval=0: is not valid"),
         ("evaluation.intervall=3", "evaluation.intervall: unknown key; did you mean 'interval'?"),
         ("steps=3", "steps: unknown key"),
