@@ -80,7 +80,7 @@ def test_the_config_of_smollm2_is_translated(tmp_path: Path) -> None:
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: "),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: Mixtral renormalises gates"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: HyperMoE supports only None"),
-        ("olmoe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob=True: HyperMoE never renormalises"),
+        ("olmoe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob=True: HyperMoE never"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]: "),
         ("gpt2", {}, "model_type='gpt2': is unknown; give one of hypermoe, llama, mistral, qwen3, mixtral, olmoe"),
     ],
