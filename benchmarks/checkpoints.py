@@ -1,4 +1,4 @@
-"""Measure how long training waits for a checkpoint, how long the next step takes, and how long a resume takes.
+"""Measure the time that training waits for a checkpoint, the time of the next step, and the time of a resume.
 
 Saves in the background alternate with saves during which training waits. Resumes are measured with each value of
 `checkpoint.verify`.
@@ -44,7 +44,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Results:
-    """All results.
+    """Results of the benchmark.
 
     Attributes:
         saves: measurements of each kind of save.
@@ -60,7 +60,7 @@ class Results:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
     parser.add_argument(
@@ -95,11 +95,11 @@ def main() -> None:
         print(machine_line(str(engine.device)))
 
 
-def build(config: HyperMoEConfig, ranks: int) -> Any:
+def build(model_config: HyperMoEConfig, ranks: int) -> Any:
     """Build an fp32 engine and run one step, so that the optimizer state exists."""
     train = TrainConfig(steps=1000, micro_batch_size=1, global_batch_size=ranks, precision="fp32")
-    ds_config = merge({"zero_optimization": {"stage": 1}}, train, config, 1, ranks)
-    engine = build_engine(config, ds_config, OptimizerConfig(lr=1e-4), ScheduleConfig(), train, ParallelConfig())
+    ds_config = merge({"zero_optimization": {"stage": 1}}, train, model_config, 1, ranks)
+    engine = build_engine(model_config, ds_config, OptimizerConfig(lr=1e-4), ScheduleConfig(), train, ParallelConfig())
     step(engine)
     return engine
 
@@ -112,7 +112,7 @@ def step(engine: Any) -> float:
         engine(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False, output_logits=False).loss
     )
     engine.step()
-    float(engine.get_global_grad_norm())  # waits for the device
+    float(engine.get_global_grad_norm())  # reading the norm waits for the device
     return time.perf_counter() - began
 
 

@@ -1,4 +1,4 @@
-"""Compare the losses of one side in two runs of train_step.py --repeat-batch, such as fp32 and bf16."""
+"""Compare the losses of one model in two runs of train_step.py --repeat-batch, such as an fp32 and a bf16 run."""
 
 import argparse
 import json
@@ -9,17 +9,19 @@ from hypermoe_ds.process import one_line_errors
 
 
 def main() -> None:
-    """Compare and report."""
+    """Compare the losses and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs=2, type=Path, metavar="FILE", help="JSON file written by train_step.py --json")
-    parser.add_argument("--side", default="hypermoe", help="default: hypermoe")
+    parser.add_argument(
+        "--side", default="hypermoe", help="side of the comparison, one of those of train_step.py (default: hypermoe)"
+    )
     parser.add_argument("--tolerance", type=float, default=0.01, help="maximum relative difference (default: 0.01)")
     arguments = parser.parse_args()
 
     first, second = (losses(path, arguments.side) for path in arguments.runs)
     if len(first) != len(second):
         raise UserError(
-            str(arguments.runs[1]), f"{len(second)} steps, not {len(first)}", "run both with the same --steps"
+            str(arguments.runs[1]), f"has {len(second)} steps instead of {len(first)}", "run both with the same --steps"
         )
     differences = [abs(a - b) / abs(a) for a, b in zip(first, second, strict=True)]
     print("| step | loss, nats per token | loss, nats per token | relative difference |\n| ---: | ---: | ---: | ---: |")
@@ -27,7 +29,9 @@ def main() -> None:
         print(f"| {step} | {a:.4f} | {b:.4f} | {difference:.5f} |")
     if not all(difference <= arguments.tolerance for difference in differences):  # also true for NaN
         raise UserError(
-            f"largest relative difference {max(differences):.5f}", f"above {arguments.tolerance}", "look for the cause"
+            f"largest relative difference {max(differences):.5f}",
+            f"is above --tolerance {arguments.tolerance}",
+            "look for the cause",
         )
 
 

@@ -1,5 +1,8 @@
-"""Compare the generation speed of HyperMoE with a hypernetwork, HyperMoE with baked HyperExperts, and the plain Mixture
-of Experts. Runs of the three models alternate. Weights and prompts are random."""
+"""Compare the generation speed of three models, called sides.
+
+The sides are HyperMoE with a hypernetwork, HyperMoE with baked HyperExperts, and the plain Mixture of Experts. Their
+runs alternate. Weights and prompts are random.
+"""
 
 import argparse
 import json
@@ -20,13 +23,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
     parser.add_argument("--dtype", default="fp32", choices=list(_DTYPES), help="default: fp32")
-    parser.add_argument("--prompt", type=int, default=64, metavar="TOKENS", help="default: 64")
+    parser.add_argument("--prompt", type=int, default=64, metavar="TOKENS", help="length of the prompt (default: 64)")
     parser.add_argument("--new", type=int, default=64, metavar="TOKENS", help="tokens to generate (default: 64)")
-    parser.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="default: 1")
+    parser.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="sequences per batch (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured runs of each side (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of every run")
     arguments = parser.parse_args()

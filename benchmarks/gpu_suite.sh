@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run all GPU benchmarks on one GPU, in about half an hour; write JSON files, profiles, traces and summary.md.
+# Run all GPU benchmarks on one GPU and write JSON files, profiles, traces and summary.md. A run takes about half an
+# hour.
 #
-#   bash benchmarks/gpu_suite.sh      in an environment with torch for CUDA, DeepSpeed and Transformers
+#   bash benchmarks/gpu_suite.sh      needs an environment with torch for CUDA, DeepSpeed and Transformers
 #   OUT=DIR                            output folder (default: build/gpu_suite)
 #   PYTHON=PATH                        the interpreter (default: python)
 #   ONLY=REGEX                         run the steps whose names match (default: all), as in ONLY='HyperExperts|Losses'
@@ -13,11 +14,11 @@ out=${OUT:-build/gpu_suite}
 only=${ONLY:-.}
 deadline=2400 # seconds for the whole suite
 if ! [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]]; then
-    echo "gpu_suite: no NVIDIA GPU on this machine; run it on a machine with a GPU" >&2
+    echo "gpu_suite: this machine has no NVIDIA GPU; run the suite on a machine with a GPU" >&2
     exit 1
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "gpu_suite: $python has no torch that finds the GPU; set PYTHON to one with CUDA" >&2
+    echo "gpu_suite: torch of $python does not find the GPU; set PYTHON to an interpreter with torch for CUDA" >&2
     exit 1
 fi
 unset DS_ACCELERATOR
@@ -68,7 +69,7 @@ step "HyperExperts" 240 "$python" benchmarks/hyper_experts.py --device cuda --dt
     --json "$out/hyper_experts.json"
 step "Overlap of the HyperExperts" 120 "$python" benchmarks/overlap.py --json "$out/overlap.json" \
     --trace "$out/trace.json"
-# With the settings of its recipe: activation checkpointing and several micro-batches per step.
+# Use the settings of the recipe: activation checkpointing and several micro-batches per step.
 step "Training step, 3b-a0.4b" 600 "${compare[@]}" "${long[@]}" --preset 3b-a0.4b --steps 4 --warmup 1 --micro-batch-size auto \
     --accumulation 2 --activation-checkpointing --in-turns 1 \
     --json "$out/train_step_3b-a0.4b.json" --profile "$out/profile_3b-a0.4b.md"

@@ -1,6 +1,6 @@
-"""Compare the time and memory of HyperExperts with those of one expert of the same model, and compare the exact forms.
+"""Compare the time and memory of HyperExperts with those of one expert, and compare the forms of HyperExperts.
 
-Each measurement is one forward and backward pass. Both sides of a time ratio alternate in one process. Memory is
+Each measurement is one forward and backward pass. To compare times, both sides alternate in one process. Memory is
 measured in a separate process for each side.
 
     python benchmarks/hyper_experts.py [--dtype bf16] [--json FILE] [--plot FILE.png]
@@ -39,8 +39,8 @@ D, LAYERS, WIDTH = PUBLISHED.hidden, 12, 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = [(PUBLISHED, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4, 8) for T in (512, 4096)]
 GRID += [(SMALL, N, K, T) for N in (8, 16, 64) for K in (1, 2, 4) for T in (512, 4096)]
-_WARMUP = 2  # runs of each side before the measured ones
-_CLOSE_FORMS_SECONDS = 3.0  # duration of the repeated runs of the fastest form, which rank forms of almost equal cost
+_WARMUP = 2  # warm-up runs of each side before the measured runs
+_CLOSE_FORMS_SECONDS = 3.0  # duration of the additional runs of the fastest form, which rank forms with similar times
 
 
 class Target(NamedTuple):
@@ -88,7 +88,7 @@ class FormCase:
 
 @dataclass(frozen=True)
 class Results:
-    """All results. `per_token` maps numbers of tokens to the seconds of the published form."""
+    """Results of the benchmark. `per_token` maps the number of tokens to the seconds of the published form."""
 
     machine: dict[str, Any]
     dtype: str
@@ -100,7 +100,7 @@ class Results:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark, or measure the memory of one side in a subprocess."""
     arguments = parse_arguments()
     target = Target(arguments.device, DTYPES[arguments.dtype])
     if arguments.memory_of:
@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     check_arguments(arguments, {"repeats": 1}, arguments.json, arguments.plot)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda", "there is no GPU", "omit it")
+        raise UserError("--device=cuda", "there is no GPU", "omit the option")
     for name in ("plot", "calibrate"):
         if arguments.skip_grid and getattr(arguments, name):
             raise UserError(f"--{name}", "needs the comparison of the forms", "omit --skip-grid")
@@ -199,7 +199,7 @@ def all_layers(
 
 
 def expert(target: Target) -> nn.Module:
-    """Build one GELU expert of width 4D, as in the published model."""
+    """Build an expert with a GELU MLP of width 4D, as in the published model."""
     return nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)).to(**target._asdict())
 
 
@@ -208,7 +208,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides.items())
     for _ in range(repeats + _WARMUP):
-        order.reverse()  # so that no side always runs after the same other side
+        order.reverse()  # so that no side always follows the same other side
         for name, run in order:
             began = time.perf_counter()
             run()
@@ -219,7 +219,7 @@ def medians(sides: Mapping[str, Callable[[], None]], repeats: int, device: str) 
 
 
 def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[[], None]:
-    """Return a function that frees the gradients of the last run, as after an optimizer step, and calls `run`."""
+    """Return a function that frees the gradients of the previous run, as an optimizer step does, and calls `run`."""
 
     def clean() -> None:
         for module in modules:
@@ -230,7 +230,7 @@ def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[
 
 
 def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) -> ExpertCase:
-    """Compare the HyperExperts of a layer with one expert and the published form. 12 layers share one hypernetwork."""
+    """Compare the HyperExperts of a layer with one expert and the published form. 12 layers share a hypernetwork."""
     x_TD = torch.randn(T, D, **target._asdict()).requires_grad_()
     passes = selections(repeats + _WARMUP, LAYERS, T, N, K, target.device)
     single = expert(target)
@@ -246,12 +246,12 @@ def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) ->
 
 
 def compare_forms(sizes: Sizes, N: int, K: int, T: int, repeats: int, target: Target) -> FormCase:
-    """Compare the exact forms and `auto` in one layer. Forms close to the fastest are measured again more often."""
+    """Compare the exact forms and `auto` in one layer. Forms with times close to the fastest are measured again."""
     x_TD = torch.randn(T, sizes.hidden, **target._asdict()).requires_grad_()
     layers, hypernetwork = build(N, 1, target, sizes)
 
     def measure_forms(forms: Iterable[str], runs: int) -> dict[str, float]:
-        # Each form has its own selections, because libraries compile or allocate at the first use of a shape.
+        # Draw different selections for each form, because libraries compile or allocate at the first use of a shape.
         passes = {form: selections(runs + _WARMUP, 1, T, N, K, target.device) for form in forms}
         sides = {form: all_layers(layers, hypernetwork, x_TD, passes[form], form) for form in passes}
         return medians(sides, runs, target.device)
@@ -305,7 +305,7 @@ def peak_bytes(device: str) -> int:
 def memory_of_both(device: str, dtype: str) -> dict[str, int]:
     """Return `added_memory` of both sides, each measured in its own process.
 
-    The processes allocate each large tensor with mmap, so that peak memory does not include heap fragmentation.
+    The processes allocate each large tensor with mmap, so that the peak memory does not include heap fragmentation.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--device", device, "--dtype", dtype, "--memory-of"]

@@ -1,10 +1,10 @@
-"""Measure the cost of a run's metrics on one rank. Steps with and without metrics alternate.
+"""Measure the cost of metrics in a run on one rank. Steps with and without metrics alternate.
 
 There are three kinds of steps with metrics: not logged, logged, and logged with norms. For each kind, the table shows
 the seconds spent in metric calls, with a device synchronization before and after each call. The table also shows the
-time of the whole step relative to a step without metrics; this ratio is noisier. The total cost is weighted by the
-share of each kind in a run with the default intervals. A key=value argument overrides a field of the preset's model,
-such as num_hidden_layers=2.
+time of the whole step relative to a step without metrics, which is a noisier measurement. The total cost is weighted by
+the share of each kind in a run with the default intervals. A key=value argument overrides a field of the preset's
+model, such as num_hidden_layers=2.
 """
 
 import argparse
@@ -31,23 +31,24 @@ from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.process import one_line_errors
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, start_ranks
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.step_observer import StepObserver
 from results import check_arguments, machine_line
 
 _ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"
 _DEFAULTS = MonitorConfig()
-# A step number of each kind, with the default intervals.
+# For each kind, the number of a step that is of this kind at the default intervals.
 _KINDS = {"not logged": 2, "logged": _DEFAULTS.interval, "norms": _DEFAULTS.norms_interval or 0}
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of each step of one kind: of the whole step, and of the metric calls in the step."""
+    """Seconds of the whole step and of its metric calls, for each step of one kind."""
 
     whole: list[float]
     metrics: list[float]
@@ -81,7 +82,7 @@ def time_metric_calls(recorder: Recorder) -> list[float]:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     arguments = parse_arguments()
     check_arguments(arguments, {"rounds": 1, "sequence_length": 1, "micro_batch_size": 1, "threads": 1}, arguments.json)
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
@@ -104,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="SEQUENCES", help="default: 1")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="default: bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of each step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the seconds of each step to")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the preset's model")
     return parser.parse_args()
 
@@ -118,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> Results:
         global_batch_size=arguments.micro_batch_size,
         precision=arguments.precision,
     )
-    optimizer = OptimizerConfig(lr=1e-12)  # a higher rate would train the routers and change the step time
+    optimizer = OptimizerConfig(lr=1e-12)  # a higher learning rate would train the routers and change the step time
     ds_config = merge(load_deepspeed_json(_ZERO), train, model, 1, 1)
     engine = build_engine(model, ds_config, optimizer, ScheduleConfig(name="constant"), train, ParallelConfig())
     results = Results([], {kind: StepTimes([], []) for kind in _KINDS})
@@ -180,7 +181,7 @@ def wait_for_device() -> None:
 
 
 def report(results: Results, arguments: argparse.Namespace) -> None:
-    """Print medians, ratios and the cost at the default intervals."""
+    """Print medians, ratios and the total cost at the default intervals."""
     without = statistics.median(results.without)
     logged, norms = 1 / _DEFAULTS.interval, 1 / (_DEFAULTS.norms_interval or 1)
     shares = {"not logged": 1 - logged, "logged": logged - norms, "norms": norms}

@@ -1,4 +1,4 @@
-"""Sum the profiled time of operators by category."""
+"""Sum the profiled times of operators by category."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,13 +15,13 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("GEMM", r"::mm|addmm|bmm|matmul|grouped_mm|mkldnn_linear|::linear|gemm|cutlass|cublas|nvjet|xmma"),
 )
 OTHER = "elementwise and other"
-_NAMED = 8  # number of operators in the category `OTHER` that have their own row
+_NAMED = 8  # number of operators in the category `OTHER` that get their own row
 CATEGORIES = (*(name for name, _ in _PATTERNS), OTHER)
 HOW = (
     "Self times of one profiled rank, summed by name: operators on CPU, kernels on GPU. "
     + "; ".join(f"{name}: `{pattern}`" for name, pattern in _PATTERNS).replace("|", "\\|")
     + f"; {OTHER}: all others, including copies and routing. The first match in this order counts. Communication "
-    "overlaps other work and its time includes waiting, so the sum can exceed the step time."
+    "overlaps with other work, and its time includes waiting, so the sum can exceed the step time."
 )
 
 

@@ -1,7 +1,7 @@
 """Measure on one GPU how much of the HyperExpert computation overlaps with the experts of the layer.
 
-A kernel that only waits replaces the experts and their all-to-all. The script times the forward and backward pass of
-one MoE layer with and without the overlap, checks that both give the same results, and writes traces.
+In this benchmark, a kernel that only waits replaces the experts and their all-to-all. The script times the forward and
+backward pass of one MoE layer with and without the overlap, checks that both give the same results, and writes traces.
 """
 
 import argparse
@@ -27,22 +27,24 @@ _OVERLAP = {"with": True, "without": False}
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2-small-8e", choices=list(PRESETS), help="default: gpt2-small-8e")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (default: 8192)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per micro-batch (default: 8192)")
     parser.add_argument(
         "--wait",
         type=float,
         default=3.0,
         metavar="MS",
-        help="time of the experts in the forward pass and in the backward pass, each (default: 3)",
+        help="waiting time that replaces the experts in each forward and each backward pass (default: 3)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times in ms")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the times in ms to")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write traces for chrome://tracing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise UserError("no GPU", "the overlap needs CUDA streams", "run it on a machine with an NVIDIA GPU")
+        raise UserError(
+            "no GPU", "the overlap needs CUDA streams", "run this benchmark on a machine with an NVIDIA GPU"
+        )
 
     from hypermoe_ds.parallel.overlap import overlap_hyper_experts
 
@@ -81,7 +83,7 @@ def one_layer(preset: str, tokens: int) -> tuple[Any, Tensor]:
 
 
 def experts_only_wait(model: Any, cycles: int) -> None:
-    """Replace the experts with an identity that waits for `cycles` GPU cycles in each forward and backward pass."""
+    """Replace the experts with an identity function that waits for `cycles` GPU cycles in each pass."""
 
     def wait(x_RD: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         torch.cuda._sleep(cycles)
@@ -100,9 +102,9 @@ def value_and_gradients(model: Any, hidden_BSD: Tensor) -> list[Tensor]:
 
 
 def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
-    """Return the milliseconds to apply the HyperExperts to uniform selections. Only this time can overlap.
+    """Return the milliseconds that applying the HyperExperts takes, with uniform selections.
 
-    Generating the HyperExperts is not included.
+    Only this time can overlap with the experts, so the time to generate the HyperExperts is not included.
     """
     config, layer, hypernetwork = model.config, model.model.layers[0].hyper_experts, model.model.hypernetwork
     x_TD = hidden_BSD.detach().flatten(0, 1).requires_grad_()
@@ -111,7 +113,9 @@ def hyper_experts_alone(model: Any, hidden_BSD: Tensor) -> float:
     selected_TK = (first_T.unsqueeze(1) + offset_K) % config.num_experts
     generated = generate_ahead([layer], hypernetwork, x_TD, config.num_experts_per_tok)
     if generated is None:
-        raise UserError(f"--tokens {len(x_TD)}", "too few to generate HyperExperts before routing", "give more")
+        raise UserError(
+            f"--tokens {len(x_TD)}", "are too few to generate HyperExperts before routing", "give more tokens"
+        )
     weights = HyperExpertWeights(*(weight.detach().requires_grad_() for weight in generated[0]))
 
     def run() -> None:

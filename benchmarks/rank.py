@@ -1,4 +1,6 @@
-"""Run one rank of a side: build the model, then execute commands from stdin. Commands and answers are JSON lines.
+"""Run one rank of a side, that is, of a model that train_step.py compares.
+
+The rank builds the model and executes commands from stdin. Commands and answers are JSON lines.
 
 train_step.py starts this script with the environment variables of DeepSpeed's launcher. Answers are written to a
 separate pipe, because libraries print to stdout.
@@ -58,7 +60,7 @@ def _execute(command: dict[str, Any], step: Step, batches: Iterator[Batch], leng
 
 
 def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
-    """Return the milliseconds per step by category. Only rank 0 is profiled; the other ranks run the same steps."""
+    """Return the milliseconds per step by category. Only rank 0 is profiled; all ranks run the same steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with profile(activities=activities) if rank == 0 else nullcontext() as profiler:
         for batch in batches:
@@ -90,9 +92,9 @@ def _synchronize() -> None:
 
 
 def _reset_peak() -> None:
-    """Reset the peak memory, so that it does not include building the model.
+    """Reset the peak memory, so that later peaks do not include building the model.
 
-    The peak of building is the same for every side, because each rank first builds the whole model.
+    Building has the same peak for every side, because each rank first builds the whole model.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

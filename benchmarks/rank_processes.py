@@ -36,19 +36,19 @@ class Rank:
     def failure(self) -> RuntimeError:
         """Wait for the process to exit, and return an error with the exit code and the end of the log."""
         code = self.process.wait()
-        return RuntimeError(f"a rank ended with exit code {code}:\n{self.log.read_text(errors='replace')[-4000:]}")
+        return RuntimeError(f"a rank exited with code {code}:\n{self.log.read_text(errors='replace')[-4000:]}")
 
 
 @contextmanager
 def start_side(side: str, settings: StepSettings) -> Iterator[list[Rank]]:
-    """Start the rank processes of one side and kill the processes on exit. Each rank first builds its model."""
+    """Start the rank processes of one side, and kill them on exit. Each rank first builds its model."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # The store binds its port before the ranks start, so sides that run at the same time use different ports.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # to find ninja
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # for ninja
             "OMP_NUM_THREADS": str(settings.threads),
             "WORLD_SIZE": str(settings.ranks),
             "MASTER_ADDR": "127.0.0.1",
@@ -69,7 +69,7 @@ def _start_rank(side: str, settings: StepSettings, environment: dict[str, str], 
     with log.open("w") as output:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
         process = subprocess.Popen(command, env=environment, text=True, pass_fds=(write_end,), **pipes)
-    os.close(write_end)  # otherwise, reading answers would block after the rank has exited
+    os.close(write_end)  # if this end stayed open, reading answers would block after the rank has exited
     return Rank(process, os.fdopen(read_end), log)
 
 

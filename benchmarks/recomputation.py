@@ -1,8 +1,8 @@
 """Compare saving the generated weights of HyperExperts with generating the weights again in the backward pass.
 
-Both sides alternate in one process; memory is measured in a separate process for each side. The line in the table shows
-what training does: above the line, training saves the generated weights; below the line, training generates the weights
-again.
+Both sides alternate in one process. Memory is measured in a separate process for each side. In the table, the row
+*generated again* separates two cases: above it, training saves the generated weights; below it, training generates the
+weights again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _TOKENS, _SELECTIONS = 2048, (8, 16, 31, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one layer and added bytes of all layers, for one forward and backward pass."""
+    """Seconds of one layer and additional bytes of all layers, for one forward and backward pass."""
 
     seconds: float
     bytes: int
@@ -45,7 +45,7 @@ class Case:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark, or measure the memory of one side in a subprocess."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="default: fp32")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measured runs of each side (default: 7)")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def report(dtype: str, repeats: int, target: Target, path: Path | None) -> None:
-    """Measure all cases, print the table and write JSON to `path`."""
+    """Measure all cases, print the table and write the results as JSON to `path`."""
     expert_bytes = measure_memory("expert", dtype)
     cases = [compare(count, repeats, dtype, target) for count in tqdm(_SELECTIONS, unit="shape", leave=False)]
     print(
@@ -126,7 +126,7 @@ def compare(selections: int, repeats: int, dtype: str, target: Target) -> Case:
 
 
 def measure_memory(side: str, dtype: str) -> int:
-    """Return the peak memory, in bytes, that one pass adds, measured in a process that uses mmap for large tensors."""
+    """Return the peak memory, in bytes, that one pass adds. The measuring process allocates large tensors with mmap."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--dtype", dtype, "--memory-of", side]
     return int(subprocess.check_output(command, env=environment))

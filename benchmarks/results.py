@@ -1,4 +1,4 @@
-"""Results of a comparison of training steps: medians, ratios and the machine, as JSON and as a table."""
+"""Summarize a comparison of training steps: medians, ratios and a description of the machine."""
 
 import os
 import platform
@@ -41,7 +41,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SideSummary:
-    """Summary of one side. `mfu` is None if the peak FLOP/s of the device is unknown."""
+    """Summary of one side. `mfu` is None if the peak FLOP/s of the device are unknown."""
 
     parameters: int
     median_seconds: float
@@ -56,7 +56,7 @@ class SideSummary:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Median step time and largest peak memory of a rank, divided by those of the baseline."""
+    """Median step time and largest peak memory of any rank, divided by the values of the baseline."""
 
     step_time: float
     peak_memory: float
@@ -83,14 +83,14 @@ def check_arguments(arguments: Namespace, minimum: Mapping[str, int], *outputs: 
     for name, smallest in minimum.items():
         value = getattr(arguments, name)
         if isinstance(value, int) and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"give at least {smallest}")
+            raise UserError(f"--{name.replace('_', '-')} {value}", "is too small", f"give at least {smallest}")
     for path in outputs:
         if path is not None and not path.parent.is_dir():
-            raise UserError(str(path), "its folder does not exist", "create the folder")
+            raise UserError(str(path), "is in a folder that does not exist", "create the folder")
 
 
 def choose_baseline(sides: Sequence[str]) -> str:
-    """Return the baseline of the ratios: the plain Mixture of Experts if it is measured, otherwise the last side."""
+    """Return the baseline of the ratios: the plain Mixture of Experts if it is one of the sides, else the last side."""
     return "moe" if "moe" in sides else sides[-1]
 
 
@@ -138,7 +138,7 @@ def compare(measured: Mapping[str, Measurement], settings: StepSettings) -> Comp
 
 
 def divide(side: SideSummary, baseline: SideSummary) -> Ratios:
-    """Divide the time and memory of a side by those of the baseline."""
+    """Divide the time and memory of a side by the values of the baseline."""
     return Ratios(
         step_time=side.median_seconds / baseline.median_seconds,
         peak_memory=max(side.peak_memory_gib) / max(baseline.peak_memory_gib),
@@ -170,7 +170,7 @@ def machine_line(device: str) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Return the comparison as plain data."""
+    """Return the comparison as a dict for JSON."""
     return asdict(comparison)
 
 

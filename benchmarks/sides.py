@@ -1,4 +1,4 @@
-"""Build the sides of a comparison: models of the same shape, each with its training step.
+"""Build the sides of a comparison: models of the same size, each with its training step.
 
 A training step is a function `step(batch) -> loss` that runs forward, backward, gradient clipping and AdamW. `batch`
 contains `input_ids` [B, S] and `labels` [B, S] (the next tokens). All micro-batches of a step use the same batch. The
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from hypermoe_ds.checkpoint.expert_layout import split_gate_up
 from hypermoe_ds.config import LARGEST_COUNT
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import SwiGLU
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import load_deepspeed_json, merge
 from hypermoe_ds.training.engine import build_engine, fused_cross_entropy
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.optimizer import parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from hypermoe_ds.training.step_observer import StepObserver
 from step_settings import StepSettings
 
 Batch = dict[str, Tensor]
@@ -71,12 +73,13 @@ def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
     return engine.module, _engine_step(engine)
 
 
-def _plain_moe(config: HyperMoEConfig) -> HyperMoEForCausalLM:
+def _plain_moe(model_config: HyperMoEConfig) -> HyperMoEForCausalLM:
     """Build the model without HyperExperts, with the initial weights of HyperMoE.
 
-    With different random weights, each rank would receive a different share of the tokens, which changes the step time.
+    With other initial weights, each rank would receive a different share of the tokens, which changes the step
+    time.
     """
-    model = HyperMoEForCausalLM(HyperMoEConfig(**{**config.to_dict(), "hypernetwork": True}))
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**model_config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None
     for layer in model.model.layers:
         layer.hyper_experts = None  # type: ignore[assignment]
@@ -115,16 +118,16 @@ def _force_per_token(model: Any) -> None:
 
 
 def _mixtral(
-    config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, settings: StepSettings
+    model_config: HyperMoEConfig, train: TrainConfig, optimizer: OptimizerConfig, settings: StepSettings
 ) -> tuple[nn.Module, Step]:
     """Build Transformers' Mixtral with a plain training loop; several ranks use DistributedDataParallel.
 
-    In bf16, weights and moments are bf16 without fp32 copies, so that the optimizer needs less memory and time than
-    DeepSpeed's optimizer.
+    In bf16, weights and moments are stored in bf16 without fp32 copies. The optimizer therefore needs less memory and
+    time than DeepSpeed's optimizer.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(train.seed)
-    model: Any = MixtralForCausalLM(mixtral_config(config))
+    model: Any = MixtralForCausalLM(mixtral_config(model_config))
     model = model.to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32).train()
     adamw = _adamw(parameter_groups(model, optimizer.weight_decay), optimizer)
     parallel = DistributedDataParallel(model) if settings.ranks > 1 else model
@@ -145,44 +148,44 @@ def _mixtral(
     return model, step
 
 
-def mixtral_config(config: HyperMoEConfig) -> MixtralConfig:
-    """Return a Mixtral configuration with our shape. Mixtral has no dense layers, shared experts or QK norm."""
+def mixtral_config(model_config: HyperMoEConfig) -> MixtralConfig:
+    """Return a Mixtral configuration with the sizes of HyperMoE, except dense layers, shared experts and QK norm."""
     same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     same += "num_experts_per_tok rms_norm_eps tie_word_embeddings initializer_range max_position_embeddings "
     same += "router_aux_loss_coef"
     return MixtralConfig(
-        **{name: getattr(config, name) for name in same.split()},
-        intermediate_size=config.moe_intermediate_size,
-        num_local_experts=config.num_experts,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        output_router_logits=True,  # our step also computes the load-balancing loss
+        **{name: getattr(model_config, name) for name in same.split()},
+        intermediate_size=model_config.moe_intermediate_size,
+        num_local_experts=model_config.num_experts,
+        rope_parameters={"rope_type": "default", "rope_theta": model_config.rope_theta},
+        output_router_logits=True,  # like HyperMoE, compute the load-balancing loss
         bos_token_id=None,
         eos_token_id=None,
     )
 
 
 def _deepspeed_moe(
-    config: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     ds_config: dict[str, Any],
     train: TrainConfig,
     optimizer: OptimizerConfig,
     expert_parallel: int,
 ) -> Any:
-    """Build a DeepSpeed engine with our decoder and DeepSpeed's older MoE layer instead of our MoE blocks.
+    """Build a DeepSpeed engine with the decoder of HyperMoE, but with DeepSpeed's older MoE layer.
 
-    Like our blocks, DeepSpeed's layer is dropless: it pads every expert to the largest load. DeepSpeed's router has no
-    z-loss, and shared experts are omitted.
+    Like the MoE blocks of HyperMoE, DeepSpeed's layer drops no tokens: it pads every expert to the largest load.
+    DeepSpeed's router has no z-loss. Shared experts are omitted.
     """
     torch.manual_seed(train.seed)
-    model = _plain_moe(config)
-    first = torch.distributed.get_rank() % expert_parallel * (config.num_experts // expert_parallel)
-    for layer in (model.model.layers[index] for index in config.moe_layers):
-        layer.mlp = _native_layer(layer.mlp, config, expert_parallel, first)
-        layer.is_moe = False  # type: ignore[assignment] # the decoder treats it as a plain MLP; the hook below adds the routing loss
+    model = _plain_moe(model_config)
+    first = torch.distributed.get_rank() % expert_parallel * (model_config.num_experts // expert_parallel)
+    for layer in (model.model.layers[index] for index in model_config.moe_layers):
+        layer.mlp = _native_layer(layer.mlp, model_config, expert_parallel, first)
+        layer.is_moe = False  # type: ignore[assignment] # use `mlp` as a dense MLP; the hook below adds the routing loss
     blocks = [module for module in model.modules() if isinstance(module, MoE)]
 
     def add_balancing_loss(_module: nn.Module, _inputs: object, output: Any) -> None:
-        output.loss = output.lm_loss + config.router_aux_loss_coef * sum(b.deepspeed_moe.l_aux for b in blocks)
+        output.loss = output.lm_loss + model_config.router_aux_loss_coef * sum(b.deepspeed_moe.l_aux for b in blocks)
 
     model.register_forward_hook(add_balancing_loss)
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
@@ -197,20 +200,20 @@ def _deepspeed_moe(
 
 
 @torch.no_grad()
-def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
-    """Build DeepSpeed's layer with the weights of our block. `first` is the index of this rank's first expert."""
+def _native_layer(block: Any, model_config: HyperMoEConfig, expert_parallel: int, first: int) -> MoE:
+    """Build DeepSpeed's layer with the weights of `block`. `first` is the index of this rank's first expert."""
     layer = MoE(
-        config.hidden_size,
-        SwiGLU(config.hidden_size, config.moe_intermediate_size),
-        config.num_experts,
+        model_config.hidden_size,
+        SwiGLU(model_config.hidden_size, model_config.moe_intermediate_size),
+        model_config.num_experts,
         ep_size=expert_parallel,
-        k=config.num_experts_per_tok,
+        k=model_config.num_experts_per_tok,
         drop_tokens=False,
-        top2_2nd_expert_sampling=False,  # selects the two most likely experts, as our router does
+        top2_2nd_expert_sampling=False,  # select the two most likely experts, as `TopKRouter` does
     )
     layer.deepspeed_moe.gate.wg.weight.copy_(block.router.gate.weight)
     for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, first):
-        gate_FD, up_FD = block.experts.gate_up_proj[number].chunk(2)
+        gate_FD, up_FD = split_gate_up(block.experts.gate_up_proj[number])
         expert.gate_proj.weight.copy_(gate_FD)
         expert.up_proj.weight.copy_(up_FD)
         expert.down_proj.weight.copy_(block.experts.down_proj[number])
@@ -219,6 +222,6 @@ def _native_layer(block: Any, config: HyperMoEConfig, expert_parallel: int, firs
 
 
 def _adamw(groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build an AdamW optimizer with the settings of our engine for the other sides."""
+    """Build AdamW for the other sides, with the settings of the HyperMoE engine."""
     betas = (optimizer.beta1, optimizer.beta2)
     return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=True)

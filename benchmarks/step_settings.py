@@ -24,7 +24,7 @@ class StepSettings:
         steps: measured steps of each side.
         warmup: warm-up steps of each side.
         threads: CPU threads per rank.
-        repeat_batch: train on one batch, so that the loss decreases. Otherwise, the learning rate is almost 0, because
+        repeat_batch: train on one batch, so that the loss decreases. If false, the learning rate is almost 0, because
             trained routers would balance the experts differently on each side.
         in_turns: number of rounds, with only one side in memory at a time; 0 keeps all sides in memory.
         accumulation: micro-batches per step.

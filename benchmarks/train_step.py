@@ -1,9 +1,10 @@
-"""Compare training steps on random token ids. Each side runs in separate processes, and the sides alternate.
+"""Compare the training steps of several models, called sides, on random token ids.
 
-The sides are hypermoe; moe (the same model without HyperExperts); per_token (the published form, which generates a
-HyperExpert for each token); mixtral (Transformers' Mixtral at the same shape in a plain torch loop); and deepspeed_moe
-(the same decoder with DeepSpeed's older, dropless MoE layer). The baseline of the ratios is moe if it is measured,
-otherwise the last side. A key=value argument overrides a field of the preset's model, such as num_hidden_layers=2.
+Each side runs in its own processes, and the sides alternate. The sides are hypermoe; moe (the same model without
+HyperExperts); per_token (the published form, which generates a HyperExpert for each token); mixtral (Transformers'
+Mixtral at the same shape in a plain torch loop); and deepspeed_moe (the same decoder with DeepSpeed's older, dropless
+MoE layer). The baseline of the ratios is moe if it is measured, otherwise the last side. A key=value argument overrides
+a field of the preset's model, such as num_hidden_layers=2.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def measure(measured: Mapping[str, Measurement], settings: StepSettings, steps: 
 
 
 def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings) -> int:
-    """Return the largest power of two for `micro_batch_size` with which every group fits into memory, on one rank."""
+    """Return the largest power of two for `micro_batch_size` with which every group fits into the GPU's memory."""
     fits = _LARGEST_MICRO_BATCH
     for group in groups:
         reached = 0
@@ -119,7 +120,9 @@ def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings)
                 pass
         if reached == 0:
             raise UserError(
-                "--micro-batch-size auto", f"not even one sequence fits for {', '.join(group)}", "shorten the sequences"
+                "--micro-batch-size auto",
+                f"one sequence of {', '.join(group)} does not fit into memory",
+                "lower --sequence-length",
             )
         fits = min(fits, reached)
     return fits
@@ -135,10 +138,10 @@ def check(sides: Sequence[str], settings: StepSettings, arguments: argparse.Name
     check_arguments(arguments, _MINIMUM, arguments.json, arguments.profile)
     rounds = arguments.in_turns if arguments.in_turns is not None else _ROUNDS
     if settings.steps < rounds:
-        raise UserError(f"--steps {settings.steps}", f"fewer than --in-turns {rounds}", "give more steps")
+        raise UserError(f"--steps {settings.steps}", f"is less than --in-turns {rounds}", "give more steps")
     if settings.activation_checkpointing and not set(sides) <= set(_CAN_RECOMPUTE):
         raise UserError(
-            "--activation-checkpointing", f"only supported by {', '.join(_CAN_RECOMPUTE)}", "omit the other sides"
+            "--activation-checkpointing", f"is only supported by {', '.join(_CAN_RECOMPUTE)}", "omit the other sides"
         )
     check_expert_parallel(settings.expert_parallel, HyperMoEConfig(**settings.model).num_experts, settings.ranks)
     gpus = torch.cuda.device_count()
@@ -183,7 +186,7 @@ def model_fields(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(key, "no such field of the model", closest(key, HyperMoEConfig.__annotations__))
         default = getattr(HyperMoEConfig, key)
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise UserError(f"{key}={value!r}", "has the wrong type", f"give one like {default!r}")
+            raise UserError(f"{key}={value!r}", "has the wrong type", f"give a value like {default!r}")
     try:
         return {"vocab_size": HyperMoEConfig(**fields).vocab_size, **fields}
     except ConfigurationError as error:
@@ -208,7 +211,7 @@ def rounds_that_fit(settings: StepSettings, sides: int) -> int:
         free = settings.ranks * torch.cuda.mem_get_info()[0]
     if needed <= free:
         return 0
-    note = f"note: {sides} sides need about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    note = f"note: {sides} sides need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
     if sides > 1:
         note += f"; running one at a time, in {_ROUNDS} rounds (--in-turns 0: all at once)"
     print(note, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Read settings strictly: convert YAML files and dotted overrides to frozen, typed settings."""
+"""Load YAML files and `section.key=value` overrides into frozen, strictly typed settings."""
 
 import difflib
 import math
@@ -13,24 +13,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from hypermoe_ds.errors import UserError
 
-LARGEST_COUNT = 10**9  # limit of counts such as steps and sequences; the product of two counts fits into 64 bits
+LARGEST_COUNT = 10**9  # upper limit for counts such as steps; the product of two such counts fits in 64 bits
 
 
 class Settings(BaseModel):
-    """Base class of all settings: strictly typed and frozen, without unknown keys, NaN or infinity."""
+    """Base class of all settings: frozen and strictly typed; it rejects unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _check_path(text: str) -> str:
     if not text:
-        raise ValueError("It is empty")  # pathlib would treat an empty path as the working directory
+        raise ValueError("Path should not be empty")  # pathlib would treat it as the working directory
     if (
         "\0" in text
         or len(os.fsencode(text)) > _LONGEST_PATH
         or any(len(os.fsencode(name)) > _LONGEST_NAME for name in text.split("/"))
     ):
-        raise ValueError("It cannot be the path of a file")
+        raise ValueError("Path should not contain a null byte or exceed the length limits of Linux")
     return text
 
 
@@ -38,14 +38,14 @@ _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
 PathText = Annotated[str, AfterValidator(_check_path)]
 Section = TypeVar("Section", bound=Settings)
 
-_MOST_VALUES = 100_000  # per file: nested aliases can expand to exponentially many values
+_MOST_VALUES = 100_000  # limit per file, because nested aliases can expand to exponentially many values
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML loader that refuses repeated keys and unbounded aliases, and reads `3e-4` as a number.
+    """Safe YAML loader that rejects duplicate keys and unbounded aliases, and parses `3e-4` as a float.
 
-    In YAML 1.1, `3e-4` is a string.
+    YAML 1.1 parses `3e-4` as a string.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -68,7 +68,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _values_in(node: yaml.Node, known: dict[int, float]) -> float:
     """Return the number of values in a node after expanding its aliases; infinity if the node contains itself."""
     if id(node) not in known:
-        known[id(node)] = math.inf  # placeholder for a node that contains itself
+        known[id(node)] = math.inf  # the count of a node that contains itself stays infinite
         parts: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
@@ -119,7 +119,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
     """Return a copy of `settings` with `section.key=value` overrides applied; values are YAML.
 
     Raises:
-        UserError: an override has no `=` or no key, or its key is inside a value that is not a section.
+        UserError: an override has no `=`, has an empty key, or sets a key inside a value that is not a section.
     """
     result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
     for override in overrides:
@@ -146,13 +146,13 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def validate(model: type[Section], content: object, source: str, overrides: Iterable[str] = ()) -> Section:
-    """Build `model` from plain data.
+    """Validate plain data and build the settings object.
 
     Args:
-        model: the class of the settings.
+        model: class of the settings object.
         content: the data, with overrides applied.
         source: file that the data was read from, for error messages.
-        overrides: the overrides; an error in an override does not name the file.
+        overrides: the overrides; an error message about an overridden value does not name the file.
 
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type. The error names the first such key.
@@ -184,7 +184,7 @@ def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     for part in path:
         field = model.model_fields.get(str(part))
         if field is None:
-            continue  # an index into a list of models
+            continue  # `part` is an index into a list of models
         model = _models_in(field.annotation)[0]
     return list(model.model_fields)
 

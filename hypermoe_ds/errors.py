@@ -1,4 +1,4 @@
-"""Error messages for users: one line with the location, the problem and the remedy."""
+"""Report errors to users in one line: the location, the problem and the remedy."""
 
 import sys
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TextIO
 
 EXIT_BAD_INPUT = 2  # argparse's exit code for usage errors
-EXIT_SAVED = 75  # EX_TEMPFAIL: a signal stopped the run after a checkpoint; the same command resumes the run
+EXIT_SAVED = 75  # EX_TEMPFAIL: a signal stopped the run, which saved a checkpoint; the same command resumes the run
 EXIT_FAULT = 76  # a rank died or hung, or memory is faulty; the same command resumes from the last checkpoint
-_LONGEST_PART = 1500  # characters: enough for a list of all settings; user input can be longer
+_LONGEST_PART = 1500  # characters; a list of all settings fits, but user input can be longer
 
 
 class UserError(Exception):
@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 def shortened(text: str) -> str:
-    """Truncate a part of a message to 1,500 characters and append its length, because user input can be megabytes."""
+    """Truncate a part of a message to 1,500 characters and append its full length; user input can be megabytes."""
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}... ({len(text):,} characters)"
 
 

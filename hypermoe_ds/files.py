@@ -1,4 +1,4 @@
-"""Read, check and write files: atomic and durable writes, hashes, temporary output folders."""
+"""Check, hash and write files, atomically or durably, and create temporary output folders."""
 
 import hashlib
 import os
@@ -14,7 +14,8 @@ from hypermoe_ds.errors import UserError
 def file_of(folder: Path, name: str) -> Path:
     """Return the path of a file in an untrusted folder.
 
-    Links are followed only to files inside the folder or, in a snapshot of the Hugging Face cache, to its `blobs`.
+    A symbolic link may only point to a file inside the folder or, in a snapshot of the Hugging Face cache, to a file in
+    the cache's `blobs` folder.
 
     Args:
         folder: the folder.
@@ -25,15 +26,16 @@ def file_of(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if Path(name).name != name:
-        raise UserError(str(path), "is not a file of this folder", "fetch or export the folder again")
+        raise UserError(str(path), "is not a file in this folder", "fetch or export the folder again")
     try:
         root, target, is_file = folder.resolve(), path.resolve(), path.is_file()
-    # A link that points to itself, or a name that is too long or contains a zero byte.
+    # A link may point to itself, and a name may be too long or contain a null byte.
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(repr(str(path)), f"cannot be read ({error})", "fetch or export the folder again") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not target.is_relative_to(root) and target.parent != blobs:
-        raise UserError(str(path), f"is a link that leads out of the folder (to {target})", "copy the file there")
+        remedy = "replace the link with a copy of the file"
+        raise UserError(str(path), f"is a link that leads out of the folder (to {target})", remedy)
     if not is_file:
         raise UserError(str(path), "is missing or not a file", "fetch or export the folder again")
     return path
@@ -68,7 +70,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Atomically replace the content of a file with lines. The iterator can read the old file while lines are written.
+    """Atomically replace the content of a file with lines. The iterator may read the old content of the same file.
 
     Raises:
         OSError: the file cannot be written.
@@ -139,7 +141,7 @@ def check_room(output: Path, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            str(output), f"needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} are free", "free some disk"
+            str(output), f"needs {needed / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free", "free disk space"
         )
 
 
@@ -158,7 +160,7 @@ def writing_to(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(str(target), f"cannot be written ({reason})", "fix that or choose another place") from None
+        raise UserError(str(target), f"cannot be written ({reason})", "fix the cause or choose another path") from None
 
 
 @contextmanager

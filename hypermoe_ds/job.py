@@ -1,5 +1,6 @@
 """Run a training job: build its components, run the training loop, and report the launch and its result."""
 
+import os
 import socket
 import sys
 import time
@@ -47,7 +48,7 @@ from hypermoe_ds.training.validation import Batches, Validator
 
 
 def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, console: Console) -> int:
-    """Run the checks that need torch or other ranks, build the components, train, and return the exit code.
+    """Check everything that needs torch or other ranks, build the components, train, and return the exit code.
 
     Raises:
         UserError: the recipe, the DeepSpeed JSON, the data, the run folder or the number of ranks are inconsistent.
@@ -75,13 +76,13 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
         launch = report_launch(config, model_config, ds_config, state, folder, console)
-        if rank == 0:  # `versions_now` starts a git process
+        if rank == 0:  # not on every rank, because `versions_now` starts a git process
             logger.log_launch(settings, versions_now())
         train_set, valid_sets = load_datasets(config, state, console)
 
         validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
         recorder = build_recorder(config, model_config, engine, train_set, launch.datasets, logger, console)
-        batches = training_batches(config, train_set, state.consumed_samples)
+        batches = training_batches(config, train_set, state.consumed_samples, model_config.vocab_size)
         stopped = loop.train(
             engine=engine,
             batches=watchdog.each(batches, "forward and backward"),
@@ -107,7 +108,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
 def load_datasets(
     config: RunConfig, state: TrainState, console: Console
 ) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
-    """Build the training and validation samples (collective); warn if the order of the training samples has changed.
+    """Build the training and validation sets (collective); warn if the order of the training samples has changed.
 
     Raises:
         UserError: the data is missing, damaged or too short.
@@ -117,11 +118,14 @@ def load_datasets(
             config.data, config.train.seed, config.samples(state), config.evaluation.max_samples
         )
     if state.use_data_order(train_set.data_order_hash):
-        console.log("warning: data or train.steps changed the order of the samples: some are seen twice, some never")
+        console.log(
+            "warning: the training samples have a new order, because the data or train.steps changed: the run trains "
+            "on some samples twice and on others never"
+        )
     return train_set, valid_sets
 
 
-def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int) -> Batches:
+def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int, vocab_size: int) -> Batches:
     """Load this rank's micro-batches, starting at `consumed_samples`."""
     return build_loader(
         train_set,
@@ -130,6 +134,7 @@ def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_sam
         size=torch.distributed.get_world_size(),
         consumed_samples=consumed_samples,
         workers=config.data.workers,
+        vocab_size=vocab_size,
         skipped_samples=config.skipped_samples,
     )
 
@@ -203,7 +208,8 @@ def report_launch(
     ranks = ControlGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
     tokens = config.samples(state) * config.data.sequence_length
-    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []  # reads all token indices
+    # Only rank 0 needs the shares, and computing them reads the index of every dataset.
+    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []
     launch = Launch(state.step, ranks.size, hosts, asdict(model_config.parameter_counts()), datasets)
     if ranks.rank == 0:
         stage = ds_config["zero_optimization"]["stage"]
@@ -220,7 +226,7 @@ def report_launch(
 def report_end(
     config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
 ) -> None:
-    """Print the result of the launch and the next commands, and write to the run folder how the launch ended.
+    """Print the result of the launch and the commands to run next, and record in the run folder why it ended.
 
     Raises:
         MachineError: the file cannot be written.
@@ -229,5 +235,5 @@ def report_end(
     run_dir, tokens = Path(config.run.dir), state.consumed_samples * config.data.sequence_length
     write_end(run_dir, state.step, ended)
     data = next((dataset.prefix for dataset in config.data.valid), None)
-    resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended)
+    resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended, os.environ)
     console.table(outcome_rows(run_dir, ended, state.step, tokens, seconds, data, resume), wrap=False)

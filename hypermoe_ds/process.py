@@ -1,4 +1,4 @@
-"""Rank, signals and one-line errors of a process."""
+"""Find the rank of a process, set up its signals and print its errors in one line."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ STOP_SIGNALS = (
     signal.SIGHUP,
 )  # on one of these signals, a rank finishes its step, saves a checkpoint and exits
 _SILENT_SECONDS = 30
-_CRASH_SECONDS = 3  # short, because an unexpected error can be limited to this rank while other ranks wait for it
+_CRASH_SECONDS = 3  # short, because an unexpected error may affect only this rank, and other ranks wait for it
 
 
 def local_rank() -> int:
@@ -36,13 +36,13 @@ def global_rank() -> int:
 def _from_environment(names: Sequence[str]) -> int:
     """Return the value of the first environment variable that is set, or 0 if no variable is set.
 
-    The names are those of deepspeed and torchrun, Open MPI, srun and MPICH, in this order.
+    Callers name the variable of deepspeed and torchrun first, then those of Open MPI, srun and MPICH.
     """
     return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def export_rank_variables() -> None:
-    """Set the rank variables of deepspeed and torchrun from those of mpirun and srun, unless they are already set."""
+    """Copy the rank variables of mpirun or srun to those of deepspeed and torchrun, unless these are already set."""
     sources = {
         "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
         "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
@@ -62,8 +62,8 @@ def signal_when_parent_ends(number: signal.Signals) -> None:
 def _wait_for_local_rank_zero(seconds: float) -> None:
     """Wait until the launcher kills this rank, so that only local rank 0 of each host prints the error.
 
-    If this rank exited first, the launcher would kill local rank 0 before local rank 0 printed the error. If nothing
-    kills this rank within `seconds`, only this rank has the error, and the caller prints it.
+    If this rank exited first, the launcher would kill local rank 0 before local rank 0 printed the error. If the
+    launcher does not kill this rank within `seconds`, local rank 0 has no error, and the caller prints its own.
     """
     if local_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

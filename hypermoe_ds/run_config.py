@@ -1,4 +1,4 @@
-"""All settings of a run: the sections of a recipe, the checks between them and the settings table."""
+"""Define all settings of a run: the sections of a recipe, checks across sections, and the settings table."""
 
 import ast
 import json
@@ -33,13 +33,15 @@ from hypermoe_ds.training.state import TrainState
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
 
-_VOCABULARY_MULTIPLE = 128  # on GPUs, matrix products with the embeddings are fastest at multiples of 128
+_VOCABULARY_MULTIPLE = (
+    128  # GPUs multiply by the embedding matrix fastest at vocabulary sizes that are multiples of 128
+)
 
-# An index of this many samples takes 80 GB. With more samples, megatron-core counts epochs one by one for hours.
+# The index of this many samples takes 80 GB. For more samples, megatron-core would spend hours counting epochs.
 _MOST_SAMPLES = 10**10
 
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
-# Fields that are not set in a recipe, but by the tokenizer, by generation or by an export.
+# Fields of `HyperMoEConfig` that a recipe cannot set: the tokenizer, generation or an export sets them.
 _NOT_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "baked_hyper_experts")
 
 
@@ -113,9 +115,9 @@ def _model_fields() -> dict[str, Any]:
 ModelSection = create_model("ModelSection", __base__=Settings, **_model_fields())
 
 
-def model_section(config: "HyperMoEConfig") -> dict[str, Any]:
+def model_section(model_config: "HyperMoEConfig") -> dict[str, Any]:
     """Return the `model` section of a recipe for this model, with every field."""
-    return {key: getattr(config, key) for key in ModelSection.model_fields if key != "preset"}
+    return {key: getattr(model_config, key) for key in ModelSection.model_fields if key != "preset"}
 
 
 class RunConfig(Settings):
@@ -151,7 +153,7 @@ class RunConfig(Settings):
             return {**recipe, "train": {**train, "tokens": steps * batch * length}}
         needed = -(-tokens // (batch * length))
         if steps not in (None, needed):
-            where, problem = f"train.tokens={tokens}", f"takes {needed:,} steps and train.steps is {steps}"
+            where, problem = f"train.tokens={tokens}", f"takes {needed:,} steps, but train.steps is {steps}"
             raise UserError(where, problem, "give only one of them, and omit the other or set it to null")
         return {**recipe, "train": {**train, "steps": needed}}
 
@@ -180,7 +182,7 @@ class RunConfig(Settings):
                 problem = f"begins after the run's last sample, {end - 1}"
                 raise UserError(f"train.skip_samples=[[{first}, {last}]]", problem, "remove or correct it")
         if end > _MOST_SAMPLES:
-            problem = f"with train.global_batch_size and train.skip_samples needs {end:,} samples"
+            problem = f"needs {end:,} samples, given train.global_batch_size and train.skip_samples"
             raise UserError(f"train.steps={self.train.steps}", problem, f"stay below {_MOST_SAMPLES:,}")
         return end
 
@@ -238,22 +240,23 @@ class RunConfig(Settings):
         if self.optimizer.lr * self.optimizer.weight_decay >= 1:
             where = f"optimizer.weight_decay={self.optimizer.weight_decay}"
             # AdamW multiplies the weights by 1 - lr * weight_decay in each step.
-            raise UserError(where, f"times optimizer.lr={self.optimizer.lr} is 1 or more", "lower it")
+            raise UserError(where, f"its product with optimizer.lr={self.optimizer.lr} is 1 or more", "lower it")
         ramps = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramps > self.train.steps:
             raise UserError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps}",
-                f"with decay_steps={self.schedule.decay_steps} longer than train.steps={self.train.steps}",
-                "shorten them",
+                f"together with decay_steps={self.schedule.decay_steps} exceeds train.steps={self.train.steps}",
+                "shorten the warm-up or the decay",
             )
         if self.schedule.name == "warmup_stable_decay" and self.schedule.decay_steps == 0:
-            raise UserError("schedule.decay_steps=0", "warmup_stable_decay never decays", "give its last steps")
+            remedy = "set it to the number of steps in which the learning rate decays"
+            raise UserError("schedule.decay_steps=0", "warmup_stable_decay would never decay", remedy)
         longest = self.resolved().model.max_position_embeddings  # type: ignore[attr-defined]
         if 1 <= longest < self.data.sequence_length:
             raise UserError(
                 f"data.sequence_length={self.data.sequence_length}",
-                f"longer than model.max_position_embeddings={longest}",
-                "shorten the sequences or raise that limit",
+                f"is longer than model.max_position_embeddings={longest}",
+                "lower data.sequence_length or raise model.max_position_embeddings",
             )
 
 

@@ -23,7 +23,7 @@ fi
 : "${HYPERMOE_DEEPSPEED_CONFIG:=$repo/ds_configs/zero1.json}" # default of --deepspeed_config
 : "${MASTER_PORT:=29500}"                                    # rendezvous port; must differ between jobs
 export MASTER_PORT
-# Without keepalive messages, the launcher would hang if the network connection is lost.
+# Without keepalive messages, the launcher would hang if it lost the network connection.
 : "${HYPERMOE_SSH_OPTIONS:=-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 export HYPERMOE_SSH_OPTIONS
 
@@ -98,7 +98,7 @@ read_command_line() {
         esac
         shift
     done
-    launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # critical prints nothing
+    launcher_level=${HYPERMOE_LOG_LEVEL:-critical} launcher_level=${launcher_level,,} # the level critical prints nothing
     check_rendezvous "${MASTER_ADDR:-${PET_MASTER_ADDR:-}}" "${PET_MASTER_PORT:-$MASTER_PORT}"
     [[ " ${train[*]}" == *" --config"* ]] || fail "--config: is missing; give a recipe, such as one of pretrain/recipes"
     if [[ " ${train[*]}" != *" --deepspeed_config"* ]]; then
@@ -155,24 +155,22 @@ write_environment() {
     fi
 }
 
-# run [exec] COMMAND...: print a command so that it can be pasted into a shell, and run it unless --dry-run is given. If
-# launcher_log is set, the command's output is written to that file. The ranks still print to the terminal, which they
-# find through HYPERMOE_SCREEN.
+# announce COMMAND...: print a command so that it can be pasted into a shell.
+announce() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+}
+
+# run [exec] COMMAND...: print a command, and run it unless --dry-run is given.
 run() {
     local how=()
     if [ "$1" = exec ]; then
         how=(exec)
         shift
     fi
-    printf '+'
-    printf ' %q' "$@"
-    printf '\n'
+    announce "$@"
     if $dry_run; then return; fi
-    if [ -n "${launcher_log:-}" ]; then
-        mkdir -p "$(dirname "$launcher_log")"
-        export HYPERMOE_SCREEN=/proc/$$/fd
-        exec 3>&1 4>&2 >>"$launcher_log" 2>&1
-    fi
     "${how[@]}" "$@"
 }
 

@@ -13,6 +13,6 @@ write_environment
 preflight --hostfile "$hostfile" --environment "$environment_file"
 exports=()
 for variable in "${environment[@]}"; do exports+=(-x "$variable"); done
-# MPI only exchanges a few bytes at launch, so plain TCP is sufficient. Probing other transports can hang.
+# MPI exchanges only a few bytes at launch, so TCP is sufficient. Probing other transports can hang.
 run exec mpirun -n "$ranks" --hostfile "$hostfile" --bind-to none --mca pml ob1 --mca btl tcp,self \
     --mca plm_rsh_args "$HYPERMOE_SSH_OPTIONS" "${exports[@]}" python -u "$repo/pretrain/train.py" "${train[@]}"

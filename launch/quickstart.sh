@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # usage: bash launch/quickstart.sh [section.key=value ...]
 #
-# Set up the environment, train a small HyperMoE on the text of Python's standard library with two ranks that share the
-# experts, export it and generate text.
+# Set up the environment, train a small HyperMoE model on the text of Python's standard library, export the model and
+# generate text. Two ranks share the experts.
 #
 #   section.key=value                                     overrides of pretrain/recipes/quickstart.yaml
 #   QUICKSTART_DIR=DIR                                    output folder (default: quickstart)
@@ -34,7 +34,7 @@ fi
 
 step() { printf '\n== %s\n' "$1"; }
 
-# Every 80th file is used for validation and not for training.
+# Use every 80th file for validation only, and all other files for training.
 text_files() { # text_files train|valid
     python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))' |
         xargs -I{} find {} -name '*.py' -size +0 -not -path '*/site-packages/*' -not -path '*/test*/*' |

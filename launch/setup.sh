@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: bash launch/setup.sh [EXTRA ...]
 #
-# Install HyperMoE-DS into a virtual environment. If nothing has changed, this takes less than a second.
+# Install HyperMoE-DS into a virtual environment. If the installation is up to date, this takes less than a second.
 #
 #   EXTRA                 dev (tests and linters), bench (plots), eval (lm-evaluation-harness), mpi (mpirun), gpu (CUDA
 #                         kernels; added automatically if nvidia-smi lists a GPU). Extras installed earlier are kept.
@@ -52,7 +52,7 @@ fingerprint() {
 check_system() {
     local missing=0
     lacks() {
-        echo "setup: missing $1; get it with: $2" >&2
+        echo "setup: missing $1; install it with: $2" >&2
         missing=1
     }
     if [ -x "$venv/bin/python" ] && ! is_supported "$venv/bin/python"; then
@@ -76,7 +76,7 @@ check_extras() {
     for extra in "$@"; do
         case $extra in
             bench | dev | eval | gpu | mpi) ;;
-            *) die "no extra '$extra'; known: bench, dev, eval, gpu, mpi" ;;
+            *) die "unknown extra '$extra'; choose from bench, dev, eval, gpu, mpi" ;;
         esac
     done
 }
@@ -96,7 +96,7 @@ stage() {
 }
 
 make_venv() {
-    # Never delete an existing folder: if the path is wrong, the folder contains other files of the user.
+    # Never delete an existing folder. If HYPERMOE_VENV is wrong, the folder contains other files of the user.
     if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
         die "$venv is not a virtual environment; remove it or set HYPERMOE_VENV to another folder"
     fi
@@ -112,8 +112,8 @@ pip_install() {
     "$python" -m pip install --disable-pip-version-check --no-input --constraint "$repo/constraints.txt" "$@"
 }
 
-# Without a GPU, every process group loads DeepSpeed's shared-memory operator, which must be compiled first. Compiling it
-# here saves the ranks a minute at their first launch. Operators are cached per environment, because two environments
+# Without a GPU, every process group loads DeepSpeed's shared-memory operator, which must be compiled first. Compiling
+# the operator here saves a minute at the first launch. Operators are cached per environment, because two environments
 # that share torch's per-user cache would keep rebuilding them.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 

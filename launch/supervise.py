@@ -32,9 +32,15 @@ def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="COMMAND: the training command, without checkpoint.resume",
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=10, metavar="N", help="maximum restarts within the window (10)"
+        "--max-restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="maximum number of restarts within the window (default: 10)",
     )
-    parser.add_argument("--window", type=float, default=86400, metavar="SECONDS", help="length of the window (86400)")
+    parser.add_argument(
+        "--window", type=float, default=86400, metavar="SECONDS", help="length of the window (default: 86400)"
+    )
     parser.add_argument(
         "--hostfile",
         type=Path,
@@ -49,9 +55,9 @@ def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         raise UserError(f"supervise.py: {unknown[0]}", "is not an option", "see --help")
     if options.max_restarts < 0:
-        raise UserError(f"--max-restarts {options.max_restarts}", "is below 0", "give 0 or more")
+        raise UserError(f"--max-restarts {options.max_restarts}", "is negative", "give 0 or more")
     if not options.window > 0:
-        raise UserError(f"--window {options.window:g}", "is not above 0", "give a time in seconds")
+        raise UserError(f"--window {options.window:g}", "is not positive", "give a time in seconds")
     return options, command
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train with torchrun on this host, or on several hosts by running this script on each host.
+# Train with torchrun on this host. To train on several hosts, run this script on each of them.
 #
 # NPROC_PER_NODE sets the number of ranks on this host (default: one per GPU; required without GPUs). For several hosts,
 # also set NNODES, NODE_RANK and MASTER_ADDR (the address of the host with NODE_RANK=0). Kubernetes' training operator

@@ -41,7 +41,7 @@ def main() -> None:
 
     samples = build_validation_set(arguments.data, str(tokenizer), length, model.config.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
+    batches = validation_batches(samples, arguments.micro_batch_size, 0, 1, model.config.vocab_size)
     total = -(-len(samples) // arguments.micro_batch_size)
     result = evaluate(model.to(device), progress(batches, "evaluate", "batches", total), device)
     parts = [f"loss {result.loss:.6f}", f"perplexity {result.perplexity:.4f}"]
@@ -49,7 +49,7 @@ def main() -> None:
     if metadata is not None:
         parts.append(f"{result.loss / math.log(2) / metadata.bytes_per_token:.4f} bits/byte")
     if model.config.hypernetwork and model.config.moe_layers:
-        batches = validation_batches(samples, arguments.micro_batch_size, rank=0, size=1)
+        batches = validation_batches(samples, arguments.micro_batch_size, 0, 1, model.config.vocab_size)
         with without_hyper_experts(model):
             without = evaluate(model, progress(batches, "evaluate without HyperExperts", "batches", total), device)
         parts.append(f"HyperExperts contribute {without.loss - result.loss:+.4f} nats per token")
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="tokens per sequence (default: that of the run, or max_position_embeddings of a Hugging Face model)",
+        help="tokens per sequence (default: data.sequence_length of the run, or max_position_embeddings of the model)",
     )
     parser.add_argument("--micro-batch-size", type=int, default=8, metavar="SEQUENCES", help="default: 8")
     return parser.parse_args()

@@ -45,7 +45,7 @@ def main() -> None:
         print(f"note: {note}")
     counts = weights.config.parameter_counts()
     print(f"{run.path}: {counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, at step 0")
-    print(f"recipe: copy `model` from {run.model_section}; make the token files with data.tokenizer={run.tokenizer}")
+    print(f"recipe: copy `model` from {run.model_section}; create token files with the tokenizer {run.tokenizer}")
     print(
         f"start: deepspeed pretrain/train.py --config RECIPE.yaml --deepspeed_config ds_configs/zero1.json "
         f"run.dir={run.path} train.precision={precision}"
@@ -53,7 +53,11 @@ def main() -> None:
 
 
 def upcycling_of(given: argparse.Namespace) -> "Upcycling | None":
-    """Return the upcycling options, or None without --upcycle; refuse these options without --upcycle."""
+    """Return the upcycling options, or None without --upcycle.
+
+    Raises:
+        UserError: an upcycling option is given without --upcycle, or a required option is missing.
+    """
     if given.upcycle:
         if given.experts is None or given.top_k is None:
             raise UserError("--upcycle", "needs --experts and --top-k", "give both")
@@ -90,8 +94,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--router-std", type=float, metavar="STD",
-        help="standard deviation of the router's logits for inputs of mean square 1; for K = 1, larger values train "
-        "more stably but change the function (default: 1e-4 for K = 1, else initializer_range * sqrt(hidden_size))",
+        help="standard deviation of the router's logits for inputs with a mean square of 1; for K = 1, larger "
+        "values are more stable but change the function (default: 1e-4 for K = 1, else initializer_range * "
+        "sqrt(hidden_size))",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed for the router, noise and HyperExperts (default: 0)")
     parser.add_argument(

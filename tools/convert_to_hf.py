@@ -48,7 +48,7 @@ def main() -> None:
         written = bake_weights(weights) if arguments.bake else weights
         card = partial(
             write_model_card,
-            config=written.config,
+            model_config=written.config,
             training=read_training_record(run, arguments.step),
             command=shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         )

@@ -1,4 +1,4 @@
-"""Report the contents of a run's checkpoint or a Hugging Face folder, or compare two of them.
+"""Report the contents of a run's checkpoint or a Hugging Face folder, or compare two folders.
 
 The exit code is 1 if a tensor contains NaN or Inf.
 """
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="run folder, checkpoint folder or Hugging Face folder",
     )
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="second folder to compare with")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="second folder, which is compared with the first")
     parser.add_argument(
         "--step", type=int, metavar="N", help="optimizer step of a run folder's checkpoint (default: the newest)"
     )

@@ -3,8 +3,8 @@
 python tools/preflight.py --hostfile hostfile --config R.yaml --deepspeed_config F.json [section.key=value ...]
 
 The script prints a table of the hosts and measures the bandwidth between them. Each failed check is reported on stderr
-in one line with a remedy, and the exit code is 2. The launch scripts run these checks. With --fit, failing hosts are
-excluded, and the exit code is 2 only if no host can train.
+in one line with a remedy, and the script exits with code 2. The launch scripts run these checks. With --fit, failing
+hosts are excluded, and the exit code is 2 only if no host can train.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def hosts_of(arguments: argparse.Namespace) -> list[Host]:
 
 
 def environment_of(file: Path | None) -> dict[str, str]:
-    """Return the environment variables to set on the hosts: those of a job, with this checkout first in PYTHONPATH."""
+    """Return the environment variables of a job on the hosts, with this checkout first in PYTHONPATH."""
     given = forwarded_environment(REPOSITORY / "launch/forwarded_environment.txt", os.environ)
     for own in [file] if file else [Path.home() / DEEPSPEED_ENVIRONMENT, Path(DEEPSPEED_ENVIRONMENT)]:
         given |= read_environment(own) if file or own.is_file() else {}
@@ -125,7 +125,7 @@ def data_files(config: RunConfig) -> list[str]:
 
 @contextmanager
 def token_in(folder: Path) -> Iterator[str]:
-    """Create a temporary file in the run folder, visible only to hosts that share the storage, and yield its name."""
+    """Create a temporary file in the run folder and yield its name. Only hosts that share the storage see the file."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     token = folder / f".preflight-{secrets.token_hex(8)}"
     try:
@@ -145,10 +145,11 @@ def token_in(folder: Path) -> Iterator[str]:
 def needed_gib(config: RunConfig) -> float:
     """Return the disk space, in GiB, that the run's checkpoints still need.
 
-    A run needs space for the checkpoints that it keeps and for one being written, each of 12 bytes per parameter.
+    A run needs space for the checkpoints that it keeps and for one that it is writing. A checkpoint takes 12 bytes per
+    parameter.
     """
+    from hypermoe_ds.checkpoint.directory import saved_steps
     from hypermoe_ds.checkpoint.run_folder import RunFolder
-    from hypermoe_ds.checkpoint.store import saved_steps
 
     checkpoint_gib = 12 * config.build_model_config().parameter_counts().total / 2**30
     existing = len(saved_steps(RunFolder(Path(config.run.dir)).checkpoints))
@@ -168,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--least", type=float, default=0.0, metavar="X",
                         help="minimum GB/s between each pair of hosts (default: 0)")  # fmt: skip
     parser.add_argument("--fit", type=Path, metavar="FILE",
-                        help="exclude failing hosts; write the other hosts and the overrides they need")  # fmt: skip
+                        help="exclude failing hosts; write the other hosts and their overrides to FILE")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check only the settings and the hostfile")
     parser.add_argument("--config", required=True, metavar="R.yaml", help="the recipe of the job")
     parser.add_argument(
@@ -180,9 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the recipe")
     arguments = parser.parse_intermixed_args()
     if arguments.mebibytes < 1:
-        raise UserError(f"--mebibytes={arguments.mebibytes}", "is too little to measure", "give 1 or more")
+        raise UserError(f"--mebibytes={arguments.mebibytes}", "is too little data for a measurement", "give 1 or more")
     if not arguments.least >= 0:  # also true for NaN
-        raise UserError(f"--least={arguments.least}", "is not a bandwidth", "give GB/s, 0 or more")
+        raise UserError(f"--least={arguments.least}", "is not a bandwidth in GB/s", "give 0 or more")
     return arguments
 
 

@@ -1,6 +1,7 @@
 """Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json for training. Under mpirun, all ranks share the work.
 
-After an interruption, the same command continues. Rejected files and records are listed in PREFIX.rejected.jsonl.
+After an interruption, the same command continues the job. Rejected files and records are listed in
+PREFIX.rejected.jsonl.
 """
 
 import argparse
@@ -12,20 +13,17 @@ from hypermoe_ds.process import one_line_errors
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     add_input_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without suffix")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes that tokenise")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default: 1)")
     parser.add_argument(
         "--max-rejected",
         type=percentage,
         default="1%",
         metavar="SHARE",
-        help="fail if more files and records are rejected, such as 0.5%%",
+        help="fail if a larger share of files and records is rejected (default: 1%%)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files at the output")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Print the results of a run, next to a unigram baseline on the same validation data."""
+"""Print the results of a run and the loss of a unigram baseline on the same validation data."""
 
 import argparse
 import sys

@@ -9,7 +9,7 @@ from hypermoe_ds.process import one_line_errors
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     add_input_arguments(parser)
     parser.add_argument(
         "--vocab-size", type=int, required=True, metavar="TOKENS", help="number of tokens, including 256 byte tokens"

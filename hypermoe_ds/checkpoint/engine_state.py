@@ -1,7 +1,8 @@
 """Read and write the state of a DeepSpeed engine: for each parameter, the range of optimizer state that a rank owns.
 
-Expert parallelism splits the experts; then ZeRO partitions each flattened parameter among the ranks that hold it. In
-every layout, a rank therefore owns a range of the flattened parameter, which any other layout can load.
+Expert parallelism splits the experts among ranks; then ZeRO partitions each flattened parameter among the ranks that
+hold it. In every layout, a rank therefore owns one range of each flattened parameter, and ranks of any other layout can
+load these ranges.
 """
 
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class EngineState:
         return model_fields(self._engine.module.config)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield this rank's parts by `KIND/NAME`, flattened, in fp32; views of the engine's memory where possible."""
+        """Yield this rank's parts by `KIND/NAME`, flattened, in fp32; if possible, they share the engine's memory."""
         kinds = (WEIGHT, *MOMENTS) if self.optimizer_steps else (WEIGHT,)
         for name, parameter in self._parameters.items():
             for kind in kinds if self.slices[name].numel else ():
@@ -88,7 +89,8 @@ class EngineState:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's parts of the averaged gradients by parameter name, flattened.
 
-        Call it after the last backward pass and before the step. In fp16 the loss scale is not yet divided out.
+        Call it after the last backward pass and before the step. In fp16, the gradients are still multiplied by the
+        loss scale.
         """
         for name, parameter in self._parameters.items():
             numel = self.slices[name].numel
@@ -156,7 +158,7 @@ class EngineState:
         )
 
     def _part(self, parameter: Any, kind: str) -> Tensor:
-        """Return this rank's part, flattened, in fp32."""
+        """Return this rank's part of a weight or moment, flattened, in fp32."""
         if self._partitioned and kind == WEIGHT:
             part: Tensor = safe_get_local_fp32_param(parameter)
         elif self._partitioned:
@@ -208,7 +210,7 @@ class EngineState:
         engine = self._engine
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, counters[name])
-        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # different keys: another precision
+        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # differ after a change of precision
             for key, value in counters["loss_scaler"].items():
                 setattr(engine.optimizer.loss_scaler, key, value)
         steps = counters["schedule_steps"]

@@ -27,9 +27,19 @@ def training_shapes(name: str, shape: torch.Size) -> dict[str, torch.Size]:
 def training_view(tensor: Tensor, name: str) -> Tensor:
     """Return a view of the part of a Transformers tensor that the training model calls `name`."""
     if name.endswith((".experts.w1", ".experts.w3")):
-        gate_NFD, up_NFD = tensor.chunk(2, dim=1)
-        return gate_NFD if name.endswith("w1") else up_NFD
+        return split_gate_up(tensor)[name.endswith("w3")]
     return tensor
+
+
+def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of the gate and up projections, each [..., F, D], of a tensor [..., 2F, D]."""
+    gate, up = gate_up.chunk(2, dim=-2)
+    return gate, up
+
+
+def join_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """Join the gate and up projections, each [..., F, D], to a tensor [..., 2F, D]."""
+    return torch.cat((gate, up), dim=-2)
 
 
 def training_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

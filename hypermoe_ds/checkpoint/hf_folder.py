@@ -42,7 +42,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             raise UserError(str(path), f"is larger than {_LARGEST_JSON / 2**20:.0f} MiB", FETCH_AGAIN)
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise UserError(str(path), "is nested too deep", FETCH_AGAIN) from None
+        raise UserError(str(path), "is nested too deeply", FETCH_AGAIN) from None
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read ({error})", FETCH_AGAIN) from None
     if not isinstance(content, dict):
@@ -76,7 +76,9 @@ def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
     content, path = read_config(folder), folder / CONFIG
     kind = content.get("model_type")
     if kind != HyperMoEConfig.model_type:
-        raise UserError(f"{path}: model_type={short(kind)}", "is not a HyperMoE model", "give an export of one")
+        raise UserError(
+            f"{path}: model_type={short(kind)}", "is not a HyperMoE model", "give an exported HyperMoE model"
+        )
     return hypermoe_config(folder, content)
 
 
@@ -106,25 +108,28 @@ def last_line(error: Exception) -> str:
     return lines[-1].strip()[:200]
 
 
-def checked_shapes(folder: Path, config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
+def checked_shapes(folder: Path, model_config: HyperMoEConfig, stored: Collection[str]) -> dict[str, torch.Size]:
     """Return the shapes of a model's tensors, after checking that the stored weights have enough layers.
 
     Args:
         folder: the folder with the weights.
-        config: configuration of the model.
-        stored: names of the stored tensors; their layers are counted before a model with `num_hidden_layers` is built.
+        model_config: configuration of the model.
+        stored: names of the stored tensors. Their layers are counted before the model is built, so that a wrong
+            `num_hidden_layers` is found first.
 
     Raises:
         UserError: the weights have fewer layers than the configuration, or a tensor is too large to address.
     """
     layers = len({match[1] for name in stored if (match := re.match(r"model\.layers\.(\d+)\.", name))})
-    if layers < config.num_hidden_layers:
-        problem = f"has weights of {layers} layers, but config.json has num_hidden_layers={config.num_hidden_layers}"
+    if layers < model_config.num_hidden_layers:
+        problem = (
+            f"has weights of {layers} layers, but config.json has num_hidden_layers={model_config.num_hidden_layers}"
+        )
         raise UserError(str(folder), problem, "correct config.json")
     try:
-        return state_dict_shapes(config)
-    except RuntimeError as error:  # overflowing sizes
-        problem = f"its config.json describes impossible tensors ({last_line(error)})"
+        return state_dict_shapes(model_config)
+    except RuntimeError as error:  # the size of a tensor overflows
+        problem = f"has a config.json that describes impossible tensors ({last_line(error)})"
         raise UserError(str(folder), problem, "correct config.json") from None
 
 

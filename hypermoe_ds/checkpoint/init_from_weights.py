@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import name_latest, step_name
 from hypermoe_ds.checkpoint.expert_layout import training_weights
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import write_weights
-from hypermoe_ds.checkpoint.store import name_latest, step_name
 from hypermoe_ds.data.tokenizer import copy_tokenizer
 from hypermoe_ds.files import check_output, check_room, scratch_folder
 from hypermoe_ds.modeling import HyperMoEConfig
@@ -20,7 +20,7 @@ _SHARD_BYTES = 10**8  # held in memory while a shard is written
 
 def init_from_weights(
     output: Path,
-    config: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     weights: Iterable[tuple[str, Tensor]],
     tokenizer: Path,
     settings: Mapping[str, Any],
@@ -30,21 +30,21 @@ def init_from_weights(
 
     Args:
         output: the run folder; it must be empty or not exist.
-        config: configuration of the model.
+        model_config: configuration of the model.
         weights: tensors of the Transformers model.
         tokenizer: folder of the model's tokenizer.
         settings: the known settings of the recipe: `model` and `train.precision`.
         state: training state before the first step.
 
     Raises:
-        UserError: the output exists and is not empty, the disk is too full, or the folder has no tokenizer.
+        UserError: the output exists and is not empty, there is too little disk space, or there is no tokenizer.
     """
     check_output(output)
     with scratch_folder(output) as scratch:
-        check_room(output, scratch, 4 * config.parameter_counts().total)
+        check_room(output, scratch, 4 * model_config.parameter_counts().total)
         run = RunFolder(scratch / output.name)
         copy_tokenizer(tokenizer, run.tokenizer)
-        run.write_model(config)
+        run.write_model(model_config)
         section = yaml.safe_dump({"model": settings["model"]}, sort_keys=False)
         run.model_section.write_text(section, encoding="utf-8")
         checkpoint = run.checkpoints / step_name(0)

@@ -41,7 +41,8 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                _LOGGER.warning("warning: %s cannot be locked (%s): start one job at a time", path, error.strerror)
+                hint = "only one job at a time may use this run folder"
+                _LOGGER.warning("warning: %s cannot be locked (%s): %s", path, error.strerror, hint)
                 return
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"

@@ -1,4 +1,4 @@
-"""Save and resume a run (collective). Saves are atomic and run in the background."""
+"""Save and resume a run (collective). Saves are atomic and can run in the background."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hypermoe_ds.checkpoint import store
+from hypermoe_ds.checkpoint import directory
 from hypermoe_ds.checkpoint.engine_state import Counters, EngineState, LocalSlice
 from hypermoe_ds.checkpoint.manifest import (
     BYTES_OF_ELEMENT,
@@ -71,7 +71,7 @@ class CheckpointManager:
         self._size = _BYTES_OF_PARAMETER * sum(entry.numel for entry in self._tensors.values())
         self._identity = _identity(checkpoints.parent)
         self._writer: Thread | None = None
-        self._failure: Exception | None = None  # of the background save
+        self._failure: Exception | None = None  # raised by the background save
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step`."""
@@ -80,7 +80,7 @@ class CheckpointManager:
     def resume(self) -> dict[str, Any] | None:
         """Load the newest intact checkpoint, written under any layout.
 
-        Damaged checkpoints are reported and renamed.
+        If a checkpoint is damaged, log a warning and rename it.
 
         Returns:
             The state of the run in the checkpoint; None if there is no checkpoint.
@@ -90,8 +90,8 @@ class CheckpointManager:
                 intact one belongs to a different model.
         """
         if self._folder.is_dir():
-            self._first(lambda: store.remove_unfinished(self._folder))
-        step = self._first(lambda: store.latest_step(self._folder))
+            self._first(lambda: directory.remove_unfinished(self._folder))
+        step = self._first(lambda: directory.latest_step(self._folder))
         if step is None:
             return None
         if self._config.resume == "none":
@@ -99,7 +99,7 @@ class CheckpointManager:
                 str(self._folder), "has checkpoints", "choose another run.dir or set checkpoint.resume=auto"
             )
         step = self._newest_good(step)
-        with CheckpointReader(self._folder / store.step_name(step), verify=None) as reader:
+        with CheckpointReader(self._folder / directory.step_name(step), verify=None) as reader:
             self._refuse_other_model(reader.manifest)
             saved = reader.manifest.state
             self._state.load(reader, saved.get("engine", {}))
@@ -109,7 +109,7 @@ class CheckpointManager:
         return run
 
     def save(self, step: int, state: dict[str, Any], prune: bool = True) -> None:
-        """Save a checkpoint, then delete old ones. With `checkpoint.asynchronous`, return before it is on disk.
+        """Save a checkpoint, then delete old ones. With `checkpoint.asynchronous`, return before the save has finished.
 
         Args:
             step: optimizer steps taken.
@@ -166,22 +166,22 @@ class CheckpointManager:
         return self._failure is not None
 
     def last_good(self) -> Path | None:
-        """Return the newest intact checkpoint from before the current run of bad steps, or None (collective).
+        """Return the newest intact checkpoint from before the current series of bad steps, or None (collective).
 
-        Candidates are verified in full, including a search for NaN, for any `checkpoint.verify`.
+        Checkpoints are verified in full, including a search for NaN, whatever the value of `checkpoint.verify`.
         """
         self._join()
-        named = self._first(lambda: store.named_step(self._folder))
-        steps = self._first(lambda: store.saved_steps(self._folder))
+        named = self._first(lambda: directory.named_step(self._folder))
+        steps = self._first(lambda: directory.saved_steps(self._folder))
         for step in reversed([step for step in steps if named is None or step <= named]):
             if self._damage(step, "full", before_bad_steps=True) is None:
-                return self._folder / store.step_name(step)
+                return self._folder / directory.step_name(step)
         return None
 
     def newest(self) -> Path | None:
         """Return the checkpoint that `latest` names, or None if it names none."""
-        step = store.named_step(self._folder)
-        return None if step is None else self._folder / store.step_name(step)
+        step = directory.named_step(self._folder)
+        return None if step is None else self._folder / directory.step_name(step)
 
     def check_room(self) -> None:
         """Check that the disk has room for a checkpoint, without writing anything.
@@ -195,8 +195,8 @@ class CheckpointManager:
         if free < self._size:
             raise UserError(
                 str(self._folder),
-                f"{free / 2**30:.2f} GiB are free and a checkpoint needs {self._size / 2**30:.2f} GiB",
-                "free some disk or choose another run.dir",
+                f"{free / 2**30:.2f} GiB are free, but a checkpoint needs {self._size / 2**30:.2f} GiB",
+                "free disk space or choose another run.dir",
             )
 
     def _free_bytes(self) -> int:
@@ -226,17 +226,17 @@ class CheckpointManager:
             _LOGGER.info("checkpoint of step %d: on disk after %.2f s", step, time.perf_counter() - began)
 
     def _write(self, step: int, tensors: dict[str, Tensor], saved: dict[str, Any], prune: bool) -> None:
-        partial = store.partial_folder(self._folder, step)
+        partial = directory.partial_folder(self._folder, step)
         rank = self._ranks.rank
         self._ranks.gather_or_raise(lambda: self._refuse_not_finite(step, tensors))
         try:
-            self._first(lambda: store.begin(self._folder, step))
+            self._first(lambda: directory.begin(self._folder, step))
             entries = self._ranks.gather_or_raise(
                 lambda: self._as_user_error(lambda: write_shard(partial, rank, tensors))
             )
             self._first(lambda: self._publish(step, saved, entries, prune))
         except UserError:
-            if rank == 0:  # the disk may be full: free the space
+            if rank == 0:  # free the space, because the disk may be full
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -244,23 +244,23 @@ class CheckpointManager:
         name = first_not_finite(tensors.items())
         if name is not None:
             problem = f"step {step} is not saved: {name} has NaN or Inf on rank {self._ranks.rank}"
-            raise UserError(str(self._folder), problem, "continue from the checkpoint before it")
+            raise UserError(str(self._folder), problem, "resume from an earlier checkpoint")
 
     def _publish(self, step: int, saved: dict[str, Any], entries: list[FileEntry], prune: bool) -> None:
-        partial = store.partial_folder(self._folder, step)
+        partial = directory.partial_folder(self._folder, step)
         files = {shard_name(rank): entry for rank, entry in enumerate(entries)}
         kinds = (WEIGHT, *MOMENTS) if saved["engine"]["optimizer_steps"] else (WEIGHT,)
         Manifest(step, saved, self._settings, self._tensors, kinds, files).write(partial)
         sync_folder(partial)
-        store.publish(self._folder, step)
+        directory.publish(self._folder, step)
         if prune:
-            store.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
+            directory.remove_old(self._folder, step, self._config.keep_last, self._config.keep_every)
 
     def _newest_good(self, newest: int) -> int:
         """Find the newest intact checkpoint up to step `newest`, and update `latest`."""
         damage: list[UserError] = []
         while True:
-            steps = self._first(lambda: [step for step in store.saved_steps(self._folder) if step <= newest])
+            steps = self._first(lambda: [step for step in directory.saved_steps(self._folder) if step <= newest])
             if not steps:
                 raise UserError(
                     str(self._folder),
@@ -275,18 +275,18 @@ class CheckpointManager:
                     _LOGGER.info("using the checkpoint of step %d instead", step)
                 return step
             damage.append(error)
-            aside = self._first(lambda: str(store.set_aside(self._folder, step)))  # noqa: B023
+            aside = self._first(lambda: str(directory.set_aside(self._folder, step)))  # noqa: B023
             if self._ranks.rank == 0:
                 _LOGGER.warning("warning: %s (renamed to %s)", error, aside)
 
     def _name_latest(self, step: int) -> None:
-        if store.named_step(self._folder) != step:
-            store.name_latest(self._folder, step)
+        if directory.named_step(self._folder) != step:
+            directory.name_latest(self._folder, step)
 
     def _damage(self, step: int, verify: Verify, before_bad_steps: bool = False) -> UserError | None:
         """Verify a checkpoint and return the first error found, or None (collective).
 
-        Each rank checks part of the files.
+        Each rank checks some of the files.
 
         Args:
             step: step of the checkpoint.
@@ -296,7 +296,7 @@ class CheckpointManager:
         Raises:
             UserError: the disk fails.
         """
-        folder = self._folder / store.step_name(step)
+        folder = self._folder / directory.step_name(step)
 
         def check() -> list[UserError]:
             try:
@@ -334,9 +334,9 @@ class CheckpointManager:
             if ours.get(name) != theirs.get(name):
                 here, there = (str(list(of[name])) if name in of else "missing" for of in (ours, theirs))
                 raise UserError(
-                    f"model: {name} {here}",
-                    f"step {manifest.step} of {self._folder.parent} is of another model (there it is {there})",
-                    "choose another run.dir or the model of that run",
+                    f"model: {name}",
+                    f"is {here}, but {there} in step {manifest.step} of {self._folder.parent}",
+                    "choose another run.dir or use the model of that run",
                 )
 
     def _restore_random_state(self, reader: CheckpointReader) -> None:
@@ -362,7 +362,7 @@ class CheckpointManager:
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             problem = f"cannot be {done} on {socket.gethostname()} ({reason})"
-            raise UserError(str(self._folder), problem, "fix that and start again") from None
+            raise UserError(str(self._folder), problem, "fix the cause and start again") from None
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint. It is read first and checked against the other files.
+"""Read and write the manifest of a checkpoint, which lists all tensors and files of the checkpoint.
 
-A manifest may come from an untrusted source. Its numbers are checked for consistency, and its sizes against the files,
-before memory is allocated.
+A manifest may come from an untrusted source. Before memory is allocated, its numbers are checked for consistency and
+its file sizes are compared with the files.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ class Manifest:
             raise UserError(str(path), "has another format", "read it with the version that wrote it")
         try:
             if content.keys() != {own.name for own in fields(cls)}:
-                raise ValueError("it has other keys")
+                raise ValueError("it has unknown or missing keys")
             manifest = _MANIFEST.validate_python(content)
             manifest._check_parts()
         except ValueError as error:
@@ -147,7 +147,7 @@ class Manifest:
         return manifest
 
     def shards(self, among: Collection[str] | None = None) -> dict[str, dict[str, int]]:
-        """Return, by file, the number of elements of each `KIND/NAME` in it.
+        """Return the number of elements of each `KIND/NAME` in a file, by file.
 
         Args:
             among: names of the files to include; None includes all.
@@ -163,10 +163,10 @@ class Manifest:
         """Check that shapes, ranges and sizes are consistent.
 
         Raises:
-            ValueError: they are not.
+            ValueError: a shape, range or size is inconsistent.
         """
         if len(set(self.kinds)) < len(self.kinds) or "weight" not in self.kinds:
-            raise ValueError(f"kinds {self.kinds}")
+            raise ValueError(f"its kinds are {self.kinds}")
         if not all(isinstance(self.state.get(part, {}), dict) for part in ("run", "engine", "model")):
             raise ValueError("a part of its state is not an object")
         needed: Counter[str] = Counter()
@@ -201,13 +201,13 @@ class Manifest:
             if found is None:
                 raise UserError(str(path), "is missing", _REMEDY)
             if found != entry.bytes:
-                raise UserError(str(path), f"has {found} bytes and was written with {entry.bytes}", _REMEDY)
+                raise UserError(str(path), f"has {found} bytes instead of {entry.bytes}", _REMEDY)
         if verify != "full":
             return
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             for (path, entry), digest in zip(chosen.items(), threads.map(sha256_of, chosen), strict=True):
                 if digest != entry.sha256:
-                    raise UserError(str(path), "differs from what was written (its hash differs)", _REMEDY)
+                    raise UserError(str(path), "has changed since it was written (its hash differs)", _REMEDY)
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -228,7 +228,7 @@ def check_inside(path: Path, folder: Path) -> None:
         UserError: the path is such a link.
     """
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(str(path), "is a link that leads out of its folder", "put the file itself there")
+        raise UserError(str(path), "is a link that leads out of its folder", "replace the link with a copy of the file")
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -99,16 +99,16 @@ class RunFolder:
             remedy = "restore it, or remove it: the next launch writes it again"
             raise UserError(str(self.model / "config.json"), f"is damaged ({error})", remedy) from None
 
-    def check_same_run(self, config: HyperMoEConfig, tokenizer: Path) -> None:
+    def check_same_run(self, model_config: HyperMoEConfig, tokenizer: Path) -> None:
         """Refuse to continue with a different model or tokenizer.
 
         Raises:
-            UserError: the model or the tokenizer differs from the run's.
+            UserError: the model or the tokenizer differs from that of the run.
         """
-        self.check_same_model(config)
+        self.check_same_model(model_config)
         self.check_same_tokenizer(tokenizer)
 
-    def check_same_model(self, config: HyperMoEConfig) -> None:
+    def check_same_model(self, model_config: HyperMoEConfig) -> None:
         """Refuse to continue with a different model.
 
         Raises:
@@ -116,7 +116,7 @@ class RunFolder:
         """
         if not self.exists():
             return
-        refuse_other_model(model_fields(config), model_fields(self.model_config()), self.path)
+        refuse_other_model(model_fields(model_config), model_fields(self.model_config()), self.path)
 
     def check_same_tokenizer(self, tokenizer: Path) -> None:
         """Refuse to continue with a tokenizer that differs from the first launch's.
@@ -135,10 +135,10 @@ class RunFolder:
                     "give the tokenizer of that run or choose another run.dir",
                 )
 
-    def write_model(self, config: HyperMoEConfig) -> None:
+    def write_model(self, model_config: HyperMoEConfig) -> None:
         """Write the model's config.json, without modeling code."""
         self.model.mkdir(parents=True, exist_ok=True)
-        write_durably(self.model / "config.json", config.to_json_string())
+        write_durably(self.model / "config.json", model_config.to_json_string())
 
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
@@ -160,14 +160,14 @@ class RunFolder:
                 copy.rename(self.tokenizer)
 
 
-def model_fields(config: HyperMoEConfig) -> dict[str, Any]:
+def model_fields(model_config: HyperMoEConfig) -> dict[str, Any]:
     """Return the fields of a model's configuration that affect weights or outputs, as JSON."""
-    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    fields: dict[str, Any] = json.loads(json.dumps(model_config.to_dict()))
     return {key: value for key, value in fields.items() if key not in _BOOKKEEPING}
 
 
 def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Path) -> None:
-    """Refuse a model that differs from the run's. Fields that the run did not record are not compared.
+    """Refuse a model that differs from the run's model. Fields that the run did not record are not compared.
 
     Raises:
         UserError: a field differs; the error names the first one.
@@ -176,8 +176,8 @@ def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: 
         if key in theirs and ours[key] != theirs[key]:
             raise UserError(
                 f"model.{key}={ours[key]!r}",
-                f"{run} has another model (there it is {theirs[key]!r})",
-                "choose another run.dir or the model of that run",
+                f"differs from {theirs[key]!r} in the run folder {run}",
+                "choose another run.dir or use the model of that run",
             )
 
 
@@ -188,4 +188,4 @@ def check_step(step: int | None, paths: Iterable[Path]) -> None:
         UserError: a step is given, and no folder is a run folder.
     """
     if step is not None and not any(RunFolder(path).exists() for path in paths):
-        raise UserError(f"--step={step}", "only a run folder has steps and none is given", "remove it")
+        raise UserError(f"--step={step}", "only run folders have steps, but none is given", "remove it")

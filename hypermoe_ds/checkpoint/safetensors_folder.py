@@ -78,7 +78,7 @@ class SafetensorsFolder:
                     for name in file.keys():  # noqa: SIM118 (no dict)
                         if name in self._file_of:
                             other = self._file_of[name].name
-                            raise UserError(f"{path}: {short(name)}", f"is in {other} too", FETCH_AGAIN)
+                            raise UserError(f"{path}: {short(name)}", f"is also in {other}", FETCH_AGAIN)
                         part = file.get_slice(name)
                         self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part.get_dtype()
                         self._file_of[name] = path
@@ -90,7 +90,7 @@ class SafetensorsFolder:
         return self._file_of[name]
 
     def map(self, name: str) -> Tensor:
-        """Memory-map a tensor: only the parts that are used are read.
+        """Memory-map a tensor, so that only the parts that are used are read from disk.
 
         Raises:
             UserError: the file is damaged.
@@ -140,7 +140,7 @@ class FolderWeights(SafetensorsFolder):
 
 
 class TrackedTensors:
-    """Tensors of a folder, with a record of which were used, to find unused ones."""
+    """Tensors of a folder; the class records which of them were used, to find unused ones."""
 
     def __init__(self, files: FolderWeights) -> None:
         self.files = files
@@ -157,19 +157,19 @@ class TrackedTensors:
         if found != tuple(shape):
             raise UserError(
                 f"{self.files.folder}: {name}",
-                f"is {list(found)}, but by config.json {list(shape)}",
+                f"is {list(found)}, but {list(shape)} according to config.json",
                 "correct config.json",
             )
         self._names.add(name)
         return partial(self.files.read, name)
 
-    def refuse_unused(self, config: HyperMoEConfig) -> None:
+    def refuse_unused(self, model_config: HyperMoEConfig) -> None:
         """Refuse tensors without a reader, so that none is dropped silently."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         for name in self.files.shapes:
             if name in self._names or _DERIVED.fullmatch(name):
                 continue
-            tied = name == head and config.tie_word_embeddings
+            tied = name == head and model_config.tie_word_embeddings
             if tied and torch.equal(self.files.read(head), self.files.read(embedding)):
                 continue
             reason = "differs from the embedding it is tied to" if tied else "is not part of a HyperMoE model"

@@ -28,8 +28,8 @@ class CheckpointConfig(Settings):
     )
     verify: Verify = Field(
         "full",
-        description="checks of a checkpoint before a resume: `sizes` compares file sizes and headers; `full` also "
-        "compares hashes and refuses NaN",
+        description="how to verify a checkpoint before resuming from it: `sizes` compares file sizes and headers; "
+        "`full` also compares hashes and refuses NaN",
     )
     asynchronous: bool = Field(
         True,

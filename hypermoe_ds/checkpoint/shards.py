@@ -36,7 +36,8 @@ def write_shard(folder: Path, shard: int, tensors: Mapping[str, Tensor]) -> File
     """
     path = folder / shard_name(shard)
     save_file(dict(tensors), path)
-    path.chmod(0o666 & folder.stat().st_mode)  # as for other new files; safetensors makes it private to the user
+    # safetensors makes the file private to the user; use the permissions of other new files instead.
+    path.chmod(0o666 & folder.stat().st_mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return file_entry(path)

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.expert_layout import training_shapes, training_view
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, short
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
-from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model
 
@@ -29,7 +29,7 @@ class CheckpointWeights:
     Args:
         reader: the checkpoint.
         config: configuration of the run's model.
-        dtype: precision of the tensors; None uses the run's, which gives bitwise the training weights.
+        dtype: precision of the tensors; None uses the run's, so that they are bitwise identical to those in training.
 
     Attributes:
         config: configuration of the run's model.
@@ -40,21 +40,23 @@ class CheckpointWeights:
         UserError: the checkpoint belongs to a different model.
     """
 
-    def __init__(self, reader: CheckpointReader, config: HyperMoEConfig, dtype: torch.dtype | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, reader: CheckpointReader, model_config: HyperMoEConfig, dtype: torch.dtype | None = None
+    ) -> None:
+        self.config = model_config
         self.dtype = dtype or _precision_of(reader)
-        self.shapes = checked_shapes(reader.folder, config, reader.manifest.tensors)
+        self.shapes = checked_shapes(reader.folder, model_config, reader.manifest.tensors)
         self._reader = reader
         self._mapped = 0
         stored = {name: entry.shape for name, entry in reader.manifest.tensors.items()}
         for name, shape in self.shapes.items():
             for part, of_part in training_shapes(name, shape).items():
                 if stored.get(part) != tuple(of_part):
-                    found = f"has {part} as {list(stored[part])}" if part in stored else f"has no {part}"
-                    raise _broken(reader.folder, f"{found}, the run's model as {list(of_part)}")
+                    found = f"is {list(stored[part])}" if part in stored else "is missing"
+                    raise _broken(reader.folder, f"{part} {found}, but {list(of_part)} in the run's model")
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor in `dtype`; of a stacked expert tensor, only one expert at a time is also held in fp32.
+        """Read a tensor in `dtype`. Stacked experts are read one by one, so that only one expert is in memory in fp32.
 
         Raises:
             UserError: the checkpoint cannot be read.
@@ -115,10 +117,10 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
         return model_of(weights.config, {name: weights.read(name) for name in weights.shapes})
 
 
-def model_of(config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
+def model_of(model_config: HyperMoEConfig, tensors: dict[str, Tensor]) -> HyperMoEForCausalLM:
     """Build a Transformers model from named tensors without copying them."""
-    model = meta_model(config)
-    if config.tie_word_embeddings:
+    model = meta_model(model_config)
+    if model_config.tie_word_embeddings:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()

@@ -77,14 +77,14 @@ def classify(
     ends = {heartbeat.end for heartbeat in heartbeats.values()}
     if exit_code == 0 and not ends & {"saved", "error", "lost"}:
         outcome, what = "done", ""
-    elif exit_code == EXIT_SAVED or "saved" in ends:  # a launcher that got the signal exits with its own code
-        outcome, what = "saved", "a signal ended it after a checkpoint"
+    elif exit_code == EXIT_SAVED or "saved" in ends:  # after a signal, a launcher may exit with its own code
+        outcome, what = "saved", "a signal ended the attempt after a checkpoint"
     elif exit_code == EXIT_BAD_INPUT or any(heartbeat.error.startswith("UserError: ") for heartbeat in failed):
-        outcome, what = "refused", failed[0].error if failed else "see its last line"
+        outcome, what = "refused", failed[0].error if failed else "see the last line of the output"
     elif failed:
         outcome, what, step = "error", failed[0].error, failed[0].step if failed[0].passed else None
     elif not heartbeats:
-        outcome, what = "unmet", "it ended before all ranks had joined"
+        outcome, what = "unmet", "not all ranks had joined"
     else:
         outcome, what = "lost", failure_report or "ranks ended without an error"
     hosts = sorted({heartbeat.host for heartbeat in heartbeats.values()})
@@ -103,10 +103,10 @@ def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
 
 
 def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
-    """Return the reason not to restart; empty if there is none."""
+    """Return the reason not to restart the job; an empty string means that it should be restarted."""
     last = attempts[-1]
     previous = attempts[-2] if len(attempts) > 1 else None
-    # After any other outcome, a refusal may be temporary: a lost rank may still have the run folder locked.
+    # A refusal after a different outcome may be temporary: a lost rank may still hold the lock of the run folder.
     if last.outcome == "refused" and (previous is None or previous.outcome == "refused"):
         return f"bad input, which a restart does not fix: {last.what}"
     if previous is not None and last.same_failure(previous):
@@ -117,7 +117,7 @@ def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
     recent = [attempt for attempt in attempts if now - attempt.began - attempt.seconds < limits.seconds]
     faults = sum(attempt.outcome != "saved" for attempt in recent)
     if faults > limits.restarts:
-        return f"{faults} faults within {limits.seconds:.0f} s, the last one: {last.what}"
+        return f"{faults} faults within {limits.seconds:.0f} s; the last one was: {last.what}"
     return ""
 
 

@@ -20,7 +20,7 @@ from hypermoe_ds.config import apply_overrides, load_yaml
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.provenance import git_commit, package_version, source_digest
 
-HOST_REPORT = "host report: "  # prefix of the JSON, because the host's shell may print lines too
+HOST_REPORT = "host report: "  # prefix of the JSON line, because the host's shell may print other lines
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def data_digest(files: Sequence[str]) -> str:
 def _devices() -> list[str] | None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return None
-    import torch  # noqa: PLC0415 (takes seconds)
+    import torch  # noqa: PLC0415 (the import takes seconds)
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 

@@ -44,9 +44,9 @@ class Host:
     def reach_remedy(self) -> str:
         """Return what to try if this host does not answer."""
         if self.reach == "srun":
-            return "see `sinfo` for its state and exclude it: sbatch --exclude"
+            return "see `sinfo` for its state, or exclude it with sbatch --exclude"
         words = " ".join(filter(None, ("ssh", os.environ.get("HYPERMOE_SSH_OPTIONS"), self.name, "true")))
-        return f"make `{words}` work without a password, or take it out of the hostfile"
+        return f"make `{words}` work without a password, or remove the host from the hostfile"
 
 
 def read_hostfile(path: Path) -> list[Host]:
@@ -83,7 +83,7 @@ def slurm_hosts(environment: Mapping[str, str]) -> list[Host]:
     try:
         nodes, tasks = environment["SLURM_JOB_NODELIST"], environment["SLURM_NTASKS_PER_NODE"]
     except KeyError as missing:
-        remedy = "run it in a job of `sbatch --ntasks-per-node`, or give --hostfile"
+        remedy = "run this command in a job of `sbatch --ntasks-per-node`, or give --hostfile"
         raise UserError(str(missing), "is not set", remedy) from None
     shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     if shown.returncode:
@@ -111,8 +111,8 @@ def this_host(slots: str, gpus: int) -> list[Host]:
 def rendezvous(hosts: Sequence[Host], environment: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and port of the rendezvous.
 
-    If this machine is the only host, the port is any free one. Otherwise it is the job's port, to which other hosts
-    may already be connecting.
+    If this machine is the only host, return any free port. Otherwise return the job's port without testing whether it
+    is free, because other hosts may already be connecting to it.
 
     Raises:
         UserError: MASTER_PORT is not a number, or MASTER_ADDR is not a host.
@@ -160,12 +160,12 @@ def read_environment(path: Path) -> dict[str, str]:
 def shell_line(command: list[str], environment: Mapping[str, str], folder: Path) -> str:
     """Return a line of bash that runs `command` in `folder` with these environment variables.
 
-    The line kills the command when its own stdin is closed. ssh closes stdin on the host when it ends on this machine.
+    The line kills the command when stdin is closed, which happens when the local ssh process ends.
     """
     variables = [f"{name}={value}" for name, value in environment.items()]
     run = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
     watch = "cat <&3; kill $command"
-    return (  # `jobs -rp`: the watch may have ended and its process id may be reused
+    return (  # `jobs -rp`, not a saved process ID: the watch may have ended, and its process ID may be reused
         f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & "
         "wait $command; code=$?; kill $(jobs -rp) 2>/dev/null; exit $code"
     )

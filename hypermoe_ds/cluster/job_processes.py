@@ -12,8 +12,8 @@ _VARIABLE = "HYPERMOE_JOB"  # the launch scripts forward it to other hosts
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # set on ranks only
 _SECONDS_TO_DIE = 10
 _SECONDS_TO_ANSWER = 60
-# /proc/PID/environ is the environment that a process was started with. Data loaders inherit the rank of their parent.
-# A list of processes may be outdated, so each process is checked again just before it is signalled.
+# /proc/PID/environ is the environment that a process was started with. `ranks` also lists data loader processes, which
+# inherit the rank variables. Process IDs may be reused, so `signal` checks each process again before it sends a signal.
 _FUNCTIONS = """
 job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
 ranks() {
@@ -56,13 +56,13 @@ class JobProcesses:
         return {_VARIABLE: self._name}
 
     def signal_ranks(self, number: signal.Signals) -> bool:
-        """Send a signal to all ranks and return whether there are any."""
+        """Send a signal to all ranks and return whether any rank was found."""
         name = number.name.removeprefix("SIG")
         answer = self._everywhere(f'found=$(ranks); signal {name} $found; echo "ranks:" $found', _SECONDS_TO_ANSWER)
         return any(text.rpartition("ranks:")[2].strip() for text in answer)
 
     def end(self, seconds: int) -> None:
-        """Ask all ranks to save and exit, and kill the processes that still run after `seconds`.
+        """Ask all ranks to save and exit, and kill the job's processes that are still running after `seconds`.
 
         Hosts that do not answer are skipped.
         """

@@ -23,7 +23,7 @@ from hypermoe_ds.cluster.hosts import Host, shell_line
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
 
-INTERCONNECT = "interconnect: "  # prefix of the JSON that interconnect.py prints, because libraries print lines too
+INTERCONNECT = "interconnect: "  # prefix of the JSON that interconnect.py prints, because libraries print other lines
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
 _RENDEZVOUS_SECONDS = 60
@@ -93,7 +93,7 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Starter:
-    """Starter of Python modules on hosts, with the same interpreter and working directory on every host.
+    """Start Python modules on hosts, with the same interpreter and working directory on every host.
 
     Attributes:
         environment: environment variables of the module.
@@ -139,7 +139,7 @@ def _ask(host: Host, query: HostQuery, starter: Starter) -> HostAnswer:
 
 @contextmanager
 def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
-    """Kill the process if the code inside takes longer than `seconds`."""
+    """Kill the process if the code inside the context takes longer than `seconds`."""
     timer = Timer(seconds, process.kill)
     timer.start()
     try:
@@ -182,7 +182,7 @@ def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failu
     """Return a failure for each host whose value differs from the most common one."""
     [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
     failures = [
-        Failure(host, UserError(f"{host.name}: {name}", f"is {value}, elsewhere {usual}", remedy))
+        Failure(host, UserError(f"{host.name}: {name}", f"{value}, but {usual} on most hosts", remedy))
         for host, value in values.items()
         if value != usual
     ]
@@ -196,30 +196,29 @@ def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib:
     host, found = answer.host, []
     if report.devices is not None and len(report.devices) < host.slots:
         remedy = "lower its slots, or set DS_ACCELERATOR=cpu to train without GPUs"
-        found.append(UserError(f"{host.name}: slots={host.slots}", f"it has {len(report.devices)} GPUs", remedy))
+        found.append(UserError(f"{host.name}: slots={host.slots}", f"the host has {len(report.devices)} GPUs", remedy))
     if report.memory_gib < host.slots * _MEMORY_GIB:
-        need = f"{report.memory_gib:.2f} GiB free, {host.slots} ranks need {host.slots * _MEMORY_GIB:.2f}"
+        need = f"{report.memory_gib:.2f} GiB are free, but {host.slots} ranks need {host.slots * _MEMORY_GIB:.2f} GiB"
         found.append(UserError(f"{host.name}: /dev/shm", need, "enlarge it (in a container: --shm-size) or clear it"))
     if report.disk_gib < disk_gib:
-        need = f"{report.disk_gib:.2f} GiB free, checkpoints need {disk_gib:.2f}"
+        need = f"{report.disk_gib:.2f} GiB are free, but checkpoints need {disk_gib:.2f} GiB"
         found.append(
             UserError(f"{host.name}: run.dir={query.run_dir}", need, "free space or lower checkpoint.keep_last")
         )
     if not report.sees_run_folder:
-        problem = "is not the folder that this machine sees there"
-        found.append(
-            UserError(f"{host.name}: run.dir={query.run_dir}", problem, "choose one on storage that all hosts mount")
-        )
+        problem = "is not the same folder as on this machine"
+        remedy = "choose a folder on storage that all hosts mount"
+        found.append(UserError(f"{host.name}: run.dir={query.run_dir}", problem, remedy))
     if abs(answer.clock_ahead) > _CLOCK_SECONDS:
-        problem = f"is {answer.clock_ahead:+.0f} s off this machine's"
-        found.append(UserError(f"{host.name}: clock", problem, "set it by NTP: timedatectl set-ntp true"))
+        problem = f"differs by {answer.clock_ahead:+.0f} s from this machine's clock"
+        found.append(UserError(f"{host.name}: clock", problem, "set it with NTP: timedatectl set-ntp true"))
     return found
 
 
 def _unreachable_name(host: str, address: str) -> UserError:
     """Return the error for a host whose own name resolves to a loopback address, which gloo would give to its peers."""
     remedy = "set GLOO_SOCKET_IFNAME to the network interface, or correct /etc/hosts there"
-    return UserError(f"{host}: its own name", f"resolves to {address} there, which no other host can reach", remedy)
+    return UserError(f"{host}: its own name", f"resolves to {address}, which other hosts cannot reach", remedy)
 
 
 def measure_interconnect(
@@ -235,13 +234,13 @@ def measure_interconnect(
         mebibytes: amount of data that each rank sends.
 
     Raises:
-        UserError: the ranks cannot connect, or one fails.
+        UserError: the ranks cannot connect, or a rank fails.
     """
     shared = [f"--nnodes={len(hosts)}", f"--master_addr={address}", f"--master_port={port}"]
     shared += [
         f"--rdzv_conf=timeout={_RENDEZVOUS_SECONDS}",
-        "--log_dir=/dev/null",
-    ]  # otherwise torchrun leaves a folder in TMPDIR
+        "--log_dir=/dev/null",  # by default, torchrun leaves a folder in TMPDIR
+    ]
     processes = []
     for number, host in enumerate(hosts):
         own = [f"--node_rank={number}", f"--nproc_per_node={host.slots}", "-m", "hypermoe_ds.cluster.interconnect"]
@@ -265,7 +264,7 @@ def measure_interconnect(
 
 
 def _outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Return the output of each process. If one fails, kill the others after 5 s, because they would wait for it."""
+    """Return the output of each process. If a process fails, kill the others, which would wait for it, after 5 s."""
     with ThreadPoolExecutor(len(processes)) as pool:
         outputs = [pool.submit(_output, process) for process in processes]
         for output in as_completed(outputs):
@@ -286,8 +285,8 @@ def _output(process: subprocess.Popen[str]) -> str:
 def check_interconnect(interconnect: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
     """Return the collectives with wrong results and the slow pairs of hosts.
 
-    A pair is slow if it is below `least` or below a third of the median. It is attributed to whichever of its two hosts
-    has more slow pairs.
+    A pair is slow if its bandwidth is below `least` or below a third of the median over all pairs. The host with more
+    slow pairs is considered responsible.
 
     Args:
         interconnect: the measured interconnect.
@@ -295,7 +294,7 @@ def check_interconnect(interconnect: Interconnect, hosts: Sequence[Host], least:
         least: minimum bandwidth of each pair in GB/s.
     """
     failures = [
-        Failure(None, UserError(exchange, "gave a wrong result", "check memory and network hardware"))
+        Failure(None, UserError(exchange, "returned a wrong result", "check memory and network hardware"))
         for exchange in sorted(set(interconnect.wrong))
     ]
     usual = median([speed for *_, speed in interconnect.pairs]) if interconnect.pairs else 0.0
@@ -303,9 +302,9 @@ def check_interconnect(interconnect: Interconnect, hosts: Sequence[Host], least:
     count = Counter(host for pair in slow for host in pair[:2])
     for one, other, speed in slow:
         where = f"{hosts[one].name} - {hosts[other].name}"
-        problem, remedy = f"{speed:.2f} GB/s, required are {least:.2f}", "check their cables and ports"
+        problem, remedy = f"{speed:.2f} GB/s, but {least:.2f} GB/s are required", "check their cables and ports"
         if speed >= least:
-            problem = f"{speed:.2f} GB/s, the median of all pairs is {usual:.2f}"
+            problem = f"{speed:.2f} GB/s, but the median over all pairs is {usual:.2f} GB/s"
             remedy = "check the cables and ports of the host whose pairs are all slow"
         culprit = max(one, other, key=lambda host: (count[host], host))
         failures.append(Failure(hosts[culprit], UserError(where, problem, remedy)))
@@ -335,8 +334,8 @@ def fit(hosts: Sequence[Host], global_batch_size: int, micro_batch_size: int, ex
     slots = [host.slots for host in hosts]
     chosen = hosts[: hosts_that_fit(slots, global_batch_size, micro_batch_size)]
     if not chosen:
-        problem = f"cannot be shared by the ranks of {', '.join(host.name for host in hosts)} or fewer hosts"
-        remedy = f"a multiple of {micro_batch_size} times {slots[0] if slots else 1} can"
+        problem = f"cannot be split evenly over the ranks of {', '.join(host.name for host in hosts)} or fewer hosts"
+        remedy = f"choose a multiple of {micro_batch_size * (slots[0] if slots else 1)}"
         raise UserError(f"train.global_batch_size={global_batch_size}", problem, remedy)
     ranks = sum(host.slots for host in chosen)
     return Fit(chosen, largest_expert_parallel(expert, num_experts, ranks))

@@ -17,14 +17,14 @@ from hypermoe_ds.errors import EXIT_SAVED, UserError
 from hypermoe_ds.resilience.heartbeat import FAILURE_REPORT, Heartbeat, heartbeat_path, read_heartbeats
 
 _POLL_SECONDS = 0.2
-_SECONDS_AFTER_REPORT = 15.0  # ranks exit at once, or are killed 10 s later
+_SECONDS_AFTER_REPORT = 15.0  # after a failure report, ranks exit at once or are killed 10 s later
 _SECONDS_TO_SAVE = 60
 _SECONDS_AFTER_REFUSAL = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds between two searches for hosts
 
 
 class Supervisor:
-    """Supervisor that restarts a job until it is done, a signal stops it, or a restart would not help.
+    """Restart a job until it is done, a signal stops it, or a restart would not help.
 
     Args:
         command: the training command.
@@ -37,9 +37,9 @@ class Supervisor:
 
     def __init__(self, command: TrainingCommand, limits: Limits, choice: HostSelector | None) -> None:
         if choice is None and any(HOSTS in word for word in command.words):
-            raise UserError(HOSTS, "is in the command and there is no --hostfile", "give one")
+            raise UserError(HOSTS, "is in the command, but --hostfile is missing", "give --hostfile")
         if choice is None and any(word.startswith("--hostfile") for word in command.words):
-            remedy = f"give it before --, and --hostfile {HOSTS} in the command"
+            remedy = f"give it before --, and write --hostfile {HOSTS} in the command"
             raise UserError(
                 "--hostfile", "must be given to the supervisor, which ends leftover processes on its hosts", remedy
             )
@@ -64,17 +64,17 @@ class Supervisor:
             try:
                 self._history.append(attempts[-1])
             except OSError as error:
-                _log(f"cannot write this attempt to the history ({error})")
+                _log(f"cannot record this attempt ({error})")
             decision = decide(attempts, self._limits)
             again = decision.again and not self._stop_requested
             step = "before the first step" if attempts[-1].step is None else f"in step {attempts[-1].step}"
             _log(f"attempt {len(attempts)} ended {step} with exit code {attempts[-1].exit_code}: {decision.why}")
             if not again:
-                _log("not started again" if decision.why != "done" else "the run is done")
+                _log("the job is not restarted" if decision.why != "done" else "the run is done")
                 return _exit_code(attempts)
             if attempts[-1].outcome == "refused":
                 self._sleep(_SECONDS_AFTER_REFUSAL)
-            _log("starting again from the newest checkpoint")
+            _log("restarting from the newest checkpoint")
 
     def _request_stop(self, _number: int, _frame: FrameType | None) -> None:
         self._stop_requested = True
@@ -88,10 +88,10 @@ class Supervisor:
         if self._choice is None:
             return self._command.started_with(None, [])
         pause = _FIRST_PAUSE
-        self._processes.end(0)  # on hosts that were unreachable when their attempt ended
+        self._processes.end(0)  # a host may have been unreachable when the last attempt ended
         while (chosen := self._choice.choose()) is None and not self._stop_requested:
             if not patient:
-                raise UserError("--hostfile", "no host can train", "fix what the lines above name")
+                raise UserError("--hostfile", "no host can train", "fix the problems listed above")
             _log(f"no host can train; checking again in {pause:.0f} s")
             self._sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -103,7 +103,7 @@ class Supervisor:
             time.sleep(_POLL_SECONDS)
 
     def _run_attempt(self, words: Sequence[str]) -> Attempt:
-        """Run one attempt; when this returns, the launcher and all processes of the job have ended."""
+        """Run one attempt, and return when the launcher and all processes of the job have ended."""
         watch = _WatchFolder(self._command.run_dir / "watch")
         began = time.time()
         try:
@@ -122,7 +122,7 @@ class Supervisor:
     def _wait(self, launcher: "subprocess.Popen[bytes]", watch: "_WatchFolder") -> None:
         """Wait until the launcher ends; forward a stop signal to the ranks once, and kill a launcher that hangs.
 
-        The launcher is killed, not signalled: on a signal, DeepSpeed's launcher would kill every job on the hosts that
+        SIGKILL is used, because DeepSpeed's launcher handles other signals: it would kill every job on the hosts that
         uses this Python, but its own ranks only 30 s later.
         """
         passed_on = False
@@ -130,7 +130,7 @@ class Supervisor:
         while launcher.poll() is None:
             time.sleep(_POLL_SECONDS)
             if self._stop_requested and not passed_on:
-                passed_on = True  # as SIGTERM: ranks may ignore SIGINT and SIGHUP
+                passed_on = True  # always as SIGTERM, because ranks may ignore SIGINT and SIGHUP
                 if not self._processes.signal_ranks(signal.SIGTERM) or not watch.heartbeats():  # nothing to save yet
                     deadline = time.monotonic()
             if deadline is None and watch.failure_report():
@@ -140,7 +140,7 @@ class Supervisor:
 
 
 class _WatchFolder:
-    """RUN_DIR/watch, ignoring files from earlier attempts."""
+    """Read RUN_DIR/watch, but ignore files from earlier attempts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -40,7 +40,7 @@ class TrainingCommand:
         """
         recipe = _option(words, "--config")
         if recipe is None:
-            remedy = "give `deepspeed ... train.py --config ...` or a script of launch/"
+            remedy = "give `deepspeed ... train.py --config ...` or a script in launch/"
             raise UserError(shlex.join(words), "is not a training command", remedy)
         overrides = [word for word in words if _OVERRIDE.match(word)]
         section = apply_overrides(load_yaml(recipe), overrides).get("run")

@@ -20,32 +20,43 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         dest="unknown_as",
         type=Kind,
         choices=(Kind.TEXT, Kind.JSON_LINES),
-        help="how to read files whose names have no known suffix; without it, such files are refused",
+        help="format of files with an unknown suffix; without this option, such files are an error",
     )
     parser.add_argument(
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field of JSON Lines, Parquet and datasets that contains the text; a.b is field b inside field a",
+        help="text field of JSON Lines, Parquet and datasets; a.b is field b inside field a (default: text)",
     )
     parser.add_argument(
         "--document-separator",
+        type=separator,
         metavar="TEXT",
-        help="text between the documents of a text file, with escapes such as \\n; without it, a file is one document",
+        help="string between the documents of a text file, such as \\n\\n; without it, a text file is one document",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at the first file or record without text")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first file or record that has no usable text"
+    )
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
-    """Return how documents are read, from the parsed arguments."""
-    separator = arguments.document_separator
-    if separator is not None:
-        separator = separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\f", "\f")
-    return ReadOptions(arguments.text_field, separator, arguments.strict)
+    """Return the reading options that the parsed arguments contain."""
+    return ReadOptions(arguments.text_field, arguments.document_separator, arguments.strict)
+
+
+def separator(text: str) -> str:
+    """Return a separator in which `\\n`, `\\t` and `\\f` are replaced by the characters that they stand for.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text separates no documents; omit the option")
+    return text.replace("\\n", "\n").replace("\\t", "\t").replace("\\f", "\f")
 
 
 def percentage(text: str) -> float:
-    """Convert a percentage such as ``0.5%`` to a share.
+    """Convert a percentage such as ``0.5%`` to a fraction.
 
     Raises:
         argparse.ArgumentTypeError: the text is not a percentage.

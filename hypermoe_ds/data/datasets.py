@@ -105,13 +105,13 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
     Raises:
         UserError: the tokenizer folder or a token file is missing, a token file is truncated, a dataset was made with
             another tokenizer, or a dataset is shorter than one sample. The error is also raised if the tokenizer or a
-            dataset has more token ids than the model. If a dataset has no `.json`, only its first 16,777,216 tokens are
-            checked.
+            dataset has more token ids than the model. If a dataset has no `.json`, its first 16,777,216 tokens are
+            checked here and the others when they are loaded.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     needed = embeddings_needed(tokenizer)
     if needed > vocab_size:
-        problem = f"has token ids up to {needed - 1} and the model {vocab_size} embeddings"
+        problem = f"has token ids up to {needed - 1}, but the model has {vocab_size} embeddings"
         raise UserError(f"data.tokenizer={config.tokenizer}", problem, f"set model.vocab_size to {needed} or more")
     for dataset in [*config.train, *config.valid]:
         files = inspect(dataset.prefix)
@@ -119,7 +119,7 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
         if metadata is not None:
             _check_tokenizer(config.tokenizer, tokenizer, dataset, metadata)
         elif (ids := files.largest_token() + 1) > vocab_size:
-            problem = f"has {ids} token ids and the model {vocab_size}"
+            problem = f"has token ids up to {ids - 1}, but the model has {vocab_size} embeddings"
             raise UserError(dataset.prefix, problem, f"set model.vocab_size to {ids} or more")
         _check_long_enough(files, config.sequence_length)
 
@@ -130,11 +130,11 @@ def _check_tokenizer(folder: str, tokenizer: Any, dataset: DatasetConfig, metada
     if not path.is_file():
         problem += f", which has no {metadata.tokenizer_file}"
     elif (read := vocabulary_file(folder).name) != metadata.tokenizer_file:
-        problem += f", which is read from its {read} and not from {metadata.tokenizer_file}"
+        problem += f", which is loaded from {read}, not from {metadata.tokenizer_file}"
     elif sha256_of(path) != metadata.tokenizer_sha256:
         problem += f", whose {metadata.tokenizer_file} differs"
     elif (
-        metadata.vocab_size not in (embeddings_needed(tokenizer), len(tokenizer))  # older files have the length
+        metadata.vocab_size not in (embeddings_needed(tokenizer), len(tokenizer))  # older files store len(tokenizer)
         or tokenizer.eos_token_id != metadata.eos_id
     ):
         problem += (
@@ -145,13 +145,13 @@ def _check_tokenizer(folder: str, tokenizer: Any, dataset: DatasetConfig, metada
         problem += ", which encodes text differently (compare their tokenizer_config.json)"
     else:
         return
-    remedy = f"set data.tokenizer (it was {metadata.tokenizer}) or run tools/preprocess_data.py with this one"
+    remedy = f"set data.tokenizer (it was {metadata.tokenizer}), or run tools/preprocess_data.py with the new tokenizer"
     raise UserError(dataset.prefix, problem, remedy)
 
 
 def _check_long_enough(files: TokenFiles, sequence_length: int) -> None:
     if files.tokens <= sequence_length:
-        problem = f"has {files.tokens} tokens, too few for one sample of {sequence_length} and the token after it"
+        problem = f"has {files.tokens} tokens, but one sample needs {sequence_length + 1}"
         raise UserError(files.prefix, problem, "lower data.sequence_length or preprocess more text")
 
 
@@ -167,9 +167,9 @@ def build_datasets(
     The order of the training samples depends on the seed, the datasets, their weights and the sequence length. The
     order also depends on the number of epochs, because megatron-core shuffles all epochs of a dataset together. The
     last epoch is shuffled separately if less than 80 % of it is used. A different `train_samples` changes the order
-    only if it changes the number of epochs of a dataset or moves the last epoch across 80 %. If training reads at most
-    one epoch of each dataset, the order does not depend on `train_samples`. If extending a run changes
-    `data_order_hash`, some samples are seen twice and others never.
+    only if it changes the number of epochs of a dataset or moves the used part of the last epoch across 80 %. If
+    training reads at most one epoch of each dataset, the order does not depend on `train_samples`. If extending a run
+    changes `data_order_hash`, some samples are seen twice and others never.
 
     Validation reads every complete sequence of every dataset once, in an order that depends only on the dataset and the
     sequence length.
@@ -230,7 +230,7 @@ def _build_train(config: DataConfig, metadata: _TokenizerMetadata, seed: int, tr
     if len(weights) == 1:
         samples = _build_samples(config, metadata, config.train[0].prefix, seed, train_samples)
         return SequenceDataset(samples, train_samples, _data_order_hash([samples], weights))
-    # At any point, the blend can exceed a dataset's share by as many samples as there are datasets.
+    # At any point, the blend can exceed a dataset's share by at most as many samples as there are datasets.
     lengths = [int(train_samples * weight) + 1 + len(weights) for weight in weights]
     parts = [
         _build_samples(config, metadata, dataset.prefix, seed, length)
@@ -297,7 +297,7 @@ def _data_order_hash(parts: Sequence[GPTDataset], weights: Sequence[float]) -> s
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Suppress megatron-core's warnings about intended behaviour."""
+    """Suppress the warnings that a megatron-core logger prints about intended behaviour."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -308,7 +308,7 @@ def _quiet(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _cache_errors(cache: str) -> Iterator[None]:
-    """Convert cache failures to a `UserError`, for example an unwritable folder or truncated or missing files."""
+    """Raise a `UserError` if the cache cannot be used, for example because files are truncated or missing."""
     try:
         yield
     except UserError:
@@ -316,12 +316,12 @@ def _cache_errors(cache: str) -> Iterator[None]:
     except Exception as error:  # under torch.distributed, megatron-core wraps an OSError in a plain Exception
         cause = error.__cause__ or error
         if isinstance(cause, MemoryError):
-            problem = f"the index of so many samples does not fit into memory ({cause})"
+            problem = f"the index of the samples does not fit into memory ({cause})"
             raise UserError("train.steps", problem, "lower it or train.global_batch_size") from error
         if isinstance(cause, FileNotFoundError):
-            remedy = "set data.cache to a folder that all nodes see"
+            remedy = "set data.cache to a folder that all nodes share"
         elif isinstance(cause, (OSError, EOFError, ValueError, pickle.UnpicklingError)):
-            remedy = "remove that folder, or set data.cache to one that can be written"
+            remedy = "remove that folder, or set data.cache to a writable folder"
         else:
             raise
         raise UserError(f"data.cache={cache}", f"the indices cannot be written or read ({cause})", remedy) from error

@@ -12,8 +12,8 @@ from hypermoe_ds.data.readers import Document, LongText
 from hypermoe_ds.data.tokenizer import embeddings_needed, encode_as_text, encoding_digest, load_tokenizer
 
 Tokens = npt.NDArray[np.int32 | np.uint16]
-# Encoding a text of this length takes 125 MB (measured). Windows need less memory but twice the time, because they also
-# compute the offsets of the tokens.
+# Encoding a text of this length takes 125 MB (measured). Encoding longer texts in windows takes less memory but twice
+# the time, because it also computes the offsets of the tokens.
 LONG_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 18
@@ -36,7 +36,7 @@ class Encoder:
     """
 
     def __init__(self, folder: str) -> None:
-        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (takes seconds, so check the inputs first)
+        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (importing takes seconds, so check the inputs first)
 
         self._tokenizer = load_tokenizer(folder)
         self.vocab_size = embeddings_needed(self._tokenizer)
@@ -55,7 +55,7 @@ class Encoder:
         """Encode documents, in order, with an end-of-sequence token after each document.
 
         Yields:
-            Token ids, and whether they are the last ones of a document. Only long documents have several parts.
+            Token ids, and whether they end a document. Only the tokens of long documents are yielded in several parts.
 
         Raises:
             LostDocumentError: a long document can no longer be read.
@@ -107,5 +107,5 @@ class Encoder:
 
 @cache
 def encoder_for(folder: str, sha256: str) -> Encoder:
-    """Return the encoder of a tokenizer folder. Each encoder is loaded once per checksum and inherited by forks."""
+    """Return the encoder of a tokenizer folder. It is loaded once per checksum, and forked processes inherit it."""
     return Encoder(folder)

@@ -61,7 +61,7 @@ class InputFile:
 
 
 def find_inputs(inputs: Iterable[str | Path], unknown_as: Kind | None = None) -> list[InputFile]:
-    """Return all input files in order, after opening each file once.
+    """Return all input files in order, after checking that each file can be opened.
 
     A folder is replaced by its files, recursively and sorted by path. Symbolic links are followed, and each folder is
     read once. Hidden files and folders inside a folder are skipped. In a folder that the datasets library saved, only
@@ -69,11 +69,11 @@ def find_inputs(inputs: Iterable[str | Path], unknown_as: Kind | None = None) ->
 
     Args:
         inputs: files and folders.
-        unknown_as: kind of the files whose names have no known suffix; None refuses such files.
+        unknown_as: kind of files with an unknown suffix; None raises an error for such files.
 
     Raises:
         UserError: an input does not exist, is a pattern without matches, is a folder without files, has an unknown
-            kind, or cannot be read.
+            suffix, or cannot be read.
     """
     found = [_input_file(path, unknown_as) for each in map(Path, inputs) for path in _expand(each)]
     _check_readable(found)
@@ -103,7 +103,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         problem = f"cannot be listed ({error.strerror})"
-        raise UserError(str(folder), problem, "change its permissions, or give the other folders one by one") from None
+        raise UserError(str(folder), problem, "change its permissions, or give the other folders as inputs") from None
     if "dataset_dict.json" in names:
         remedy = "give the folder of one split, such as train"
         raise UserError(str(folder), "is a datasets folder with several splits", remedy)
@@ -132,10 +132,10 @@ def _input_file(path: Path, unknown_as: Kind | None) -> InputFile:
     compression = next((each for each in COMPRESSIONS if name.endswith(each)), "")
     kind = _KINDS.get(Path(name.removesuffix(compression)).suffix, unknown_as)
     if kind is None:
-        remedy = f"give {READABLE_KINDS}, or read other names as text with --as text"
-        raise UserError(str(path), "is of an unknown kind", remedy)
+        remedy = f"give {READABLE_KINDS}, or add --as text to read it as text"
+        raise UserError(str(path), "has an unknown suffix", remedy)
     if compression and kind in (Kind.PARQUET, Kind.ARROW):
-        raise UserError(str(path), f"is {kind} inside {compression}", "decompress the file")
+        raise UserError(str(path), f"is a {kind} file compressed as {compression}", "decompress the file")
     try:
         status = path.stat()
     except OSError as error:

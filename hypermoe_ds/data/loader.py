@@ -84,6 +84,7 @@ def build_loader(
     size: int,
     consumed_samples: int,
     workers: int,
+    vocab_size: int,
     skipped_samples: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
@@ -95,27 +96,28 @@ def build_loader(
         size: number of data-parallel ranks.
         consumed_samples: number of samples that all ranks together have consumed.
         workers: number of loader processes; 0 loads in the current process.
+        vocab_size: number of token embeddings of the model.
         skipped_samples: samples that no rank reads.
 
     Yields:
         `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory if there is a GPU.
 
     Raises:
-        UserError: the dataset is exhausted.
+        UserError: the dataset is exhausted, or a token id is negative or not below `vocab_size`.
         ValueError: an argument is out of range.
     """
     sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, skipped_samples)
-    return _until_exhausted(_load(dataset, sampler, workers), len(dataset))
+    return _until_exhausted(_load(dataset, sampler, workers, vocab_size), len(dataset))
 
 
 def _until_exhausted(batches: Iterator[dict[str, torch.Tensor]], length: int) -> Iterator[dict[str, torch.Tensor]]:
     yield from batches
-    problem = f"has no whole micro-batch left of its {length} samples"
+    problem = f"has {length} samples, and too few are left for another micro-batch"
     raise UserError("data.train", problem, "end the run here or raise train.steps")
 
 
 def validation_batches(
-    dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, workers: int = 0
+    dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, vocab_size: int, workers: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the validation micro-batches of one rank; all ranks together read every sample once.
 
@@ -133,7 +135,8 @@ def validation_batches(
         raise ValueError("the validation dataset is empty")
     block = micro_batch_size * size
     padded = -(-length // block) * block
-    return _load(_Padded(dataset, padded), ResumableSampler(padded, micro_batch_size, rank, size), workers)
+    sampler = ResumableSampler(padded, micro_batch_size, rank, size)
+    return _load(_Padded(dataset, padded), sampler, workers, vocab_size)
 
 
 class _Padded(Dataset[dict[str, torch.Tensor]]):
@@ -153,7 +156,9 @@ class _Padded(Dataset[dict[str, torch.Tensor]]):
         return {"tokens": sample["tokens"], "labels": torch.full_like(sample["labels"], IGNORED_LABEL)}
 
 
-def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+def _load(
+    dataset: SizedDataset, sampler: ResumableSampler, workers: int, vocab_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
     pinned = torch.cuda.is_available()
     loader: DataLoader[Any] = DataLoader(
         cast(Dataset[dict[str, torch.Tensor]], dataset),
@@ -165,16 +170,32 @@ def _load(dataset: SizedDataset, sampler: ResumableSampler, workers: int) -> Ite
         worker_init_fn=_exit_with_rank,
         pin_memory=pinned,
         persistent_workers=workers > 0,
-        # The loader draws a seed from this generator, so that the global random state does not change.
+        # Draw the loader's seed from a separate generator, so that the global random state does not change.
         generator=torch.Generator(),
     )
     with _stop_signals_blocked():
-        return iter(loader) if pinned else map(_Batch.tensors, loader)
+        batches = iter(loader) if pinned else map(_Batch.tensors, loader)
+    return _with_valid_ids(batches, sampler, vocab_size)
+
+
+def _with_valid_ids(
+    batches: Iterator[dict[str, torch.Tensor]], sampler: ResumableSampler, vocab_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Check the token ids of each micro-batch; on a GPU, an invalid id would end all ranks without naming a sample."""
+    for batch, indices in zip(batches, sampler, strict=True):
+        for name, lowest in (("input_ids", 0), ("labels", IGNORED_LABEL)):
+            invalid = (batch[name] < lowest) | (batch[name] >= vocab_size)
+            if invalid.any():
+                row, token = invalid.nonzero()[0].tolist()
+                problem = f"has token id {int(batch[name][row, token])}, and the model {vocab_size} embeddings"
+                remedy = "preprocess the text with the tokenizer of data.tokenizer, or raise model.vocab_size"
+                raise UserError(f"sample {indices[row]}", problem, remedy)
+        yield batch
 
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals, so that the workers forked inside inherit the block and no signal can end them early."""
+    """Block stop signals while workers are forked. Workers inherit the block, so no signal can end them at startup."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -1,12 +1,13 @@
-"""Encode a long document in overlapping windows, with the token ids of encoding it at once.
+"""Encode a long document in overlapping windows. The token ids are the same as if it were encoded at once.
 
-Two windows are joined at a token boundary that both contain. A tokenizer first cuts the text into words, from left to
-right, and then encodes each word. The words after a cut depend only on the text after the cut, so a common cut is an
-exact place to join.
+Two consecutive windows are joined at a token boundary that both contain. A tokenizer first splits the text into words,
+from left to right, and then encodes each word. The words after a split depend only on the text after it, so joining two
+windows at a common split gives exactly the tokens of the document.
 
-Some tokenizers cut only at spaces or not at all, so that a word can be longer than the overlap. If the model is BPE,
-such a word is joined inside: a sequence of tokens is the encoding of a word if and only if every two adjacent tokens
-are the encoding of their text, so the tokens on one side of a boundary do not depend on those on the other side.
+Some tokenizers split only at spaces or not at all, so a word can be longer than the overlap. If the model is BPE, the
+windows are joined inside such a word. In BPE, a sequence of tokens is the encoding of a word if and only if every two
+adjacent tokens are the encoding of their text. The tokens before a boundary therefore do not depend on the tokens after
+it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +47,7 @@ class _Window:
         return self.offset + len(self.text)
 
     def between(self, low: int, high: int) -> range:
-        """Return the indices of the tokens that start at an offset in [low, high], without the first token."""
+        """Return the indices of the tokens that start at an offset in [low, high], except token 0."""
         first, end = np.searchsorted(self.starts, low), np.searchsorted(self.starts, high, "right")
         return range(max(1, int(first)), int(end))
 
@@ -72,8 +73,8 @@ class LongEncoder:
     def encode(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the token ids of a document, given in pieces of any length.
 
-        The peak memory is about 200 bytes per character of a window. If two windows have no common boundary, because a
-        word is longer than their overlap, they are encoded as one window.
+        The peak memory is about 200 bytes per character of a window. If a word is longer than the overlap, two windows
+        may have no common boundary. They are then encoded as one window.
         """
         previous, begin = None, 0
         for part in _parts(pieces, self._window):
@@ -103,7 +104,8 @@ class LongEncoder:
     def _from_boundary(self, previous: _Window, part: str, offset: int) -> _Window:
         """Encode a window that begins at a token boundary of the previous window, near `offset`.
 
-        In a long run of equal characters, the tokens of a window depend on where the window begins.
+        In a long run of equal characters, the tokens of a window depend on where the window begins. A window that
+        begins elsewhere may therefore have no common boundary with the previous window.
         """
         end = int(np.searchsorted(previous.starts, offset, "right"))
         first = int(np.searchsorted(previous.starts, offset - self._overlap))
@@ -115,7 +117,7 @@ class LongEncoder:
         return self._encode(previous.text[begin - previous.offset :] + part, begin)
 
     def _join(self, left: _Window, right: _Window) -> tuple[int, int] | None:
-        """Find a common boundary: `left.ids[:i]` and `right.ids[j:]` are the tokens of both windows together.
+        """Find a common boundary, at which `left.ids[:i]` and `right.ids[j:]` can be joined.
 
         The tokens on both sides of the boundary must be equal. Tokens near the end of `left` or the start of `right`
         can differ from those of the document, so only the middle half of the overlap is used.
@@ -137,7 +139,7 @@ class LongEncoder:
         return None if best is None else best[1:]
 
     def _is_exact(self, left: _Window, i: int, right: _Window, j: int) -> bool:
-        """Return whether a common boundary lies between words, or inside a word that begins before the overlap."""
+        """Return whether a common boundary is between two words, or in a BPE word that begins before the overlap."""
         between_left = bool(left.words[i] != left.words[i - 1])
         between_right = bool(right.words[j] != right.words[j - 1])
         if between_left or between_right:
@@ -148,9 +150,10 @@ class LongEncoder:
 
 
 def _is_plain_bpe(tokenizer: Any) -> bool:
-    """Return whether the tokens of a word do not depend on its ends, as in BPE without prefixes, suffixes and dropout.
+    """Return whether the model is BPE without subword prefixes, word suffixes and dropout.
 
-    With `ignore_merges`, a word that is in the vocabulary is one token. Such words are shorter than the overlap.
+    Only for such models, the tokens of a word do not depend on where the word begins and ends. With `ignore_merges`, a
+    word in the vocabulary is always one token, but such words are shorter than the overlap.
     """
     from tokenizers import models  # noqa: PLC0415 (takes a second; the module is imported by train.py)
 

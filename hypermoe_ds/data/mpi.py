@@ -35,7 +35,7 @@ class Communicator(Protocol):
 
 
 def preprocess_locally_or_with_mpi(job: Job) -> str | None:
-    """Tokenise on all ranks if mpirun started more than one, otherwise in this process.
+    """Tokenise on all ranks if mpirun started several ranks, and otherwise in this process.
 
     Returns:
         A one-line summary on rank 0, None on all other ranks.
@@ -52,13 +52,13 @@ def preprocess_locally_or_with_mpi(job: Job) -> str | None:
         raise UserError("mpi4py", f"is needed under mpirun ({error})", "pip install 'hypermoe-ds[mpi]'") from None
     if MPI.COMM_WORLD.Get_size() != ranks:
         # Without this check, each rank would process all files and overwrite the output of all other ranks.
-        problem = f"finds {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks of mpirun"
+        problem = f"finds {MPI.COMM_WORLD.Get_size()} of the {ranks} ranks that mpirun started"
         raise UserError("mpi4py", problem, "use mpirun and the MPI library of mpi4py from the same MPI installation")
     try:
         return preprocess_on_ranks(job, cast(Communicator, MPI.COMM_WORLD))
     except (UserError, SystemExit):
         raise
-    except BaseException:  # otherwise the other ranks would wait for this rank forever
+    except BaseException:  # without Abort, the other ranks would wait for this rank forever
         traceback.print_exc()
         MPI.COMM_WORLD.Abort(1)
         raise
@@ -97,7 +97,7 @@ def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
 
 def _plan(job: Job) -> Plan:
     if job.workers != 1:
-        raise UserError(f"workers={job.workers}", "under mpirun each rank is one worker", "remove --workers")
+        raise UserError(f"workers={job.workers}", "each rank of mpirun is one worker", "remove --workers")
     return make_plan(job)
 
 

@@ -25,7 +25,7 @@ from hypermoe_ds.files import check_room, sha256_of, writing_to
 from hypermoe_ds.process import signal_when_parent_ends
 from hypermoe_ds.progress import Progress
 
-_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which files are published: the .idx file is last
+_SUFFIXES = (".bin", ".json", ".idx")  # in the order in which files are moved to the output; the .idx file is last
 _SECONDS_BETWEEN_UPDATES = 0.2
 
 
@@ -39,8 +39,8 @@ class Job:
         output: prefix of the files to write; `.bin`, `.idx`, `.json` and `.rejected.jsonl` are appended.
         workers: number of processes that tokenise; 1 uses the current process. The output is the same for any number.
         options: how documents are read.
-        unknown_as: kind of the files whose names have no known suffix; None refuses such files.
-        max_rejected: largest share of rejected files and records, 0 to 1.
+        unknown_as: kind of files with an unknown suffix; None raises an error for such files.
+        max_rejected: largest allowed share of rejected files and records, 0 to 1.
         overwrite: replace existing files at `output`.
     """
 
@@ -120,7 +120,7 @@ class Plan:
 
 
 def _text_bytes(span: Span) -> int:
-    """Estimate the text in a span: compressed text and Parquet are assumed to be half as large as the text."""
+    """Estimate the size of a span's text. Compressed files and Parquet files are assumed to be half as large."""
     compressed = span.file.compression or span.file.kind is Kind.PARQUET
     return span.size * (2 if compressed else 1)
 
@@ -134,8 +134,8 @@ def preprocess(job: Job) -> str:
         A one-line summary.
 
     Raises:
-        UserError: an input cannot be read (or, with `strict`, has no text), too much was rejected, no document was
-            found, the tokenizer is missing, or the output already exists or is being written by another job.
+        UserError: an input cannot be read (or, with `strict`, has no text), too many inputs were rejected, no document
+            was found, the tokenizer is missing, or the output already exists or is being written by another job.
     """
     plan = make_plan(job)
     start = time.perf_counter()
@@ -158,7 +158,7 @@ def make_plan(job: Job) -> Plan:
     if job.workers < 1:
         raise UserError(f"workers={job.workers}", "is not a number of processes", "give 1 or more")
     if not 0 <= job.max_rejected <= 1:
-        raise UserError(f"max_rejected={job.max_rejected:.0%}", "is not a share", "give 0% to 100%")
+        raise UserError(f"max_rejected={job.max_rejected:.0%}", "is out of range", "give 0% to 100%")
     if job.output.endswith("/") or Path(job.output).is_dir():
         raise UserError(job.output, "is a folder", "give a prefix such as data/corpus, to which .bin is appended")
     for suffix in _SUFFIXES:
@@ -166,7 +166,7 @@ def make_plan(job: Job) -> Plan:
             raise UserError(str(job.path(suffix)), "exists already", "choose another output, or give --overwrite")
     files = find_inputs(job.inputs, job.unknown_as)
     tokenizer = TokenizerFile.of(job.tokenizer)
-    tokenizer.encoder()  # loading takes seconds and is excluded from the speed
+    tokenizer.encoder()  # load it now, so that the reported speed excludes the seconds that loading takes
     return Plan(job, files, plan_shards(files), tokenizer)
 
 
@@ -211,7 +211,7 @@ class Meter:
 
 @contextmanager
 def shown_progress(plan: Plan, numbers: Sequence[int], messages: Sequence[str], shown: bool = True) -> Iterator[Meter]:
-    """Show the input bytes, the time left and the tokens of the shards with these numbers."""
+    """Show the progress of the shards with these numbers: input bytes, remaining time and tokens."""
     total = sum(span.size for number in numbers for span in plan.shards[number])
     counters, start = Counters(), time.perf_counter()
 
@@ -263,7 +263,7 @@ def tokenise(plan: Plan, folder: ShardFolder, numbers: Sequence[int], meter: Met
 
 
 class _Worker:
-    """What workers inherit from the process that forks them."""
+    """Objects that workers inherit from the process that forks them."""
 
     plan: Plan
     folder: ShardFolder
@@ -293,7 +293,7 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
     """Join all shards, check the share of rejections, and move the files to the output.
 
     Raises:
-        UserError: there is no document, too much was rejected, or the output cannot be written.
+        UserError: there is no document, too many inputs were rejected, or the output cannot be written.
     """
     job, encoder = plan.job, plan.tokenizer.encoder()
     written = folder.join(encoder.dtype)
@@ -305,7 +305,7 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
             folder.joined(".rejected.jsonl").replace(job.path(".rejected.jsonl"))
     if rejected > job.max_rejected * (rejected + report.documents):
         share = rejected / (rejected + report.documents)
-        problem = f"{share:.1%} were rejected, more than {job.max_rejected:.1%}: {report.describe_rejected()}"
+        problem = f"{share:.1%} of them were rejected (limit {job.max_rejected:.1%}): {report.describe_rejected()}"
         remedy = f"see {job.path('.rejected.jsonl')}; correct the inputs or raise --max-rejected"
         raise UserError("the inputs", problem, remedy)
     metadata = Metadata(

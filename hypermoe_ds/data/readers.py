@@ -1,4 +1,4 @@
-"""Read the documents of input files. Memory is bounded: a large text file is a document that is read in pieces."""
+"""Read the documents of input files. To bound memory, a large text file is read in pieces."""
 
 import bz2
 import codecs
@@ -50,18 +50,18 @@ _REMEDIES = {
     Problem.UNREADABLE: "check the file and its disk",
     Problem.NO_JSON: "correct or remove that line; a file has one JSON object per line",
     Problem.LONG_LINE: "write long documents as text files",
-    Problem.NO_TEXT: "give the field that contains the text with --text-field, such as a.b, or remove the record",
+    Problem.NO_TEXT: "set --text-field to the field that contains the text, such as a.b, or remove the record",
 }
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A file or a record without a document.
+    """A file or a record that was rejected.
 
     Attributes:
         file: path of the file.
         line: line or row number, counted from 1; None for a whole file.
-        reason: why it was rejected.
+        reason: why the file or record was rejected.
     """
 
     file: str
@@ -80,7 +80,7 @@ class ReadReport:
         documents: number of documents read.
         text_bytes: total size of the documents in UTF-8 bytes.
         rejected: number of rejected files and records, by reason.
-        first: first location of each reason, as `file` or `file:line`.
+        first: location of the first rejection for each reason, as `file` or `file:line`.
     """
 
     documents: int = 0
@@ -109,10 +109,10 @@ class ReadReport:
         """
         if self.documents > 0:
             return
-        problem = f"have no document: {self.describe_rejected()}" if self.rejected else "have no document"
+        problem = f"contain no document: {self.describe_rejected()}" if self.rejected else "contain no document"
         remedy = "give files with text"
         if Problem.NO_TEXT in self.rejected:
-            remedy = f"give the field that contains the text with --text-field (it is '{text_field}' now)"
+            remedy = f"set --text-field to the field that contains the text (it is '{text_field}' now)"
         raise UserError("the inputs", problem, remedy)
 
     def describe_rejected(self) -> str:
@@ -166,7 +166,7 @@ class LongText:
 
 
 class LostDocumentError(Exception):
-    """A long document can no longer be read, although it could when it was checked."""
+    """A long document can no longer be read, although it was readable when it was checked."""
 
     def __init__(self, document: LongText, reason: str) -> None:
         super().__init__(reason)
@@ -177,7 +177,7 @@ Document = str | LongText
 
 
 class DocumentReader:
-    """Iterate over the documents of a file, in order.
+    """Iterate over the documents of a file in order.
 
     Blank lines of JSON Lines and blank documents between separators are ignored. A byte order mark is removed.
 
@@ -189,7 +189,7 @@ class DocumentReader:
 
     Attributes:
         position: number of bytes of the file that have been read, before decompression.
-        row: number of rows read, of a file with rows.
+        row: number of rows read from a Parquet or Arrow file.
 
     Raises:
         UserError: `options.strict` is set and a file or record contains no document.
@@ -214,7 +214,7 @@ class DocumentReader:
         except _BROKEN:
             self.reject(Problem.BROKEN)
         except OSError as error:
-            # bz2 reports broken data, and pyarrow a broken file, as an OSError without a number.
+            # bz2 and pyarrow report broken data as an OSError without an error number.
             self.reject(Problem.UNREADABLE if error.errno else Problem.BROKEN)
 
     def move_to(self, position: int) -> None:
@@ -231,7 +231,7 @@ class DocumentReader:
 
 @contextmanager
 def _open(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file; yield the decompressed stream, and the stream of the file itself for its position."""
+    """Open a file. Yield the decompressed stream and the raw stream, whose position shows the progress."""
     with file.path.open("rb") as raw:
         if not file.compression:
             yield raw, raw
@@ -253,7 +253,7 @@ def _read_text(reader: DocumentReader) -> Iterator[Document]:
             document: Document = text
             blank = not text.strip()
         else:
-            # Decode the whole file before its first piece is encoded.
+            # Decode the whole file first, so that invalid UTF-8 is found before the first piece is encoded.
             text_bytes, blank = 0, True
             for _, piece in positioned_pieces(file):
                 text_bytes += utf8_bytes(piece)
@@ -335,7 +335,7 @@ def _skip_line(stream: BinaryIO) -> None:
 
 @dataclass
 class _LineNumber:
-    """The number of the current line. The lines before the span are counted only if a number is needed."""
+    """The number of the current line. Lines before the span are counted only when `in_file` is called."""
 
     file: InputFile
     first: int
@@ -372,7 +372,7 @@ def _document_of_line(line: bytes, text_field: str) -> str | Problem:
 
 
 def _text_of(record: dict[str, Any], text_field: str) -> str | Problem:
-    """Return the text of a record. A field with the dotted name itself comes before nested fields."""
+    """Return the text of a record. A field whose own name contains the dots takes precedence over nested fields."""
     value: Any = record
     for name in [text_field] if text_field in record else text_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -424,7 +424,7 @@ def _read_arrow(reader: DocumentReader) -> Iterator[Document]:
 
 
 def _columns(names: Sequence[str], text_field: str) -> list[str]:
-    """Return the column that contains the field: the column of this name, or of the first part of a dotted name."""
+    """Return the column named `text_field`. If there is none, return the column named before its first dot."""
     return [name for name in (text_field, text_field.split(".", maxsplit=1)[0]) if name in names][:1]
 
 

@@ -46,8 +46,8 @@ class DataConfig(Settings):
     sequence_length: int = Field(gt=0, le=LARGEST_COUNT, description="tokens per sample")
     tokenizer: PathText = Field(description="folder of the Hugging Face tokenizer used to make the token files")
     # Measured with tiny-10m on two ranks and 2 cores, three runs each: 4,266 to 4,593 tokens/s with 0 workers, 4,278 to
-    # 4,646 tokens/s with 2 workers. On a CPU, 30 ms steps are 10 % slower with 2 workers. The default is 2 because
-    # a rank on a GPU is busy launching kernels.
+    # 4,646 tokens/s with 2 workers. On a CPU, 30 ms steps are 10 % slower with 2 workers. The default is 2, because
+    # the process of a rank on a GPU is busy launching kernels.
     workers: int = Field(
         default=2, ge=0, le=1024, description="data loader processes per rank; 0 loads data in the rank's own process"
     )

@@ -1,4 +1,4 @@
-"""The folder of an unfinished preprocessing job, in which the same job continues after an interruption."""
+"""Manage the folder of an unfinished preprocessing job, so that the job can continue after an interruption."""
 
 import fcntl
 import hashlib
@@ -86,9 +86,10 @@ class ShardFolder:
 
 @contextmanager
 def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tuple[ShardFolder, str]]:
-    """Open the folder of a job next to its output, and lock it; the folder of a different job is removed.
+    """Open and lock the folder of a job next to its output, and remove files of a different job.
 
-    If the code inside fails, the folder remains if a finished shard has a document. Otherwise, the folder is removed.
+    If the `with` block raises an exception, the folder is kept if a finished shard has a document. Otherwise, the
+    folder is removed.
 
     Args:
         output: prefix of the output files.
@@ -108,7 +109,7 @@ def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tupl
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                remedy = "wait for it, or choose another output"
+                remedy = "wait for that job, or choose another output"
                 raise UserError(output, "is being written by another job", remedy) from None
             folder = ShardFolder(path, shards)
             message = _prepare(folder, job)
@@ -122,7 +123,7 @@ def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tupl
 
 
 def _prepare(folder: ShardFolder, job: dict[str, Any]) -> str:
-    """Keep the finished shards of the same job, and remove everything else; return a message about it."""
+    """Keep the files of the same job, or remove the files of a different job. Return a message for the user."""
     description = folder.path / "job.json"
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
     same = description.exists() and description.read_text() == digest

@@ -51,7 +51,7 @@ class Metadata:
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean number of text bytes per token; end-of-document tokens count as tokens without text."""
+        """Mean number of text bytes per token, including end-of-document tokens, which have no text."""
         return self.text_bytes / self.tokens
 
     def write(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class TokenFiles:
 
 
 def write_index(path: Path, dtype: type[np.int32 | np.uint16], lengths: Sequence[Path], documents: int) -> None:
-    """Write the index of a token file, as megatron-core's `IndexedDatasetBuilder` does, but with constant memory.
+    """Write the index of a token file, as megatron-core's `IndexedDatasetBuilder` does, but in constant memory.
 
     Args:
         path: the `.idx` file to write.
@@ -155,7 +155,7 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
     # NumPy strips trailing zeros from byte strings.
     if header["magic"] != _MAGIC.rstrip(b"\0") or header["version"] != 1 or int(header["dtype"]) not in _TOKEN_DTYPES:
         raise UserError(
-            str(index_path), "is not an index of tokens", "give the prefix of files written by tools/preprocess_data.py"
+            str(index_path), "is not a token index", "give the prefix of files written by tools/preprocess_data.py"
         )
     sequences, documents = int(header["sequences"]), int(header["documents"])
     expected = _HEADER.itemsize + 12 * sequences + 8 * documents
@@ -186,4 +186,4 @@ def read_metadata(prefix: str) -> Metadata | None:
     try:
         return Metadata(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(str(path), f"is not a description of tokens ({error})", f"remove it, or {_AGAIN}") from None
+        raise UserError(str(path), f"is not metadata of token files ({error})", f"remove it, or {_AGAIN}") from None

@@ -1,4 +1,4 @@
-"""Tokenise inputs shard by shard: each shard is written on its own, and a restarted job keeps the finished shards."""
+"""Tokenise inputs shard by shard. Each shard has its own files, so a restarted job keeps the finished shards."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ from hypermoe_ds.data.readers import (
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import write_durably, writing_to
 
-_SMALLEST_SHARD, _USUAL_SHARD = 1 << 20, 64 << 20  # bytes; 64 MiB take about 10 s
-_SHARDS = 64  # of a small job, so that several processes finish at the same time
+_SMALLEST_SHARD, _USUAL_SHARD = 1 << 20, 64 << 20  # bytes; tokenising 64 MiB takes about 10 s
+_SHARDS = 64  # for a small job, so that all processes finish at about the same time
 _MOST_SHARDS = 10_000
 _LONGEST_DOCUMENT = 2**31 - 1  # tokens; Megatron's index stores lengths as int32
 
@@ -54,7 +54,8 @@ class Span:
 def plan_shards(files: Sequence[InputFile]) -> list[list[Span]]:
     """Divide the inputs into shards of consecutive spans with similar sizes.
 
-    Only uncompressed JSON Lines are divided, so any other file is in one shard. The shards depend only on the files.
+    Only uncompressed JSON Lines files are divided; every other file is in one shard. The shards depend only on the
+    files.
     """
     total = sum(file.size for file in files)
     size = max(min(max(total // _SHARDS, _SMALLEST_SHARD), _USUAL_SHARD), total // _MOST_SHARDS)
@@ -179,12 +180,12 @@ class _ShardWriter:
         self.summary = ShardSummary()
 
     def write(self, span: Span, progress: Callable[[int, int], None]) -> None:
-        """Tokenise a span. A file that has disappeared is rejected."""
+        """Tokenise a span, or reject its file if the file has disappeared."""
         path = span.file.path
         try:
             status = path.stat()
             if (status.st_size, status.st_mtime_ns) != (span.file.size, span.file.modified_ns):
-                raise UserError(str(path), "changed while the job ran", "start the job again")
+                raise UserError(str(path), "changed while the job was running", "start the job again")
             if span.first == 0:
                 with path.open("rb") as stream:
                     self.summary.sha256[str(path)] = hashlib.file_digest(stream, "sha256").hexdigest()

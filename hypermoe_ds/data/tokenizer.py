@@ -1,4 +1,4 @@
-"""Train SentencePiece BPE tokenizers as folders that Transformers loads, and load tokenizer folders."""
+"""Train SentencePiece BPE tokenizers, save them as folders for Transformers, and load tokenizer folders."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ _SEED = 0
 
 _CONTROL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
-# Transformers silently loads a folder without any of these files as a tokenizer with four tokens.
+# If a folder has none of these files, Transformers silently loads a tokenizer with four tokens.
 _VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -41,7 +41,8 @@ _OTHER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# Tokenizers have settings for spaces, capitals, accents, other scripts, control characters and control tokens.
+# The probe text contains everything that tokenizer settings can change: spaces, capitals, accents, other scripts,
+# control characters and control tokens.
 _PROBE = "Def f(x):\n\treturn  1.5e-3  # é e\u0301 ß 漢字 🙂 \u00a0</s> <s> A\r\nb"
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
@@ -64,7 +65,7 @@ def train_tokenizer(
         vocab_size: number of tokens, including control tokens and the 256 bytes.
         output: folder to write, with `tokenizer.model` and `tokenizer_config.json`.
         options: how documents are read.
-        unknown_as: kind of the files whose names have no known suffix; None refuses such files.
+        unknown_as: kind of files with an unknown suffix; None raises an error for such files.
 
     Returns:
         Counts of documents and rejections.
@@ -135,7 +136,7 @@ class _RecordingLines:
 
 
 def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field: str) -> bytes:
-    """Train and return the serialised model."""
+    """Train a tokenizer and return the serialised SentencePiece model."""
     recording = _RecordingLines(lines)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(_SEED)
@@ -150,7 +151,7 @@ def _train(lines: Iterator[str], vocab_size: int, report: ReadReport, text_field
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,  # indentation: one token for several spaces
+            allow_whitespace_only_pieces=True,  # encode several spaces of indentation as one token
             split_digits=True,
             user_defined_symbols=["\n", "\t"],
             input_sentence_size=_LINES,
@@ -192,7 +193,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             a file is a link to a target outside the folder, or the tokenizer has no end-of-sequence token.
     """
     tokenizer_files(Path(folder))
-    import transformers  # noqa: PLC0415 (takes seconds, so check the folder first)
+    import transformers  # noqa: PLC0415 (importing takes seconds, so check the folder first)
 
     try:
         # Unless trust_remote_code is False, Transformers asks on the terminal whether to run code from the folder.
@@ -202,11 +203,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer("text")  # some damage is detected only at first use
     except Exception as error:  # each tokenizer class raises different errors
         if "trust_remote_code" in str(error):
-            problem = "its tokenizer needs code of the folder (auto_map), which is never run here"
-            raise UserError(str(folder), problem, "save it with a class that Transformers has") from None
+            problem = "its tokenizer needs code from the folder (auto_map), which is never executed"
+            raise UserError(str(folder), problem, "save it with a tokenizer class of Transformers") from None
         raise UserError(str(folder), f"its tokenizer cannot be loaded ({error})", _GIVE_A_FOLDER) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(str(folder), "its tokenizer has no eos_token to end a document", "name one in its config")
+        raise UserError(
+            str(folder), "its tokenizer has no eos_token to end a document", "set it in tokenizer_config.json"
+        )
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Encode a sample of the inputs to find out whether a tokenizer loses text, and how many tokens it needs."""
+"""Encode a sample of the inputs to check whether a tokenizer loses text and to estimate the number of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +34,12 @@ class TokenizerCheck:
     unknown: int = 0
 
     def describe_loss(self) -> str:
-        """Describe the loss of text in one line; empty if no text was lost."""
+        """Describe lost text in one line, or return an empty string if no text was lost."""
         if not self.changed and not self.unknown:
             return ""
         return (
             f"warning: the tokenizer loses text: in a sample, {self.changed:,} of {self.documents:,} documents change "
-            f"by encoding and decoding, and {self.unknown / max(self.tokens, 1):.2%} of the tokens are unknown"
+            f"when they are encoded and decoded, and {self.unknown / max(self.tokens, 1):.2%} of the tokens are unknown"
         )
 
     def tokens_per_byte(self) -> float:

@@ -12,11 +12,11 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 
 def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    """Return an equivalent model without a hypernetwork, whose N HyperExperts per layer are parameters.
+    """Return an equivalent model that stores N HyperExperts per layer as parameters, without a hypernetwork.
 
     Args:
-        model: a model with one expert per token, or with `hyper_conditioning` "route". It is not modified, and its
-            other weights are shared with the result.
+        model: a model with one expert per token, or with `hyper_conditioning` "route". It is not modified. Its other
+            weights are shared with the result.
 
     Raises:
         UserError: the model has no hypernetwork, or more HyperExperts than experts per layer.
@@ -33,7 +33,7 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
 
 
 def bake_weights(loader: WeightLoader) -> LazyWeights:
-    """Return the tensors of the baked model, keeping the HyperExperts of only one layer in memory.
+    """Return the tensors of the baked model. Only the HyperExperts of one layer are in memory at a time.
 
     Raises:
         UserError: the model has no hypernetwork, or more HyperExperts than experts per layer.
@@ -74,13 +74,13 @@ def bake_weights(loader: WeightLoader) -> LazyWeights:
     return LazyWeights(config, loader.dtype, readers)
 
 
-def _baked_config(config: HyperMoEConfig) -> HyperMoEConfig:
-    if not config.hypernetwork or not config.moe_layers or config.baked_hyper_experts:
+def _baked_config(model_config: HyperMoEConfig) -> HyperMoEConfig:
+    if not model_config.hypernetwork or not model_config.moe_layers or model_config.baked_hyper_experts:
         raise UserError("--bake", "the model has no hypernetwork", "remove it")
-    if config.hyper_sets > config.num_experts:
+    if model_config.hyper_sets > model_config.num_experts:
         raise UserError(
             "--bake",
-            f"{config.hyper_sets:,} HyperExperts a layer are more than its {config.num_experts} experts",
+            f"{model_config.hyper_sets:,} HyperExperts per layer are more than the {model_config.num_experts} experts",
             "bake a model with num_experts_per_tok=1 or hyper_conditioning=route",
         )
-    return HyperMoEConfig(**{**config.to_dict(), "baked_hyper_experts": True})
+    return HyperMoEConfig(**{**model_config.to_dict(), "baked_hyper_experts": True})

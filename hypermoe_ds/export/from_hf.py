@@ -1,4 +1,6 @@
-"""Read the weights of a new run from a Hugging Face folder: HyperMoE, another Mixture of Experts, or a dense model.
+"""Read the weights of a new run from a Hugging Face folder.
+
+The folder contains a HyperMoE model, another Mixture of Experts, or a dense model.
 
 Shape legend: D hidden size, N experts, F expert width.
 """
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.expert_layout import split_gate_up
 from hypermoe_ds.checkpoint.hf_folder import checked_shapes, hypermoe_config, read_config
 from hypermoe_ds.checkpoint.safetensors_folder import FolderWeights, Reader, TrackedTensors
 from hypermoe_ds.errors import UserError
@@ -53,7 +56,7 @@ def open_folder(
         folder: a Hugging Face folder with safetensors files.
         upcycling: how to convert a dense model; None for a Mixture of Experts.
         fields: values for `OPEN_FIELDS`, for a model without HyperExperts.
-        seed: seed for initialising the HyperExperts of a Mixture of Experts that has none.
+        seed: seed for initialising HyperExperts, if the model is a Mixture of Experts without HyperExperts.
 
     Raises:
         UserError: HyperMoE cannot express the model; the error names the key and value, or the tensor.
@@ -66,7 +69,7 @@ def open_folder(
     if kind in DENSE and upcycling is None:
         raise UserError(f"{folder}: model_type={kind!r}", "is dense", "give --upcycle --experts N --top-k K")
     if kind not in DENSE and upcycling is not None:
-        raise UserError("--upcycle", f"{folder} has experts already (model_type={kind!r})", "remove it")
+        raise UserError("--upcycle", f"{folder} already has experts (model_type={kind!r})", "remove it")
     for key in fields or {}:
         if key not in OPEN_FIELDS:
             raise UserError(
@@ -87,9 +90,9 @@ def open_folder(
 
 def _refuse_options(upcycling: Upcycling | None, fields: Mapping[str, Any] | None) -> None:
     if upcycling is not None:
-        raise UserError("--upcycle", "this is a HyperMoE model already", "remove it")
+        raise UserError("--upcycle", "the model is already a HyperMoE model", "remove it")
     for key, value in (fields or {}).items():
-        raise UserError(f"{key}={value!r}", "this is a HyperMoE model already", "remove it")
+        raise UserError(f"{key}={value!r}", "the model is already a HyperMoE model", "remove it")
 
 
 def _hypermoe(folder: Path) -> LazyWeights:
@@ -99,27 +102,27 @@ def _hypermoe(folder: Path) -> LazyWeights:
     if raw.get("baked_hyper_experts", False) is not False:
         raise UserError(
             f"{folder / 'config.json'}: baked_hyper_experts=True",
-            "there is no hypernetwork left to train",
+            "the model has no hypernetwork to train",
             "give a folder that was exported without --bake",
         )
-    # Keep only the fields that a recipe sets: the others depend on the tokenizer and the export.
+    # Keep only the fields that a recipe sets, because the others depend on the tokenizer and the export.
     config = hypermoe_config(folder, {key: value for key, value in raw.items() if key in _FIELDS})
     return read_folder(folder, config)
 
 
 def _readers(
-    taken: TrackedTensors, config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
+    taken: TrackedTensors, model_config: HyperMoEConfig, upcycling: Upcycling | None, names: tuple[str, str, str, str]
 ) -> dict[str, Reader]:
     """Return a reader for each tensor except those of the HyperExperts."""
     readers: dict[str, Reader] = {}
-    for name, shape in state_dict_shapes(config).items():
+    for name, shape in state_dict_shapes(model_config).items():
         if ".hyper_experts." in name or name.startswith("model.hypernetwork."):
             continue
         match = _EXPERTS.fullmatch(name)
         if match is None:
             readers[name] = taken.reader(name, shape)
         elif upcycling is not None:
-            readers[name] = _upcycled(taken, config, upcycling, name, match)
+            readers[name] = _upcycled(taken, model_config, upcycling, name, match)
         elif match["part"] == "router.gate.weight":
             block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else names[0]
             readers[name] = taken.reader(f"{match['layer']}.{block}.gate.weight", shape)
@@ -131,10 +134,10 @@ def _readers(
 
 
 def _upcycled(
-    taken: TrackedTensors, config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
+    taken: TrackedTensors, model_config: HyperMoEConfig, upcycling: Upcycling, name: str, match: re.Match[str]
 ) -> Reader:
     """Return the reader of a router or expert tensor of an upcycled model."""
-    D, width = config.hidden_size, config.intermediate_size
+    D, width = model_config.hidden_size, model_config.intermediate_size
 
     def dense(projection: str) -> Reader:
         shape = (D, width) if projection == "down_proj" else (width, D)
@@ -144,7 +147,7 @@ def _upcycled(
         return partial(upcycling.gate_up, name, dense("gate_proj"), dense("up_proj"))
     if match["part"] == "experts.down_proj":
         return partial(upcycling.down, name, dense("down_proj"))
-    return partial(upcycling.router, name, config)
+    return partial(upcycling.router, name, model_config)
 
 
 def _one_by_one(
@@ -155,15 +158,16 @@ def _one_by_one(
     _, gate, up, down = names
     halves = [gate, up] if part == "experts.gate_up_proj" else [down]
     readers = [
-        [taken.reader(f"{block}.{expert}.{half}.weight", (rows // len(halves), columns)) for half in halves]
-        for expert in range(N)
+        [taken.reader(f"{block}.{expert}.{half}.weight", (rows // len(halves), columns)) for expert in range(N)]
+        for half in halves
     ]
 
     def read() -> Tensor:
         whole = torch.empty(shape, dtype=taken.files.dtype)
-        for expert, of_expert in enumerate(readers):
-            for target, half in zip(whole[expert].chunk(len(halves)), of_expert, strict=True):
-                target.copy_(half())
+        targets = split_gate_up(whole) if len(halves) == 2 else (whole,)
+        for target, of_half in zip(targets, readers, strict=True):
+            for expert_view, of_expert in zip(target, of_half, strict=True):
+                expert_view.copy_(of_expert())
         return whole
 
     return read

@@ -50,15 +50,15 @@ def export(
         tokenizer: folder of the model's tokenizer.
         output: folder to create.
         shard_bytes: maximum size of a file with more than one tensor.
-        same_function: model whose logits the folder must reproduce up to rounding; None requires the logits of `loader`
-            bitwise.
+        same_function: model whose logits the folder must reproduce up to rounding; None requires logits that
+            are bitwise identical to those of `loader`.
         add: function that writes more files to the folder, such as a model card.
         chat_template: file with a Jinja chat template; None keeps the tokenizer's own.
 
     Raises:
-        UserError: the folder exists and is not empty, the disk is too full, the tokenizer or the template is invalid,
-            or the model's logits are NaN or infinite.
-        RuntimeError: the folder differs from the source when it is read back; it is deleted.
+        UserError: the folder exists and is not empty, there is too little disk space, the tokenizer or the template is
+            invalid, or the model's logits are NaN or infinite.
+        RuntimeError: the written folder differs from the source. The folder is deleted.
     """
     check_output(output)
     model = _with_tokens_of(tokenizer, meta_model(loader.config).to(loader.dtype))
@@ -101,7 +101,7 @@ def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM
         The model, in the precision of its weights and in evaluation mode, and the folder of its tokenizer.
 
     Raises:
-        UserError: it is neither kind of folder, or its files are missing, damaged or belong to a different model.
+        UserError: the folder is of neither kind, or its files are missing, damaged or belong to a different model.
     """
     run = RunFolder(folder)
     if run.exists():
@@ -171,7 +171,9 @@ def _write_weights(loader: WeightLoader, model: HyperMoEForCausalLM, folder: Pat
                 tensors[name] = loader.read(name).cpu().contiguous()
                 shown.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors makes them private to the user
+            (folder / file).chmod(
+                (folder / "config.json").stat().st_mode
+            )  # safetensors makes files readable only by the user
             del tensors
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
@@ -190,10 +192,10 @@ def _compare_tensors(loader: WeightLoader, folder: Path) -> None:
     """Compare all tensors bitwise, including NaN."""
     back = read_back(folder)
     if back.readers.keys() != loader.shapes.keys():
-        raise RuntimeError(f"{folder} has other tensors than were written")
+        raise RuntimeError(f"{folder} contains different tensors than were written")
     for name in progress(loader.shapes, "compare", "tensors", len(loader.shapes)):
         if not _same_bits(back.read(name), loader.read(name).cpu()):
-            raise RuntimeError(f"{name} does not read back as it was written")
+            raise RuntimeError(f"{name} differs from the tensor that was written")
 
 
 def _compare_logits(loader: WeightLoader, folder: Path, same_function: WeightLoader | None) -> None:
@@ -201,7 +203,7 @@ def _compare_logits(loader: WeightLoader, folder: Path, same_function: WeightLoa
     ids_BS = torch.randint(loader.config.vocab_size, (1, _TOKENS_TO_CHECK), generator=torch.Generator().manual_seed(0))
     found = streamed_logits(read_back(folder), ids_BS)
     if not found.isfinite().all():
-        raise UserError("the model", "gives logits that are NaN or Inf", "see tools/inspect_checkpoint.py")
+        raise UserError("the model", "gives logits that are NaN or Inf", "inspect it with tools/inspect_checkpoint.py")
     expected = streamed_logits(loader if same_function is None else same_function, ids_BS)
     if same_function is None:
         is_same = _same_bits(found, expected)
@@ -210,7 +212,7 @@ def _compare_logits(loader: WeightLoader, folder: Path, same_function: WeightLoa
         tolerance = 1e-4 if loader.dtype == torch.float32 else 0.1
         is_same = bool((found - expected).float().norm() <= tolerance * expected.float().norm())
     if not is_same:
-        raise RuntimeError(f"{folder} does not give the logits of the model that was written")
+        raise RuntimeError(f"{folder} does not reproduce the logits of the exported model")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from hypermoe_ds.modeling import HyperMoEConfig
 DENSE = ("llama", "mistral", "qwen3")
 MOE = ("mixtral", "olmoe", "qwen3_moe")
 
-# Keys that are copied, because Transformers' configurations have the same ones.
+# Keys that are copied, because Transformers' configurations use the same names.
 _CARRIED = (
     "vocab_size",
     "hidden_size",
@@ -43,7 +43,7 @@ _TRANSLATED = (
     "max_window_layers",
     "layer_types",
 )
-# Values that have no effect. HyperMoE supports no other values of these keys.
+# For each key, the values that have no effect. HyperMoE supports no other values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -76,7 +76,7 @@ _WITHOUT_EFFECT = (
     "_model_name_or_path",
     "_name_or_path",
 )
-# Training settings that have a different meaning here.
+# Training settings, which have a different meaning in HyperMoE.
 _LEFT_TO_THE_RUN = ("router_aux_loss_coef",)
 
 
@@ -89,7 +89,7 @@ def model_type(folder: Path) -> str:
     kind = read_config(folder).get("model_type")
     if not isinstance(kind, str):
         raise UserError(
-            f"{folder / CONFIG}: model_type={short(kind)}", "is not a type of model", "give a Hugging Face folder"
+            f"{folder / CONFIG}: model_type={short(kind)}", "is not a model type", "give a Hugging Face folder"
         )
     return kind
 
@@ -105,13 +105,13 @@ def shape_of(folder: Path) -> dict[str, Any]:
     """
     raw, kind = read_config(folder), model_type(folder)
     if kind == "qwen2":
-        raise _refused(folder, "model_type", kind, "has biases in its attention, which HyperMoE does not have")
+        raise _refused(folder, "model_type", kind, "has attention biases, which HyperMoE does not support")
     if kind not in (*DENSE, *MOE):
         known = ", ".join(("hypermoe", *DENSE, *MOE))
         raise UserError(f"{folder / CONFIG}: model_type={short(kind)}", "is unknown", f"give one of {known}")
     refuse_unknown(folder, raw, {*_CARRIED, *_TRANSLATED, *_NEUTRAL, *_LEFT_TO_THE_RUN})
     try:
-        # Without `auto_map`, so that Transformers does not look for code in the folder.
+        # Leave out `auto_map`, so that Transformers does not look for code in the folder.
         config = CONFIG_MAPPING[kind](**{key: value for key, value in raw.items() if key not in _WITHOUT_EFFECT})
         _check(folder, config)
         return _fields(kind, config)
@@ -134,16 +134,14 @@ def notes_on(folder: Path) -> list[str]:
     if raw.get("model_type") == HyperMoEConfig.model_type:
         return []
     return [
-        f"{key}={short(raw[key])} is not carried over: it is a setting of training"
-        for key in _LEFT_TO_THE_RUN
-        if key in raw
+        f"{key}={short(raw[key])} is not copied, because the recipe sets it" for key in _LEFT_TO_THE_RUN if key in raw
     ]
 
 
 def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     if kind in DENSE:
         return {"intermediate_size": config.intermediate_size}
-    own_width = kind == "qwen3_moe"  # it may also have dense layers
+    own_width = kind == "qwen3_moe"  # Qwen3-MoE models can also have dense layers
     return {
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.moe_intermediate_size if own_width else config.intermediate_size,
@@ -159,30 +157,32 @@ def _check(folder: Path, config: PreTrainedConfig) -> None:
     for key, neutral in _NEUTRAL.items():
         value = getattr(config, key, neutral[0])
         if value not in neutral:
-            raise _refused(folder, key, value, f"HyperMoE has {neutral[0]!r}")
+            raise _refused(folder, key, value, f"HyperMoE supports only {neutral[0]!r}")
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
         raise _refused(
-            folder, "rope_parameters.rope_type", rope["rope_type"], "HyperMoE does not scale its rotary angles"
+            folder, "rope_parameters.rope_type", rope["rope_type"], "HyperMoE does not support scaled rotary embeddings"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _refused(folder, "partial_rotary_factor", rope["partial_rotary_factor"], "HyperMoE rotates whole heads")
+        raise _refused(
+            folder, "partial_rotary_factor", rope["partial_rotary_factor"], "HyperMoE rotates all dimensions of a head"
+        )
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise UserError(
             f"{folder / CONFIG}: sliding_window={window}",
             "HyperMoE attends to the whole sequence",
-            f"set max_position_embeddings in that file to at most {window}: up to that length the model is the same",
+            f"set max_position_embeddings in that file to at most {window}, a length at which the window has no effect",
         )
     layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:
         raise _refused(folder, "layer_types", sorted(layer_types), "HyperMoE attends to the whole sequence")
     if config.model_type == "mixtral" and config.num_experts_per_tok == 1:
         raise _refused(
-            folder, "num_experts_per_tok", 1, "it renormalises gates to 1, which HyperMoE never does with K = 1"
+            folder, "num_experts_per_tok", 1, "Mixtral renormalises gates to 1, which HyperMoE never does for K = 1"
         )
     if getattr(config, "norm_topk_prob", False) and config.num_experts_per_tok == 1:
-        raise _refused(folder, "norm_topk_prob", True, "with K = 1 the gates of HyperMoE are never renormalised")
+        raise _refused(folder, "norm_topk_prob", True, "HyperMoE never renormalises gates for K = 1")
 
 
 def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> None:
@@ -196,7 +196,7 @@ def refuse_unknown(folder: Path, raw: Mapping[str, Any], known: Set[str]) -> Non
         if key not in known and key not in _WITHOUT_EFFECT and not (key in general and general[key] == value):
             raise UserError(
                 f"{folder / CONFIG}: {key}={short(value)}",
-                "is unknown, and to drop it might change the model",
+                "is unknown, and dropping it might change the model",
                 "remove it from that file if it does not affect the model",
             )
 

@@ -1,4 +1,4 @@
-"""Initialise HyperExperts for a model that has none: as in pretraining, except that their output is exactly zero."""
+"""Initialise HyperExperts for a model that has none, as in pretraining, but with an output of exactly zero."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,16 @@ from torch import Tensor
 from hypermoe_ds.modeling import HyperMoEConfig, meta_model
 from hypermoe_ds.modeling.hyper_experts import HyperNetwork, SelectionEncoder
 
-# With these two zero, relu(x W_down + b_down) W_up + b_up is zero, but their gradients are not.
+# If these generator heads are zero, the output relu(x W_down + b_down) W_up + b_up is zero. The gradients of the heads
+# are not zero, so training changes them.
 _ZERO = ("up_weight", "up_bias")
 
 
-def init_hyper_experts(config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
+def init_hyper_experts(model_config: HyperMoEConfig, seed: int) -> dict[str, Tensor]:
     """Return the fp32 tensors of the hypernetwork and of each layer's selection encoder."""
     parts = {
         prefix: part
-        for prefix, part in meta_model(config).named_modules()
+        for prefix, part in meta_model(model_config).named_modules()
         if isinstance(part, HyperNetwork | SelectionEncoder)
     }
     tensors: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 @torch.no_grad()
 def streamed_logits(loader: WeightLoader, ids_BS: Tensor) -> Tensor:
-    """Return logits_BSV of a model, computed with its own code.
+    """Return logits_BSV of a model, computed by its own forward pass.
 
     Only one layer, the hypernetwork and the selection encoders are in memory at a time.
     """
@@ -21,7 +21,7 @@ def streamed_logits(loader: WeightLoader, ids_BS: Tensor) -> Tensor:
         tensors = {}
         for name in module.state_dict():
             whole = f"{names[id(module)]}.{name}"
-            # A tied output projection has no tensor: it shares the embedding's.
+            # A tied output projection has no tensor of its own, so read the embedding.
             tensors[name] = loader.read(whole if whole in loader.shapes else "model.embed_tokens.weight")
         module.load_state_dict(tensors, assign=True)
 
@@ -32,7 +32,7 @@ def streamed_logits(loader: WeightLoader, ids_BS: Tensor) -> Tensor:
     resident = [model.model.hypernetwork] if model.model.hypernetwork is not None else []
     for layer in model.model.layers:
         for part in layer.children():
-            # Keep selection encoders in memory: other modules use them outside their forward pass.
+            # Keep selection encoders in memory, because other modules use them outside their forward pass.
             (resident if isinstance(part, HyperExperts) else streamed).append(part)
     for part in resident:
         load(part)

@@ -1,4 +1,4 @@
-"""Write the tokenizer of an export in the form that Transformers users expect."""
+"""Write the tokenizer of an export with the settings that Transformers users expect."""
 
 import json
 from pathlib import Path

@@ -1,14 +1,14 @@
 """Read how a checkpoint was trained from its run folder, for the model card of an export."""
 
+from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.manifest import Manifest
 from hypermoe_ds.checkpoint.run_folder import RunFolder
-from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.export.model_card import TrainingRecord, training_record
 from hypermoe_ds.monitor.summary import validation_at
 
 
 def read_training_record(run: RunFolder, step: int | None = None) -> TrainingRecord:
-    """Read the datasets, the tokens consumed and, if that step was validated, the validation loss.
+    """Read the datasets, the number of consumed tokens and, if the step was validated, the validation loss.
 
     Args:
         run: the run folder.

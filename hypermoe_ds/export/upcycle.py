@@ -9,7 +9,7 @@ Each expert starts as a copy of the dense MLP, or of one of G equal slices of it
 - K = 1: the gate is the router's probability p. The router starts so small that p is within about 1e-4 of 1 / N, and
   the down projections start N times as large to compensate. The selected expert depends only on the direction of the
   router's rows, so the expert loads are the same as with a larger router. A router this small is unstable in the first
-  steps; a larger one (`router_std`) changes the function more.
+  steps. A larger router (`router_std`) is more stable, but changes the function more.
 
 Shape legend: D hidden size, N experts, G slices, F width of an expert.
 """
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.expert_layout import join_gate_up
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -37,7 +38,8 @@ class Upcycling:
         experts: N.
         top_k: K.
         granularity: G, number of slices per MLP.
-        noise: standard deviation of the normal noise added to the experts' weights, relative to the dense tensor's.
+        noise: standard deviation of the normal noise added to the experts' weights, relative to that of the dense
+            tensor.
         seed: seed for the router, the noise and the HyperExperts.
         router_std: standard deviation of the router's logits for inputs with a mean square of 1; None uses 1e-4 for
             K = 1 and the pretraining initialisation for K > 1.
@@ -58,7 +60,9 @@ class Upcycling:
             if value < 1:
                 raise UserError(f"{key}={value}", "too small", "give at least 1")
         if self.top_k > self.experts:
-            raise UserError(f"--top-k={self.top_k}", f"more than --experts={self.experts}", "give at most that")
+            raise UserError(
+                f"--top-k={self.top_k}", f"more than --experts={self.experts}", f"give at most {self.experts}"
+            )
         for key, value in (("--experts", self.experts), ("--top-k", self.top_k)):
             if value % self.granularity:
                 raise UserError(
@@ -70,10 +74,10 @@ class Upcycling:
             raise UserError(
                 f"--router-std={self.router_std}",
                 "is not a standard deviation",
-                "give more than 0",
+                "give a number above 0",
             )
         if not 0 <= self.noise < math.inf:
-            raise UserError(f"--noise={self.noise}", "is not a number of standard deviations", "give 0 or more")
+            raise UserError(f"--noise={self.noise}", "is out of range", "give 0 or more")
 
     def fields(self, width: int) -> dict[str, Any]:
         """Return the fields of `HyperMoEConfig` for experts made from an MLP of this width.
@@ -94,21 +98,20 @@ class Upcycling:
 
     def gate_up(self, name: str, gate: Callable[[], Tensor], up: Callable[[], Tensor]) -> Tensor:
         """Build `gate_up_proj` [N, 2F, D] from the dense gate and up projections [G * F, D]."""
-        halves = [self._copies(f"{name}.{half}", read()) for half, read in (("gate", gate), ("up", up))]
-        return torch.cat(halves, dim=1)
+        return join_gate_up(self._copies(f"{name}.gate", gate()), self._copies(f"{name}.up", up()))
 
     def down(self, name: str, down: Callable[[], Tensor]) -> Tensor:
         """Build `down_proj` [N, D, F] from the dense down projection [D, G * F]."""
         whole_DF = down().float() * (self.experts if self.top_k == 1 else self.granularity)
         return self._copies(name, whole_DF.T).transpose(1, 2)
 
-    def router(self, name: str, config: HyperMoEConfig) -> Tensor:
+    def router(self, name: str, model_config: HyperMoEConfig) -> Tensor:
         """Initialise the router's weight [N, D] at random, with equal rows for experts that form one MLP."""
-        std = config.initializer_range
+        std = model_config.initializer_range
         if self.router_std is not None or self.top_k == 1:
-            std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / config.hidden_size**0.5
+            std = (self.router_std or _ROUTER_STD_OF_ONE_EXPERT) / model_config.hidden_size**0.5
         groups = self.experts // self.granularity
-        rows_ND = torch.randn(groups, config.hidden_size, generator=self._generator(name)) * std
+        rows_ND = torch.randn(groups, model_config.hidden_size, generator=self._generator(name)) * std
         return rows_ND.repeat_interleave(self.granularity, dim=0)
 
     def _copies(self, name: str, whole_FD: Tensor) -> Tensor:
@@ -122,5 +125,5 @@ class Upcycling:
 
     def _generator(self, name: str) -> torch.Generator:
         """Return a generator seeded by the tensor's name, so that every read gives the same values."""
-        # 32 bits: torch's CPU generator ignores the higher bits of a seed.
+        # The seed has 32 bits, because torch's CPU generator ignores higher bits.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))

@@ -22,7 +22,7 @@ class WeightLoader(Protocol):
     Attributes:
         config: configuration of the model.
         dtype: precision of the tensors.
-        shapes: names and shapes of the tensors that a file of the model contains, in model order.
+        shapes: names and shapes of the tensors that are stored in weight files, in model order.
     """
 
     @property
@@ -41,12 +41,12 @@ class WeightLoader(Protocol):
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """The tensors of a model, each returned by a function.
+    """The tensors of a model, each loaded by its own function.
 
     Attributes:
         config: configuration of the model.
         dtype: precision of the tensors.
-        readers: by tensor name, a function that returns the tensor in any precision.
+        readers: for each tensor name, a function that returns the tensor in any precision.
     """
 
     config: HyperMoEConfig
@@ -82,14 +82,14 @@ def weights_of(model: HyperMoEForCausalLM) -> LazyWeights:
     return LazyWeights(model.config, model.dtype, readers)
 
 
-def read_folder(folder: Path, config: HyperMoEConfig) -> LazyWeights:
+def read_folder(folder: Path, model_config: HyperMoEConfig) -> LazyWeights:
     """Open the tensors of a HyperMoE folder and check them against its configuration.
 
     Raises:
         UserError: a tensor is missing, has the wrong shape, or is not part of the model.
     """
     taken = TrackedTensors(FolderWeights(folder))
-    shapes = checked_shapes(folder, config, taken.files.shapes)
+    shapes = checked_shapes(folder, model_config, taken.files.shapes)
     readers = {name: taken.reader(name, shape) for name, shape in shapes.items()}
-    taken.refuse_unused(config)
-    return LazyWeights(config, taken.files.dtype, readers)
+    taken.refuse_unused(model_config)
+    return LazyWeights(model_config, taken.files.dtype, readers)

@@ -23,7 +23,7 @@ class Distance(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Difference divided by the first norm; infinite if only the first is zero."""
+        """Difference divided by the norm of the first tensor; infinite if only the first tensor is zero."""
         if self.difference == 0:
             return 0.0
         return self.difference / self.norm if self.norm else math.inf
@@ -72,7 +72,7 @@ class Differences:
 
 
 def compare(first: TensorReader, second: TensorReader, progress: Progress = lambda _: None) -> Differences:
-    """Compare the parameters that both folders have, range by range."""
+    """Compare the parameters that are in both folders, range by range."""
     shared = [name for name in first.shapes if first.shapes[name] == second.shapes.get(name)]
     kinds = [kind for kind in first.kinds if kind in second.kinds]
     return Differences(

@@ -27,17 +27,17 @@ def inspection_lines(seen: Inspection) -> Iterator[str]:
 
 
 def difference_lines(differences: Differences) -> Iterator[str]:
-    """Describe the differences between two folders, line by line; distances are relative to the first."""
+    """Describe the differences between two folders, line by line; distances are relative to the norms of the first."""
     for title, names in (
-        ("only in the first", differences.only_first),
-        ("only in the second", differences.only_second),
+        ("only in the first folder", differences.only_first),
+        ("only in the second folder", differences.only_second),
     ):
         yield from _listed(title, names)
     reshaped = [f"{name}: {list(a)} and {list(b)}" for name, (a, b) in differences.reshaped.items()]
-    yield from _listed("other shape", reshaped)
+    yield from _listed("different shapes", reshaped)
     for kind, tensors in differences.tensors.items():
         yield ""
-        yield f"{kind}: ||second - first|| / ||first||, for {_count(len(tensors), 'tensor')} in both"
+        yield f"{kind}: ||second - first|| / ||first||, for {_count(len(tensors), 'tensor')} in both folders"
         if not tensors:
             yield "  nothing to compare"
         elif all(distance.difference == 0 for distance in tensors.values()):
@@ -100,8 +100,8 @@ def _similarity_lines(seen: Inspection) -> Iterator[str]:
     for layer in seen.similarity:
         first, second = layer.pair
         yield f"  {layer.block}: {layer.mean:.4f}, {layer.largest:.4f}, {first} and {second} of {layer.experts}"
-    verdicts = [verdict for layer in seen.similarity if (verdict := layer.verdict())]
-    yield from verdicts or [
+    warnings = [warning for layer in seen.similarity if (warning := layer.warning())]
+    yield from warnings or [
         f"the experts differ: every mean is below {COLLAPSING} and every pair below {NEAR_COPIES}"
         if all(math.isfinite(layer.mean) for layer in seen.similarity)
         else "some experts have NaN or Inf, so their cosines are undefined"

@@ -1,4 +1,4 @@
-"""Compute statistics of the model in a folder: parameters, norms, NaN and Inf, and similarity of experts.
+"""Compute statistics of the model in a folder: parameter counts, norms, NaN, Inf and similarity of experts.
 
 Shape legend: N experts, P pairs of experts, c elements per expert that are read at once.
 """
@@ -22,7 +22,7 @@ NEAR_COPIES = 0.9  # report two experts as near copies if their cosine is at lea
 _MOST_EXPERTS = 4096  # the matrix of cosines takes 8 N^2 bytes
 COLLAPSING = 0.5  # report a layer's experts as collapsing if their mean cosine is at least this
 
-# In display order. A name belongs to the first group whose pattern matches; the norms pattern is tried first.
+# Groups in display order. The norms pattern is tried first. A name belongs to the first group whose pattern matches.
 _PATTERNS = {
     "embeddings": r".*embed_tokens\..*",
     "attention": r".*\.self_attn\..*",
@@ -88,7 +88,7 @@ class Similarity:
     largest: float
     pair: tuple[int, int]
 
-    def verdict(self) -> str | None:
+    def warning(self) -> str | None:
         """Return a description of the problem, or None if the experts differ enough."""
         if self.mean >= COLLAPSING:
             return (
@@ -109,9 +109,9 @@ class Inspection:
     """Statistics of a folder.
 
     Attributes:
-        provenance: what the folder is.
+        provenance: kind and origin of the folder.
         tensors: statistics by kind ("weight", "exp_avg", "exp_avg_sq") and parameter name in the training model.
-        similarity: similarity of the experts, for each layer with more than one.
+        similarity: similarity of the experts, for each layer with more than one expert.
     """
 
     provenance: Provenance
@@ -135,16 +135,16 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return the statistics as a dict for JSON."""
         return {
-            "origin": asdict(self.provenance),
+            "provenance": asdict(self.provenance),
             "groups": {kind: {name: asdict(m) for name, m in self.groups(kind).items()} for kind in self.tensors},
             "not_finite": {name: asdict(measured) for name, measured in self.not_finite().items()},
-            "expert_similarity": [{**asdict(layer), "verdict": layer.verdict()} for layer in self.similarity],
+            "expert_similarity": [{**asdict(layer), "warning": layer.warning()} for layer in self.similarity],
             "tensors": {kind: {name: asdict(m) for name, m in part.items()} for kind, part in self.tensors.items()},
         }
 
 
 def inspect(reader: TensorReader, progress: Progress = lambda _: None) -> Inspection:
-    """Compute the statistics of a folder, reading a few MiB at a time; expert weights are read twice."""
+    """Compute the statistics of a folder. Read a few MiB at a time, and read expert weights twice."""
     tensors = {
         kind: {name: measure(reader, name, kind, progress) for name in sorted(reader.shapes)} for kind in reader.kinds
     }

@@ -1,6 +1,6 @@
 """Read the parameters of any model folder range by range, under their names in the training model.
 
-A checkpoint can thus be compared with a Hugging Face folder even if neither fits into memory.
+A checkpoint and a Hugging Face folder can therefore be compared even if neither fits into memory.
 """
 
 from abc import ABC, abstractmethod
@@ -13,13 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.expert_layout import training_shapes, training_view
 from hypermoe_ds.checkpoint.hf_folder import read_config
 from hypermoe_ds.checkpoint.manifest import MANIFEST
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.safetensors_folder import SafetensorsFolder
 from hypermoe_ds.checkpoint.shards import WEIGHT, CheckpointReader
-from hypermoe_ds.checkpoint.store import find_checkpoint
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 
@@ -30,7 +30,7 @@ _ELEMENTS_AT_ONCE = 2**20  # 4 MiB in fp32
 
 @dataclass(frozen=True)
 class Provenance:
-    """What kind of folder this is and what wrote it.
+    """Kind and origin of a folder.
 
     Attributes:
         path: the folder with the tensors.
@@ -54,10 +54,10 @@ class Provenance:
 
 
 class TensorReader(ABC):
-    """The parameters of one folder. Use it as a context manager, because it keeps files open.
+    """The parameters of one folder. Use the reader as a context manager, because it keeps files open.
 
     Attributes:
-        provenance: what the folder is.
+        provenance: kind and origin of the folder.
         shapes: shape of every parameter, by name in the training model.
         kinds: what is stored per parameter: "weight" and, after the first step, the optimizer's moments.
     """
@@ -194,7 +194,7 @@ class HuggingFaceTensorReader(TensorReader):
         self._mapped = ("", torch.empty(0))
 
     def _map(self, stored: str) -> Tensor:
-        """Memory-map a stored tensor; keep the last one mapped, because it is read range by range."""
+        """Memory-map a stored tensor. Keep the last tensor mapped, because its ranges are read one by one."""
         if self._mapped[0] != stored:
             self._mapped = (stored, self._files.map(stored))
         return self._mapped[1]

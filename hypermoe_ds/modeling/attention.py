@@ -18,7 +18,8 @@ from .moe import ResidualLinear
 def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each [B, S, width].
 
-    The tables are computed in fp32 in every forward pass, because casting the model to bf16 would round a buffer.
+    The tables are computed in fp32 in every forward pass. If they were stored in buffers, casting the model to bf16
+    would round them.
     """
     exponent_d = torch.arange(0, width, 2, device=positions_BS.device, dtype=torch.float32) / width
     angle_BSd = positions_BS.unsqueeze(-1).float() * base**-exponent_d
@@ -34,7 +35,7 @@ def rotate(x_BhSd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with the attention function selected by `config._attn_implementation`."""
+    """Causal grouped-query attention; `config._attn_implementation` selects the attention function."""
 
     is_causal = True
 

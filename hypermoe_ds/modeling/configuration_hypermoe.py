@@ -125,7 +125,8 @@ class HyperMoEConfig(PreTrainedConfig):
     """
 
     model_type = "hypermoe"
-    # All outputs except the logits, which `compute_metrics` needs; a list, because the Trainer appends to it.
+    # The Trainer does not pass these outputs to `compute_metrics`, which needs only the logits. This is a list, because
+    # the Trainer appends to it.
     keys_to_ignore_at_inference = [  # noqa: RUF012 (read by Transformers)
         "past_key_values",
         "lm_loss",
@@ -163,7 +164,7 @@ class HyperMoEConfig(PreTrainedConfig):
     first_dense_layers: int = 0
     """number of layers at the start of the model that have a dense SwiGLU instead of experts."""
     moe_every: int = 1
-    """after the first dense layers, every n-th layer is a Mixture of Experts."""
+    """use a Mixture of Experts in every n-th layer after the first dense layers; the other layers are dense."""
     num_experts: int = 8
     """number N of experts per MoE layer."""
     num_experts_per_tok: int = 1
@@ -173,15 +174,16 @@ class HyperMoEConfig(PreTrainedConfig):
     shared_expert_size: int = 0
     """width of a shared expert that processes every token; 0 disables it."""
     norm_topk_prob: bool = False
-    """divide the K gates of a token by their sum. For K = 1, this has no effect: the gate is always the router's
-    probability, because with p / p = 1 the router would receive no gradient."""
+    """divide the K gates of a token by their sum. For K = 1, this setting has no effect: the gate is always the
+    router's probability p. Dividing it by itself would give a constant gate of 1, and the router would receive no
+    gradient."""
     router_dtype: RouterDtype = "fp32"
-    """precision of the router's logits: that of the model, or fp32."""
+    """precision of the router's logits: `model` uses the precision of the model, `fp32` always uses fp32."""
     router_aux_loss_coef: float = 0.01
     """weight of the load-balancing loss, which is summed over the MoE layers."""
     router_aux_loss_scope: RouterAuxLossScope = "micro_batch"
-    """scope of the expert loads in the load-balancing loss: each rank's micro-batch, or the micro-batches of all
-    data-parallel ranks together."""
+    """tokens over which the load-balancing loss counts expert loads: each rank's micro-batch, or the micro-batches of
+    all data-parallel ranks together."""
     z_loss_coef: float = 0.001
     """weight of the router z-loss, which is summed over the MoE layers."""
     hypernetwork: bool = True
@@ -192,8 +194,8 @@ class HyperMoEConfig(PreTrainedConfig):
     one HyperExpert, generated from all experts except j and weighted by the gate of j. A layer then has N different
     HyperExperts for any K."""
     baked_hyper_experts: bool = False
-    """store the generated HyperExperts of each layer as parameters, without a hypernetwork; set by exports with at most
-    N HyperExperts per layer."""
+    """store the generated HyperExperts of each layer as parameters, without a hypernetwork. Exports with `--bake` set
+    this field. A layer can have at most N baked HyperExperts."""
     expert_embedding_size: int = 128
     """width E of an expert embedding."""
     selection_hidden_size: int = 128
@@ -229,9 +231,9 @@ class HyperMoEConfig(PreTrainedConfig):
         self._check()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the configuration and its code. For a saved model, list all auto classes in `auto_map`.
+        """Write the configuration and its code. If a model is saved, list all auto classes in `auto_map`.
 
-        By default, Transformers lists only the class of the saved model in `auto_map`.
+        Transformers itself would list only the class of the saved model.
         """
         listed = getattr(self, "auto_map", None) or {}
         if listed.keys() & _AUTO_CLASSES.keys():
@@ -243,7 +245,7 @@ class HyperMoEConfig(PreTrainedConfig):
             _check_number(key, getattr(self, key), least, largest)
         for key in (key for key, kind in HyperMoEConfig.__annotations__.items() if kind is bool):
             if not isinstance(getattr(self, key), bool):
-                raise self._error(key, "neither true nor false", "give one of them")
+                raise self._error(key, "is not a boolean", "give true or false")
         for key, kind in _CHOICES.items():
             if getattr(self, key) not in get_args(kind):
                 where = f"{key}={getattr(self, key)}"
@@ -252,14 +254,14 @@ class HyperMoEConfig(PreTrainedConfig):
             problem = f"more than num_experts={self.num_experts}"
             raise self._error("num_experts_per_tok", problem, f"choose 1 to {self.num_experts}")
         if self.baked_hyper_experts and self.hyper_sets > self.num_experts:
-            problem = f"{self.hyper_sets:,} HyperExperts a layer are more than its {self.num_experts} experts"
+            problem = f"{self.hyper_sets:,} HyperExperts per layer are more than the {self.num_experts} experts"
             remedy = "bake a model with num_experts_per_tok=1 or hyper_conditioning=route"
             raise self._error("baked_hyper_experts", problem, remedy)
         if self.num_attention_heads % self.num_key_value_heads:
             problem = f"does not divide num_attention_heads={self.num_attention_heads}"
             raise self._error("num_key_value_heads", problem, "choose a divisor")
         if self.head_dim % 2:
-            raise self._error("head_dim", "odd, so it cannot be rotated", "choose an even one")
+            raise self._error("head_dim", "odd, but rotary embeddings need an even width", "choose an even number")
         if self.first_dense_layers > self.num_hidden_layers:
             problem = f"more than num_hidden_layers={self.num_hidden_layers}"
             raise self._error("first_dense_layers", problem, f"choose 0 to {self.num_hidden_layers}")
@@ -310,7 +312,7 @@ class HyperMoEConfig(PreTrainedConfig):
 
     @property
     def renormalises_gates(self) -> bool:
-        """Whether the gates of a token are normalised to sum to one; never for K = 1."""
+        """Whether the gates of a token are divided by their sum; always false for K = 1."""
         return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     @property
@@ -390,8 +392,8 @@ _AUTO_CLASSES = {
     "AutoModel": "modeling_hypermoe.HyperMoEModel",
     "AutoModelForCausalLM": "modeling_hypermoe.HyperMoEForCausalLM",
 }
-# Minimum and maximum of each numeric field; if both are integers, the field must be an integer. The maxima are far
-# above any real model, but low enough that loops over layers or experts stay short.
+# Minimum and maximum of each numeric field. If both limits are integers, the field must be an integer. The maxima are
+# far above the values of any real model, but low enough that loops over layers or experts stay short.
 _LIMITS: Mapping[str, tuple[int, int] | tuple[float, float]] = MappingProxyType(
     {
         "vocab_size": (1, 1 << 24),

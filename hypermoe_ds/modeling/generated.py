@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from .configuration_hypermoe import HyperConditioning
 from .selections import selection_ids
 
-# For at most this many rows, applying HyperExperts row by row is faster than sorting the rows (18 us and 60 us on a CPU
-# with D = 768 and A = 64).
+# For at most this many rows, applying HyperExperts row by row is faster than sorting the rows (18 us compared with
+# 60 us on a CPU, with D = 768 and A = 64).
 _MAX_UNSORTED_ROWS = 4
-# PyTorch's CUDA grouped GEMM accepts fewer than 1,024 groups. On GPUs older than Hopper, PyTorch runs a loop over the
-# groups instead, which waits for the host.
+# PyTorch's CUDA grouped GEMM accepts fewer than 1,024 groups. On GPUs older than Hopper, PyTorch instead loops over the
+# groups, which synchronises the host with the GPU.
 _MOST_GROUPS = 1023
 _HOPPER = (9, 0)
 
@@ -84,7 +84,7 @@ def apply_generated(
 
     The result is exact and can be differentiated once, with respect to x, the gates and the weights. For the backward
     pass, the function saves its arguments and a tensor [R, A]. The backward pass gathers the sorted tokens again, which
-    is cheaper than saving them. Under torch.compile and torch.export, every token passes through all U HyperExperts.
+    is cheaper than saving them. Under torch.compile and torch.export, all U HyperExperts are applied to every token.
 
     Args:
         x_TD: input of the MoE block.
@@ -108,8 +108,8 @@ def apply_generated(
 def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
     """Apply all U HyperExperts to every token, with gate 0 for HyperExperts that the token does not use.
 
-    No tensor shape depends on the data, and the operators support every dtype. With K = 1, U equals N. For D = 768,
-    N = 8 and A = 64, this computation takes a sixth of an expert's FLOPs.
+    No tensor shape depends on the data, and the operators support every dtype. For K = 1, there are U = N HyperExperts.
+    With D = 768, N = 8 and A = 64, applying all of them takes a sixth of an expert's FLOPs.
     """
     U, D, A = weights.down_weight.shape
     x_TD = x_TD.to(weights.up_bias.dtype)
@@ -147,7 +147,10 @@ def sort_rows(assignment: Assignment, shape_UDA: Sequence[int], like: Tensor) ->
 
 
 def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
-    """Return whether a grouped GEMM is available for this device, dtype and shape. Rows must be aligned to 16 bytes."""
+    """Return whether a grouped GEMM is available for this device, dtype and shape.
+
+    The grouped GEMM needs rows that are aligned to 16 bytes.
+    """
     if not like.is_cuda or like.dtype is not torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
     aligned = all(width * like.element_size() % 16 == 0 for width in widths)
@@ -163,7 +166,7 @@ class RoutedRows:
     """
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
-        # GPUs sort shorter keys in fewer kernels: 8 kernels for 8 bits, compared with 22 for 64 bits.
+        # GPUs sort shorter keys with fewer kernels: 8 kernels for 8-bit keys, compared with 22 for 64-bit keys.
         self.order_R = torch.argsort(ids_R.to(torch.uint8 if count <= 256 else torch.int32), stable=True)
         self.ids_R = ids_R[self.order_R]
         all_U = torch.arange(count, device=ids_R.device)
@@ -185,7 +188,7 @@ class RoutedRows:
 
 
 class _Chunk(NamedTuple):
-    """The HyperExperts that one grouped GEMM applies."""
+    """A range of HyperExperts that one grouped GEMM applies, and their rows."""
 
     ids: slice
     rows: slice
@@ -193,7 +196,7 @@ class _Chunk(NamedTuple):
 
 
 class GroupedRows(RoutedRows):
-    """Use grouped GEMMs. The host waits for the device only if more than one grouped GEMM is needed."""
+    """Multiply rows with grouped GEMMs. The host waits for the device only if one grouped GEMM is not enough."""
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
         super().__init__(ids_R, count)
@@ -239,11 +242,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class LoopedRows(RoutedRows):
-    """Run one matrix product per HyperExpert and write the results in place. The host waits for the row counts.
+    """Run one matrix product per HyperExpert. The host waits until the device has counted the rows.
 
     For bf16 on CPU, oneDNN compiles a kernel for each new number of rows, which takes longer than the product itself.
-    Each bf16 product on CPU is therefore extended to a rounded number of rows. The extra rows belong to the next
-    HyperExperts, whose own products overwrite them.
+    Each bf16 product on CPU therefore includes extra rows, up to a rounded number of rows. The extra rows belong to the
+    next HyperExperts, whose own products overwrite the results.
     """
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
@@ -255,7 +258,7 @@ class LoopedRows(RoutedRows):
         if like.is_cuda or like.dtype is torch.float32:
             return rows
         count = rows.stop - rows.start
-        multiple = max(32, 1 << count.bit_length() >> 3)  # rounding adds at most a quarter, unless there are few rows
+        multiple = max(32, 1 << count.bit_length() >> 3)  # adds at most a quarter of the rows, unless they are few
         return slice(rows.start, min(rows.start + math.ceil(count / multiple) * multiple, like.shape[0]))
 
     def affine(

@@ -1,7 +1,7 @@
 """Cache generated HyperExperts between the forward passes of one `generate` call.
 
-The hypernetwork's output depends on its parameters, adapters and hooks, and on replaced or quantised modules. Changes
-to the model are expensive to detect, so the cache is discarded at the end of each `generate` call.
+The generated HyperExperts change if the parameters, adapters, hooks or modules of the hypernetwork change. Such changes
+are expensive to detect, so the cache is discarded at the end of each `generate` call.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ class HyperExpertCache:
         self._weights: HyperExpertWeights | None = None
 
     def fetch(self, sets_UK: Tensor, generate: Callable[[Tensor], HyperExpertWeights]) -> HyperExpertWeights:
-        """Return the HyperExperts of U <= `capacity` distinct selections, and generate those that are not cached.
+        """Return the HyperExperts of U <= `capacity` distinct selections. Generate the HyperExperts that are not
+        cached.
 
         Args:
             sets_UK: expert indices of each selection.
@@ -56,8 +57,8 @@ class KeptHyperExperts:
     """Cached HyperExperts of all layers, used only by forward passes that receive this cache as an argument.
 
     Attributes:
-        all_selections: each layer's weights for all possible selections, if there are few enough. Otherwise each layer
-            caches only the selections that it encounters.
+        all_selections: each layer's weights for all possible selections, if there are few enough. If None, each layer
+            caches only the selections that its tokens use.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class KeptHyperExperts:
         self._layers: dict[int, HyperExpertCache] = {}
 
     def layer(self, index: int, capacity: int) -> HyperExpertCache:
-        """Return the cache of MoE layer `index`, and create it on first use."""
+        """Return the cache of MoE layer `index`. Create the cache on first use."""
         if index not in self._layers:
             self._layers[index] = HyperExpertCache(capacity)
         return self._layers[index]

@@ -28,8 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 def keep_initialisation(part: nn.Module) -> None:
     """Mark the modules in `part`, so that the model initialises them with their own `reset_parameters`.
 
-    Otherwise, Transformers would initialise every Linear and Embedding in the same way. Generated weights would then be
-    10 to 30 times too large, and expert embeddings 50 times too small.
+    Without the mark, Transformers would initialise these modules like every other Linear and Embedding. Generated
+    weights would then be 10 to 30 times too large, and expert embeddings 50 times too small.
     """
     for module in part.modules():
         module.keeps_initialisation = True  # type: ignore[assignment]
@@ -161,7 +161,7 @@ class HyperNetwork(nn.Module):
         if form == "per_set":
             if recompute and torch.is_grad_enabled():
                 rows = sort_rows(assignment, (len(u_UB), self.hidden_size, self.adapter_size), u_UB)
-                # Recompute only `_per_set`: sharded parameters are gathered for `forward`, which must run only once.
+                # Recompute only `_per_set`. `forward` must run only once, because each call gathers sharded parameters.
                 y_TD: Tensor = checkpoint(self._per_set, x_TD, assignment, u_UB, rows, use_reentrant=False)
                 return y_TD
             return self._per_set(x_TD, assignment, u_UB)
@@ -194,7 +194,8 @@ class HyperNetwork(nn.Module):
     def _per_token_in_chunks(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
         """Compute `_per_token` in chunks, for linear layers whose weights `_factored` cannot read.
 
-        The FLOPs are the same. A chunk has B rows, so its generated weights take as much memory as the linear layers.
+        A chunk has B rows, so its generated weights take as much memory as the linear layers. The forward pass takes
+        about as many FLOPs as that of `_factored`.
         """
         if torch.compiler.is_compiling():
             return self._per_token(x_RD, u_RB)
@@ -218,8 +219,8 @@ class HyperNetwork(nn.Module):
 class SharedHyperNetwork:
     """Wrap the hypernetwork so that it can be passed to the layers as an argument.
 
-    accelerate moves all arguments of a layer to the layer's device, including modules. This fails if the weights of a
-    module are offloaded to disk.
+    accelerate moves all arguments of a layer, including modules, to the layer's device. Moving a module fails if its
+    weights are offloaded to disk, so this wrapper is not a module.
     """
 
     def __init__(self, module: HyperNetwork) -> None:
@@ -364,7 +365,7 @@ class HyperExperts(nn.Module):
         return 1 if self.conditioning == "route" else top_k
 
     def knows_selections(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
-        """Return whether to generate all possible selections without waiting for the actual selections."""
+        """Return whether to generate HyperExperts for all possible selections, without waiting for the actual ones."""
         sets = math.comb(self.num_experts, set_size)
         if sets <= self.num_experts or torch.compiler.is_compiling():  # `tokens` may be symbolic when compiling
             return sets <= self.num_experts
@@ -378,7 +379,7 @@ class HyperExperts(nn.Module):
     def _choose(
         self, form: Form | Literal["auto"], assignment: Assignment, sets: int, set_size: int, sizes: Sizes, x_TD: Tensor
     ) -> tuple[Form, bool]:
-        """Return the form and whether the backward pass generates the weights again."""
+        """Return the form, and whether the backward pass generates the weights again."""
         if torch.compiler.is_compiling():
             return ("per_set" if form == "auto" else form), False
         tokens, rows = x_TD.shape[0], assignment.ids_TJ.numel()
@@ -454,7 +455,7 @@ def generate_ahead(
 ) -> list[HyperExpertWeights] | None:
     """Generate the HyperExperts of all layers in one call, if all selections are known and the weights fit.
 
-    The hypernetwork's weights are then read once per pass instead of once per layer.
+    Memory traffic decreases, because the hypernetwork's weights are read once per pass instead of once per layer.
 
     Args:
         layers: the HyperExperts of all MoE layers.

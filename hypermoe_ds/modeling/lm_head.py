@@ -57,7 +57,7 @@ class LMHead(nn.Linear):
         if self.fused_cross_entropy is not None:
             total = self.fused_cross_entropy(x_TD, self.weight, labels_T)
         else:
-            # ctx.needs_input_grad is true even under no_grad.
+            # Pass whether gradients are enabled, because ctx.needs_input_grad is true even under no_grad.
             total = _ChunkedCrossEntropy.apply(x_TD, self.weight, labels_T, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         count = (labels_T != _IGNORED).sum()
         mean: Tensor = (total / count.clamp_min(1)).masked_fill(count == 0, torch.nan)
@@ -68,9 +68,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum the cross-entropies over chunks of tokens and compute both gradients in the forward pass.
 
     Each chunk's gradient overwrites its logits and is freed before the next chunk. No GEMM runs twice. The function
-    returns the sum instead of the mean, because gradients divided by the number of tokens before loss scaling would
-    underflow in fp16. The weight's gradient is accumulated in fp32, because in bf16 each chunk would round the sum
-    again. The fp32 gradient takes 4 bytes per weight until the last chunk.
+    returns the sum instead of the mean, because in fp16 gradients would underflow if they were divided by the number of
+    tokens before loss scaling. The weight's gradient is accumulated in fp32, because in bf16 each chunk would round the
+    sum again. The fp32 gradient takes 4 bytes per weight until the last chunk.
     """
 
     @staticmethod

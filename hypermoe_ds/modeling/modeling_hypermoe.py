@@ -106,10 +106,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         weights: HyperExpertWeights | None,
         kept: KeptHyperExperts | None,
     ) -> Tensor:
-        """Compute the HyperExperts' output in parallel with the token dispatch, on `hyper_stream` if possible.
+        """Start the computation of the HyperExperts, on `hyper_stream` in parallel with the token dispatch if possible.
 
-        Only HyperExperts whose weights were generated beforehand run on `hyper_stream`, because parameter gradients are
-        reduced on the main stream.
+        `hyper_stream` is used only if the weights are already generated. Generating weights reads parameters, whose
+        gradients are reduced on the main stream.
         """
         assert self.hyper_experts is not None
         run: Callable[[], Tensor] = partial(
@@ -182,7 +182,8 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
     """Embedding, decoder layers and final norm, with the hypernetwork that the layers share.
 
     Attributes:
-        skips_hyper_experts: whether to generate no HyperExperts; each layer has its own `skips_hyper_experts`.
+        skips_hyper_experts: whether to skip the generation of HyperExperts before the first layer. To omit the output
+            of HyperExperts, also set `skips_hyper_experts` of each layer.
     """
 
     skips_hyper_experts = False
@@ -375,18 +376,18 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], 0 for padding, which all losses ignore.
-            position_ids: [B, S]; None starts at the length of the cache.
+            position_ids: [B, S]; None counts from the length of the cache.
             past_key_values: cached keys and values of earlier tokens.
             inputs_embeds: [B, S, D], instead of input_ids.
             labels: [B, S], not shifted, usually the input ids; the loss ignores -100.
             use_cache: whether to return a cache; None uses the configuration.
             output_router_logits: whether to return router logits, selections and HyperExpert norms.
-            output_logits: whether to return logits. False computes the loss in chunks, if labels are given.
+            output_logits: whether to return logits. If false and labels are given, the loss is computed in chunks.
             logits_to_keep: number of last positions to compute logits for; 0 means all positions.
             kwargs: `shift_labels` [B, S], shifted labels that replace `labels`; `num_items_in_batch`, the number of
                 tokens to divide the loss by; arguments of `HyperMoEModel`.
         """
-        # Not in the signature: the Trainer expects a dataset column for each parameter whose name contains "label".
+        # `shift_labels` is not in the signature, because the Trainer would expect a dataset column with that name.
         shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -429,7 +430,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         """Return the losses by their names in the output, or an empty dictionary if there are no labels.
 
         `num_items` is the number of tokens in an accumulated batch. If given, the micro-batch losses add up to the mean
-        over all tokens of the batch. Routing losses are also weighted by tokens.
+        over all tokens of the batch. Routing losses are also weighted by the micro-batch's share of the tokens.
         """
         if labels_BS is None:
             return {}
@@ -444,7 +445,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             loss = lm_loss + len(routing) * weighted
         if num_items is not None:
             count = (labels_BS != -100).sum()
-            # Without labels, the mean loss is NaN, so replace it with zero. Clamping prevents 0 / 0 and NaN gradients.
+            # If all labels are -100, the mean loss is NaN, so replace it with zero. The clamp prevents NaN gradients
+            # from 0 / 0.
             share = count / torch.as_tensor(num_items, device=count.device).clamp_min(1)
             loss, lm_loss = ((mean * share).masked_fill(count == 0, 0) for mean in (loss, lm_loss))
         return losses | {"loss": loss, "lm_loss": lm_loss}
@@ -452,8 +454,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy, computed from the logits if they exist.
 
-        Otherwise `LMHead` computes the loss in chunks. An adapter around `LMHead` cannot do this, because the adapter
-        would pass the labels to the inner projection and add its own output to the loss.
+        Otherwise, `LMHead` computes the loss in chunks. If an adapter wraps `LMHead`, compute the logits first: the
+        adapter would pass the labels to the inner projection and add its own output to the loss.
         """
         if logits_BSV is None and isinstance(self.lm_head, LMHead):
             chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
@@ -473,7 +475,7 @@ def _without_padding(
 ) -> tuple[tuple[Routing, ...], Tensor]:
     """Remove padding from the routing and set the labels of padding to -100.
 
-    Training passes no mask, so the host does not wait for the device here.
+    Indexing with a mask makes the host wait for the device, but training passes no mask.
 
     Args:
         routing: routing of all B * S positions.
@@ -491,7 +493,7 @@ def _without_padding(
 HyperMoEConfig.register_for_auto_class()
 HyperMoEModel.register_for_auto_class("AutoModel")
 HyperMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# The Trainer's label smoothing, `transformers serve` and lm-evaluation-harness look up the model type in these tables,
-# which `register` of the Auto classes does not update. Exports contain this file, so they update the tables too.
+# The Trainer's label smoothing, `transformers serve` and lm-evaluation-harness look up the model type in these tables.
+# `AutoModel.register` does not update the tables. This file updates them, because exports contain this file.
 MODEL_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HyperMoEConfig.model_type] = HyperMoEForCausalLM.__name__

@@ -65,7 +65,7 @@ class Fp32Gate(nn.Linear):
             with torch.autocast(device, enabled=False):
                 return self.forward(x_TD)
         if not self.weight.requires_grad or x_TD.dtype == self.weight.dtype == torch.float32:
-            # Quantised weights also use this path, because their class implements no other product.
+            # Quantised weights also use this path, because their class supports no other matrix product.
             return F.linear(x_TD.float(), self.weight.float())
         logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TN
@@ -122,8 +122,8 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, selected_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Return y_TD, the gate-weighted sum of each token's expert outputs.
 
-        If Transformers shards the experts over ranks, index N stands for any expert on another rank. Rows of index N
-        contribute zero.
+        If Transformers shards the experts over ranks, index N represents every expert on another rank. Rows with index
+        N contribute zero.
         """
         top_k, chosen_R = selected_TK.shape[1], selected_TK.flatten()
         order_R = torch.argsort(chosen_R, stable=True)  # R = T * K rows, sorted by expert
@@ -210,8 +210,8 @@ def run_observed(
 def observe_router(router: nn.Module, on_routing: Callable[[Routing], None]) -> Iterator[None]:
     """Call `on_routing` once `router` has selected the experts.
 
-    The hooks are registered for one pass only. Nothing is stored on the module, so a pass that activation checkpointing
-    recomputes observes the same routing.
+    The hooks are registered for one pass only, and nothing is stored on the module. If activation checkpointing
+    recomputes a pass, the recomputed pass therefore observes the same routing.
     """
     logits: list[Tensor] = []
     handles = [

@@ -43,7 +43,7 @@ def selection_ids(selected_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def distinct_selections(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct sets among the tokens. The host waits for the number of sets.
+    """Return the distinct sets among the tokens. The host waits until the device has counted the sets.
 
     Returns:
         sets_UK, one row of expert indices per set, and set_of_token_T, the row of each token's set.
@@ -69,7 +69,7 @@ def selection_keys(selected_TK: Tensor, num_experts: int) -> Tensor:
 def _binomials(num_experts: int, set_size: int, device: torch.device) -> list[Tensor]:
     """Return one tensor [N] of C(n, k), n < N, for each k from 1 to K, computed on the device by Pascal's rule.
 
-    Values are clamped to C(N, K) to prevent overflow, because no rank exceeds C(N, K).
+    Values above C(N, K) are clamped to prevent overflow. No rank exceeds C(N, K), so larger values are not needed.
     """
     most = math.comb(num_experts, set_size)
     column_N = torch.ones(num_experts, dtype=torch.long, device=device)

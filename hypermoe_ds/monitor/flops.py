@@ -61,14 +61,14 @@ class ModelFlops:
         return rates
 
 
-def training_flops_per_token(config: HyperMoEConfig, sequence_length: int) -> int:
+def training_flops_per_token(model_config: HyperMoEConfig, sequence_length: int) -> int:
     """Return the FLOPs of one token's forward and backward pass.
 
     This is three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B), so only active
     parameters count. Recomputation is not counted, nor is the generation of HyperExperts, which all tokens of a
     selection share.
     """
-    return _BACKWARD_AND_FORWARD * config.forward_flops_per_token(sequence_length)
+    return _BACKWARD_AND_FORWARD * model_config.forward_flops_per_token(sequence_length)
 
 
 def peak_tflops(device: str, precision: str) -> float | None:

@@ -1,1 +1,1 @@
-"""Parallelism: layout of batches and experts over ranks, expert parallelism, and the DeepSpeed engine."""
+"""Distribute batches and experts over ranks, and turn a model into a DeepSpeed engine."""

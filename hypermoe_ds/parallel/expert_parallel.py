@@ -1,4 +1,4 @@
-"""Expert parallelism: the AutoEP section of the DeepSpeed configuration, and a sum over ranks."""
+"""Configure DeepSpeed's expert parallelism (AutoEP), and sum tensors over ranks."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool) -> dict[str, Any]:
     """Return the `expert_parallel` section of the DeepSpeed configuration.
 
-    With this section, `deepspeed.initialize` replaces each MoE block with an expert-parallel layer, for any `size`. If
-    `size` is 1, the experts are not sharded and no tokens are sent.
+    With this section, `deepspeed.initialize` replaces each MoE block with an expert-parallel layer, even if `size` is
+    1. In that case, the experts are not sharded, and ranks exchange no tokens.
 
     Args:
         size: number of ranks that share one copy of the experts.

@@ -39,10 +39,10 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, w
         fitting = [str(size) for size in range(1, share + 1) if share % size == 0]
         remedy = f"choose a global batch that is a multiple of {at_once}"
         if global_batch_size % world_size == 0:
-            remedy = f"on {world_size} ranks these micro-batches fit: {', '.join(fitting)}"
+            remedy = f"with {world_size} ranks, choose one of {', '.join(fitting)}"
         raise UserError(
             f"train.micro_batch_size={micro_batch_size}",
-            f"times {world_size} ranks does not divide train.global_batch_size={global_batch_size}",
+            f"multiplied by {world_size} ranks, it does not divide train.global_batch_size={global_batch_size}",
             remedy,
         )
     return global_batch_size // at_once
@@ -69,7 +69,7 @@ def check_expert_parallel(expert: int, num_experts: int, world_size: int) -> Non
 
 
 def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_size: int) -> int:
-    """Return the largest n for which the first n hosts can share the batch, or 0 if there is none.
+    """Return the largest n for which the ranks of the first n hosts can split the batch evenly; 0 if there is none.
 
     Args:
         slots: number of ranks on each host, in the order in which the hosts are used.

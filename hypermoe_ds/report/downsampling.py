@@ -1,4 +1,4 @@
-"""Reduce the number of points of curves and of bins over time."""
+"""Reduce the number of points in curves and the number of bins over time."""
 
 from itertools import pairwise
 
@@ -10,9 +10,9 @@ Ints = npt.NDArray[np.int64]
 
 
 def buckets(length: int, points: int) -> list[tuple[int, int]]:
-    """Split `length` values into ranges that become two points each; the end of a range is excluded.
+    """Split `length` values into half-open ranges, each of which becomes two points.
 
-    The first and the last value form ranges of one value each, so that a curve keeps its ends. If there are at most
+    The first value and the last value are separate ranges, so that a curve keeps its ends. If there are at most
     `points` values, each value is a range.
     """
     if length <= max(points, 4):
@@ -50,9 +50,10 @@ def extremes(values: Floats, points: int) -> Floats:
 
 
 class Bins:
-    """Average arrays over bins with equal numbers of records; the total number need not be known in advance.
+    """Average arrays over bins with equal numbers of records, for an unknown total number of records.
 
-    When there are twice as many bins as wanted, neighbours are merged, so memory does not grow with the run.
+    When the number of bins reaches twice the target, neighbouring bins are merged. Memory therefore does not grow with
+    the run.
 
     Args:
         most: target number of bins; the result has fewer than twice that number.

@@ -17,11 +17,11 @@ from hypermoe_ds.report.downsampling import Floats, Ints, extremes, kept_positio
 from hypermoe_ds.report.reading import Run, Series
 from hypermoe_ds.report.summary import differing_settings, resumes, summary
 
-_BYTES = 1_700_000  # for all curves; the whole page then stays below 3 MB
+_BYTES = 1_700_000  # for all curves, so that the whole page stays below 3 MB
 _BYTES_PER_VALUE = 8
 _MOST_POINTS = 2000
 _MOST_BINS = 160
-_LEVELS = 64  # byte value of load / mean load = 1
+_LEVELS = 64  # byte value of a load that equals the mean load
 _MOST_SAMPLES, _MOST_CHARACTERS = 60, 2000
 _NOT_CURVES = ("time", "consumed_tokens")
 
@@ -112,14 +112,14 @@ def _groups(run: Run, points: int) -> Iterator[dict[str, Any]]:
 def _axis(
     series: Series | None, steps: Ints, kept: Ints, unit: float, from_zero: bool = False
 ) -> list[float | None] | None:
-    """Return the values of a metric at these steps as another x axis, by interpolation; None if the run lacks it."""
+    """Interpolate a metric at these steps, for use as an x axis; return None if the run lacks the metric."""
     if series is None:
         return None
     values, at = series.numbers, np.frombuffer(series.steps, dtype=np.int64)
     finite = np.isfinite(values)
     if not finite.any():
         return None
-    # A validation has the step of the record before it; use the later time.
+    # A validation record has the same step as the record before it, so use the later time.
     interpolated = np.interp(steps[kept], at[finite], np.maximum.accumulate(values[finite]))
     return _rounded((interpolated - (values[finite][0] if from_zero else 0)) / unit, digits=7)
 

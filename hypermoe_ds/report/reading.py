@@ -69,7 +69,7 @@ class Run:
     settings: dict[str, str]
 
     def last(self, key: str) -> float | None:
-        """Return the last finite value of a metric; None if it has none."""
+        """Return the last finite value of a metric, or None if there is no finite value."""
         numbers = self.series[key].numbers if key in self.series else np.empty(0)
         finite = numbers[np.isfinite(numbers)]
         return float(finite[-1]) if len(finite) else None
@@ -81,14 +81,14 @@ def read_run(path: Path, name: str, bins: int) -> Run:
     Args:
         path: the run folder.
         name: label of the run.
-        bins: wanted number of bins of the expert loads over time.
+        bins: target number of bins for the expert loads over time.
 
     Raises:
         UserError: the folder has no metrics.
     """
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(str(path), "has no metrics.jsonl", "give the run folder of a run that has trained (run.dir)")
+        raise UserError(str(path), "has no metrics.jsonl", "give the run folder (run.dir) of a run that has trained")
     series, loads = _read_metrics(metrics, bins)
     if not series:
         raise UserError(str(metrics), "has no record", "wait for the first logged step")
@@ -140,7 +140,7 @@ def _settings(folder: Path) -> dict[str, str]:
 def flat(settings: Any, prefix: str = "") -> dict[str, str]:
     """Flatten nested settings into dotted keys with JSON values."""
     if not isinstance(settings, Mapping) or not settings:
-        return {prefix: json.dumps(settings, default=str)}  # YAML has dates, which JSON lacks
+        return {prefix: json.dumps(settings, default=str)}  # YAML can contain dates, which JSON cannot represent
     flattened: dict[str, str] = {}
     for key, value in settings.items():
         flattened |= flat(value, f"{prefix}.{key}" if prefix else str(key))

@@ -10,7 +10,7 @@ from hypermoe_ds.monitor.units import duration, readable
 from hypermoe_ds.report.downsampling import Floats
 from hypermoe_ds.report.reading import Run
 
-_GAP = 10  # intervals longer than this many times the median interval between records are pauses
+_GAP = 10  # an interval between records is a pause if it exceeds the median interval by this factor
 
 
 def summary(run: Run) -> dict[str, str]:

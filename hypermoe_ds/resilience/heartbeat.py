@@ -1,4 +1,4 @@
-"""Write and read the heartbeats in RUN_DIR/watch, which the ranks and the supervisor check."""
+"""Write and read the heartbeat files in RUN_DIR/watch, which the ranks and the supervisor check."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from hypermoe_ds.files import write_atomically
 
-FAILURE_REPORT = "verdict"  # file next to the heartbeats: one line that names the lost rank
+FAILURE_REPORT = "verdict"  # name of a file in RUN_DIR/watch: one line that names the lost rank
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Heartbeat:
         process: process id on that host.
         step: the current optimizer step.
         doing: the current part of the step.
-        passed: number of parts begun so far, 0 before the first step; equal on ranks at the same position.
+        passed: number of parts of steps begun so far; 0 before the first step, and equal on ranks at the same position.
         beats: number of heartbeats written.
         end: how the rank ended: done, saved (on a signal), lost (another rank was lost), error; empty while it runs.
         error: the error, if `end` is "error".

@@ -17,10 +17,10 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def deviations(self, loss: float) -> float | None:
-        """Return how many robust standard deviations a spike is above the median; None if the loss is not a spike.
+        """Return by how many robust standard deviations a spike exceeds the median; None if the loss is not a spike.
 
-        The first 16 losses of a launch are never spikes. NaN and infinite losses are ignored here: the step monitor
-        reports them.
+        The robust standard deviation is 1.4826 times the median absolute deviation. The first 16 losses of a launch are
+        never spikes. NaN and infinite losses are ignored here, because the step monitor reports them.
         """
         if not math.isfinite(loss):
             return None
@@ -30,6 +30,6 @@ class SpikeDetector:
             return None
         median = statistics.median(before)
         spread = _NORMAL * statistics.median(abs(other - median) for other in before)
-        # Lower bound on the spread, so that nearly constant losses do not make tiny changes look like spikes.
+        # The spread has a lower bound. Without it, a tiny change of a nearly constant loss would count as a spike.
         deviations = (loss - median) / max(spread, 1e-3 * abs(median), 1e-12)
         return deviations if deviations > _DEVIATIONS else None

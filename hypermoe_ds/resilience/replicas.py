@@ -56,7 +56,7 @@ class ReplicaCheck:
 def checksum(parameter: Tensor) -> Tensor:
     """Return a plain and a position-weighted sum over the words of a tensor, int64 [2].
 
-    The first sum detects a changed word, the second also two swapped words.
+    The plain sum detects a changed word. The weighted sum also detects two swapped words.
     """
     words = parameter.detach().contiguous().view(-1).view(_WORDS[parameter.element_size()])
     total_2 = torch.zeros(2, dtype=torch.int64, device=words.device)

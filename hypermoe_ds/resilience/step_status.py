@@ -30,8 +30,8 @@ class StepStatus:
 class StepLosses:
     """Copy a rank's losses to the host without waiting for the device.
 
-    The copies are queued on the device before the optimizer step. DeepSpeed's step waits for the gradient norm, which
-    is queued later, so the copies are complete after the step.
+    The copies are queued on the device before the optimizer step. The step waits for the gradient norm, which DeepSpeed
+    queues later, so the copies are complete after the step.
 
     Attributes:
         last_step: micro-batch losses of the last completed step.
@@ -42,10 +42,10 @@ class StepLosses:
         self._parts: list[Tensor] = []
 
     def add(self, loss: Tensor) -> Tensor:
-        """Record the loss of a micro-batch and return it; a NaN or infinite loss gets NaN as all its gradients.
+        """Record the loss of a micro-batch and return it; if it is NaN or infinite, all its gradients become NaN.
 
-        An infinite loss can have finite gradients, and DeepSpeed, which checks only the gradient norm, would not skip
-        the step. A finite loss is returned unchanged.
+        DeepSpeed decides only from the gradient norm whether to skip a step, and an infinite loss can have finite
+        gradients. A finite loss is returned unchanged.
         """
         self._parts.append(loss.detach().float().to("cpu", non_blocking=True))
         return loss * (1 + 0 * loss.detach())
@@ -72,5 +72,5 @@ def all_reduce_status(
     torch.distributed.all_reduce(sums_4, group=ranks.group)
     stopping, failing, skipping, loss = sums_4.tolist()
     if skipping not in (0, ranks.size):
-        raise MachineError(f"{skipping:.0f} of {ranks.size} ranks skipped a step for a NaN or Inf, the others did not")
+        raise MachineError(f"only {skipping:.0f} of {ranks.size} ranks skipped a step because of a NaN or Inf")
     return StepStatus(stopping > 0, failing > 0, skipping > 0, loss / ranks.size)

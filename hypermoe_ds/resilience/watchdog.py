@@ -1,6 +1,6 @@
 """End a job if one of its ranks has died or hangs, and report which one.
 
-Each rank writes a heartbeat to RUN_DIR/watch every few seconds, from a thread that depends on no other rank. A rank
+Each rank writes a heartbeat to RUN_DIR/watch every few seconds, from a thread that never waits for another rank. A rank
 that makes no progress reads the heartbeats of all ranks to find the cause. A background process kills a rank that
 cannot exit.
 """
@@ -32,10 +32,10 @@ _WRITTEN = ("rank_*", "stack_*", "told_*", "speaker", f"{FAILURE_REPORT}*")
 _LONGEST_PERIOD = 5.0
 _SILENT_PERIODS = 3
 _SECONDS_TO_END = 10
-# Arguments of the script: process id, start time of the process, path of the failure report. A process that is stopped
-# or waits for a disk cannot end itself. The script ignores SIGTERM, which DeepSpeed's launcher sends to the children of
-# a rank 30 s before it kills them. The script compares start times, because the operating system may reuse the id of a
-# process that has ended.
+# This script kills a rank that still runs 10 s after a failure report, because a process that is stopped or waits for a
+# disk cannot end itself. Its arguments are the process ID, the start time of the process and the path of the failure
+# report. The script ignores SIGTERM, which DeepSpeed's launcher sends to the children of a rank 30 s before it kills
+# them. It compares start times, because the operating system may reuse the ID of a process that has ended.
 _END_WITH_REPORT = f"""
 trap '' TERM
 runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
@@ -51,7 +51,7 @@ Item = TypeVar("Item")
 
 
 class Watchdog:
-    """Watch this rank's progress, and check the other ranks if it makes none.
+    """Watch this rank's progress; if it makes no progress, find the lost rank and end the job.
 
     The timeout applies from the first `begin`. Until then, only a dead or silent rank counts as lost.
 
@@ -86,7 +86,7 @@ class Watchdog:
         self._finished = Event()
 
     def begin(self, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
-        """Record that this rank begins a part of a step; search for a lost rank if the part exceeds the timeout.
+        """Record that this rank begins a part of a step. If the part exceeds the timeout, a lost rank is searched for.
 
         Args:
             step: optimizer step.
@@ -118,7 +118,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the code inside and end the process if a rank is lost. Entering is collective."""
+        """Watch the code inside the context, and end the process if a rank is lost. Entering is collective."""
         thread = Thread(target=self._run, daemon=True)
         try:
             self._prepare()
@@ -161,7 +161,7 @@ class Watchdog:
     def _killer(self) -> Iterator[None]:
         """Run the background process that kills this rank if it does not exit after a failure report."""
         command = ["sh", "-c", _END_WITH_REPORT, "sh", str(os.getpid()), start_time(), str(self._report)]
-        closed = subprocess.DEVNULL  # an inherited pipe would keep the launcher waiting
+        closed = subprocess.DEVNULL  # the launcher would wait until an inherited pipe is closed
         process = subprocess.Popen(command, start_new_session=True, stdin=closed, stdout=closed, stderr=closed)
         try:
             yield
@@ -236,7 +236,7 @@ class Watchdog:
                 print_error(self._report.read_text(), self._err)
         else:
             print_error(str(findings), self._err)
-            printed.touch()  # before other ranks can read the report
+            printed.touch()  # must exist before other ranks can read the report
             write_atomically(self._report, f"{findings}\n")
 
     def _wait_for_report(self) -> None:
@@ -270,7 +270,7 @@ class Watchdog:
             )
         if not self._heartbeat.passed:
             in_collective = current_thread() is main_thread()
-            problem = "a collective failed before the first step and no rank is lost"
+            problem = "a collective failed before the first step, but no rank is lost"
             return self._failure_report([problem]) if in_collective else ""
         return self._report_slowest(after)
 
@@ -283,7 +283,7 @@ class Watchdog:
             return self._failure_report((_last_seen(rank, "hangs") for rank in slowest), names_own_wait=not own)
         hosts = sorted({heartbeat.host for heartbeat in heartbeats.values()})
         remedy = [f"check the network between {', '.join(hosts)}"] if len(hosts) > 1 else []
-        problem = f"no rank has made progress for {self._timeout:.0f} s and none is behind"
+        problem = f"no rank has made progress for {self._timeout:.0f} s, and no rank is behind the others"
         return self._failure_report([problem, *remedy])
 
     def _failure_report(self, findings: Iterable[str], names_own_wait: bool = True) -> str:
@@ -302,7 +302,7 @@ def _last_seen(heartbeat: Heartbeat, state: str) -> str:
 
 
 def start_time() -> str:
-    """Return the start time of this process in clock ticks since boot, which identifies it together with its id."""
+    """Return the start time of this process in clock ticks since boot; with the process ID, it is unique."""
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 

@@ -37,7 +37,7 @@ def banner(
     counts = launch.parameters
     ranks, batch, length = launch.world_size, train.global_batch_size, data.sequence_length
     accumulation = gradient_accumulation_steps(batch, train.micro_batch_size, ranks)
-    origin = f"resumed from step {launch.step:,}" if launch.step else "new run"
+    beginning = f"resumed from step {launch.step:,}" if launch.step else "new run"
     return [
         (
             "model",
@@ -57,7 +57,7 @@ def banner(
         *zip(["data", *[""] * len(launch.datasets)], _datasets(launch.datasets), strict=False),
         ("length", f"{counted(train.steps, 'step')}, {readable(train.steps * batch * length)} tokens"),
         ("device", launch.device),
-        ("run", f"{run_dir}; {origin}"),
+        ("run", f"{run_dir}; {beginning}"),
     ]
 
 
@@ -72,7 +72,7 @@ def repetition_warnings(datasets: Sequence[DatasetShare]) -> list[str]:
     """Return a warning for each dataset that the run reads for 4 or more epochs."""
     return [
         f"warning: the run reads {dataset.name} {dataset.epochs:.1f} times ({readable(dataset.tokens)} tokens): "
-        "repeated data adds little from 4 epochs on; add data, lower its weight in data.train, or shorten the run"
+        "after 4 epochs, repeated data helps little; add data, lower its weight in data.train, or shorten the run"
         for dataset in datasets
         if dataset.epochs >= _MOST_EPOCHS
     ]

@@ -18,23 +18,23 @@ from hypermoe_ds.training.settings import ScheduleConfig
 _NOT_IN_RESULTS = "results stay the same"
 _ROUNDING = "memory and speed change; results stay the same up to rounding"
 
-# A setting has the effect listed for its longest prefix.
+# If several keys are prefixes of a setting, the longest one gives its effect.
 _EFFECTS: Mapping[str, str] = MappingProxyType(
     {
         "run.dir": _NOT_IN_RESULTS,
-        "model": "the run keeps its model",
+        "model": "the model stays the same",
         "data.train": "the order of the training samples may change",
         "data.sequence_length": "the text is split into different samples: some text is seen twice, some never",
         "data.valid": "validation losses are measured on different data",
-        "data.tokenizer": "the run keeps its copy from the first launch",
+        "data.tokenizer": "the run keeps the tokenizer that its first launch copied",
         "data": _NOT_IN_RESULTS,
         "train": _NOT_IN_RESULTS,
         "train.steps": "the schedule spans the new number of steps",
         "train.stop_at_step": "this launch ends at a different step",
         "train.micro_batch_size": _ROUNDING + ", and the routing losses average over different micro-batches",
-        "train.global_batch_size": "each step uses this many sequences from now on; the learning rate does not change",
+        "train.global_batch_size": "steps use the new batch size from now on; the learning rate does not change",
         "train.seed": "the order of the training samples changes; weights are kept",
-        "train.precision": "continues from the fp32 weights; losses change by rounding",
+        "train.precision": "training continues from the fp32 weights; losses change by rounding",
         "train.clip_grad_norm": "gradients are clipped at the new norm",
         "train.activation_checkpointing": _ROUNDING,
         "train.skip_samples": "these samples are skipped from now on",
@@ -58,7 +58,7 @@ def record_launch(
     step: int,
     log: Callable[[str], None],
 ) -> None:
-    """Write `resolved/`. On a resume, first print the settings that changed since the last launch.
+    """Write the settings to `resolved/`; on a resume, first print those that changed since the last launch.
 
     If the last launch's settings cannot be read, for example after a power failure, print a warning instead.
 
@@ -121,7 +121,7 @@ def _settings(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> dict[s
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove nulls from the items of lists: items written by an older version may lack newer settings."""
+    """Remove nulls from the items of lists, because items written by an older version may lack newer settings."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -38,8 +38,8 @@ _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
 
 _OFFLOAD = MappingProxyType({"device": str, "pin_memory": bool})
 
-# Keys of DeepSpeed 0.19.8 that the JSON may set, with their types. They are checked because DeepSpeed silently ignores
-# unknown keys: {"zero_optimizaton": ...} would run stage 0.
+# Keys of DeepSpeed 0.19.8 that the JSON may set, with their types. DeepSpeed itself silently ignores unknown keys; a
+# misspelt {"zero_optimizaton": ...} would train with ZeRO stage 0.
 _KNOWN: Mapping[str, Any] = MappingProxyType(
     {
         "zero_optimization": {
@@ -82,14 +82,14 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
-# Minimum values other than 0. With smaller values, DeepSpeed fails late or computes something different.
+# Minimum values, if not 0. With smaller values, DeepSpeed fails late or computes something different.
 _MINIMUM: Mapping[str, float] = MappingProxyType(
     {
         "reduce_bucket_size": 1,
         "allgather_bucket_size": 1,
         "sub_group_size": 1,
         "gradient_predivide_factor": 1e-6,
-        "module_depth": -1,  # all modules
+        "module_depth": -1,  # selects all modules
     }
 )
 _MAXIMUM: Mapping[str, float] = MappingProxyType({"ratio": 1})
@@ -113,7 +113,7 @@ def _load(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "give a file of ds_configs/") from None
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "give a file in ds_configs/") from None
     except ValueError as error:
         raise UserError(str(path), f"is not JSON ({error})", "correct it or start from ds_configs/zero1.json") from None
     if not isinstance(content, dict):
@@ -147,7 +147,7 @@ def _check_keys(content: Mapping[str, Any], known: Mapping[str, Any], path: str,
             raise UserError(
                 f"{where}={value!r}", f"is not of type {kind.__name__}", f"give a value of type {kind.__name__}"
             )
-        elif kind in (int, float) and not _MINIMUM.get(key, 0) <= value <= _MAXIMUM.get(key, _LARGEST):  # also NaN
+        elif kind in (int, float) and not _MINIMUM.get(key, 0) <= value <= _MAXIMUM.get(key, _LARGEST):  # NaN fails too
             remedy = f"give {_MINIMUM.get(key, 0)} to {_MAXIMUM.get(key, _LARGEST):g}"
             raise UserError(f"{where}={value!r}", "is out of range", remedy)
 
@@ -168,7 +168,7 @@ def without_owned_by_recipe(merged: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def zero_stage(ds_json: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed JSON, 0 if it sets none."""
+    """Return the ZeRO stage of a DeepSpeed JSON; 0 if the JSON does not set a stage."""
     return int(ds_json.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -189,7 +189,7 @@ def _check_zero(ds_json: Mapping[str, Any], stage: int, moe: bool) -> None:
         device = zero.get(part, {}).get("device", "none")
         where = f"zero_optimization.{part}.device={device}"
         if device == "nvme":
-            raise UserError(where, "cannot be saved", "set it to cpu")
+            raise UserError(where, "is not supported, because checkpoints do not save state on NVMe", "set it to cpu")
         if device not in ("none", "cpu"):
             raise UserError(where, "is unknown", "set it to cpu or none")
         if part == "offload_param" and device == "cpu" and stage != 3:
@@ -221,7 +221,7 @@ def merge(
     """
     stage = zero_stage(ds_json)
     if stage not in (1, 2, 3):
-        # Without ZeRO, DeepSpeed 0.19.8's gradient norm depends on expert parallelism (measured: 0.563 and 0.551).
+        # In DeepSpeed 0.19.8 without ZeRO, the gradient norm depends on expert parallelism (measured: 0.563 and 0.551).
         raise UserError(f"zero_optimization.stage={stage}", "is not supported", "set it to 1, 2 or 3")
     _check_zero(ds_json, stage, bool(model.moe_layers))
     if model.moe_layers:
@@ -233,13 +233,13 @@ def merge(
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip_grad_norm,  # DeepSpeed's default is 1.0
-        "steps_per_print": 2**31 - 1,  # the training loop prints instead
+        "steps_per_print": 2**31 - 1,  # the training loop prints its own lines instead
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16"},
     }
     _check_data_types(ds_json, train.precision)
     if train.precision == "bf16" and accumulation > 1 and "grad_accum_dtype" not in ds_json.get("data_types", {}):
-        # Error of the first moment over 128 micro-batches: 1.1 % with bf16 accumulation, 0.3 % with fp32.
+        # Over 128 micro-batches, the first moment has an error of 1.1 % with bf16 accumulation and 0.3 % with fp32.
         merged["data_types"] = {"grad_accum_dtype": "fp32"}
     if model.moe_layers:
         from hypermoe_ds.parallel.expert_parallel import autoep_section  # noqa: PLC0415 (it imports torch)
@@ -248,7 +248,7 @@ def merge(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0
         )
     if stage == 3:
-        # The hypernetwork's forward pass reads its submodules' parameters directly, so ZeRO 3 must gather all of them.
+        # HyperNetwork.forward reads the parameters of its submodules directly, so ZeRO 3 must gather all of them first.
         leaves = {"classes": ["HyperNetwork"]}
         merged["zero_optimization"] = {**merged["zero_optimization"], "leaf_module": leaves}
     return merged

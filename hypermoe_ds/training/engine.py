@@ -35,8 +35,8 @@ _LOGGER = logging.getLogger(__name__)
 def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, int]:
     """Join the process group that the launcher describes (NCCL with GPUs, gloo without).
 
-    The launcher may be deepspeed, torchrun, srun or mpirun. If MASTER_ADDR is not set, mpi4py finds the ranks. After
-    this call, this rank receives SIGTERM when its launcher ends.
+    The launcher may be deepspeed, torchrun, srun or mpirun. If MASTER_ADDR is not set, DeepSpeed finds the ranks with
+    mpi4py. After this call, this rank receives SIGTERM when its launcher ends.
 
     Args:
         timeout: seconds to wait for missing ranks and for each collective.
@@ -70,13 +70,13 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
         port = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
         problem = f"the ranks cannot connect to it ({str(error).splitlines()[0][:120]})"
         if "EADDRINUSE" in str(error):
-            remedy = "another job may use it: set MASTER_PORT=N, or give `deepspeed --master_port N` a free one"
+            remedy = "another job may use this port: set MASTER_PORT or `deepspeed --master_port` to a free one"
             raise UserError(port, problem, remedy) from None
         raise MachineError(f"{port}: {problem}; see which host is missing: python tools/preflight.py") from None
     found = torch.distributed.get_world_size()
     if launched is not None and found != int(launched):
-        remedy = "set MASTER_ADDR, or make the launcher and the library that mpi4py loads those of one MPI"
-        raise UserError("mpi4py", f"finds {found} of the {launched} ranks of the launcher", remedy)
+        remedy = "set MASTER_ADDR, or launch with the MPI installation that mpi4py loads"
+        raise UserError("mpi4py", f"finds only {found} of the launcher's {launched} ranks", remedy)
     return torch.distributed.get_rank(), found
 
 
@@ -86,8 +86,9 @@ def _set_up_libraries(log_level: str) -> None:
     if os.access(sys.prefix, os.W_OK):
         # Keep compiled operators per environment: two environments that share a cache would keep rebuilding them.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
-    # On CPUs, oneDNN and PyTorch each cache kernels for 1,024 bf16 matrix shapes, up to 0.7 MiB per entry. The row
-    # counts of experts differ in every step, so most entries are never reused; 128 cover those shared across layers.
+    # On CPUs, oneDNN and PyTorch each cache kernels for 1,024 bf16 matrix shapes, up to 0.7 MiB per entry. The number
+    # of rows per expert changes in every step, so most entries are never reused. 128 entries are enough for the shapes
+    # that occur in several layers.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
     # DeepSpeed 0.19.8 calls these functions in every step, and torch 2.13 warns each time that they were renamed.
@@ -95,7 +96,7 @@ def _set_up_libraries(log_level: str) -> None:
 
 
 def _load_communication() -> None:
-    """Load DeepSpeed's operator for CPU process groups before ranks wait for each other, because it may compile."""
+    """Load DeepSpeed's operator for CPU process groups before ranks wait for each other; loading may compile it."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         with without_stale_locks():
@@ -103,7 +104,7 @@ def _load_communication() -> None:
 
 
 def build_engine(
-    config: HyperMoEConfig,
+    model_config: HyperMoEConfig,
     ds_config: dict[str, Any],
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
@@ -113,7 +114,7 @@ def build_engine(
     """Build the model and the DeepSpeed engine that trains it (collective).
 
     Every rank initialises the full model with the same seed; expert parallelism then keeps only the rank's own experts.
-    The initial weights are therefore the same under any layout.
+    The initial weights therefore do not depend on the parallel layout.
 
     Raises:
         UserError: the device does not support `train.precision`.
@@ -121,7 +122,7 @@ def build_engine(
     if train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("train.precision=fp16", "this device does not support it", "set it to bf16 or fp32")
     torch.manual_seed(train.seed)
-    model = HyperMoEForCausalLM(config)
+    model = HyperMoEForCausalLM(model_config)
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     return parallelize(
@@ -166,4 +167,4 @@ def _announce_compilation(operator: str, name: str) -> None:
     """Log that DeepSpeed is about to compile an operator, because DeepSpeed itself prints nothing."""
     folder = operators_folder()
     if not installed_ops.get(operator, False) and not any(folder.rglob(f"{operator}.so")):
-        _LOGGER.info("compiling %s, once for this environment: one to five minutes, in %s", name, folder)
+        _LOGGER.info("compiling %s in %s: takes one to five minutes, once per environment", name, folder)

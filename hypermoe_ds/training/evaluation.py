@@ -50,8 +50,8 @@ def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], de
         batches: batches with `input_ids` and `labels` [B, S]; labels are the next tokens or -100.
         device: device of the model.
     """
-    # Accumulate in fp64, because there may be millions of tokens, and on the device, to avoid a synchronisation per
-    # batch.
+    # Accumulate in fp64, because there may be millions of tokens, and on the device, so that the host does not wait for
+    # the device in every batch.
     total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         labels = batch["labels"].to(device, non_blocking=True)

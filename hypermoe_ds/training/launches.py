@@ -1,4 +1,4 @@
-"""Write RUN_DIR/launches.jsonl: one entry when a launch starts and one when it ends."""
+"""Write RUN_DIR/launches.jsonl, with one entry when a launch starts and one when it ends."""
 
 import json
 import platform

@@ -1,41 +1,18 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.resilience.watchdog import Watchdog
+from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.step_monitor import StepMonitor
-
-if TYPE_CHECKING:
-    from hypermoe_ds.monitor.step_clock import Part
-    from hypermoe_ds.training.recorder import Recorder
-    from hypermoe_ds.training.validation import Validation
-
-
-class StepObserver:
-    """Hooks into an optimizer step. This base class does nothing.
-
-    Attributes:
-        logs: whether this step is logged; if so, its forward passes also return router logits.
-    """
-
-    logs = False
-
-    def measure(self, _part: "Part") -> AbstractContextManager[None]:
-        """Return a context manager for one part of the step."""
-        return nullcontext()
-
-    def observe(self, output: Any) -> None:
-        """Process the output of a micro-batch."""
-
-    def observe_gradients(self) -> None:
-        """Process the gradients after the last backward pass and before the optimizer step."""
+from hypermoe_ds.training.step_observer import StepObserver
+from hypermoe_ds.training.validation import Validation
 
 
 def train(
@@ -43,9 +20,9 @@ def train(
     batches: Iterator[dict[str, Tensor]],
     state: TrainState,
     last_step: int,
-    recorder: "Recorder",
+    recorder: Recorder,
     checkpoints: CheckpointManager,
-    validate: "Callable[[], Validation] | None",
+    validate: Callable[[], Validation] | None,
     validation_interval: int,
     skipped_samples: SkippedSamples,
     step_monitor: StepMonitor,
@@ -53,12 +30,13 @@ def train(
 ) -> bool:
     """Train until `last_step` or a stop signal, and return whether a signal ended the training.
 
-    The last step is saved and, unless a signal ended the run, validated. A failed checkpoint is retried. A checkpoint
-    due during bad steps is postponed to the next good step, because the weights may contain NaN.
+    Save a checkpoint after the last step, and validate unless a signal ended the training. Save again if a background
+    save failed. If a checkpoint is due while steps are skipped because of NaN or Inf, save after the next good step
+    instead, because the weights may contain NaN.
 
     Args:
         engine: the DeepSpeed engine.
-        batches: this rank's micro-batches, starting at the position of `state`.
+        batches: this rank's micro-batches, starting at sample `state.consumed_samples`.
         state: training state; updated after each step.
         last_step: step after which this launch ends.
         recorder: logs the steps.
@@ -91,7 +69,7 @@ def train(
         unsaved = unsaved or status.unsaved or checkpoints.is_due(state.step)
         if ending or stopping or (unsaved and not state.bad_steps):
             watchdog.begin(state.step, "saving")
-            with recorder.measure("checkpoint"):  # during bad steps, keep all older checkpoints
+            with recorder.measure("checkpoint"):  # keep older checkpoints during bad steps
                 checkpoints.save(state.step, state.to_dict(), prune=not state.bad_steps)
             unsaved = False
     checkpoints.finish()
@@ -115,7 +93,7 @@ def optimizer_step(
         engine: the DeepSpeed engine, which scales the loss, accumulates and clips gradients and updates the weights.
         batches: this rank's micro-batches.
         observer: hooks into the parts of the step, its outputs and its gradients.
-        watch: receives each loss and returns the loss to run the backward pass from.
+        watch: called with each loss; returns the loss for the backward pass.
 
     Returns:
         Number of tokens in the step, over all ranks.

@@ -1,7 +1,7 @@
 """Measure norms of gradients, weights and updates by parameter group.
 
-Each rank measures the ranges whose optimizer state it owns. These ranges cover every element once, so the norms follow
-from a sum over ranks, without gathering gradients or weights.
+Each rank measures the ranges whose optimizer state it owns. Over all ranks, these ranges cover every element exactly
+once. A sum of squares over ranks therefore gives the norms, without gathering gradients or weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ from hypermoe_ds.training.settings import OptimizerConfig
 
 def group_of(name: str) -> str:
     """Return the group of a parameter: experts, hypernetwork, routers or rest."""
-    if ".hyper_experts." in name or ".hypernetwork." in name:  # check first: encoders have expert embeddings
+    if ".hyper_experts." in name or ".hypernetwork." in name:  # includes the encoders' expert embeddings
         return "hypernetwork"
     if ".mlp.experts." in name:
         return "experts"
@@ -89,7 +89,7 @@ class ParameterNorms:
             yield name, adam
 
     def _squares(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        """Return this rank's sum of squares per group, on the device and without synchronising with it."""
+        """Return this rank's sum of squares per group, computed on the device without waiting for it."""
         squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64, device=self._engine.device)
         for name, part in parts:
             norm = torch.linalg.vector_norm(part, dtype=torch.float32).to(squares.device, torch.float64)

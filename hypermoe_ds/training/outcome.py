@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hypermoe_ds.monitor.summary import iterate_records
@@ -10,10 +10,11 @@ from hypermoe_ds.monitor.units import duration, readable
 from hypermoe_ds.training.launches import Ended
 
 _REPOSITORY = Path(__file__).parents[2]
+_DEFAULT_PORT = "29500"
 _REASONS = {
     "finished": "the run is finished",
     "stop_at_step": "train.stop_at_step ended this launch",
-    "signal": "a signal ended this launch; its last step is saved",
+    "signal": "a signal ended this launch after it saved a checkpoint",
 }
 
 
@@ -31,8 +32,7 @@ def outcome_rows(
         data: prefix of the token files to evaluate on; None without validation data.
         resume: the command that resumes the run.
     """
-    repository = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
-    root = "" if repository == "." else f"{repository}/"
+    root = _repository()
     folder = shlex.quote(str(run_dir))
     rows = [
         ("ended", f"{_REASONS[ended]}: step {step:,}, {readable(tokens)} tokens, after {duration(seconds)}"),
@@ -50,6 +50,12 @@ def outcome_rows(
     ]
 
 
+def _repository() -> str:
+    """Return the path of the repository as a prefix, relative if the working directory is inside it."""
+    repository = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
+    return "" if repository == "." else f"{repository}/"
+
+
 def _validation(run_dir: Path) -> list[str]:
     metrics = run_dir / "metrics.jsonl"
     records = iterate_records(metrics) if metrics.is_file() else ()
@@ -60,7 +66,9 @@ def _validation(run_dir: Path) -> list[str]:
     return [f"loss {last:.4f} at step {step:,}; best {best:.4f} at step {best_step:,}"]
 
 
-def resume_command(ranks: int, hosts: int, words: Sequence[str], ended: Ended) -> list[str]:
+def resume_command(
+    ranks: int, hosts: int, words: Sequence[str], ended: Ended, variables: Mapping[str, str]
+) -> list[str]:
     """Return the command that resumes a run.
 
     Args:
@@ -68,9 +76,17 @@ def resume_command(ranks: int, hosts: int, words: Sequence[str], ended: Ended) -
         hosts: number of hosts; with more than one, the command omits the launcher.
         words: command line of the training script in this launch, starting with the script.
         ended: why the launch ended; after "stop_at_step", the command resets `train.stop_at_step`.
+        variables: environment variables of this launch. launch/local.sh sets HYPERMOE_SCREEN.
     """
     script, *arguments = words
-    kept = [word for word in arguments if not word.startswith("--local_rank")]
-    reset = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
-    launcher = ["deepspeed", "--log_level", "critical", "--num_gpus", str(ranks)] if hosts == 1 else []
-    return [*launcher, script, *kept, *reset]
+    kept = [word for word in arguments if not word.startswith(("--local_rank", "train.stop_at_step="))]
+    if ended == "stop_at_step":
+        kept.append("train.stop_at_step=null")  # the recipe may set it
+    if hosts > 1:
+        return [script, *kept]
+    port = variables.get("MASTER_PORT", _DEFAULT_PORT)
+    if "HYPERMOE_SCREEN" in variables:
+        own_port = [] if port == _DEFAULT_PORT else ["env", f"MASTER_PORT={port}"]
+        return [*own_port, "bash", f"{_repository()}launch/local.sh", "--num_gpus", str(ranks), *kept]
+    own_port = [] if port == _DEFAULT_PORT else ["--master_port", port]
+    return ["deepspeed", "--log_level", "critical", "--num_gpus", str(ranks), *own_port, script, *kept]

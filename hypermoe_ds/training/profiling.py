@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from hypermoe_ds.errors import disk_errors
 from hypermoe_ds.monitor.settings import MonitorConfig
 
-_OPERATORS = 10  # rows of the table
+_OPERATORS = 10  # number of rows in the operator table
 _NAME_WIDTH = 60
 _MEMORY_EVENTS = 1_000_000
 
@@ -43,7 +43,7 @@ class Profiler:
         self._trace: profile | None = None
 
     def region(self, name: str) -> AbstractContextManager[Any]:
-        """Name the code inside the context in the trace; do nothing while no trace is running."""
+        """Label the code inside the context in the trace; do nothing if no trace is running."""
         return nullcontext() if self._trace is None else record_function(name)
 
     def before_step(self, step: int) -> None:
@@ -73,7 +73,7 @@ class Profiler:
             trace.export_chrome_trace(f"{self._path}.json.gz")
             by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             averages = trace.key_averages()
-            averages[:] = [event for event in averages if not event.is_user_annotation]  # the named regions
+            averages[:] = [event for event in averages if not event.is_user_annotation]  # drop named regions
             table = averages.table(sort_by=by, row_limit=_OPERATORS, max_name_column_width=_NAME_WIDTH)
             Path(f"{self._path}_operators.txt").write_text(f"{table}\n", encoding="utf-8")
             if self._keeps_memory:
@@ -83,7 +83,7 @@ class Profiler:
 
 
 class ModelRegions:
-    """Named trace regions for the parts of a model's forward pass, until `remove` is called.
+    """Label the parts of a model's forward pass in the trace, until `remove` is called.
 
     The region "dispatch" lasts from the router to the experts, and "combine" from the experts to the end of the MoE
     block. With expert parallelism, both contain an all-to-all. HyperExperts start within "dispatch".

@@ -13,10 +13,10 @@ from hypermoe_ds.monitor.routing import RoutingMeter
 from hypermoe_ds.monitor.settings import MonitorConfig
 from hypermoe_ds.monitor.similarity import hyper_expert_similarity
 from hypermoe_ds.monitor.step_clock import Part, StepClock
-from hypermoe_ds.training.loop import StepObserver
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.profiling import Profiler
 from hypermoe_ds.training.state import TrainState
+from hypermoe_ds.training.step_observer import StepObserver
 
 if TYPE_CHECKING:  # these modules import megatron-core, which benchmarks/train_step.py does not need
     from hypermoe_ds.data.consumption import Consumption
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # these modules import megatron-core, which benchmarks/train_
 
 
 class Recorder(StepObserver):
-    """Log steps at intervals; steps that are not logged do not wait for the device.
+    """Log steps at intervals; in all other steps, the host does not wait for the device.
 
     Args:
         engine: the DeepSpeed engine.
@@ -65,19 +65,19 @@ class Recorder(StepObserver):
         self._routing = RoutingMeter(engine.module.config.num_experts)
 
     def begin(self, step: int) -> None:
-        """Decide what to measure in a step and start the profiler if it is due."""
+        """Decide what to measure in a step, and start the profiler at the first step to trace."""
         self._measures_norms = self._config.norms_interval is not None and step % self._config.norms_interval == 0
         self._profiler.before_step(step)
         self.logs = self._measures_norms or step % self._config.interval == 0 or step in (1, self._steps)
 
     @contextmanager
     def measure(self, part: Part) -> Iterator[None]:
-        """Time a part of the step and name it in the trace."""
+        """Time a part of the step and label it in the trace."""
         with self.clock.measure(part), self._profiler.region(part):
             yield
 
     def end(self, step: int, tokens: int) -> None:
-        """Count a step with `tokens` tokens over all ranks, and stop the profiler if it is due."""
+        """Count a step and its tokens over all ranks, and stop the profiler after the last step to trace."""
         self.clock.count(tokens)
         self._profiler.after_step(step)
 

@@ -43,7 +43,7 @@ class TrainConfig(Settings):
         1800,
         ge=1,
         le=30 * 24 * 3600,
-        description="seconds without progress before a rank ends the job because another rank is lost or hangs",
+        description="seconds without progress after which a rank ends the job, because another rank is lost or hangs",
     )
     max_bad_steps: int = Field(
         20,
@@ -87,9 +87,11 @@ class ScheduleConfig(Settings):
         0,
         ge=0,
         le=LARGEST_COUNT,
-        description="linear warm-up steps: step `s` uses `s / warmup_steps` of the peak learning rate",
+        description="number of linear warm-up steps: step `s` uses `s / warmup_steps` of the peak learning rate",
     )
-    decay_steps: int = Field(0, ge=0, le=LARGEST_COUNT, description="decay steps at the end of `warmup_stable_decay`")
+    decay_steps: int = Field(
+        0, ge=0, le=LARGEST_COUNT, description="number of decay steps at the end of `warmup_stable_decay`"
+    )
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="final learning rate as a fraction of the peak; ignored by `constant`"
     )

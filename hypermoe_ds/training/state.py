@@ -16,8 +16,8 @@ class TrainState:
     Attributes:
         step: optimizer steps taken.
         consumed_samples: index of the next sample in the data order; skipped samples count as consumed.
-        data_order: hash of the data order, "" before the first launch.
-        bad_steps: number of consecutive steps, up to now, skipped because of NaN or Inf.
+        data_order: hash of the data order; "" before the first launch.
+        bad_steps: number of bad steps in a row, up to the last step. A bad step is skipped because of NaN or Inf.
         good_samples: `consumed_samples` before the first of these bad steps.
     """
 
@@ -54,7 +54,7 @@ class TrainState:
     def use_data_order(self, data_order: str) -> bool:
         """Set the hash of the data order and return whether it has changed.
 
-        If it has, some samples are seen twice and others never.
+        If the data order has changed, the run trains on some samples twice and on others never.
         """
         changed = self.data_order not in ("", data_order)
         self.data_order = data_order

@@ -55,7 +55,7 @@ class StepMonitor:
         self._losses = StepLosses()
 
     def watch(self, loss: Tensor) -> Tensor:
-        """Record the loss of a micro-batch and return the loss to run the backward pass from."""
+        """Record the loss of a micro-batch and return the loss for the backward pass."""
         return self._losses.add(loss)
 
     def synchronize(self) -> StepStatus:
@@ -93,7 +93,7 @@ class StepMonitor:
             self._log(f"received a signal: saving step {state.step}; run the same command to continue from it")
 
     def _tolerate(self, state: TrainState, first_sample: int, loss: float) -> None:
-        """Log a skipped step, and stop the run after too many consecutive ones."""
+        """Log a skipped step, and stop the run after more than `train.max_bad_steps` in a row."""
         samples = f"samples {first_sample} to {state.consumed_samples - 1}"
         self._log(
             f"warning: step {state.step} skipped: NaN or Inf in its loss ({loss:.4f}) or gradient; {samples}; "
@@ -102,7 +102,11 @@ class StepMonitor:
         if state.bad_steps <= self._config.max_bad_steps:
             return
         good = self._checkpoints.last_good()
-        again = f"resume from the last good checkpoint, {good}," if good else "start again (no good checkpoint)"
+        again = (
+            f"resume from the last good checkpoint, {good},"
+            if good
+            else "start a new run (there is no good checkpoint)"
+        )
         if good and good != self._checkpoints.newest():
             again = f"write {good.name} into {good.parent / 'latest'} and {again}"
         raise UserError(
@@ -113,7 +117,7 @@ class StepMonitor:
         )
 
     def _report_spike(self, state: TrainState, first_sample: int, loss: float, deviations: float) -> None:
-        """Log a loss spike and the micro-batch with the largest loss (collective: all ranks see the spike)."""
+        """Log a loss spike and the micro-batch with the largest loss (collective, because every rank detects it)."""
         losses_of_ranks: Sequence[Sequence[float]] = self._ranks.gather(self._losses.last_step)
         worst, number, rank = max(
             (micro_loss, number, rank)
@@ -127,5 +131,5 @@ class StepMonitor:
             f"warning: loss {loss:.4f} of step {state.step} is {deviations:.0f} robust deviations above the median; "
             f"samples {first_sample} to {state.consumed_samples - 1}, largest loss ({worst:.4f}) in "
             + ", ".join(f"{sample} ({self._describe_sample(sample)})" for sample in samples)
-            + f"; train.skip_samples=[[{samples[0]}, {samples[-1]}]] skips these"
+            + f"; set train.skip_samples=[[{samples[0]}, {samples[-1]}]] to skip these samples"
         )

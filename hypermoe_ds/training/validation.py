@@ -41,7 +41,8 @@ class Validator:
         config: what to measure.
         tokenizer: the run's tokenizer.
         micro_batch_size: sequences per forward pass and rank.
-        each: wraps an iterator over batches, given their number, for example to report progress.
+        each: called with an iterator over batches and their number; returns an iterator over the same batches. The
+            wrapper can report progress.
     """
 
     def __init__(
@@ -81,14 +82,16 @@ class Validator:
 
     def _evaluate_one(self, dataset: SequenceDataset) -> Evaluation:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        batches = validation_batches(dataset, self._micro_batch_size, rank, ranks)
+        batches = validation_batches(
+            dataset, self._micro_batch_size, rank, ranks, self._engine.module.config.vocab_size
+        )
         total = -(-len(dataset) // (self._micro_batch_size * ranks))
         return evaluate(self._engine, self._each(batches, total), self._engine.device)
 
     def _continue(self, ids: list[int]) -> str:
         """Continue a prompt greedily.
 
-        All ranks run the same forward passes, because each pass is collective under expert parallelism.
+        All ranks run the same forward passes, because a forward pass is collective with expert parallelism.
         """
         tokens = continue_greedily(self._engine, ids, self._prompt_tokens, self._engine.device)
         end = self._tokenizer.eos_token_id
@@ -104,7 +107,7 @@ def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     """
     ids = encode_as_text(tokenizer, prompt)
     if not ids:
-        raise UserError(f"evaluation.prompts: {prompt!r}", "has no token", "give a text or remove it")
+        raise UserError(f"evaluation.prompts: {prompt!r}", "has no tokens", "give a text or remove it")
     if len(ids) > longest:
         problem = f"has {len(ids)} tokens; with evaluation.prompt_tokens, the model allows {max(longest, 0)}"
         raise UserError(f"evaluation.prompts: {prompt[:80]!r}", problem, "shorten it or lower evaluation.prompt_tokens")

@@ -36,8 +36,9 @@ from hypermoe_ds.monitor.routing import RoutingMeter, StepStatistics
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.ds_config import merge
 from hypermoe_ds.training.engine import build_engine
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from hypermoe_ds.training.step_observer import StepObserver
 from tests.helpers.routing import StepRouting, gather_routing, routing_of
 
 

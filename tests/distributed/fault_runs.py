@@ -11,12 +11,12 @@ import torch
 import torch.distributed
 
 from hypermoe_ds.checkpoint import manager
+from hypermoe_ds.checkpoint.directory import step_name
 from hypermoe_ds.checkpoint.engine_state import LocalSlice
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.manifest import shard_name
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT
-from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.errors import MachineError, UserError
 
 NUMEL = 200_000

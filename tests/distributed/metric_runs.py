@@ -14,9 +14,10 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import HyperExpertWeights
 from hypermoe_ds.monitor.similarity import hyper_expert_similarity
 from hypermoe_ds.training.evaluation import without_hyper_experts
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.norms import ParameterNorms
 from hypermoe_ds.training.settings import OptimizerConfig
+from hypermoe_ds.training.step_observer import StepObserver
 from hypermoe_ds.training.validation import continue_greedily
 
 OPTIMIZER = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
@@ -142,8 +143,8 @@ def _evaluate(layout: Layout) -> ModelResults:
     engine = engine_of(layout)
     model, seen = engine.module.model, []
     handle = model.hypernetwork.register_forward_hook(lambda _module, _inputs, weights: seen.append(weights))
-    branches = [layer.hyper_experts for layer in model.layers if layer.is_moe]
-    similarity = hyper_expert_similarity(branches, model.hypernetwork, model.config.num_experts_per_tok)
+    hyper_experts = [layer.hyper_experts for layer in model.layers if layer.is_moe]
+    similarity = hyper_expert_similarity(hyper_experts, model.hypernetwork, model.config.num_experts_per_tok)
     handle.remove()
     engine.eval()
     probe = training_tokens()[0, :2, :-1]

@@ -16,9 +16,10 @@ from hypermoe_ds.errors import MachineError
 from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.resilience.replicas import ReplicaCheck
 from hypermoe_ds.resilience.step_status import StepStatus
-from hypermoe_ds.training.loop import StepObserver, optimizer_step
+from hypermoe_ds.training.loop import optimizer_step
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.step_monitor import StepMonitor
+from hypermoe_ds.training.step_observer import StepObserver
 
 BAD_STEP = 2
 HYPERNETWORK = "model.hypernetwork.trunk.weight"

@@ -7,9 +7,9 @@ import torch
 from elastic_runs import BEFORE, Ended, first_norms, resume_each, save_each
 from small_runs import Layout
 
+from hypermoe_ds.checkpoint.directory import step_name
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import CheckpointReader
-from hypermoe_ds.checkpoint.store import step_name
 from tests.helpers.ranks import run_on_ranks
 
 KINDS = [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")]  # fp16 needs a GPU

@@ -21,9 +21,9 @@ from fault_runs import (
     save_without_end,
 )
 
+from hypermoe_ds.checkpoint.directory import latest_step, saved_steps, step_name
 from hypermoe_ds.checkpoint.manifest import MANIFEST
 from hypermoe_ds.checkpoint.shards import CheckpointReader, shard_name
-from hypermoe_ds.checkpoint.store import latest_step, saved_steps, step_name
 from tests.helpers.ranks import process_group, ranks_of, run_on_ranks
 
 RANKS = 2
@@ -119,9 +119,8 @@ def test_with_an_invalid_latest_file_the_newest_intact_checkpoint_is_used_and_re
     (resumed, error, messages), _ = run_on_ranks(RANKS, save_steps, tmp_path, 2, {})
     assert (resumed, error) == (2, None)
     first, second = [line for line in messages if line.startswith("warning: ")]
-    assert (
-        first == f"warning: {tmp_path}/checkpoints/latest: names no checkpoint next to it; the newest is step_00000003"
-    )
+    latest = f"{tmp_path}/checkpoints/latest"
+    assert first == f"warning: {latest}: does not name an existing checkpoint; using the newest, step_00000003"
     assert f"{step_name(3)}/{shard_name(1)}" in second
     assert newest(tmp_path) == 2
 
@@ -132,7 +131,7 @@ def test_a_state_with_nan_is_never_saved_and_deletes_no_good_checkpoint(tmp_path
         assert good == step_name(2)
         assert len(raised) == (1 if asynchronous else 3), "written in the background it is logged, then raised"
         for error in raised:
-            assert "is not saved: weight/weight has NaN or Inf on rank 1; continue from" in error
+            assert "is not saved: weight/weight has NaN or Inf on rank 1; resume from" in error
     assert saved_steps(tmp_path / "checkpoints") == [2]
 
 
@@ -205,7 +204,7 @@ def test_after_a_failed_background_save_the_next_save_blocks_training(
     assert error is None
     assert [line for line in messages if line.startswith("error: ")] == [
         f"error: {tmp_path}/checkpoints: cannot be written on {socket.gethostname()} (No space left on device); "
-        "fix that and start again"
+        "fix the cause and start again"
     ]
     assert newest(tmp_path) == 3
     assert saved_steps(tmp_path / "checkpoints") == [1, 3]

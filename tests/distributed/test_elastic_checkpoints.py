@@ -22,9 +22,9 @@ from engine_runs import Step
 from small_runs import Layout
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import step_name
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader
-from hypermoe_ds.checkpoint.store import step_name
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.routing import Tie, assert_same_until_a_tie
 

@@ -39,7 +39,8 @@ def model() -> HyperMoEForCausalLM:
 
 def evaluate_on_rank(micro_batch: int) -> Evaluation:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return evaluate(model(), validation_batches(Numbered(), micro_batch, rank, size), torch.device("cpu"))
+    batches = validation_batches(Numbered(), micro_batch, rank, size, model_config(Layout()).vocab_size)
+    return evaluate(model(), batches, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 1), (2, 2), (3, 3)])

@@ -39,7 +39,7 @@ def test_a_bad_step_on_one_rank_only_skips_its_samples(what: str, precision: str
             "write step_5 into checkpoints/latest and resume from the last good checkpoint, checkpoints/step_5,",
             marks=pytest.mark.slow,
         ),
-        pytest.param(None, "start again (no good checkpoint)", marks=pytest.mark.slow),
+        pytest.param(None, "start a new run (there is no good checkpoint)", marks=pytest.mark.slow),
     ],
 )
 def test_too_many_consecutive_bad_steps_end_the_run_and_report_checkpoint_and_data(
@@ -74,7 +74,7 @@ def test_a_loss_spike_in_one_micro_batch_is_reported_with_its_samples() -> None:
         assert line.startswith("warning: loss 3.7650 of step 21 is ")
         assert line.endswith(
             "samples 160 to 167, largest loss (9.0000) in 166 (of 166), 167 (of 167); "
-            "train.skip_samples=[[166, 167]] skips these"
+            "set train.skip_samples=[[166, 167]] to skip these samples"
         )
 
 

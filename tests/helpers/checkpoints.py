@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypermoe_ds.checkpoint.directory import step_name
 from hypermoe_ds.checkpoint.manifest import Manifest, SliceEntry, TensorEntry
 from hypermoe_ds.checkpoint.shards import write_shard
-from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

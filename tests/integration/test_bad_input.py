@@ -102,17 +102,17 @@ CASES = {
     ),
     "batches do not divide": BadInput(
         (
-            "train.micro_batch_size=2: times 1 ranks does not divide train.global_batch_size=7",
-            "these micro-batches fit: 1, 7",
+            "train.micro_batch_size=2: multiplied by 1 ranks, it does not divide train.global_batch_size=7",
+            "choose one of 1, 7",
         ),
         ("train.global_batch_size=7",),
     ),
     "vocabulary too small": BadInput(
-        ("has token ids up to 499 and the model 64 embeddings", "set model.vocab_size to 500 or more"),
+        ("has token ids up to 499, but the model has 64 embeddings", "set model.vocab_size to 500 or more"),
         ("model.vocab_size=64",),
     ),
     "token ids beyond the vocabulary": BadInput(
-        ("large: has 600 token ids and the model 512", "set model.vocab_size to 600 or more"),
+        ("large: has token ids up to 599, but the model has 512", "set model.vocab_size to 600 or more"),
         ("data.train=[{prefix: FOLDER/large}]",),
         prepare=large_ids,
     ),
@@ -124,7 +124,7 @@ CASES = {
     ),
     "no tokenizer": BadInput(("none: no such tokenizer folder", "give a folder with"), ("data.tokenizer=FOLDER/none",)),
     "another model's run": BadInput(
-        ("model.adapter_size=4: ", "has another model (there it is 8)", "choose another run.dir"),
+        ("model.adapter_size=4: ", "differs from 8 in the run folder", "choose another run.dir"),
         ("run.dir=OTHER", "model.adapter_size=4"),
     ),
     "run that another job trains": BadInput(
@@ -135,12 +135,12 @@ CASES = {
     "existing run without resume": BadInput(
         ("checkpoints: has checkpoints", "set checkpoint.resume=auto"), ("run.dir=OTHER", "checkpoint.resume=none")
     ),
-    "full disk": BadInput(("GiB are free and a checkpoint needs", "choose another run.dir"), free_bytes=1000),
+    "full disk": BadInput(("GiB are free, but a checkpoint needs", "choose another run.dir"), free_bytes=1000),
     "run folder inside a file": BadInput(
         ("file/run: cannot be written",), ("run.dir=FOLDER/file/run",), prepare=a_file
     ),
     "sequences too long": BadInput(
-        ("data.sequence_length=64: longer than model.max_position_embeddings=32",), ("data.sequence_length=64",)
+        ("data.sequence_length=64: is longer than model.max_position_embeddings=32",), ("data.sequence_length=64",)
     ),
 }
 

@@ -188,5 +188,5 @@ def test_an_export_to_a_full_disk_prints_one_line_and_writes_nothing(reference_r
     arguments = ["--checkpoint", reference_run, "--output", "hf"]
     done = run_script("tools/convert_to_hf.py", *arguments, folder=tmp_path, free_bytes=1000)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: hf: needs [\d.]+ GiB and 0.00 are free; free some disk\n", done.stderr)
+    assert re.fullmatch(r"error: hf: needs [\d.]+ GiB, but 0.00 GiB are free; free disk space\n", done.stderr)
     assert list(tmp_path.iterdir()) == []

@@ -85,7 +85,7 @@ def loss_of(model: PreTrainedModel, corpus: TokenisedCorpus) -> float:
     """Return the loss of a Transformers model on the validation samples."""
     samples = build_validation_set(corpus.valid, str(corpus.tokenizer), LENGTH, SIZES["vocab_size"])
     total, tokens = 0.0, 0
-    for batch in validation_batches(samples, 8, rank=0, size=1):
+    for batch in validation_batches(samples, 8, rank=0, size=1, vocab_size=model.config.vocab_size):
         ids, labels = batch["input_ids"], batch["labels"]
         loss = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
         total, tokens = total + float(loss), tokens + int((labels != -100).sum())

@@ -39,8 +39,8 @@ def test_a_run_its_checkpoint_and_its_export_are_identified_and_have_equal_weigh
         assert done.stdout.count(f" {parameters:,}\n") >= 1
         assert done.stdout.endswith("  no difference\n")
         seen = json.loads((tmp_path / "seen.json").read_text())
-        assert [folder["origin"]["kind"] for folder in seen["folders"]] == [kind, "Hugging Face folder"]
-        assert seen["folders"][0]["origin"]["step"] == 5
+        assert [folder["provenance"]["kind"] for folder in seen["folders"]] == [kind, "Hugging Face folder"]
+        assert seen["folders"][0]["provenance"]["step"] == 5
         assert len(seen["differences"]) == 1
 
 
@@ -68,7 +68,7 @@ def test_nan_gives_exit_code_1_and_the_name_of_the_tensor(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         ("EMPTY", "is not a run folder, checkpoint folder or Hugging Face folder"),
-        ("EMPTY --step 3", "only a run folder has steps"),
+        ("EMPTY --step 3", "only run folders have steps"),
         ("RUN --step 4", "choose a saved step: 3, 5"),
         ("RUN --json none/seen.json", "cannot be written"),
     ],

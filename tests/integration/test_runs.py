@@ -245,8 +245,8 @@ def test_a_launch_ignores_unrelated_files_in_the_run_folder(stopped_run: Path, r
     done = run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", *words), folder=tmp_path)
     assert done.returncode == 0, done.output()
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
-    assert "checkpoints/latest: names no checkpoint next to it; the newest is step_00000010" in warnings[0]
-    assert "step_00000010/shard_00001.safetensors: differs from what was written" in warnings[1]
+    assert "checkpoints/latest: does not name an existing checkpoint; using the newest, step_00000010" in warnings[0]
+    assert "step_00000010/shard_00001.safetensors: has changed since it was written" in warnings[1]
     assert "; resumed from step 8\n" in done.stdout
     left = {".step_notes", "latest", "step_00000009", "step_00000010.damaged"}
     assert {path.name for path in checkpoints.iterdir()} == left
@@ -268,7 +268,7 @@ def test_a_launch_rewrites_a_missing_configuration_and_reports_a_damaged_one(
     model.unlink()
     done = run_script(TRAIN, *words, "model.num_experts_per_tok=1", folder=tmp_path)
     assert done.returncode == EXIT_BAD_INPUT
-    assert f"error: model.num_experts_per_tok=1: {run} has another model (there it is 2); " in done.stderr
+    assert f"error: model.num_experts_per_tok=1: differs from 2 in the run folder {run}; " in done.stderr
     done = run_script(TRAIN, *words, folder=tmp_path)
     assert done.returncode == 0, done.output()
     assert model.read_bytes() == before

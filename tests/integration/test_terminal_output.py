@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from hypermoe_ds.errors import EXIT_SAVED
+from hypermoe_ds.resilience.heartbeat import read_heartbeats
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import REPOSITORY, CompletedRun, arguments_of, run_script, small_recipe, write_recipe
 from tests.helpers.ranks import CPU
@@ -13,18 +16,24 @@ from tests.helpers.ranks import CPU
 FAULTY = "tests/helpers/faulty_train.py"
 
 
-def local(folder: Path, recipe: Path, *words: str) -> list[str]:
-    """Run launch/local.sh with one rank and return the lines on the terminal."""
+def start_local(folder: Path, ranks: int, *arguments: str) -> "subprocess.Popen[str]":
+    """Run launch/local.sh; FOLDER/output receives what the terminal would show."""
     environment = {
         **os.environ, **CPU, "HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "MASTER_PORT": "29617"
     }  # fmt: skip
-    command = ["bash", str(REPOSITORY / "launch/local.sh"), "--num_gpus", "1", *arguments_of(recipe, *words)]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stdout
-    return done.stdout.splitlines()
+    command = ["bash", str(REPOSITORY / "launch/local.sh"), "--num_gpus", str(ranks), *arguments]
+    with (folder / "output").open("w") as output:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )  # fmt: skip
+
+
+def local(folder: Path, recipe: Path, *words: str) -> list[str]:
+    """Run launch/local.sh with one rank, which must fail, and return the lines on the terminal."""
+    code = start_local(folder, 1, *arguments_of(recipe, *words)).wait(timeout=300)
+    output = (folder / "output").read_text()
+    assert code == 2, output
+    return output.splitlines()
 
 
 def test_a_user_error_is_the_last_line_on_the_terminal(corpus: TokenisedCorpus, tmp_path: Path) -> None:
@@ -37,6 +46,22 @@ def test_a_user_error_is_the_last_line_on_the_terminal(corpus: TokenisedCorpus, 
     log = (tmp_path / "run/logs/launcher.log").read_text()
     assert "[launch.py" in log
     assert "exits with return code = 2" in log
+
+
+def test_sigterm_to_the_launch_script_lets_the_ranks_save_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    process = start_local(tmp_path, 2, *arguments_of(recipe, f"run.dir={tmp_path}/run", "train.steps=100000"))
+    try:
+        limit = time.monotonic() + 300
+        while not any(heartbeat.step > 1 for heartbeat in read_heartbeats(tmp_path / "run/watch").values()):
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=120) == EXIT_SAVED, (tmp_path / "output").read_text()
+    finally:
+        process.kill()
+    newest = max(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert f"checkpoint of step {int(newest.removeprefix('step_'))}: on disk" in (tmp_path / "output").read_text()
 
 
 def output_of(recipe: Path, folder: Path, *words: str, **variables: str) -> CompletedRun:

@@ -95,7 +95,7 @@ def test_preflight_rejects_a_host_that_sees_another_recipe_and_another_run_folde
     assert done.returncode == 2
     settings, storage = done.stderr.splitlines()
     assert settings.startswith(("error: right: settings: is ", "error: left: settings: is "))
-    assert storage.startswith(f"error: right: run.dir={run}: is not the folder that this machine sees there; ")
+    assert storage.startswith(f"error: right: run.dir={run}: is not the same folder as on this machine; ")
     assert "all-reduce" not in done.stdout
 
 

@@ -10,10 +10,10 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+EXTRAS = ("dev", "bench", "eval", "mpi", "gpu")  # that launch/setup.sh installs
 INSTALLED = [
     *PROJECT["dependencies"],
-    *PROJECT["optional-dependencies"]["dev"],
-    *PROJECT["optional-dependencies"]["mpi"],
+    *(requirement for extra in EXTRAS for requirement in PROJECT["optional-dependencies"][extra]),
 ]
 
 

@@ -1,6 +1,8 @@
 """Modules import only from lower layers, and files and functions stay small."""
 
 import ast
+import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,9 @@ DEEPSPEED_IMPORTERS = {  # the only modules that may import DeepSpeed; at most s
 }
 DEEPSPEED_BENCHMARKS = "benchmarks/"  # these scripts compare HyperMoE with DeepSpeed's own layers
 WITHOUT_DEEPSPEED = ("hypermoe_ds/parallel/topology.py", "hypermoe_ds/training/ds_config.py")
+WITHOUT_TORCH = ("hypermoe_ds/report/",)
 MODELING_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
+MODULE_NAME = rf"({'|'.join((PACKAGE, *SCRIPTS))})(\.[a-z_]\w*)+"
 FILE_LINES, FUNCTION_LINES = 500, 60
 
 
@@ -52,8 +56,27 @@ def imported_names(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = [*base, *([node.module] if node.module else [])]
             yield from ((node.lineno, ".".join([*module, alias.name])) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from ((node.lineno, a.value) for a in node.args[:1] if isinstance(a, ast.Constant))
+        elif isinstance(node, ast.Attribute) and (dotted := ast.unparse(node)).startswith(f"{PACKAGE}."):
+            yield node.lineno, dotted
+
+
+def named_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and value of each string that names a module, for import_module, runpy or `python -m`."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(MODULE_NAME, node.value):
+            yield node.lineno, node.value
+
+
+def computed_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and code of each dynamic import whose module name is not an absolute constant."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__", "run_module")
+        ):
+            names = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg in ("name", "mod_name"))]
+            name = names[0] if names else None
+            if not (isinstance(name, ast.Constant) and not str(name.value).startswith(".")):
+                yield node.lineno, ast.unparse(node)
 
 
 def unit_of_file(path: Path, root: Path) -> str:
@@ -81,7 +104,8 @@ def import_violations(root: Path) -> list[str]:
         if unit not in LEVELS:
             found.append(f"{name}: '{unit}' is missing from ORDER")
             continue
-        for line, dotted in imported_names(path, root):
+        found += [f"{name}:{line} {code}: give a constant module name" for line, code in computed_imports(path)]
+        for line, dotted in (*imported_names(path, root), *named_modules(path)):
             target, top = unit_of_name(dotted), dotted.partition(".")[0]
             where = f"{name}:{line} imports {dotted}"
             if target is not None and target not in LEVELS:
@@ -95,8 +119,8 @@ def import_violations(root: Path) -> list[str]:
     return found
 
 
-def reaches_deepspeed(start: Path, root: Path) -> bool:
-    """Return whether importing `start` imports DeepSpeed, directly or through other modules of the repository."""
+def reaches(library: str, start: Path, root: Path) -> bool:
+    """Return whether `start` imports the library, directly or through other modules of the repository."""
     waiting, seen = [start], set()
     while waiting:
         path = waiting.pop()
@@ -105,11 +129,31 @@ def reaches_deepspeed(start: Path, root: Path) -> bool:
         seen.add(path)
         for _, dotted in imported_names(path, root):
             parts = dotted.split(".")
-            if parts[0] == "deepspeed":
+            if parts[0] == library:
                 return True
             prefixes = [root.joinpath(*parts[:length]) for length in range(1, len(parts) + 1)]
             waiting += [p / "__init__.py" for p in prefixes] + [p.with_suffix(".py") for p in prefixes]
     return False
+
+
+def import_cycle(root: Path) -> list[str]:
+    """Return modules that import each other in a cycle, even if only inside functions or for type checking."""
+    modules = {module_name(path, root): path for path in python_files(root, (PACKAGE,))}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        imported = {
+            dotted if dotted in modules else dotted.rpartition(".")[0] for _, dotted in imported_names(path, root)
+        }
+        graph[name] = imported & modules.keys() - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
 def size_violations(root: Path, folders: tuple[str, ...]) -> list[str]:
@@ -145,6 +189,10 @@ def test_modules_import_only_from_lower_layers() -> None:
     assert import_violations(REPOSITORY) == []
 
 
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    assert import_cycle(REPOSITORY) == []
+
+
 def test_order_lists_every_subpackage_and_module() -> None:
     inside = {path.stem for path in (REPOSITORY / PACKAGE).iterdir() if not path.stem.startswith("__")}
     assert set(LEVELS) == {PACKAGE, *SCRIPTS, *inside}
@@ -159,9 +207,11 @@ def test_scripts_define_no_classes_and_functions_change_no_module_state() -> Non
     assert logic_violations(REPOSITORY) == []
 
 
-def test_planning_modules_do_not_import_deepspeed() -> None:
-    paths = [p for p in python_files(REPOSITORY) if p.relative_to(REPOSITORY).as_posix().startswith(WITHOUT_DEEPSPEED)]
-    assert [str(path) for path in paths if reaches_deepspeed(path, REPOSITORY)] == []
+@pytest.mark.parametrize(("library", "without"), [("deepspeed", WITHOUT_DEEPSPEED), ("torch", WITHOUT_TORCH)])
+def test_modules_that_must_load_quickly_reach_no_heavy_library(library: str, without: tuple[str, ...]) -> None:
+    paths = [p for p in python_files(REPOSITORY) if p.relative_to(REPOSITORY).as_posix().startswith(without)]
+    assert paths
+    assert [str(path) for path in paths if reaches(library, path, REPOSITORY)] == []
 
 
 def test_at_most_six_modules_import_deepspeed() -> None:
@@ -188,6 +238,18 @@ def write_source(root: Path, name: str, source: str) -> Path:
         ("hypermoe_ds/data/a.py", "import hypermoe_ds.run_config as r", "not below"),
         ("hypermoe_ds/data/a.py", "def f():\n    from hypermoe_ds.parallel import topology", "not below"),
         ("hypermoe_ds/data/a.py", "import importlib\nimportlib.import_module('hypermoe_ds.training')", "not below"),
+        ("hypermoe_ds/data/a.py", "from hypermoe_ds.training import *", "not below"),
+        ("hypermoe_ds/data/a.py", "import importlib as i\ni.import_module(name='hypermoe_ds.training')", "not below"),
+        ("hypermoe_ds/data/a.py", "from importlib import import_module as m\nm('hypermoe_ds.training')", "not below"),
+        ("hypermoe_ds/data/a.py", "import runpy\nrunpy.run_module('hypermoe_ds.training.loop')", "not below"),
+        ("hypermoe_ds/data/a.py", "command = ['python', '-m', 'hypermoe_ds.cluster.interconnect']", "not below"),
+        ("hypermoe_ds/data/a.py", "import hypermoe_ds\nx = hypermoe_ds.training", "not below"),
+        (
+            "hypermoe_ds/data/a.py",
+            "from importlib import import_module as import_module\nimport_module(f'a.{b}')",
+            "constant",
+        ),
+        ("hypermoe_ds/data/a.py", "import importlib\nimportlib.import_module('.training', 'hypermoe_ds')", "constant"),
         ("hypermoe_ds/data/a.py", "import tools.plan", "not below"),
         ("hypermoe_ds/errors.py", "from hypermoe_ds.config import Settings", "not below"),
         ("hypermoe_ds/checkpoint/manager.py", "from hypermoe_ds.export.hf import export", "not below"),
@@ -235,13 +297,21 @@ def test_an_allowed_import_passes(tmp_path: Path, name: str, source: str) -> Non
 def test_an_indirect_import_of_deepspeed_is_found(tmp_path: Path) -> None:
     start = write_source(tmp_path, "hypermoe_ds/training/plan.py", "from hypermoe_ds.parallel import topology")
     topology = write_source(tmp_path, "hypermoe_ds/parallel/topology.py", "import math")
-    assert not reaches_deepspeed(start, tmp_path)
+    assert not reaches("deepspeed", start, tmp_path)
     topology.write_text("from . import expert_parallel", encoding="utf-8")
     write_source(tmp_path, "hypermoe_ds/parallel/expert_parallel.py", "def f():\n    import deepspeed.comm")
-    assert reaches_deepspeed(start, tmp_path)
+    assert reaches("deepspeed", start, tmp_path)
     topology.write_text("import math", encoding="utf-8")
     write_source(tmp_path, "hypermoe_ds/parallel/__init__.py", "from .expert_parallel import f")
-    assert reaches_deepspeed(start, tmp_path)
+    assert reaches("deepspeed", start, tmp_path)
+
+
+def test_an_import_cycle_is_found_even_if_one_import_is_inside_a_function(tmp_path: Path) -> None:
+    write_source(tmp_path, "hypermoe_ds/data/a.py", "from hypermoe_ds.data.b import f")
+    other = write_source(tmp_path, "hypermoe_ds/data/b.py", "import math")
+    assert import_cycle(tmp_path) == []
+    other.write_text("def f():\n    from . import a", encoding="utf-8")
+    assert set(import_cycle(tmp_path)) == {"hypermoe_ds.data.a", "hypermoe_ds.data.b"}
 
 
 def test_an_oversized_file_or_function_is_found(tmp_path: Path) -> None:

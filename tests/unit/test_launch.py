@@ -173,7 +173,7 @@ def test_a_dry_run_reports_a_batch_size_that_the_ranks_do_not_divide(folder: Pat
     environment = {"HYPERMOE_VENV": sys.prefix, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
     done = launch("openmpi.sh", "--dry-run", *words, folder=folder, **environment)
     assert done.returncode == 2
-    assert "times 12 ranks does not divide train.global_batch_size=8" in done.stderr.splitlines()[-1]
+    assert "multiplied by 12 ranks, it does not divide train.global_batch_size=8" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", EVERY)

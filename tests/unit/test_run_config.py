@@ -76,11 +76,11 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
         ("model.hidden_size=wide", "model.hidden_size='wide': is not valid"),
         ("model.router_aux_loss_scope=all", "model.router_aux_loss_scope='all': is not valid"),
         ("model.use_cache=true", "model.use_cache: unknown key"),
-        ("data.sequence_length=33", "data.sequence_length=33: longer than model.max_position_embeddings=32; shorten"),
+        ("data.sequence_length=33", "data.sequence_length=33: is longer than model.max_position_embeddings=32; "),
         ("data.train=[]", "data.train=[]: is not valid"),
         ("data.train=[{prefix: a, weigth: 2}]", "data.train.0.weigth: unknown key; did you mean 'weight'?"),
-        ("schedule.warmup_steps=11", "schedule.warmup_steps=11: with decay_steps=0 longer than train.steps=10"),
-        ("schedule.name=warmup_stable_decay", "schedule.decay_steps=0: warmup_stable_decay never decays; give its"),
+        ("schedule.warmup_steps=11", "schedule.warmup_steps=11: together with decay_steps=0 exceeds train.steps"),
+        ("schedule.name=warmup_stable_decay", "schedule.decay_steps=0: warmup_stable_decay would never decay;"),
         ("schedule.name=cosin", "schedule.name='cosin': is not valid"),
         ("train.precision=fp8", "train.precision='fp8': is not valid"),
         ("train.clip_grad_norm=-1", "train.clip_grad_norm=-1: is not valid"),
@@ -88,7 +88,7 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
         ("train.skip_samples=[[5, 4]]", "train.skip_samples=[[5, 4]]: ends before it begins; give first, last"),
         ("train.skip_samples=[[4]]", "train.skip_samples.0=[4]: is not valid"),
         ("train.steps=", "train.steps: is missing, and so is train.tokens; give one of them"),
-        ("train.tokens=1000", "train.tokens=1000: takes 32 steps and train.steps is 10; give only one of them, and"),
+        ("train.tokens=1000", "train.tokens=1000: takes 32 steps, but train.steps is 10; give only one of them, and"),
         ("train.tokens=1.5", "train.tokens=1.5: is not valid"),
         ("train.tokens=-5", "train.tokens=-5: is not valid"),
         ("train.tokens=many", "train.tokens='many': is not valid"),
@@ -96,7 +96,7 @@ def test_without_a_preset_the_defaults_of_the_model_apply(recipe: Path) -> None:
         ("optimizer.lr=0", "optimizer.lr=0: is not valid"),
         (
             "optimizer.weight_decay=1000",
-            "optimizer.weight_decay=1000.0: times optimizer.lr=0.001 is 1 or more; lower it",
+            "optimizer.weight_decay=1000.0: its product with optimizer.lr=0.001 is 1 or more; lower it",
         ),
         ("train.seed=4294967296", "train.seed=4294967296: is not valid"),
         ("checkpoint.resume=maybe", "checkpoint.resume='maybe': is not valid"),
@@ -181,7 +181,9 @@ def test_an_error_in_an_override_does_not_name_the_recipe(
 def test_warmup_and_decay_must_fit_into_the_run(recipe: Path) -> None:
     ramps = ["schedule.name=warmup_stable_decay", "schedule.warmup_steps=4"]
     assert load_run_config(recipe, [*ramps, "schedule.decay_steps=6"]).schedule.decay_steps == 6
-    assert "with decay_steps=7 longer than train.steps=10" in error_message(recipe, *ramps, "schedule.decay_steps=7")
+    assert "together with decay_steps=7 exceeds train.steps=10" in error_message(
+        recipe, *ramps, "schedule.decay_steps=7"
+    )
 
 
 @pytest.mark.parametrize("section", ["run", "model", "data", "train", "optimizer"])
@@ -276,7 +278,9 @@ def test_skipped_samples_beyond_the_end_are_refused(recipe: Path) -> None:
 )
 def test_more_samples_than_an_index_supports_are_refused(recipe: Path, override: str) -> None:
     config = load_run_config(recipe, [override, "train.steps=100"])
-    with pytest.raises(UserError, match=r"^train\.steps=100: with .* needs [0-9,]+ samples; stay below 10,000,000,000"):
+    with pytest.raises(
+        UserError, match=r"^train\.steps=100: needs [0-9,]+ samples, given .*; stay below 10,000,000,000"
+    ):
         config.samples(TrainState())
 
 
@@ -374,8 +378,12 @@ finally:
     ("words", "code", "expected"),
     [
         (["train.step=3"], 2, "error: train.step: unknown key; did you mean 'steps'?"),
-        (["data.sequence_length=64"], 2, "error: data.sequence_length=64: longer than model.max_position_embeddings="),
-        (["train.tokens=5"], 2, "error: train.tokens=5: takes 1 steps and train.steps is 10"),
+        (
+            ["data.sequence_length=64"],
+            2,
+            "error: data.sequence_length=64: is longer than model.max_position_embeddings=",
+        ),
+        (["train.tokens=5"], 2, "error: train.tokens=5: takes 1 steps, but train.steps is 10"),
         (["data.tokenizer=/none"], 2, "error: /none: no such tokenizer folder"),
         (["data.train=[{prefix: /none}]"], 2, "error: /none.idx: no such file"),
         (["run.dir=/dev/null/run"], 2, "error: run.dir=/dev/null/run: cannot be written (Not a directory)"),

@@ -81,7 +81,7 @@ def test_setup_with_python_reports_only_the_missing_compiler(bare_path: Path, tm
 
 def test_setup_refuses_an_unknown_extra(bare_path: Path, tmp_path: Path) -> None:
     result = setup(bare_path, tmp_path / "venv", "dev", "gpus")
-    assert result.stderr == "setup: no extra 'gpus'; known: bench, dev, eval, gpu, mpi\n"
+    assert result.stderr == "setup: unknown extra 'gpus'; choose from bench, dev, eval, gpu, mpi\n"
     assert result.returncode == 1
 
 
@@ -308,7 +308,7 @@ def test_an_error_in_a_deepspeed_json_is_reported_without_importing_torch(script
         ({"model": {"preset": "tiny"}}, "model.preset=tiny: is unknown; did you mean 'tiny-10m'?"),
         ({"data": {}}, "{recipe}: data.train: is missing; add this key"),
         ({"train": {**RECIPE["train"], "steps": 0}}, "{recipe}: train.steps=0: is not valid; Input should be greater"),
-        ({"schedule": {"warmup_steps": 10**6}}, "schedule.warmup_steps=1000000: with decay_steps="),
+        ({"schedule": {"warmup_steps": 10**6}}, "schedule.warmup_steps=1000000: together with decay_steps="),
     ],
 )
 def test_an_error_in_a_recipe_is_reported_without_importing_torch(
@@ -324,7 +324,7 @@ def test_an_error_in_a_recipe_is_reported_without_importing_torch(
 def test_gpu_benchmarks_report_a_missing_gpu_in_one_line(bare_path: Path) -> None:
     suite = run("bash", REPOSITORY / "benchmarks/gpu_suite.sh", PATH=str(bare_path))
     overlap = run(sys.executable, REPOSITORY / "benchmarks/overlap.py", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-    assert suite.stderr == "gpu_suite: no NVIDIA GPU on this machine; run it on a machine with a GPU\n"
+    assert suite.stderr == "gpu_suite: this machine has no NVIDIA GPU; run the suite on a machine with a GPU\n"
     assert suite.returncode == 1
     [line] = overlap.stderr.splitlines()
     assert line.startswith("error: no GPU: ")

@@ -22,12 +22,12 @@ function shown(value) {
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
   return value.toLocaleString("en-US", { maximumSignificantDigits: 5 });
 }
-/** Sort parts of a step and groups of parameters in their usual order, everything else by name. */
+/** Compare two items for sorting: step parts and parameter groups have a fixed order, other items are sorted by name. */
 function natural(a, b) {
-  const places = [data.order.indexOf(a), data.order.indexOf(b)];
-  return places.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : places[0] - places[1];
+  const indices = [data.order.indexOf(a), data.order.indexOf(b)];
+  return indices.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : indices[0] - indices[1];
 }
-/** Return the colour of an item: layers go from dark to bright, everything else uses the palette. */
+/** Return the colour of an item. Layers are coloured from dark to bright; all other items use the palette. */
 function itemColour(item, index, count) {
   if (!item.startsWith("moe_layer_")) return COLOURS[index % COLOURS.length];
   const place = count > 1 ? index / (count - 1) : 0;
@@ -157,7 +157,7 @@ class Chart {
     this.plot = new uPlot(options, rows, this.plotted);
     this.plot.over.append(this.tip);
   }
-  /** Return the areas to fill between each visible curve and the next one below. */
+  /** Return the areas to fill between each visible curve and the next visible curve below it. */
   bands() {
     const shownOnes = this.curves.map((_, index) => index + 1).filter((series) => this.visible[series - 1]);
     return shownOnes.slice(1).map((series, i) => ({ series: [series, shownOnes[i]] }));
@@ -210,7 +210,7 @@ class Chart {
     this.tip.style.top = `${Math.min(top + 10, Math.max(plot.over.clientHeight - this.tip.offsetHeight, 0))}px`;
   }
 }
-/** Return the value at an index, or the last one before it: curves with fewer points have gaps on the shared x axis. */
+/** Return the value at an index, or the last value before it if the curve has a gap on the shared x axis. */
 function near(values, index) {
   for (let i = index; i >= 0; i--) if (values[i] !== null && values[i] !== undefined) return values[i];
   return null;

@@ -66,7 +66,7 @@ def test_an_index_that_names_an_outside_file_or_a_pickle_is_refused(
     outside = folder.parent / "outside.safetensors"
     rename_in_index(folder, str(outside) if name == "ABSOLUTE" else name)
     first_shard(folder).rename(outside)
-    with pytest.raises(UserError, match=r"is not a file of this folder|is not a safetensors file"):
+    with pytest.raises(UserError, match=r"is not a file in this folder|is not a safetensors file"):
         read(folder)
 
 
@@ -119,7 +119,7 @@ def test_pickled_weights_are_never_read(folder: Path, read: Callable[[Path], Any
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[" * 200_000, "is nested too deep"),
+        ("[" * 200_000, "is nested too deeply"),
         ("[]", "is not a JSON object"),
         ("{}", "names no files"),
         ('{"weight_map": []}', "names no files"),
@@ -194,7 +194,7 @@ def test_only_control_tokens_are_read_from_the_generation_config(folder: Path) -
         with pytest.raises(UserError, match=r"_config.json: eos_token_id=.*: is not an id below vocab_size=61"):
             read_model(folder)
     (folder / "generation_config.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match="is nested too deep"):
+    with pytest.raises(UserError, match="is nested too deeply"):
         read_model(folder)
 
 
@@ -213,5 +213,5 @@ def test_tensors_of_a_different_model_are_refused(folder: Path) -> None:
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     save_file({**load_file(second), **load_file(first)}, second)
-    with pytest.raises(UserError, match=rf"{second.name}: .* is in {first.name} too"):
+    with pytest.raises(UserError, match=rf"{second.name}: .* is also in {first.name}"):
         SafetensorsFolder(folder)

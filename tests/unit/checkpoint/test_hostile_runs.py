@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from hypermoe_ds.checkpoint.directory import step_name
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.checkpoint.shards import write_weights
-from hypermoe_ds.checkpoint.store import step_name
 from hypermoe_ds.checkpoint.weights import load_model, open_weights
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.inspection.statistics import expert_blocks, inspect

@@ -104,5 +104,5 @@ def test_an_existing_folder_and_a_full_disk_are_refused(
         write(tmp_path / "taken", model.named_parameters(), tokenizer)
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(UserError, match=r"new: needs 0.00 GiB and 0.00 are free; free some disk"):
+    with pytest.raises(UserError, match=r"new: needs 0.00 GiB, but 0.00 GiB are free; free disk space"):
         write(tmp_path / "new", model.named_parameters(), tokenizer)

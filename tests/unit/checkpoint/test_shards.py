@@ -83,7 +83,9 @@ def flip(path: Path, position: int) -> None:
 def test_a_flipped_bit_in_a_shard_is_found_by_its_hash_if_hashes_are_verified(tmp_path: Path, position: int) -> None:
     cut_over(tmp_path, 2)
     flip(tmp_path / shard_name(1), position)
-    with pytest.raises(UserError, match=r"shard_00001.safetensors: differs from what was written .*; choose another"):
+    with pytest.raises(
+        UserError, match=r"shard_00001.safetensors: has changed since it was written .*; choose another"
+    ):
         CheckpointReader(tmp_path)
     if position < 0:  # an offset within the tensor data
         CheckpointReader(tmp_path, "sizes")
@@ -141,7 +143,7 @@ def test_a_truncated_or_missing_shard_is_found(tmp_path: Path, verify: str) -> N
     cut_over(tmp_path, 2)
     path = tmp_path / shard_name(0)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"shard_00000.safetensors: has \d+ bytes and was written with \d+;"):
+    with pytest.raises(UserError, match=r"shard_00000.safetensors: has \d+ bytes instead of \d+;"):
         CheckpointReader(tmp_path, verify)  # type: ignore[arg-type]
     path.unlink()
     with pytest.raises(UserError, match=r"shard_00000.safetensors: is missing;"):
@@ -227,8 +229,8 @@ FILE = {"bytes": 10**18, "sha256": "0" * 64}
         (["tensors", "norm", "pieces"], [[-1, 0, 5]], "tensors.norm.pieces.0.0: Input should be greater"),
         (["tensors", "norm"], {"shape": [2**40], "pieces": [[0, 0, 2**40]]}, "shard_00000.safetensors is smaller than"),
         (["tensors"], [], "tensors: Input should be a valid dict"),
-        (["tensors"], None, "it has other keys"),
-        (["unknown"], 1, "it has other keys"),
+        (["tensors"], None, "it has unknown or missing keys"),
+        (["unknown"], 1, "it has unknown or missing keys"),
         (["step"], -1, "step: Input should be greater than or equal to 0"),
         (["step"], 10**400, "step: Input should be less than 9223372036854775808"),
         (["step"], "3", "step: Input should be a valid integer"),
@@ -259,7 +261,7 @@ def test_a_link_out_of_the_folder_is_refused_and_a_link_inside_is_followed(tmp_p
     for made in (folder, outside):
         made.mkdir()
     cut_over(folder, 1)
-    for name, reason in ((shard_name(0), "is a link that leads out of its folder; put"), (MANIFEST, "is a link")):
+    for name, reason in ((shard_name(0), "is a link that leads out of its folder; replace"), (MANIFEST, "is a link")):
         (folder / name).rename(outside / name)
         (folder / name).symlink_to(outside / name)
         with pytest.raises(UserError, match=rf"{name}: {reason}"):

@@ -125,16 +125,19 @@ def test_a_damaged_file_is_refused_before_reading(tmp_path: Path) -> None:
     run, _ = saved_run(tmp_path)
     file = run.checkpoints / "step_00000000" / shard_name(1)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"shard_00001.safetensors: has 100 bytes and was written with \d+; choose"):
+    with pytest.raises(UserError, match=r"shard_00001.safetensors: has 100 bytes instead of \d+; choose"):
         load_model(run)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"hypernetwork": True, "tie_word_embeddings": False}, r"has no lm_head.weight, the run's model as \[16, 8\]"),
-        ({"num_experts": 5}, r"has model.layers.1.mlp.router.gate.weight as \[3, 8\], the run's model as \[5, 8\]"),
-        ({"first_dense_layers": 0}, r"has no model.layers.0.mlp.router.gate.weight"),
+        (
+            {"hypernetwork": True, "tie_word_embeddings": False},
+            r"lm_head.weight is missing, but \[16, 8\] in the run's",
+        ),
+        ({"num_experts": 5}, r"model.layers.1.mlp.router.gate.weight is \[3, 8\], but \[5, 8\] in the run's"),
+        ({"first_dense_layers": 0}, "model.layers.0.mlp.router.gate.weight is missing"),
     ],
 )
 def test_a_checkpoint_of_a_different_model_is_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ LIMITS = Limits(restarts=3, seconds=100)
 RUNNING = Heartbeat(rank=0, host="node1", process=1, step=7, doing="saving", passed=9, beats=3)
 LOST = replace(RUNNING, end="lost")
 FAILED = replace(RUNNING, rank=1, host="node2", end="error", error="ValueError: at 0x7f12 of 5")
-SAVED = "a signal ended it after a checkpoint"
+SAVED = "a signal ended the attempt after a checkpoint"
 
 
 def attempt(outcome: str, began: float = 0, step: int | None = 7, what: str = "") -> Attempt:
@@ -24,7 +24,7 @@ def attempt(outcome: str, began: float = 0, step: int | None = 7, what: str = ""
         (0, [replace(RUNNING, end="done")], "done", ""),
         (75, [replace(RUNNING, end="saved")], "saved", SAVED),
         (1, [replace(RUNNING, end="saved")], "saved", SAVED),  # of a launcher that received the signal
-        (2, [], "refused", "see its last line"),
+        (2, [], "refused", "see the last line of the output"),
         (2, [replace(FAILED, error="UserError: train.max_bad_steps")], "refused", "UserError: train.max_bad_steps"),
         (1, [LOST, FAILED], "error", "ValueError: at 0x7f12 of 5"),
         (76, [LOST, RUNNING], "lost", "rank 1 died"),
@@ -36,7 +36,7 @@ def attempt(outcome: str, began: float = 0, step: int | None = 7, what: str = ""
             SAVED,
         ),  # of DeepSpeed after its launcher was killed
         (1, [replace(FAILED, error="UserError: a")], "refused", "UserError: a"),  # of torchrun
-        (1, [], "unmet", "it ended before all ranks had joined"),
+        (1, [], "unmet", "not all ranks had joined"),
     ],
 )
 def test_an_attempt_is_classified_by_exit_code_and_heartbeats(

@@ -56,21 +56,24 @@ def test_equal_hosts_with_enough_memory_and_disk_pass() -> None:
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({"python": "3.12.1"}, "n1: python: is 3.12.1, elsewhere 3.11.7; rebuild the environment there"),
-        ({"torch": "2.12.0"}, "n1: torch: is 2.12.0, elsewhere 2.13.0; run there: bash launch/setup.sh"),
-        ({"deepspeed": "missing"}, "n1: deepspeed: is missing, elsewhere 0.19.8; run there: bash launch/setup.sh"),
-        ({"project": "abc xyz"}, "n1: project: is abc xyz, elsewhere abc def; check out the same commit there"),
+        ({"python": "3.12.1"}, "n1: python: 3.12.1, but 3.11.7 on most hosts; rebuild the environment there"),
+        ({"torch": "2.12.0"}, "n1: torch: 2.12.0, but 2.13.0 on most hosts; run there: bash launch/setup.sh"),
+        ({"deepspeed": "missing"}, "n1: deepspeed: missing, but 0.19.8 on most hosts; run there: bash launch/setup.sh"),
+        ({"project": "abc xyz"}, "n1: project: abc xyz, but abc def on most hosts; check out the same commit there"),
         (
             {"data": "lacks /d/t.idx"},
-            "n1: data: is lacks /d/t.idx, elsewhere 456; copy the token files and the tokenizer",
+            "n1: data: lacks /d/t.idx, but 456 on most hosts; copy the token files and the tokenizer",
         ),
-        ({"settings": "9"}, "n1: settings: is 9, elsewhere 123; copy the same recipe and DeepSpeed JSON there"),
-        ({"devices": ["A100"] * 8}, "n1: devices: is 8 x A100, elsewhere 8 x H100; list only hosts with the same GPUs"),
-        ({"memory_gib": 0.9}, "n1: /dev/shm: 0.90 GiB free, 8 ranks need 1.00; enlarge it"),
-        ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.00 GiB free, checkpoints need 40.00; free space"),
-        ({"sees_run_folder": False}, "n1: run.dir=/runs/a: is not the folder that this machine sees there; choose one"),
-        ({"clock_ahead": 7.0}, "n1: clock: is +7 s off this machine's; set it by NTP"),
-        ({"clock_ahead": -61.2}, "n1: clock: is -61 s off this machine's; set it by NTP"),
+        ({"settings": "9"}, "n1: settings: 9, but 123 on most hosts; copy the same recipe and DeepSpeed JSON there"),
+        (
+            {"devices": ["A100"] * 8},
+            "n1: devices: 8 x A100, but 8 x H100 on most hosts; list only hosts with the same GPUs",
+        ),
+        ({"memory_gib": 0.9}, "n1: /dev/shm: 0.90 GiB are free, but 8 ranks need 1.00 GiB; enlarge"),
+        ({"disk_gib": 3.0}, "n1: run.dir=/runs/a: 3.00 GiB are free, but checkpoints need 40.00 GiB; free"),
+        ({"sees_run_folder": False}, "n1: run.dir=/runs/a: is not the same folder as on this machine; choose a"),
+        ({"clock_ahead": 7.0}, "n1: clock: differs by +7 s from this machine's clock; set it"),
+        ({"clock_ahead": -61.2}, "n1: clock: differs by -61 s from this machine's clock; set it"),
     ],
 )
 def test_a_host_that_differs_or_lacks_something_is_named_with_a_remedy(changed: dict[str, object], line: str) -> None:
@@ -81,8 +84,8 @@ def test_a_host_that_differs_or_lacks_something_is_named_with_a_remedy(changed: 
 def test_a_host_with_fewer_gpus_than_slots_has_two_failures() -> None:
     failures = lines(check_hosts(answer(devices=["H100"] * 7), QUERY, 40.0))
     assert [line.partition(";")[0] for line in failures] == [
-        "n1: devices: is 7 x H100, elsewhere 8 x H100",
-        "n1: slots=8: it has 7 GPUs",
+        "n1: devices: 7 x H100, but 8 x H100 on most hosts",
+        "n1: slots=8: the host has 7 GPUs",
     ]
 
 
@@ -99,9 +102,7 @@ def test_on_cpus_a_host_name_that_resolves_to_loopback_is_reported_unless_it_is_
     report = replace(GOOD, devices=None, address="127.0.1.1")
     pair = [HostAnswer(Host("n0", 1), report), HostAnswer(Host("n1", 1), replace(report, address="10.0.0.2"))]
     [line] = lines(check_hosts(pair, QUERY, 1.0))
-    assert line.startswith(
-        "n0: its own name: resolves to 127.0.1.1 there, which no other host can reach; set GLOO_SOCKET"
-    )
+    assert line.startswith("n0: its own name: resolves to 127.0.1.1, which other hosts cannot reach; set GLOO_SOCKET")
     assert check_hosts(pair[:1], QUERY, 1.0) == []
 
 
@@ -137,12 +138,12 @@ def interconnect(**slow: float) -> Interconnect:
 def test_a_pair_much_slower_than_the_others_is_reported() -> None:
     assert check_interconnect(interconnect(p13=3.4), HOSTS, 0.0) == []
     [line] = lines(check_interconnect(interconnect(p13=3.3), HOSTS, 0.0))
-    assert line.startswith("n1 - n3: 3.30 GB/s, the median of all pairs is 10.00; check the cables")
+    assert line.startswith("n1 - n3: 3.30 GB/s, but the median over all pairs is 10.00 GB/s; check the cables")
 
 
 def test_a_pair_slower_than_required_is_reported() -> None:
     [line] = lines(check_interconnect(interconnect(p02=8.0), HOSTS, 9.0))
-    assert line.startswith("n0 - n2: 8.00 GB/s, required are 9.00; check")
+    assert line.startswith("n0 - n2: 8.00 GB/s, but 9.00 GB/s are required; check")
 
 
 def test_slow_pairs_are_attributed_to_the_host_that_has_most_of_them() -> None:
@@ -164,7 +165,7 @@ def test_fit_selects_the_hosts_that_divide_the_batch_and_sets_expert_parallelism
     assert fit(HOSTS[:3], 64, 2, 8, 8) == (HOSTS[:2], 8)  # 3 hosts are 24 ranks
     assert fit(HOSTS[:3], 96, 2, 16, 8) == (HOSTS[:3], 8)
     assert fit([Host("n0", 1), Host("n2", 2)], 12, 2, 2, 8).expert == 1
-    with pytest.raises(UserError, match=r"^train.global_batch_size=60: cannot be shared by the ranks of n0, n1 or "):
+    with pytest.raises(UserError, match=r"^train.global_batch_size=60: cannot be split evenly over the ranks of n0"):
         fit(HOSTS[:2], 60, 2, 8, 8)
 
 
@@ -173,7 +174,7 @@ def test_a_wrong_result_is_reported_once() -> None:
         failure.host for failure in check_interconnect(replace(interconnect(), wrong=["all-to-all"]), HOSTS, 0.0)
     ] == [None]
     [line] = lines(check_interconnect(replace(interconnect(), wrong=["all-reduce", "all-reduce"]), HOSTS, 0.0))
-    assert line.startswith("all-reduce: gave a wrong result; ")
+    assert line.startswith("all-reduce: returned a wrong result; ")
 
 
 def test_the_slowest_pair_is_named() -> None:

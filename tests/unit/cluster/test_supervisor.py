@@ -179,7 +179,7 @@ def test_nothing_is_started_if_no_host_passes_at_first(tmp_path: Path) -> None:
     (tmp_path / "calls").write_text("x")
     done = with_hosts(tmp_path, "", "{hosts}")
     assert (done.returncode, (tmp_path / "launches").exists()) == (1, False)
-    assert done.stderr.splitlines()[-1].endswith("no host can train; fix what the lines above name")
+    assert done.stderr.splitlines()[-1].endswith("no host can train; fix the problems listed above")
 
 
 def test_a_command_without_a_hostfile_placeholder_is_refused(tmp_path: Path) -> None:
@@ -197,10 +197,10 @@ MISSING = "supervise.py: `-- COMMAND` is missing; write -- and the training comm
         ("--max-restarts 3 --", MISSING),
         ("deepspeed --num_gpus 2 train.py --config r.yaml", MISSING),
         ("--bogus 3 -- deepspeed train.py --config r.yaml", "supervise.py: --bogus: is not an option; see --help"),
-        ("--max-restarts -1 -- deepspeed", "--max-restarts -1: is below 0; give 0 or more"),
-        ("--window 0 -- deepspeed", "--window 0: is not above 0; give a time in seconds"),
-        ("--window -5 -- deepspeed", "--window -5: is not above 0; give a time in seconds"),
-        ("--window nan -- deepspeed", "--window nan: is not above 0; give a time in seconds"),
+        ("--max-restarts -1 -- deepspeed", "--max-restarts -1: is negative; give 0 or more"),
+        ("--window 0 -- deepspeed", "--window 0: is not positive; give a time in seconds"),
+        ("--window -5 -- deepspeed", "--window -5: is not positive; give a time in seconds"),
+        ("--window nan -- deepspeed", "--window nan: is not positive; give a time in seconds"),
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_line(words: str, answer: str, tmp_path: Path) -> None:

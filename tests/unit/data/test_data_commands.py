@@ -31,8 +31,12 @@ BAD = {
     "train too large": ("train", "--input TEXT --vocab-size 90000", "vocab_size=90000: is too large for this text"),
     "train too small": ("train", "--input TEXT --vocab-size 100", "vocab_size=100: is too small for the characters"),
     "train no size": ("train", "--input TEXT --vocab-size 0", "vocab_size=0: is not a number of tokens"),
-    "train no text": ("train", "--input empty.txt --vocab-size 400", "have no document: 1 with empty file"),
-    "train no field": ("train", "--input no_field.jsonl --vocab-size 400", "give the field that contains the text"),
+    "train no text": ("train", "--input empty.txt --vocab-size 400", "contain no document: 1 with empty file"),
+    "train no field": (
+        "train",
+        "--input no_field.jsonl --vocab-size 400",
+        "set --text-field to the field that contains the text",
+    ),
     "train strict empty": ("train", "--strict --input TEXT empty.txt --vocab-size 400", "empty.txt: empty file"),
     "train strict latin": ("train", "--strict --input latin.txt --vocab-size 400", "latin.txt: no UTF-8 text"),
     "train strict json": ("train", "--strict --input no_json.jsonl --vocab-size 400", "jsonl:2: no JSON object"),
@@ -46,7 +50,7 @@ BAD = {
     "output exists": ("preprocess", "--input TEXT --tokenizer TOKENIZER --output VALID", "valid.bin: exists already"),
     "output is a folder": ("preprocess", "--input TEXT --tokenizer TOKENIZER --output folder", "folder: is a folder"),
     "output in a file": ("preprocess", "--input TEXT --tokenizer TOKENIZER --output empty.txt/x", "cannot be written"),
-    "no document": ("preprocess", "--input empty.txt --tokenizer TOKENIZER", "have no document"),
+    "no document": ("preprocess", "--input empty.txt --tokenizer TOKENIZER", "contain no document"),
     "strict json": ("preprocess", "--strict --input no_json.jsonl --tokenizer TOKENIZER", "jsonl:2: no JSON object"),
 }
 

@@ -64,9 +64,9 @@ def test_intact_datasets_pass(config: DataConfig) -> None:
         (cut("valid.idx", -1), r"valid\.idx: is truncated"),
         (cut("valid.idx", 20), r"valid\.idx: is truncated \(20 bytes\)"),
         (extend("valid.idx"), r"valid\.idx: is damaged"),
-        (lambda folder: (folder / "valid.idx").write_bytes(b"x" * 99), r"valid\.idx: is not an index of tokens"),
-        (lambda folder: (folder / "train.json").write_text("{"), r"train\.json: is not a description of tokens"),
-        (change("train.json", colour="red"), r"train\.json: is not a description of tokens"),
+        (lambda folder: (folder / "valid.idx").write_bytes(b"x" * 99), r"valid\.idx: is not a token index"),
+        (lambda folder: (folder / "train.json").write_text("{"), r"train\.json: is not metadata of token files"),
+        (change("train.json", colour="red"), r"train\.json: is not metadata of token files"),
         (change("valid.json", tokenizer_sha256="0"), r"valid: was made with another .*, whose tokenizer\.model"),
         (
             change("valid.json", tokenizer_file="tokenizer.json"),
@@ -105,7 +105,7 @@ def test_a_second_vocabulary_file_that_takes_precedence_makes_a_different_tokeni
     ids["a"], ids["b"] = ids["b"], ids["a"]
     (tmp_path / "both" / "tokenizer.json").write_text(json.dumps(content))
     shutil.copy(Path(config.tokenizer) / "tokenizer.model", tmp_path / "both")
-    with pytest.raises(UserError, match=r", which is read from its tokenizer\.json and not from tokenizer\.model;"):
+    with pytest.raises(UserError, match=r", which is loaded from tokenizer\.json, not from tokenizer\.model;"):
         check_datasets(config.model_copy(update={"tokenizer": str(tmp_path / "both")}), VOCAB)
 
 
@@ -127,7 +127,8 @@ def test_tokenizer_settings_that_change_no_id_are_ignored(config: DataConfig, tm
 
 def test_token_ids_beyond_the_vocabulary_of_the_model_are_refused(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"tokenizer: has token ids up to 999 and the model 999 embeddings; set model\.vocab_size to"
+        UserError,
+        match=r"tokenizer: has token ids up to 999, but the model has 999 embeddings; set model\.vocab_size to",
     ):
         check_datasets(config, VOCAB - 1)
     change("train.json", vocab_size=1001)(tmp_path / "copy")
@@ -141,7 +142,7 @@ def test_token_files_without_metadata_are_searched_for_the_largest_id(config: Da
         update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/plain"}]).train, "valid": []}
     )
     check_datasets(plain, 1041)
-    with pytest.raises(UserError, match="has 1041 token ids and the model 1040"):
+    with pytest.raises(UserError, match="has token ids up to 1040, but the model has 1040"):
         check_datasets(plain, 1040)
 
 
@@ -154,7 +155,7 @@ def test_too_few_tokens_for_a_sample_are_refused(config: DataConfig, tmp_path: P
         assert len(build_datasets(short, 1, 1, None)[0]) == 1
         return
     for refuse in (lambda: check_datasets(short, VOCAB), lambda: build_datasets(short, 1, 1, None)):
-        with pytest.raises(UserError, match="short: has 64 tokens, too few for one sample of 64"):
+        with pytest.raises(UserError, match="short: has 64 tokens, but one sample needs 65"):
             refuse()
 
 

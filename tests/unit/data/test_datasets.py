@@ -201,7 +201,7 @@ def test_the_index_is_rebuilt_when_token_files_are_replaced(corpus: TokenisedCor
 def test_the_loader_starts_after_the_consumed_samples(corpus: TokenisedCorpus, workers: int) -> None:
     dataset = build_train(settings(corpus), 40)
     expected = rows(dataset)
-    batches = build_loader(dataset, 3, rank=1, size=2, consumed_samples=12, workers=workers)
+    batches = build_loader(dataset, 3, rank=1, size=2, consumed_samples=12, workers=workers, vocab_size=10**6)
     for start in (15, 21, 27):
         batch = next(batches)
         found = torch.cat((batch["input_ids"], batch["labels"][:, -1:]), dim=1).tolist()
@@ -280,7 +280,7 @@ def test_a_rank_that_cannot_read_the_cache_is_reported(corpus: TokenisedCorpus, 
     for process in ranks:
         process.kill()
     assert f"data.cache={tmp_path}/1: the indices cannot be written or read" in message
-    assert "set data.cache to a folder that all nodes see" in message
+    assert "set data.cache to a folder that all nodes share" in message
 
 
 def _build_or_report_error(rank: int, store: Path, config: DataConfig, queue: Any) -> None:
@@ -300,6 +300,6 @@ def wrapped(cause: Exception) -> Exception:
 
 @pytest.mark.parametrize("error", [MemoryError("bad_alloc"), wrapped(MemoryError("bad_alloc"))])
 def test_an_index_larger_than_memory_is_refused(error: Exception) -> None:
-    message = r"^train\.steps: the index of so many samples does not fit into memory"
+    message = r"^train\.steps: the index of the samples does not fit into memory"
     with pytest.raises(UserError, match=message), _cache_errors("cache"):
         raise error

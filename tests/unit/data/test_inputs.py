@@ -40,7 +40,7 @@ def test_the_suffix_decides_the_kind_and_the_compression(tmp_path: Path, name: s
 def test_unknown_kinds_are_refused_by_name_unless_their_kind_is_given(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=rf"{name}: is of an unknown kind; .*--as text"):
+    with pytest.raises(UserError, match=rf"{name}: has an unknown suffix; .*--as text"):
         find_inputs([tmp_path / "folder"])
     assert [file.kind for file in find_inputs([tmp_path / "folder"], Kind.TEXT)] == [Kind.TEXT]
 

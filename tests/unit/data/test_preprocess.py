@@ -219,7 +219,7 @@ def test_rejections_are_listed_and_too_many_fail_the_job(corpus: TokenisedCorpus
     lines = ['{"text": "good"}'] * 98 + ["no json", "{}"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     work = job(corpus, [tmp_path / "a.jsonl"], tmp_path / "out")
-    with pytest.raises(UserError, match=r"2\.0% were rejected, more than 1\.0%: 1 with no JSON object"):
+    with pytest.raises(UserError, match=r"2\.0% of them were rejected \(limit 1\.0%\): 1 with no JSON object"):
         preprocess(work)
     listed = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text().splitlines()]
     assert [(each["line"], each["reason"]) for each in listed] == [
@@ -266,7 +266,7 @@ def test_a_file_that_changes_stops_the_job(
         return made
 
     monkeypatch.setattr(preprocess_module, "make_plan", change)
-    with pytest.raises(UserError, match=r"a\.txt: changed while the job ran"):
+    with pytest.raises(UserError, match=r"a\.txt: changed while the job was running"):
         preprocess(job(corpus, [tmp_path / "a.txt"], tmp_path / "out"))
 
 
@@ -323,9 +323,9 @@ def test_ids_with_gaps_are_written_with_a_type_and_a_vocabulary_that_hold_the_la
         (
             False,
             "a c",
-            "1 of 1 documents change by encoding and decoding, and 25.00% of the tokens are unknown",
+            "1 of 1 documents change when they are encoded and decoded, and 25.00% of the tokens are unknown",
         ),
-        (True, "A b", "1 of 1 documents change by encoding and decoding, and 0.00% of the tokens are unknown"),
+        (True, "A b", "1 of 1 documents change when they are encoded and decoded, and 0.00% of the tokens are unknown"),
     ],
 )
 def test_a_tokenizer_that_loses_text_is_reported(
@@ -346,7 +346,7 @@ def test_too_little_free_space_stops_a_job_before_it_starts(
     size, tokens = sum(path.stat().st_size for path in corpus.texts[:-4]), Path(f"{corpus.train}.bin").stat().st_size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens // 2))
-    with pytest.raises(UserError, match=r"out\.bin: needs .* GiB and .* are free"):
+    with pytest.raises(UserError, match=r"out\.bin: needs .* GiB, but .* GiB are free"):
         preprocess(job(corpus, corpus.texts[:-4], tmp_path / "out"))
     assert size > tokens
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=tokens * 2))

@@ -148,5 +148,5 @@ def test_code_in_a_tokenizer_folder_is_never_run(
     try:
         load_tokenizer(folder)
     except UserError as error:
-        assert "needs code of the folder (auto_map), which is never run here" in str(error)  # noqa: PT017
+        assert "needs code from the folder (auto_map), which is never executed" in str(error)  # noqa: PT017
     assert (prompts, (tmp_path / "ran").exists()) == ([], False)

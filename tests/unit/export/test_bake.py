@@ -60,7 +60,7 @@ def test_a_baked_model_gives_the_same_logits_and_text(overrides: dict[str, Any],
 
 
 def test_models_that_cannot_be_baked_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^--bake: 6 HyperExperts a layer are more than its 4 experts; bake a model"):
+    with pytest.raises(UserError, match=r"^--bake: 6 HyperExperts per layer are more than the 4 experts; bake a model"):
         bake(build(num_experts_per_tok=2))
     with pytest.raises(UserError, match="no hypernetwork"):
         bake(bake(build(num_experts_per_tok=1)))

@@ -95,7 +95,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 def test_a_baked_folder_is_refused(tmp_path: Path) -> None:
     HyperMoEConfig(baked_hyper_experts=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="baked_hyper_experts=True: there is no hypernetwork left to train; give a"):
+    with pytest.raises(UserError, match="baked_hyper_experts=True: the model has no hypernetwork to train; give a"):
         open_folder(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_config_key_is_refused(tmp_path: Path) -> None:
     HyperMoEConfig().save_pretrained(tmp_path)
     edit(tmp_path, rope_scaling={"rope_type": "linear"})
     with pytest.raises(
-        UserError, match=r"config.json: rope_scaling={'rope_type': 'linear'}: is unknown, and to drop it"
+        UserError, match=r"config.json: rope_scaling={'rope_type': 'linear'}: is unknown, and dropping it"
     ):
         open_folder(tmp_path)
 
@@ -124,7 +124,7 @@ def test_pickled_and_missing_weights_are_refused(tmp_path: Path) -> None:
     [
         ("missing", r"model.layers.1.block_sparse_moe.experts.5.w3.weight: is missing; copy"),
         ("unexpected", r"model.layers.0.self_attn.q_proj.bias: is not part of a HyperMoE model; choose"),
-        ("shape", r"model.norm.weight: is \[31\], but by config.json \[32\]; correct"),
+        ("shape", r"model.norm.weight: is \[31\], but \[32\] according to config.json; correct"),
         ("dtype", r"model.norm.weight: is stored as F64; save the model as one of F32, BF16, F16"),
     ],
 )

@@ -125,7 +125,9 @@ def test_weights_that_do_not_read_back_are_refused_without_output(
         save_file(tensors | {name: tensors[name] * 1.001}, file, metadata)
 
     monkeypatch.setattr(hf, "save_file", save_corrupted)
-    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.experts\.down_proj does not read back"):
+    with pytest.raises(
+        RuntimeError, match=r"model\.layers\.1\.mlp\.experts\.down_proj differs from the tensor that was written"
+    ):
         export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
@@ -138,7 +140,7 @@ def test_a_folder_with_different_logits_is_refused_without_output(
 
     original = HyperMoEConfig.save_pretrained
     monkeypatch.setattr(HyperMoEConfig, "save_pretrained", save_other_config)
-    with pytest.raises(RuntimeError, match="does not give the logits of the model"):
+    with pytest.raises(RuntimeError, match="does not reproduce the logits of the exported model"):
         export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 
@@ -152,7 +154,7 @@ def test_a_baked_export_is_compared_with_the_model_before_baking(
         assert read_model(tmp_path / str(dtype)).config.baked_hyper_experts
     torch.manual_seed(2)
     other = weights_of(HyperMoEForCausalLM(model.config).to(torch.bfloat16))
-    with pytest.raises(RuntimeError, match="does not give the logits of the model"):
+    with pytest.raises(RuntimeError, match="does not reproduce the logits of the exported model"):
         export(bake_weights(source), tokenizer, tmp_path / "other", ONE_SHARD, other)
     assert not (tmp_path / "other").exists()
 
@@ -163,7 +165,9 @@ def test_a_model_with_nan_logits_is_refused_without_output(
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"gives logits that are NaN or Inf; see tools/inspect_checkpoint\.py$"):
+    with pytest.raises(
+        UserError, match=r"gives logits that are NaN or Inf; inspect it with tools/inspect_checkpoint\.py$"
+    ):
         export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -227,7 +231,7 @@ def test_an_export_needs_free_disk_space_for_its_weights(
 ) -> None:
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(UserError, match=r"hf: needs 0.00 GiB and 0.00 are free; free some disk"):
+    with pytest.raises(UserError, match=r"hf: needs 0.00 GiB, but 0.00 GiB are free; free disk space"):
         export(weights_of(model), tokenizer, tmp_path / "hf", ONE_SHARD)
     assert list(tmp_path.iterdir()) == []
 

@@ -50,16 +50,16 @@ def test_the_config_of_smollm2_is_translated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("llama", {"attention_bias": True}, "attention_bias=True: HyperMoE has False; choose"),
+        ("llama", {"attention_bias": True}, "attention_bias=True: HyperMoE supports only False; choose"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True: "),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': HyperMoE has 'silu'"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': HyperMoE supports only 'silu'"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1: "),
         ("llama", {"rope_interleaved": True}, "rope_interleaved=True: "),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}: "),
         (
             "llama",
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_parameters.rope_type='linear': HyperMoE does not scale its rotary angles; choose",
+            "rope_parameters.rope_type='linear': HyperMoE does not support scaled rotary embeddings; choose",
         ),
         (
             "llama",
@@ -69,17 +69,17 @@ def test_the_config_of_smollm2_is_translated(tmp_path: Path) -> None:
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor=0.5: HyperMoE rotates whole heads",
+            "partial_rotary_factor=0.5: HyperMoE rotates all dimensions of a head",
         ),
-        ("llama", {"depth_scale": 3}, "depth_scale=3: is unknown, and to drop it might change the model; remove"),
+        ("llama", {"depth_scale": 3}, "depth_scale=3: is unknown, and dropping it might change the model; remove"),
         ("llama", {"num_hidden_layers": "two"}, "config.json: is not valid"),
         ("mistral", {"sliding_window": 32}, "sliding_window=32: .*; set max_position_embeddings in that file to"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding_window=16: "),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types=|is not valid"),
-        ("qwen2", {}, "model_type='qwen2': has biases in its attention, which HyperMoE does not have; choose"),
+        ("qwen2", {}, "model_type='qwen2': has attention biases, which HyperMoE does not support; choose"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: "),
-        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: it renormalises gates"),
-        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: HyperMoE has None"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: Mixtral renormalises gates"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: HyperMoE supports only None"),
         ("olmoe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob=True: with K = 1 "),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]: "),
         ("gpt2", {}, "model_type='gpt2': is unknown; give one of hypermoe, llama, mistral, qwen3, mixtral, olmoe"),
@@ -108,4 +108,4 @@ def test_training_settings_that_are_not_translated_are_reported(tmp_path: Path) 
     their_model("olmoe", num_experts=2, num_experts_per_tok=1).to(torch.bfloat16).save_pretrained(tmp_path)
     HyperMoEConfig().save_pretrained(tmp_path / "ours")
     assert notes_on(tmp_path / "ours") == []
-    assert notes_on(tmp_path) == ["router_aux_loss_coef=0.01 is not carried over: it is a setting of training"]
+    assert notes_on(tmp_path) == ["router_aux_loss_coef=0.01 is not copied, because the recipe sets it"]

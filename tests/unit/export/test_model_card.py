@@ -38,7 +38,7 @@ def test_the_front_matter_and_sizes_match_the_model(preset: str) -> None:
     counts, table = config.parameter_counts(), rows(card)
     assert table["parameters"] == f"{counts.total:,}"
     assert table["active parameters per token"] == f"{counts.active:,}"
-    assert table["of these hypernetwork and encoders"] == f"{counts.hypernetwork:,}"
+    assert table["parameters of the hypernetwork and encoders"] == f"{counts.hypernetwork:,}"
     assert table["experts"] == f"{config.num_experts} per layer, {config.num_experts_per_tok} per token"
 
 
@@ -66,7 +66,7 @@ def test_the_training_section_has_only_known_values() -> None:
         assert "None" not in card
         assert "unknown" not in card
     assert "## Training" not in model_card("first", config)
-    assert "## Made by" not in model_card("first", config)
+    assert "## Export command" not in model_card("first", config)
 
 
 @pytest.mark.parametrize(

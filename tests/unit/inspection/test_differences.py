@@ -59,7 +59,7 @@ def test_missing_and_reshaped_parameters_are_named(tmp_path: Path) -> None:
     assert differences.reshaped[EXPERTS] == ((4, 32, 24), (6, 32, 24))
     assert EXPERTS not in differences.tensors["weight"]
     text = list(difference_lines(differences))
-    assert f"only in the first: {len(differences.only_first)} tensors" in text
+    assert f"only in the first folder: {len(differences.only_first)} tensors" in text
     assert f"  {EXPERTS}: [4, 32, 24] and [6, 32, 24]" in text
 
 

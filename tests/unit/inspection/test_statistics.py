@@ -170,8 +170,8 @@ def test_json_has_every_number_and_null_for_nan(tmp_path: Path) -> None:
     [folder] = json.loads((tmp_path / "seen.json").read_text())["folders"]
     assert folder["tensors"]["weight"].keys() == weights.keys()
     assert folder["expert_similarity"][0]["mean"] is None
-    assert folder["expert_similarity"][1]["verdict"] is None
-    assert folder["origin"]["step"] == 7
+    assert folder["expert_similarity"][1]["warning"] is None
+    assert folder["provenance"]["step"] == 7
     assert folder["not_finite"][f"weight/{FIRST}.experts.w1"]["nan"] == weights[f"{FIRST}.experts.w1"].numel()
     with pytest.raises(UserError, match=r"--json=.*none/seen.json: cannot be written"):
         write_json(tmp_path / "none" / "seen.json", [inspection], [])

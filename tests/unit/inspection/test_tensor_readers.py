@@ -82,7 +82,7 @@ def test_a_run_folder_gives_its_newest_checkpoint_or_the_one_asked_for(tmp_path:
             assert reader.provenance.step == (step or 5)
             assert reader.provenance.kind == "run folder"
     check_step(3, [tmp_path, run])
-    with pytest.raises(UserError, match="--step=3: only a run folder has steps and none is given; remove it"):
+    with pytest.raises(UserError, match="--step=3: only run folders have steps, but none is given; remove it"):
         check_step(3, [tmp_path])
     with pytest.raises(UserError, match="does not exist"):
         open_tensor_reader(run, 4)

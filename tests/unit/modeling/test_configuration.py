@@ -179,7 +179,7 @@ def test_numbers_must_be_finite_of_their_type_and_within_limits(key: str) -> Non
 
 
 def test_booleans_must_be_true_or_false() -> None:
-    with pytest.raises(ValueError, match=r"^qk_norm=1: neither true nor false; give one of them$"):
+    with pytest.raises(ValueError, match=r"^qk_norm=1: is not a boolean; give true or false$"):
         HyperMoEConfig(**{**SMALL, "qk_norm": 1})
 
 

@@ -28,12 +28,12 @@ def test_accumulation_steps_divide_the_batch_exactly_or_are_refused_with_valid_s
         with pytest.raises(UserError) as error:
             gradient_accumulation_steps(batch, micro_batch, ranks)
         text = str(error.value)
-        problem = f"times {ranks} ranks does not divide train.global_batch_size={batch}"
+        problem = f"multiplied by {ranks} ranks, it does not divide train.global_batch_size={batch}"
         assert text.startswith(f"train.micro_batch_size={micro_batch}: {problem}; ")
         remedy = text.partition("; ")[2]
         valid_sizes = [size for size in range(1, 61) if batch % (size * ranks) == 0]
         if valid_sizes:
-            assert remedy == f"on {ranks} ranks these micro-batches fit: {', '.join(map(str, valid_sizes))}"
+            assert remedy == f"with {ranks} ranks, choose one of {', '.join(map(str, valid_sizes))}"
         else:
             assert remedy == f"choose a global batch that is a multiple of {micro_batch * ranks}"
 

@@ -29,8 +29,8 @@ def as_run(**changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("section", "key", "value", "shown"),
     [
-        ("train", "precision", "fp32", 'train.precision "bf16" -> "fp32": continues from the fp32 weights'),
-        ("train", "global_batch_size", 4, "train.global_batch_size 8 -> 4: each step uses this many sequences"),
+        ("train", "precision", "fp32", 'train.precision "bf16" -> "fp32": training continues from the fp32'),
+        ("train", "global_batch_size", 4, "train.global_batch_size 8 -> 4: steps use the new batch size"),
         ("train", "micro_batch_size", 1, "train.micro_batch_size 2 -> 1: memory and speed change"),
         ("train", "max_bad_steps", 3, "train.max_bad_steps 20 -> 3: results stay the same"),
         ("optimizer", "beta1", 0.8, "optimizer.beta1 0.9 -> 0.8: takes effect in the next step; the moments are kept"),

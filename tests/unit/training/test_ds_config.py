@@ -242,7 +242,7 @@ def test_a_stage_other_than_1_2_and_3_is_refused(content: dict[str, Any]) -> Non
     ("zero", "others", "message"),
     [
         ({"offload_optimizer": {"device": "cuda:7"}}, {}, "zero_optimization.offload_optimizer.device=cuda:7: is unk"),
-        ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: cannot be saved"),
+        ({"offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device=nvme: is not supported"),
         ({"offload_param": {"device": "cpu"}}, {}, "offload_param.device=cpu: has no effect under stage 2; use stage"),
         ({"allgather_bucket_size": 3}, {}, "zero_optimization.allgather_bucket_size=3: is odd"),
         (

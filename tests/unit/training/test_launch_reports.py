@@ -15,10 +15,11 @@ from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.training.banner import banner, repetition_warnings
-from hypermoe_ds.training.launches import Launch, write_end
+from hypermoe_ds.training.launches import Ended, Launch, write_end
 from hypermoe_ds.training.outcome import outcome_rows, resume_command
 from hypermoe_ds.training.settings import TrainConfig
 
+REPOSITORY = Path(__file__).parents[3]
 MODEL = HyperMoEConfig(**PRESETS["tiny-10m"])
 DATASETS = shares(["books", "web"], [1_000_000, 80_000_000], [1.0, 3.0], 16_384_000)
 
@@ -100,14 +101,33 @@ def test_finished_run_shows_best_validation_and_next_commands(tmp_path: Path) ->
     assert commands["evaluate"][-2:] == ["--data", "data/valid"]
 
 
+DEEPSPEED = ["deepspeed", "--log_level", "critical", "--num_gpus", "2"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({"MASTER_PORT": "29500"}, [*DEEPSPEED, f"{REPOSITORY}/pretrain/train.py"]),
+        ({"MASTER_PORT": "7"}, [*DEEPSPEED, "--master_port", "7", f"{REPOSITORY}/pretrain/train.py"]),
+        ({"HYPERMOE_SCREEN": "/proc/1/fd"}, ["bash", f"{REPOSITORY}/launch/local.sh", "--num_gpus", "2"]),
+        (
+            {"HYPERMOE_SCREEN": "/proc/1/fd", "MASTER_PORT": "7"},
+            ["env", "MASTER_PORT=7", "bash", f"{REPOSITORY}/launch/local.sh", "--num_gpus", "2"],
+        ),
+    ],
+)
 @pytest.mark.parametrize("ended", ["signal", "stop_at_step"])
-def test_unfinished_run_shows_the_resume_command(tmp_path: Path, ended: str) -> None:
-    words = ["pretrain/train.py", "--local_rank=0", "--config=r.yaml", "data.train=[{prefix: a b}]"]
-    command = resume_command(2, 1, words, ended)  # type: ignore[arg-type]
-    rows = dict(outcome_rows(tmp_path, ended, 3, 768, 9, None, command))  # type: ignore[arg-type]
+def test_an_unfinished_run_shows_the_command_that_resumes_it_with_the_same_launcher_and_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: Ended, variables: dict[str, str], launcher: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--local_rank=0", "--config=r.yaml", "train.stop_at_step=3", "data.train=[{prefix: a b}]"]
+    command = resume_command(2, 1, [f"{REPOSITORY}/pretrain/train.py", *arguments], ended, variables)
+    rows = dict(outcome_rows(tmp_path, ended, 3, 768, 9, None, command))
     assert "evaluate" not in rows
     reset = ["train.stop_at_step=null"] if ended == "stop_at_step" else []
-    assert shlex.split(rows["resume"]) == [
-        "deepspeed", "--log_level", "critical", "--num_gpus", "2",
-        "pretrain/train.py", "--config=r.yaml", "data.train=[{prefix: a b}]", *reset,
-    ]  # fmt: skip
+    assert shlex.split(rows["resume"]) == [*launcher, "--config=r.yaml", "data.train=[{prefix: a b}]", *reset]
+
+
+def test_the_resume_command_of_several_hosts_omits_the_launcher() -> None:
+    assert resume_command(16, 2, ["train.py", "--config=r.yaml"], "signal", {}) == ["train.py", "--config=r.yaml"]

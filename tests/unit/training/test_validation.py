@@ -68,7 +68,7 @@ def test_empty_or_too_long_prompt_is_refused(corpus: TokenisedCorpus) -> None:
     ids = encode_prompt(tokenizer, "import os", 100)
     assert tokenizer.decode(ids) == "import os"
     assert encode_prompt(tokenizer, "import os", len(ids)) == ids
-    with pytest.raises(UserError, match=r"evaluation\.prompts: '': has no token; give a text or remove it"):
+    with pytest.raises(UserError, match=r"evaluation\.prompts: '': has no tokens; give a text or remove it"):
         encode_prompt(tokenizer, "", 100)
     with pytest.raises(UserError, match=rf"has {len(ids)} tokens; with evaluation\.prompt_tokens, the model allows"):
         encode_prompt(tokenizer, "import os", len(ids) - 1)

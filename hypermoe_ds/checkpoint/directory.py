@@ -57,8 +57,10 @@ def latest_step(checkpoints: Path) -> int | None:
     if named is not None or not os.path.lexists(latest):
         return named if named is not None else max(saved, default=None)
     if not saved:
-        raise UserError(str(latest), "names no checkpoint, and there is none", "restore one, or remove this file")
-    _LOGGER.warning("warning: %s: names no checkpoint next to it; the newest is %s", latest, step_name(saved[-1]))
+        remedy = "restore a checkpoint, or remove this file"
+        raise UserError(str(latest), "exists, but there is no checkpoint", remedy)
+    newest = step_name(saved[-1])
+    _LOGGER.warning("warning: %s: does not name an existing checkpoint; using the newest, %s", latest, newest)
     return saved[-1]
 
 
@@ -90,7 +92,7 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete what remains of interrupted saves and deletions."""
+    """Delete the remains of interrupted saves and deletions."""
     for path in checkpoints.glob(".step_*"):
         if re.fullmatch(r"\.step_[0-9]+\.(partial|removed)", path.name):
             delete(path)
@@ -142,7 +144,7 @@ def remove_old(checkpoints: Path, newest: int, keep_last: int, keep_every: int |
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; rename it first, so that a partly deleted one is never used."""
+    """Delete a checkpoint; rename it first, so that a partly deleted checkpoint is never used."""
     hidden = path.with_name(f".{path.name}.removed")
     if os.path.lexists(hidden):
         delete(hidden)

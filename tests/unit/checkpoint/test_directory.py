@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hypermoe_ds.checkpoint import store
-from hypermoe_ds.checkpoint.store import find_checkpoint, latest_step, saved_steps, step_name
+from hypermoe_ds.checkpoint import directory
+from hypermoe_ds.checkpoint.directory import find_checkpoint, latest_step, saved_steps, step_name
 from hypermoe_ds.errors import UserError
 
 
@@ -58,7 +58,7 @@ def test_an_invalid_latest_is_reported_and_the_newest_step_is_used(
     assert latest_step(tmp_path) == 20
     [record] = caplog.records
     assert record.getMessage() == (
-        f"warning: {tmp_path}/latest: names no checkpoint next to it; the newest is step_00000020"
+        f"warning: {tmp_path}/latest: does not name an existing checkpoint; using the newest, step_00000020"
     )
 
 
@@ -70,7 +70,7 @@ def test_a_latest_that_is_a_folder_is_reported(tmp_path: Path) -> None:
 
 def test_latest_without_checkpoints_does_not_start_a_new_run(tmp_path: Path) -> None:
     make(tmp_path, latest="step_00000010")
-    with pytest.raises(UserError, match="latest: names no checkpoint, and there is none; restore one, or remove"):
+    with pytest.raises(UserError, match="latest: exists, but there is no checkpoint; restore a checkpoint, or remove"):
         latest_step(tmp_path)
 
 
@@ -86,28 +86,28 @@ def test_a_missing_step_is_refused_with_a_list_of_saved_steps(tmp_path: Path) ->
 
 def test_a_checkpoint_gets_its_final_name_when_it_is_published(tmp_path: Path) -> None:
     make(tmp_path, 10, latest="step_00000010")
-    store.begin(tmp_path, 20)
-    (store.partial_folder(tmp_path, 20) / "content").write_text("whole")
+    directory.begin(tmp_path, 20)
+    (directory.partial_folder(tmp_path, 20) / "content").write_text("whole")
     assert saved_steps(tmp_path) == [10]
     assert latest_step(tmp_path) == 10
-    store.publish(tmp_path, 20)
+    directory.publish(tmp_path, 20)
     assert latest_step(tmp_path) == 20
     assert (tmp_path / step_name(20) / "content").read_text() == "whole"
-    assert not store.partial_folder(tmp_path, 20).exists()
+    assert not directory.partial_folder(tmp_path, 20).exists()
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     make(tmp_path, 10, latest="step_00000010")
-    store.begin(tmp_path, 10)
-    (store.partial_folder(tmp_path, 10) / "content").write_text("again")
-    store.publish(tmp_path, 10)
+    directory.begin(tmp_path, 10)
+    (directory.partial_folder(tmp_path, 10) / "content").write_text("again")
+    directory.publish(tmp_path, 10)
     assert (tmp_path / step_name(10) / "content").read_text() == "again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", step_name(10)]
 
 
 def test_an_interrupted_save_is_removed_before_the_next_save(tmp_path: Path) -> None:
     for step in (10, 20):
-        store.begin(tmp_path, step)
+        directory.begin(tmp_path, step)
     assert [path.name for path in tmp_path.iterdir()] == [".step_00000020.partial"]
 
 
@@ -117,7 +117,7 @@ def test_unrelated_files_are_kept_and_unfinished_files_or_links_removed(tmp_path
     for name in (".step_notes", ".step_00000010.partial", ".step_00000020.removed"):
         (tmp_path / name).touch()
     (tmp_path / ".step_00000030.removed").symlink_to(others)
-    store.remove_unfinished(tmp_path)
+    directory.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step_notes", "others"]
     assert saved_steps(others) == [10]
 
@@ -127,7 +127,7 @@ def test_only_the_link_of_a_linked_old_checkpoint_is_removed(tmp_path: Path) -> 
     checkpoints = make(tmp_path / "checkpoints", 20, 30)
     (checkpoints / step_name(10)).symlink_to(archive / step_name(10))
     assert saved_steps(checkpoints) == [10, 20, 30]
-    store.remove_old(checkpoints, 30, 2, None)
+    directory.remove_old(checkpoints, 30, 2, None)
     assert sorted(path.name for path in checkpoints.iterdir()) == [step_name(20), step_name(30)]
     assert (archive / step_name(10) / "content").read_text() == "10"
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_kept(
 
     make(tmp_path, 10, 20, 30)
     monkeypatch.setattr(Path, "rename", refuse)
-    store.remove_old(tmp_path, 30, 1, None)
+    directory.remove_old(tmp_path, 30, 1, None)
     assert saved_steps(tmp_path) == [10, 20, 30]
     assert [record.getMessage() for record in caplog.records] == [
         f"warning: {tmp_path / step_name(step)}: cannot be removed (Permission denied); remove it by hand"
@@ -162,7 +162,7 @@ def test_the_last_checkpoints_and_multiples_of_keep_every_are_kept(
     tmp_path: Path, keep_last: int, keep_every: int | None, kept: list[int]
 ) -> None:
     make(tmp_path, 10, 20, 30, 40, 50, 90)
-    store.remove_old(tmp_path, 50, keep_last, keep_every)
+    directory.remove_old(tmp_path, 50, keep_last, keep_every)
     assert saved_steps(tmp_path) == [*kept, 90], "one of a later step is of a run taken back: it is not touched"
     assert all(path.name.startswith("step_") for path in tmp_path.iterdir())
 
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_renamed_and_does_not_block_a_new_one(tmp_path: 
     names = []
     for _ in range(3):
         make(tmp_path, 10)
-        names.append(store.set_aside(tmp_path, 10).name)
+        names.append(directory.set_aside(tmp_path, 10).name)
     assert names == ["step_00000010.damaged", "step_00000010.damaged2", "step_00000010.damaged3"]
     assert saved_steps(tmp_path) == []
 
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_renamed_and_does_not_block_a_new_one(tmp_path: 
 @pytest.mark.parametrize("latest", [None, "step_00000010"])
 def test_only_damaged_checkpoints_do_not_start_a_new_run(tmp_path: Path, latest: str | None) -> None:
     make(tmp_path, 10, latest=latest)
-    store.set_aside(tmp_path, 10)
+    directory.set_aside(tmp_path, 10)
     with pytest.raises(UserError, match=r"has only damaged checkpoints \(step_00000010.damaged\); restore one, or"):
         latest_step(tmp_path)
     make(tmp_path, 5, latest="step_00000005")
