@@ -125,7 +125,7 @@ METRICS: tuple[Metric, ...] = (
         "optimization",
         "number of steps of this run that were skipped because of NaN or Inf",
         "grows, except during the first steps in fp16",
-        "read the warnings; skip the samples that they name with train.skip_samples",
+        "set train.skip_samples to the samples that the warnings name",
     ),
     Metric(
         "tokens_per_second",
@@ -191,7 +191,7 @@ METRICS: tuple[Metric, ...] = (
         "consumed_tokens",
         "tokens",
         "data",
-        "number of tokens consumed, including steps skipped because of NaN or Inf, in total and by dataset",
+        "number of tokens consumed, including those of steps skipped because of NaN or Inf, in total and by dataset",
         by="dataset",
     ),
     Metric(
