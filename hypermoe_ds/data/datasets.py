@@ -103,10 +103,10 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
         vocab_size: number of token embeddings of the model.
 
     Raises:
-        UserError: the tokenizer folder or a token file is missing, a token file is truncated, a dataset was made with
-            another tokenizer, or a dataset is shorter than one sample. The error is also raised if the tokenizer or a
-            dataset has more token ids than the model. If a dataset has no `.json`, its first 16,777,216 tokens are
-            checked here and the others when they are loaded.
+        UserError: the tokenizer folder or a token file is missing, a token file is truncated, or a `.bin` file is not
+            the one that its `.json` describes. The error is also raised if a dataset was made with another tokenizer or
+            is shorter than one sample, or if the tokenizer or a dataset has more token ids than the model. If a dataset
+            has no `.json`, its first 16,777,216 tokens are checked here and the others when they are loaded.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     needed = embeddings_needed(tokenizer)
@@ -117,11 +117,18 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
         files = inspect(dataset.prefix)
         metadata = read_metadata(dataset.prefix)
         if metadata is not None:
+            _check_content(files, metadata)
             _check_tokenizer(config.tokenizer, tokenizer, dataset, metadata)
         elif (ids := files.largest_token() + 1) > vocab_size:
             problem = f"has token ids up to {ids - 1}, but the model has {vocab_size} embeddings"
             raise UserError(dataset.prefix, problem, f"set model.vocab_size to {ids} or more")
         _check_long_enough(files, config.sequence_length)
+
+
+def _check_content(files: TokenFiles, metadata: Metadata) -> None:
+    if metadata.tokens != files.tokens or metadata.bin_digest not in ("", files.digest):
+        problem = f"is not the file that {files.prefix}.json describes"
+        raise UserError(f"{files.prefix}.bin", problem, "restore it, or run tools/preprocess_data.py again")
 
 
 def _check_tokenizer(folder: str, tokenizer: Any, dataset: DatasetConfig, metadata: Metadata) -> None:
@@ -251,7 +258,7 @@ def _build_samples(
     """Build at least `samples` samples of one dataset for training, or exactly one epoch if `samples` is None."""
     files = inspect(prefix)
     _check_long_enough(files, config.sequence_length)
-    identity = {"document_lengths_crc32": f"{files.lengths_crc32:08x}", "tokens": str(files.tokens)}
+    identity = {"document_lengths_crc32": f"{files.lengths_crc32:08x}", "content": files.digest}
     blend = ([prefix], None)
     settings = GPTDatasetConfig(
         random_seed=seed,

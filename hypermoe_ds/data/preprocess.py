@@ -16,7 +16,7 @@ from hypermoe_ds.data.encoding import Encoder, encoder_for
 from hypermoe_ds.data.inputs import InputFile, Kind, find_inputs
 from hypermoe_ds.data.readers import ReadOptions
 from hypermoe_ds.data.shard_folder import ShardFolder, shard_folder
-from hypermoe_ds.data.token_files import Metadata
+from hypermoe_ds.data.token_files import Metadata, content_digest
 from hypermoe_ds.data.token_shards import ShardSummary, Span, plan_shards, write_shard
 from hypermoe_ds.data.tokenizer import vocabulary_file
 from hypermoe_ds.data.tokenizer_check import TokenizerCheck, check_tokenizer
@@ -318,6 +318,9 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
         tokens=written.tokens,
         text_bytes=report.text_bytes,
         encoding_sha256=encoder.digest,
+        bin_digest=content_digest(folder.joined(".bin")),
+        bin_sha256=sha256_of(folder.joined(".bin")),
+        idx_sha256=sha256_of(folder.joined(".idx")),
     )
     with writing_to(job.path(".bin")):
         metadata.write(folder.joined(".json"))

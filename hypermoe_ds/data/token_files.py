@@ -1,5 +1,6 @@
 """Token files of a dataset: `PREFIX.bin` (token ids), `PREFIX.idx` (document lengths) and `PREFIX.json` (metadata)."""
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ _HEADER = np.dtype(
 )  # packed struct of 34 bytes
 _TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 _SCANNED_TOKENS = 1 << 24
+_SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 _CHUNK = 1 << 20
 _AGAIN = "run tools/preprocess_data.py again"
 
@@ -37,6 +39,9 @@ class Metadata:
         tokens: number of tokens, including end-of-document tokens.
         text_bytes: size of the text in UTF-8 bytes.
         encoding_sha256: SHA-256 of the token ids of a probe text, hexadecimal; an empty string in older files.
+        bin_digest: `content_digest` of `PREFIX.bin`; an empty string in older files.
+        bin_sha256: SHA-256 of `PREFIX.bin`, hexadecimal; an empty string in older files.
+        idx_sha256: SHA-256 of `PREFIX.idx`, hexadecimal; an empty string in older files.
     """
 
     vocab_size: int
@@ -48,6 +53,9 @@ class Metadata:
     tokens: int
     text_bytes: int
     encoding_sha256: str = ""
+    bin_digest: str = ""
+    bin_sha256: str = ""
+    idx_sha256: str = ""
 
     @property
     def bytes_per_token(self) -> float:
@@ -68,12 +76,14 @@ class TokenFiles:
         dtype: NumPy type of a token in the `.bin` file.
         tokens: number of tokens.
         lengths_crc32: checksum of the document lengths, which determine where each sample begins.
+        digest: `content_digest` of the `.bin` file.
     """
 
     prefix: str
     dtype: np.dtype[Any]
     tokens: int
     lengths_crc32: int
+    digest: str
 
     def largest_token(self) -> int:
         """Return the largest token id among the first 16,777,216 tokens."""
@@ -163,7 +173,7 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
         kind = "truncated" if size < expected else "damaged"
         raise UserError(str(index_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
     dtype = _TOKEN_DTYPES[int(header["dtype"])]
-    lengths = np.fromfile(index_path, dtype=np.int32, count=sequences, offset=_HEADER.itemsize)
+    lengths = document_lengths(prefix)
     tokens = int(lengths.sum(dtype=np.int64))
     size, expected = data_path.stat().st_size, tokens * dtype.itemsize
     if size != expected:
@@ -171,7 +181,30 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
         raise UserError(str(data_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
     if tokens == 0:
         raise UserError(str(data_path), "has no tokens", _AGAIN)
-    return TokenFiles(prefix, dtype, tokens, zlib.crc32(lengths.tobytes()))
+    return TokenFiles(prefix, dtype, tokens, zlib.crc32(lengths.tobytes()), content_digest(data_path))
+
+
+def content_digest(path: Path) -> str:
+    """Hash the size of a file and up to 64 evenly spaced blocks of 64 KiB, in hexadecimal.
+
+    The digest detects a replaced file at every launch, because it reads at most 4 MiB. A change of single bytes is only
+    found by a hash of the whole file.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(size - _BLOCK_BYTES, 0)
+    with path.open("rb") as file:
+        for offset in sorted({last * number // (_SAMPLED_BLOCKS - 1) for number in range(_SAMPLED_BLOCKS)}):
+            file.seek(offset)
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def document_lengths(prefix: str) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """Return the number of tokens of each document of token files that `inspect` has checked."""
+    path = Path(f"{prefix}.idx")
+    count = int(np.fromfile(path, dtype=_HEADER, count=1)[0]["sequences"])
+    return np.fromfile(path, dtype=np.int32, count=count, offset=_HEADER.itemsize)
 
 
 def read_metadata(prefix: str) -> Metadata | None:

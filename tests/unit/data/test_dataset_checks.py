@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hypermoe_ds.config import validate
@@ -118,6 +119,24 @@ def test_a_tokenizer_with_the_same_vocabulary_but_different_encoding_is_refused(
     change("train.json", encoding_sha256="")(tmp_path / "copy")  # like files written by earlier versions
     change("valid.json", encoding_sha256="")(tmp_path / "copy")
     check_datasets(config, VOCAB)
+
+
+def test_a_replaced_token_file_of_the_same_size_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "copy/train.bin"
+    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens[::-1].tofile(path)
+    with pytest.raises(UserError, match=r"train\.bin: is not the file that .*train\.json describes; restore it"):
+        check_datasets(config, VOCAB)
+    change("train.json", bin_digest="")(tmp_path / "copy")  # like files written by earlier versions
+    check_datasets(config, VOCAB)
+
+
+def test_files_with_other_tokens_have_another_data_order(config: DataConfig, tmp_path: Path) -> None:
+    before, _ = build_datasets(config, seed=1, train_samples=8, valid_samples=None)
+    path = tmp_path / "copy/train.bin"
+    np.fromfile(path, dtype=np.uint16)[::-1].tofile(path)
+    after, _ = build_datasets(config, seed=1, train_samples=8, valid_samples=None)
+    assert before.data_order_hash != after.data_order_hash
 
 
 def test_tokenizer_settings_that_change_no_id_are_ignored(config: DataConfig, tmp_path: Path) -> None:
