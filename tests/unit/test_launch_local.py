@@ -8,6 +8,7 @@ from typing import TextIO
 
 import pytest
 
+from hypermoe_ds.process import STOP_SIGNALS
 from tests.helpers.launch_scripts import LAUNCH, SYSTEM, TRAIN, ZERO1, commands, launch, stub
 
 
@@ -75,7 +76,8 @@ def launcher(folder: Path) -> Path:
 
 
 def start(folder: Path, output: TextIO) -> "subprocess.Popen[str]":
-    command = ["bash", LAUNCH / "local.sh", "--config", "r.yaml"]
+    # Undo `nohup` and `&`, with which the suite may have been started: bash cannot trap signals that it ignores.
+    command = ["env", "--default-signal", "bash", LAUNCH / "local.sh", "--config", "r.yaml"]
     environment = {"PATH": SYSTEM, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv")}
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -89,7 +91,7 @@ def wait_until_started(folder: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_signal_reaches_the_ranks_and_the_exit_code_is_theirs(launcher: Path, number: signal.Signals) -> None:
     (launcher / "endless").touch()
     with (launcher / "output").open("w") as output:
