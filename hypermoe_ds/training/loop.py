@@ -1,7 +1,7 @@
 """The training loop."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from hypermoe_ds.training.recorder import Recorder
 from hypermoe_ds.training.state import TrainState
 from hypermoe_ds.training.step_monitor import StepMonitor
 from hypermoe_ds.training.step_observer import StepObserver
-from hypermoe_ds.training.validation import Validation
+
+if TYPE_CHECKING:  # benchmarks use this module without megatron-core
+    from hypermoe_ds.training.validation import Validation
 
 
 def train(
@@ -22,7 +24,7 @@ def train(
     last_step: int,
     recorder: Recorder,
     checkpoints: CheckpointManager,
-    validate: Callable[[], Validation] | None,
+    validate: "Callable[[], Validation] | None",
     validation_interval: int,
     skipped_samples: SkippedSamples,
     step_monitor: StepMonitor,
