@@ -76,8 +76,8 @@ def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
 def _plain_moe(model_config: HyperMoEConfig) -> HyperMoEForCausalLM:
     """Build the model without HyperExperts, with the initial weights of HyperMoE.
 
-    With other initial weights, each rank would receive a different share of the tokens, which changes the step
-    time.
+    With different initial weights, each rank would receive another share of the tokens, which would change the
+    step time.
     """
     model = HyperMoEForCausalLM(HyperMoEConfig(**{**model_config.to_dict(), "hypernetwork": True}))
     model.model.hypernetwork = None

@@ -26,7 +26,8 @@ class StepSettings:
         threads: CPU threads per rank.
         repeat_batch: train on one batch, so that the loss decreases. If false, the learning rate is almost 0, because
             trained routers would balance the experts differently on each side.
-        in_turns: number of rounds, with only one side in memory at a time; 0 keeps all sides in memory.
+        in_turns: number of rounds in which the compared models run one at a time, with only one in memory; 0 keeps
+            all in memory.
         accumulation: micro-batches per step.
         activation_checkpointing: recompute layers in the backward pass.
         ranks: number of processes per side.

@@ -49,7 +49,7 @@ def experts() -> list[str]:
 
 
 def selection_path() -> list[str]:
-    """From the unselected experts to the module made for them."""
+    """Draw the path from the unselected experts to the HyperExpert that is generated for them."""
     return [
         box(150, 248, 130, 72, ["unselected set", "{1, 3, 4}"], GREY),
         box(320, 248, 152, 72, ["selection encoder", "sum of embeddings,", "MLP; one a layer"], ORANGE),

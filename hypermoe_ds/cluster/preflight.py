@@ -230,7 +230,7 @@ def measure_interconnect(
         hosts: all hosts.
         starter: starts the processes.
         address: address of the first host.
-        port: rendezvous port, the same that the job will use.
+        port: rendezvous port; the job will use the same one.
         mebibytes: amount of data that each rank sends.
 
     Raises:

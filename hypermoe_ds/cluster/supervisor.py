@@ -167,7 +167,7 @@ class _WatchFolder:
 
 
 def _changed_at(path: Path) -> int | None:
-    """Return the modification time in ns; None if the file is missing or its storage does not answer."""
+    """Return the modification time in ns; None if the file is missing or its storage does not respond."""
     with suppress(OSError):
         return path.stat().st_mtime_ns
     return None

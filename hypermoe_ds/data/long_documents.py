@@ -29,7 +29,7 @@ class _Window:
         ids: token ids [N].
         starts: offset of each token in the document, in characters [N].
         ends: offset after each token [N].
-        words: number of the word that each token belongs to [N].
+        words: index of the word that each token belongs to [N].
         text: text of the window.
         offset: offset of the window in the document.
     """

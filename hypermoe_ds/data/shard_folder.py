@@ -97,7 +97,7 @@ def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tupl
         shards: number of shards.
 
     Yields:
-        The folder, and a message if an earlier job left files.
+        The folder, and a message to print if an earlier job left files in it.
 
     Raises:
         UserError: another job is writing the same output, or the folder is not writable.

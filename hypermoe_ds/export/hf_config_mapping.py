@@ -98,7 +98,7 @@ def shape_of(folder: Path) -> dict[str, Any]:
     """Translate another model's config.json into fields of `HyperMoEConfig`.
 
     Returns:
-        The fields, without the expert settings if the model is dense.
+        The fields of HyperMoEConfig; a dense model has no expert settings.
 
     Raises:
         UserError: a key cannot be translated; the error names it and its value.

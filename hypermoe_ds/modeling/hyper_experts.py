@@ -357,7 +357,7 @@ class HyperExperts(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """Number N of experts."""
+        """Number of experts N."""
         return self.encoder.num_experts
 
     def set_size(self, top_k: int) -> int:

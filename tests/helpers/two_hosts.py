@@ -134,7 +134,7 @@ class TwoHosts:
         )  # fmt: skip
 
     def crash(self, host: str) -> None:
-        """Simulate a power failure: disconnect the host, then kill its processes, so that they close no connection."""
+        """Simulate a power failure: disconnect the host first, so that its killed processes close no connection cleanly."""
         self.disconnect(host)
         self.processes[host].kill()
         self.processes[host].wait()

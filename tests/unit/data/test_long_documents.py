@@ -1,4 +1,4 @@
-"""Encoding a document in windows gives the token ids of encoding it at once, for all tokenizers and difficult text."""
+"""Encoding a document in windows yields the same token ids as encoding it whole, also for difficult text."""
 
 import random
 from collections.abc import Callable

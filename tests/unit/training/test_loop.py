@@ -148,7 +148,7 @@ class Checkpoints:
 
 
 class StepMonitor:
-    """Fake step monitor with a stop signal, an unsaved checkpoint and skipped steps at given steps."""
+    """Fake step monitor that reports a stop signal, an unsaved checkpoint or a skipped step at given steps."""
 
     def __init__(
         self, step: int, signal_in: int | None = None, unsaved_in: int | None = None, skipped: Container[int] = ()
