@@ -43,7 +43,7 @@ class TrainConfig(Settings):
         1800,
         ge=1,
         le=30 * 24 * 3600,
-        description="seconds without progress after which a rank reports another rank as lost or hanging and ends the job",
+        description="seconds without progress after which a rank reports a lost or hanging rank and ends the job",
     )
     max_bad_steps: int = Field(
         20,

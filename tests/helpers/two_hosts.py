@@ -134,7 +134,7 @@ class TwoHosts:
         )  # fmt: skip
 
     def crash(self, host: str) -> None:
-        """Simulate a power failure: disconnect the host first, so that its killed processes close no connection cleanly."""
+        """Simulate a power failure: disconnect the host, so that its killed processes close no connection."""
         self.disconnect(host)
         self.processes[host].kill()
         self.processes[host].wait()
