@@ -3,12 +3,14 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hypermoe_ds.errors import UserError
+
+_HASHED_BYTES = 1 << 20
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -101,10 +103,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Args:
+        path: the file.
+        progress: called with the number of bytes read since the last call.
+    """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_HASHED_BYTES):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
 
 
 def check_output(output: Path) -> None:

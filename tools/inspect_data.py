@@ -17,23 +17,12 @@ def main() -> None:
     prefix = arguments.prefix
     print(*report_lines(prefix), sep="\n")
     if arguments.document is not None:
-        tokenizer = arguments.tokenizer or tokenizer_of(prefix)
-        print(f"document {arguments.document}:", document_text(prefix, arguments.document, tokenizer), sep="\n")
+        text = document_text(prefix, arguments.document, arguments.tokenizer)
+        print(f"document {arguments.document}:", text, sep="\n")
     if arguments.verify:
         with Progress("verify", "B", bytes_to_verify(prefix)) as bar:
             verify(prefix, bar.update)
         print(f"verified: both files are the ones that {prefix}.json describes")
-
-
-def tokenizer_of(prefix: str) -> str:
-    """Return the tokenizer folder that PREFIX.json names."""
-    from hypermoe_ds.data.token_files import read_metadata
-    from hypermoe_ds.errors import UserError
-
-    metadata = read_metadata(prefix)
-    if metadata is None:
-        raise UserError("--tokenizer", f"is needed, because {prefix}.json is missing", "give the tokenizer folder")
-    return metadata.tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -308,6 +308,9 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
         problem = f"{share:.1%} of them were rejected (limit {job.max_rejected:.1%}): {report.describe_rejected()}"
         remedy = f"see {job.path('.rejected.jsonl')}; correct the inputs or raise --max-rejected"
         raise UserError("the inputs", problem, remedy)
+    paths = folder.joined(".bin"), folder.joined(".idx")
+    with Progress("hash", "B", sum(path.stat().st_size for path in paths)) as bar:
+        bin_sha256, idx_sha256 = (sha256_of(path, bar.update) for path in paths)
     metadata = Metadata(
         vocab_size=encoder.vocab_size,
         eos_id=encoder.eos_id,
@@ -319,8 +322,8 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
         text_bytes=report.text_bytes,
         encoding_sha256=encoder.digest,
         bin_digest=content_digest(folder.joined(".bin")),
-        bin_sha256=sha256_of(folder.joined(".bin")),
-        idx_sha256=sha256_of(folder.joined(".idx")),
+        bin_sha256=bin_sha256,
+        idx_sha256=idx_sha256,
     )
     with writing_to(job.path(".bin")):
         metadata.write(folder.joined(".json"))

@@ -1,6 +1,5 @@
 """Describe token files, decode their documents, and verify them against the hashes in `PREFIX.json`."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import numpy as np
 from hypermoe_ds.data.token_files import Metadata, document_lengths, inspect, read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.files import sha256_of
 
-_CHUNK = 1 << 24
 _PERCENTILES = (1, 50, 99)
 
 
@@ -56,16 +55,11 @@ def verify(prefix: str, progress: Callable[[int], object]) -> None:
         progress: called with the number of bytes read since the last call.
 
     Raises:
-        UserError: a file differs from the one that preprocessing wrote, or there is no hash to compare with.
+        UserError: a file differs from the one that preprocessing wrote, or `PREFIX.json` has no hashes.
     """
     metadata = _described(prefix)
     for suffix, expected in ((".bin", metadata.bin_sha256), (".idx", metadata.idx_sha256)):
-        digest = hashlib.sha256()
-        with Path(f"{prefix}{suffix}").open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                progress(len(chunk))
-        if digest.hexdigest() != expected:
+        if sha256_of(Path(f"{prefix}{suffix}"), progress) != expected:
             problem = f"differs from the file that preprocessing wrote (SHA-256 in {prefix}.json)"
             raise UserError(f"{prefix}{suffix}", problem, "restore it, or run tools/preprocess_data.py again")
 
@@ -79,21 +73,23 @@ def _described(prefix: str) -> Metadata:
     return metadata
 
 
-def document_text(prefix: str, number: int, tokenizer: str) -> str:
+def document_text(prefix: str, number: int, tokenizer: str | None) -> str:
     """Decode a document, including its end-of-sequence token.
 
     Args:
         prefix: path of the files without suffix.
         number: index of the document, from 0.
-        tokenizer: the tokenizer folder.
+        tokenizer: the tokenizer folder; None uses the one that `PREFIX.json` names.
 
     Raises:
-        UserError: there is no such document, or the tokenizer folder is missing.
+        UserError: the document, the tokenizer folder or `PREFIX.json` does not exist.
     """
-    files, lengths = inspect(prefix), document_lengths(prefix)
+    files, lengths, metadata = inspect(prefix), document_lengths(prefix), read_metadata(prefix)
     if not 0 <= number < len(lengths):
         raise UserError(f"--document {number}", f"{prefix} has {len(lengths):,} documents", "give a number from 0")
+    if tokenizer is None and metadata is None:
+        raise UserError("--tokenizer", f"is needed, because {prefix}.json is missing", "give the tokenizer folder")
     first = int(lengths[:number].sum(dtype=np.int64)) * files.dtype.itemsize
     ids = np.fromfile(f"{prefix}.bin", dtype=files.dtype, count=int(lengths[number]), offset=first)
-    text: str = load_tokenizer(tokenizer).decode(ids.tolist())
+    text: str = load_tokenizer(tokenizer or metadata.tokenizer).decode(ids.tolist())  # type: ignore[union-attr]
     return text

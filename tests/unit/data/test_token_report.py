@@ -51,6 +51,8 @@ def test_files_made_elsewhere_are_reported_without_metadata(tmp_path: Path) -> N
     assert first.endswith("plain: 2 documents, 5 tokens of type uint16")
     assert lengths == "tokens per document: mean 2.5, percentiles 2 (1 %), 2 (50 %), 3 (99 %), longest 3"
     assert "plain.json is missing" in missing
+    with pytest.raises(UserError, match=r"--tokenizer: is needed, because .*plain\.json is missing"):
+        document_text(f"{tmp_path}/plain", 0, None)
     with pytest.raises(UserError, match=r"plain\.json: has no hash of the token files"):
         bytes_to_verify(f"{tmp_path}/plain")
 
@@ -58,6 +60,7 @@ def test_files_made_elsewhere_are_reported_without_metadata(tmp_path: Path) -> N
 def test_a_document_is_decoded_to_its_text(corpus: TokenisedCorpus, prefix: str) -> None:
     end = load_tokenizer(corpus.tokenizer).eos_token
     for number, path in enumerate(corpus.texts[-4:]):
+        assert document_text(prefix, number, None) == document_text(prefix, number, str(corpus.tokenizer))
         assert document_text(prefix, number, str(corpus.tokenizer)) == path.read_text(encoding="utf-8") + end
     with pytest.raises(UserError, match=r"--document 4: .* has 4 documents"):
         document_text(prefix, 4, str(corpus.tokenizer))
