@@ -4,7 +4,6 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,13 @@ from hypermoe_ds.checkpoint.lock import run_lock
 from hypermoe_ds.checkpoint.manager import CheckpointManager
 from hypermoe_ds.checkpoint.run_folder import RunFolder
 from hypermoe_ds.data.consumption import Consumption
-from hypermoe_ds.data.datasets import SequenceDataset, build_datasets, check_datasets
+from hypermoe_ds.data.dataset_checks import check_datasets
 from hypermoe_ds.data.loader import build_loader
-from hypermoe_ds.data.shares import DatasetShare, dataset_shares
+from hypermoe_ds.data.settings import DataConfig
 from hypermoe_ds.data.token_files import read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
+from hypermoe_ds.data.training_set import TrainingSet, build_training_set
+from hypermoe_ds.data.validation_set import build_validation_sets
 from hypermoe_ds.errors import EXIT_SAVED, UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
@@ -67,21 +68,19 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
     watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, streams.err, show)
     with run_lock(folder.path), watchdog.watching():
         with console.phase("building the model"):
-            engine = build_engine(
-                model_config, ds_config, config.optimizer, config.schedule, config.train, config.parallel
-            )
+            sections = config.optimizer, config.schedule, config.train, config.parallel
+            engine = build_engine(model_config, ds_config, *sections, document_mask=config.data.document_mask)
         checkpoints = CheckpointManager(engine, folder.checkpoints, config.checkpoint, settings)
         checkpoints.check_room()
         with console.phase("loading the newest checkpoint"):
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
-        launch = report_launch(config, model_config, ds_config, state, folder, console)
+        train_set = load_training_set(config, state)
+        launch = report_launch(config, model_config, ds_config, state, train_set, folder, console)
         if rank == 0:  # not on every rank, because `versions_now` starts a git process
             logger.log_launch(settings, versions_now())
-        train_set, valid_sets = load_datasets(config, state, console)
-
-        validator = build_validator(config, engine, valid_sets, watchdog) if valid_sets else None
-        recorder = build_recorder(config, model_config, engine, train_set, launch.datasets, logger, console)
+        validator = build_validator(config, engine, watchdog) if config.data.valid else None
+        recorder = build_recorder(config, model_config, engine, train_set, logger, console)
         batches = training_batches(config, train_set, state.consumed_samples, model_config.vocab_size)
         stopped = loop.train(
             engine=engine,
@@ -93,6 +92,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             validate=validator,
             validation_interval=config.evaluation.interval,
             skipped_samples=config.skipped_samples,
+            stage_start=train_set.stage_start,
             step_monitor=StepMonitor(
                 engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.describe_sample
             ),
@@ -100,32 +100,24 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
         )
         engine.destroy()
         if rank == 0:
-            report_end(config, launch, state, stopped, time.monotonic() - began, console)
+            report_end(config, launch, state, train_set, stopped, time.monotonic() - began, console)
     torch.distributed.destroy_process_group()
     return EXIT_SAVED if stopped else 0
 
 
-def load_datasets(
-    config: RunConfig, state: TrainState, console: Console
-) -> tuple[SequenceDataset, dict[str, SequenceDataset]]:
-    """Build the training and validation sets (collective); warn if the order of the training samples has changed.
+def load_training_set(config: RunConfig, state: TrainState) -> TrainingSet:
+    """Build the training samples of the run, in an order that continues that of the checkpoint.
 
     Raises:
-        UserError: the data is missing, damaged or too short.
+        UserError: see `build_training_set`; also raised if a range of `train.skip_samples` cuts a sample.
     """
-    with console.phase("building datasets"):
-        train_set, valid_sets = build_datasets(
-            config.data, config.train.seed, config.samples(state), config.evaluation.max_samples
-        )
-    if state.use_data_order(train_set.data_order_hash):
-        console.log(
-            "warning: the training samples have a new order, because the data or train.steps changed: the run trains "
-            "on some samples twice and on others never"
-        )
-    return train_set, valid_sets
+    samples = config.samples(state)
+    train_set = build_training_set(config.data, config.train.seed, config.stages(state), samples, state.data_stage)
+    train_set.check_skipped(config.train.skip_samples)
+    return train_set
 
 
-def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_samples: int, vocab_size: int) -> Batches:
+def training_batches(config: RunConfig, train_set: TrainingSet, consumed_samples: int, vocab_size: int) -> Batches:
     """Load this rank's micro-batches, starting at `consumed_samples`."""
     return build_loader(
         train_set,
@@ -135,16 +127,21 @@ def training_batches(config: RunConfig, train_set: SequenceDataset, consumed_sam
         consumed_samples=consumed_samples,
         workers=config.data.workers,
         vocab_size=vocab_size,
+        document_end=document_end(config.data),
         skipped_samples=config.skipped_samples,
     )
+
+
+def document_end(data: DataConfig) -> int | None:
+    """Return the id of the token that ends each document if documents are masked."""
+    return int(load_tokenizer(data.tokenizer).eos_token_id) if data.document_mask else None
 
 
 def build_recorder(
     config: RunConfig,
     model_config: HyperMoEConfig,
     engine: Any,
-    train_set: SequenceDataset,
-    datasets: Sequence[DatasetShare],
+    train_set: TrainingSet,
     logger: MetricLogger,
     console: Console,
 ) -> Recorder:
@@ -164,7 +161,7 @@ def build_recorder(
     rank = torch.distributed.get_rank()
     consumption = None
     if rank == 0:
-        consumption = Consumption(train_set, datasets, config.data.sequence_length, config.skipped_samples)
+        consumption = Consumption(train_set, config.skipped_samples)
     norms = ParameterNorms(engine, config.optimizer)
     for absent in (number for number in config.monitor.profile_ranks if number >= flops.ranks):
         remedy = f"give ranks from 0 to {flops.ranks - 1}"
@@ -173,14 +170,13 @@ def build_recorder(
     return Recorder(engine, config.monitor, config.train.steps, logger, console, flops, norms, consumption, profiler)
 
 
-def build_validator(
-    config: RunConfig, engine: Any, datasets: dict[str, SequenceDataset], watchdog: Watchdog
-) -> Validator:
-    """Build the validator.
+def build_validator(config: RunConfig, engine: Any, watchdog: Watchdog) -> Validator:
+    """Build the validation sets and the validator.
 
     Raises:
-        UserError: a prompt is empty or too long.
+        UserError: a prompt is empty or too long, or a token file is missing or damaged.
     """
+    datasets = build_validation_sets(config.data.valid, config.data.sequence_length, config.evaluation.max_samples)
     named = zip(datasets, (read_metadata(dataset.prefix) for dataset in config.data.valid), strict=True)
     bytes_per_token = {name: metadata.bytes_per_token for name, metadata in named if metadata is not None}
 
@@ -188,7 +184,8 @@ def build_validator(
         return watchdog.each(batches, "validating", total)
 
     tokenizer, micro_batch = load_tokenizer(config.data.tokenizer), config.train.micro_batch_size
-    return Validator(engine, datasets, bytes_per_token, config.evaluation, tokenizer, micro_batch, each)
+    end = document_end(config.data)
+    return Validator(engine, datasets, bytes_per_token, config.evaluation, tokenizer, micro_batch, end, each)
 
 
 def report_launch(
@@ -196,20 +193,18 @@ def report_launch(
     model_config: HyperMoEConfig,
     ds_config: dict[str, Any],
     state: TrainState,
+    train_set: TrainingSet,
     folder: RunFolder,
     console: Console,
 ) -> Launch:
     """Print a summary of the launch and the settings that changed, and write both to the run folder (collective).
 
     Raises:
-        UserError: a token file is missing, the run needs too many samples, or `train.skip_samples` is invalid.
         MachineError: a file cannot be written.
     """
     ranks = ControlGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
-    tokens = config.samples(state) * config.data.sequence_length
-    # Only rank 0 needs the shares, and computing them reads the index of every dataset.
-    datasets = dataset_shares(config.data.train, tokens) if ranks.rank == 0 else []
+    datasets = train_set.shares()
     launch = Launch(state.step, ranks.size, hosts, asdict(model_config.parameter_counts()), datasets)
     if ranks.rank == 0:
         stage = ds_config["zero_optimization"]["stage"]
@@ -224,7 +219,13 @@ def report_launch(
 
 
 def report_end(
-    config: RunConfig, launch: Launch, state: TrainState, stopped: bool, seconds: float, console: Console
+    config: RunConfig,
+    launch: Launch,
+    state: TrainState,
+    train_set: TrainingSet,
+    stopped: bool,
+    seconds: float,
+    console: Console,
 ) -> None:
     """Print the result of the launch and the commands to run next, and record in the run folder why it ended.
 
@@ -232,7 +233,7 @@ def report_end(
         MachineError: the file cannot be written.
     """
     ended: Ended = "signal" if stopped else "finished" if state.step >= config.train.steps else "stop_at_step"
-    run_dir, tokens = Path(config.run.dir), state.consumed_samples * config.data.sequence_length
+    run_dir, tokens = Path(config.run.dir), sum(train_set.tokens_before(state.consumed_samples).values())
     write_end(run_dir, state.step, ended)
     data = next((dataset.prefix for dataset in config.data.valid), None)
     resume = resume_command(launch.world_size, launch.hosts, sys.argv, ended, os.environ)

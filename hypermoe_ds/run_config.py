@@ -15,7 +15,7 @@ from pydantic import Field, create_model, model_validator
 
 from hypermoe_ds.checkpoint.settings import CheckpointConfig
 from hypermoe_ds.config import LARGEST_COUNT, PathText, Settings, apply_overrides, closest, load_yaml, validate
-from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.settings import DataConfig, Stage
 from hypermoe_ds.data.skipped_samples import SkippedSamples
 from hypermoe_ds.data.tokenizer import embeddings_needed, load_tokenizer
 from hypermoe_ds.errors import UserError
@@ -37,8 +37,8 @@ _VOCABULARY_MULTIPLE = (
     128  # GPUs multiply by the embedding matrix fastest at vocabulary sizes that are multiples of 128
 )
 
-# The index of this many samples takes 80 GB. For more samples, megatron-core would spend hours counting epochs.
-_MOST_SAMPLES = 10**10
+# From twice this number on, float64 no longer represents the times by which `Blend` orders samples.
+_MOST_SAMPLES = 10**15
 
 _MODEL_SOURCE = Path(__file__).parent / "modeling/configuration_hypermoe.py"
 # Fields of `HyperMoEConfig` that a recipe cannot set: the tokenizer, generation or an export sets them.
@@ -186,6 +186,19 @@ class RunConfig(Settings):
             raise UserError(f"train.steps={self.train.steps}", problem, f"stay below {_MOST_SAMPLES:,}")
         return end
 
+    def stages(self, state: TrainState) -> list[tuple[int, Stage]]:
+        """Return the current and the later stages of the data, each with the index of its first sample.
+
+        The current stage is given with the index of the next sample.
+        """
+        stages = self.data.all_stages()
+        current = max(number for number, stage in enumerate(stages) if stage.from_step <= state.step + 1)
+        plan = [(state.consumed_samples, stages[current])]
+        for stage in stages[current + 1 :]:
+            to_come = (stage.from_step - 1 - state.step) * self.train.global_batch_size
+            plan.append((self.skipped_samples.after(state.consumed_samples, to_come), stage))
+        return plan
+
     def build_model_config(self) -> "HyperMoEConfig":
         """Build the model configuration from the preset, if any, and the fields of the recipe.
 
@@ -251,10 +264,12 @@ class RunConfig(Settings):
         if self.schedule.name == "warmup_stable_decay" and self.schedule.decay_steps == 0:
             remedy = "set it to the number of steps in which the learning rate decays"
             raise UserError("schedule.decay_steps=0", "warmup_stable_decay would never decay", remedy)
+        self.data.check_stages(self.train.micro_batch_size)
         longest = self.resolved().model.max_position_embeddings  # type: ignore[attr-defined]
-        if 1 <= longest < self.data.sequence_length:
+        needed = max(stage.sequence_length for stage in self.data.all_stages())
+        if 1 <= longest < needed:
             raise UserError(
-                f"data.sequence_length={self.data.sequence_length}",
+                f"data.sequence_length={needed}",
                 f"is longer than model.max_position_embeddings={longest}",
                 "lower data.sequence_length or raise model.max_position_embeddings",
             )

@@ -9,7 +9,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_input
 from hypermoe_ds.monitor.summary import summarize
 from hypermoe_ds.process import one_line_errors
-from hypermoe_ds.training.settings import EvaluationConfig, TrainConfig
+from hypermoe_ds.training.settings import EvaluationConfig
 
 
 def main() -> None:
@@ -19,16 +19,15 @@ def main() -> None:
     path = parser.parse_args().checkpoint
     check_input(path)
     from hypermoe_ds.checkpoint.run_folder import RunFolder
-    from hypermoe_ds.data.datasets import build_datasets
     from hypermoe_ds.data.unigram import count_tokens, unigram_loss
+    from hypermoe_ds.data.validation_set import build_validation_sets
 
     folder = RunFolder(path)
 
     model, data = folder.model_config(), folder.section("data", DataConfig)
-    seed = folder.section("train", TrainConfig).seed
     max_samples = folder.section("evaluation", EvaluationConfig).max_samples
     summary = summarize(folder.path / "metrics.jsonl")
-    _, valid_sets = build_datasets(data, seed, 1, max_samples)
+    valid_sets = build_validation_sets(data.valid, data.sequence_length, max_samples)
     if not valid_sets:
         raise UserError(f"{folder.settings}: data.valid", "is empty", "add a validation dataset to the run")
     counts = count_tokens([dataset.prefix for dataset in data.train], model.vocab_size)

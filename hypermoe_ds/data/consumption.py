@@ -1,14 +1,9 @@
 """Count how much of each dataset a run has consumed."""
 
-from collections.abc import Sequence
+from collections import Counter
 
-import numpy as np
-
-from hypermoe_ds.data.datasets import SequenceDataset
-from hypermoe_ds.data.shares import DatasetShare
 from hypermoe_ds.data.skipped_samples import SkippedSamples
-
-_CHUNK = 1 << 24  # number of samples counted at once; each sample takes 8 bytes
+from hypermoe_ds.data.training_set import TrainingSet
 
 
 class Consumption:
@@ -18,23 +13,14 @@ class Consumption:
 
     Args:
         samples: the training samples.
-        datasets: the training datasets, in recipe order.
-        sequence_length: number of tokens per sample.
         skipped_samples: samples that the run skips.
     """
 
-    def __init__(
-        self,
-        samples: SequenceDataset,
-        datasets: Sequence[DatasetShare],
-        sequence_length: int,
-        skipped_samples: SkippedSamples,
-    ) -> None:
+    def __init__(self, samples: TrainingSet, skipped_samples: SkippedSamples) -> None:
         self._samples = samples
-        self._datasets = datasets
-        self._sequence_length = sequence_length
+        self._sizes = {dataset.name: dataset.tokens for dataset in samples.shares()}
         self._skipped_samples = skipped_samples
-        self._counts = np.zeros(len(datasets), dtype=np.int64)
+        self._tokens = Counter(samples.tokens_before(0))
         self._counted = 0
 
     def at(self, consumed_samples: int) -> dict[str, float]:
@@ -43,14 +29,13 @@ class Consumption:
         Args:
             consumed_samples: position in the data order, including skipped samples.
         """
-        for first in range(self._counted, consumed_samples, _CHUNK):
-            end = min(first + _CHUNK, consumed_samples)
-            for begin, stop in self._skipped_samples.kept_ranges(first, end):
-                self._counts += self._samples.count_by_dataset(begin, stop, len(self._datasets))
+        for begin, end in self._skipped_samples.kept_ranges(self._counted, consumed_samples):
+            self._tokens.update(self._samples.tokens_before(end))
+            self._tokens.subtract(self._samples.tokens_before(begin))
         self._counted = max(self._counted, consumed_samples)
-        tokens = [int(count) * self._sequence_length for count in self._counts]
-        values: dict[str, float] = {"consumed_tokens": sum(tokens)}
-        for dataset, count in zip(self._datasets, tokens, strict=True):
-            values[f"consumed_tokens/{dataset.name}"] = count
-            values[f"epochs/{dataset.name}"] = count / dataset.tokens
+        values: dict[str, float] = {"consumed_tokens": self._tokens.total()}
+        for name, tokens in self._tokens.items():
+            values[f"consumed_tokens/{name}"] = tokens
+            if name in self._sizes:
+                values[f"epochs/{name}"] = tokens / self._sizes[name]
         return values

@@ -5,9 +5,10 @@ Shape legend: B samples per micro-batch, S tokens per sample.
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import Any, Protocol, cast
 
@@ -32,6 +33,13 @@ class SizedDataset(Protocol):
         """Return one sample."""
 
 
+class TrainingSamples(SizedDataset, Protocol):
+    """A dataset in which several consecutive indices can stand for the same sample."""
+
+    def indices_per_sample(self, index: int) -> int:
+        """Return how many consecutive indices stand for the sample at `index`."""
+
+
 class ResumableSampler(Sampler[list[int]]):
     """Compute the sample indices of each micro-batch of a rank from the number of consumed samples.
 
@@ -39,6 +47,9 @@ class ResumableSampler(Sampler[list[int]]):
     samples. In micro-batch m, rank r reads the r-th group of `micro_batch_size` samples in block m. The samples of all
     ranks together therefore depend only on `consumed_samples`, and a run can resume on any number of ranks with the
     same samples. An incomplete last block is dropped.
+
+    `indices_per_sample` returns how many consecutive indices stand for the sample at an index. A micro-batch lists only
+    the first of them.
 
     Raises:
         ValueError: an argument is out of range.
@@ -52,6 +63,7 @@ class ResumableSampler(Sampler[list[int]]):
         size: int,
         consumed_samples: int = 0,
         skipped_samples: SkippedSamples | None = None,
+        indices_per_sample: Callable[[int], int] = lambda _: 1,
     ) -> None:
         if micro_batch_size <= 0 or not 0 <= rank < size:
             raise ValueError(f"out of range: {micro_batch_size=}, {rank=}, {size=}")
@@ -60,6 +72,7 @@ class ResumableSampler(Sampler[list[int]]):
         self._start = consumed_samples
         self._rank = rank
         self._skipped_samples = skipped_samples or SkippedSamples()
+        self._indices_per_sample = indices_per_sample
         self._micro_batch_size = micro_batch_size
         self._size = size
         self._micro_batches = self._skipped_samples.kept(consumed_samples, length) // (micro_batch_size * size)
@@ -74,17 +87,19 @@ class ResumableSampler(Sampler[list[int]]):
     def micro_batch(self, number: int, rank: int) -> list[int]:
         """Return the sample indices of one micro-batch of a rank; `number` counts micro-batches from 0."""
         first = (number * self._size + rank) * self._micro_batch_size
-        return [self._skipped_samples.nth(self._start, first + offset) for offset in range(self._micro_batch_size)]
+        indices = [self._skipped_samples.nth(self._start, first + offset) for offset in range(self._micro_batch_size)]
+        return indices[:: self._indices_per_sample(indices[0])]
 
 
 def build_loader(
-    dataset: SizedDataset,
+    dataset: TrainingSamples,
     micro_batch_size: int,
     rank: int,
     size: int,
     consumed_samples: int,
     workers: int,
     vocab_size: int,
+    document_end: int | None = None,
     skipped_samples: SkippedSamples | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the training micro-batches of one rank, from `consumed_samples` to the end of the dataset.
@@ -97,17 +112,21 @@ def build_loader(
         consumed_samples: number of samples that all ranks together have consumed.
         workers: number of loader processes; 0 loads in the current process.
         vocab_size: number of token embeddings of the model.
+        document_end: id of the token that ends each document, to mask documents (see `mask_documents`); None does not.
         skipped_samples: samples that no rank reads.
 
     Yields:
-        `input_ids` [B, S] and `labels` [B, S], int64; in pinned memory if there is a GPU.
+        `input_ids` and `labels`, and `position_ids` if documents are masked, each [B, S] and int64; in pinned memory if
+        there is a GPU.
 
     Raises:
         UserError: the dataset is exhausted, or a token id is negative or not below `vocab_size`.
         ValueError: an argument is out of range.
     """
-    sampler = ResumableSampler(len(dataset), micro_batch_size, rank, size, consumed_samples, skipped_samples)
-    return _until_exhausted(_load(dataset, sampler, workers, vocab_size), len(dataset))
+    sampler = ResumableSampler(
+        len(dataset), micro_batch_size, rank, size, consumed_samples, skipped_samples, dataset.indices_per_sample
+    )
+    return _until_exhausted(_load(dataset, sampler, workers, vocab_size, document_end), len(dataset))
 
 
 def _until_exhausted(batches: Iterator[dict[str, torch.Tensor]], length: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -117,7 +136,13 @@ def _until_exhausted(batches: Iterator[dict[str, torch.Tensor]], length: int) ->
 
 
 def validation_batches(
-    dataset: SizedDataset, micro_batch_size: int, rank: int, size: int, vocab_size: int, workers: int = 0
+    dataset: SizedDataset,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
+    vocab_size: int,
+    document_end: int | None = None,
+    workers: int = 0,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the validation micro-batches of one rank; all ranks together read every sample once.
 
@@ -125,7 +150,7 @@ def validation_batches(
     pass is collective. Incomplete micro-batches are padded with copies of the last sample whose labels are -100.
 
     Yields:
-        `input_ids` [B, S] and `labels` [B, S], int64.
+        `input_ids` and `labels`, and `position_ids` if documents are masked, each [B, S] and int64.
 
     Raises:
         ValueError: the dataset is empty or an argument is out of range.
@@ -136,7 +161,7 @@ def validation_batches(
     block = micro_batch_size * size
     padded = -(-length // block) * block
     sampler = ResumableSampler(padded, micro_batch_size, rank, size)
-    return _load(_Padded(dataset, padded), sampler, workers, vocab_size)
+    return _load(_Padded(dataset, padded), sampler, workers, vocab_size, document_end)
 
 
 class _Padded(Dataset[dict[str, torch.Tensor]]):
@@ -157,7 +182,7 @@ class _Padded(Dataset[dict[str, torch.Tensor]]):
 
 
 def _load(
-    dataset: SizedDataset, sampler: ResumableSampler, workers: int, vocab_size: int
+    dataset: SizedDataset, sampler: ResumableSampler, workers: int, vocab_size: int, document_end: int | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     pinned = torch.cuda.is_available()
     loader: DataLoader[Any] = DataLoader(
@@ -166,7 +191,7 @@ def _load(
         num_workers=workers,
         # Forking two workers takes 0.03 s. Other start methods import all libraries in each worker (8 s or more).
         multiprocessing_context="fork" if workers else None,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, document_end),
         worker_init_fn=_exit_with_rank,
         pin_memory=pinned,
         persistent_workers=workers > 0,
@@ -230,16 +255,43 @@ class _Batch:
 
     input_ids: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
+    position_ids: np.ndarray[Any, Any] | None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the model inputs as tensors."""
-        return {name: torch.from_numpy(array) for name, array in vars(self).items()}
+        return {name: torch.from_numpy(array) for name, array in vars(self).items() if array is not None}
 
     def pin_memory(self) -> dict[str, torch.Tensor]:
         """Return the model inputs in pinned memory; called by the data loader, in a thread if there are workers."""
         return {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
 
 
-def _collate(samples: Sequence[dict[str, torch.Tensor]]) -> _Batch:
-    stacked = (torch.stack([sample[name] for sample in samples]).numpy() for name in ("tokens", "labels"))
-    return _Batch(*stacked)
+def _collate(document_end: int | None, samples: Sequence[dict[str, torch.Tensor]]) -> _Batch:
+    tokens, labels = (torch.stack([sample[name] for sample in samples]).numpy() for name in ("tokens", "labels"))
+    if document_end is None:
+        return _Batch(tokens, labels, None)
+    return _Batch(tokens, *mask_documents(tokens, labels, document_end))
+
+
+def mask_documents(
+    tokens: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], document_end: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Separate the documents in a batch of samples.
+
+    The positions restart at 0 after each `document_end`. From the positions, the model computes which tokens belong to
+    the same document. The label of each `document_end`, the first token of the next document, becomes -100.
+
+    Args:
+        tokens: token ids, [B, S].
+        labels: the token after each token, [B, S].
+        document_end: id of the token that ends each document.
+
+    Returns:
+        The labels and the positions, both [B, S].
+    """
+    ends = tokens == document_end
+    indices = np.arange(tokens.shape[1])
+    starts = np.zeros_like(tokens)
+    starts[:, 1:] = np.where(ends[:, :-1], indices[1:], 0)
+    positions = indices - np.maximum.accumulate(starts, axis=1)
+    return np.where(ends, IGNORED_LABEL, labels), positions

@@ -24,9 +24,11 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_room, sha256_of, writing_to
 from hypermoe_ds.process import signal_when_parent_ends
 from hypermoe_ds.progress import Progress
+from hypermoe_ds.provenance import git_commit, package_version
 
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order in which files are moved to the output; the .idx file is last
 _SECONDS_BETWEEN_UPDATES = 0.2
+_PACKAGES = ("hypermoe-ds", "transformers", "tokenizers", "sentencepiece", "pyarrow")  # they affect the token ids
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,11 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
         bin_digest=content_digest(folder.joined(".bin")),
         bin_sha256=bin_sha256,
         idx_sha256=idx_sha256,
+        inputs=[
+            {"path": str(each.path), "bytes": each.size, "digest": _digest_of_input(each.path)} for each in plan.files
+        ],
+        options={"text_field": job.options.text_field, "document_separator": job.options.separator},
+        versions={"git_commit": git_commit(), **{package: package_version(package) for package in _PACKAGES}},
     )
     with writing_to(job.path(".bin")):
         metadata.write(folder.joined(".json"))
@@ -334,6 +341,14 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
         for suffix in _SUFFIXES:
             folder.joined(suffix).replace(job.path(suffix))
     return written
+
+
+def _digest_of_input(path: Path) -> str:
+    """Return the digest of an input file, or "missing" if it disappeared during the job."""
+    try:
+        return content_digest(path)
+    except OSError:
+        return "missing"
 
 
 def summary(job: Job, written: ShardSummary, seconds: float) -> str:

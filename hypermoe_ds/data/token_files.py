@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,9 @@ class Metadata:
         bin_digest: `content_digest` of `PREFIX.bin`; an empty string in older files.
         bin_sha256: SHA-256 of `PREFIX.bin`, hexadecimal; an empty string in older files.
         idx_sha256: SHA-256 of `PREFIX.idx`, hexadecimal; an empty string in older files.
+        inputs: path, size in bytes and `content_digest` of each input file, in order; empty in older files.
+        options: how the inputs were read; empty in older files.
+        versions: git commit and package versions; empty in older files.
     """
 
     vocab_size: int
@@ -56,6 +58,9 @@ class Metadata:
     bin_digest: str = ""
     bin_sha256: str = ""
     idx_sha256: str = ""
+    inputs: list[dict[str, str | int]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float:
@@ -75,19 +80,33 @@ class TokenFiles:
         prefix: path of the files without suffix.
         dtype: NumPy type of a token in the `.bin` file.
         tokens: number of tokens.
-        lengths_crc32: checksum of the document lengths, which determine where each sample begins.
         digest: `content_digest` of the `.bin` file.
     """
 
     prefix: str
     dtype: np.dtype[Any]
     tokens: int
-    lengths_crc32: int
     digest: str
 
     def largest_token(self) -> int:
         """Return the largest token id among the first 16,777,216 tokens."""
         return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=_SCANNED_TOKENS).max())
+
+    def samples_per_epoch(self, sequence_length: int) -> int:
+        """Return the number of complete samples, each of which needs one more token as its last label.
+
+        Raises:
+            UserError: there are too few tokens for one sample.
+        """
+        if self.tokens <= sequence_length:
+            problem = f"has {self.tokens} tokens, but one sample needs {sequence_length + 1}"
+            raise UserError(self.prefix, problem, "lower data.sequence_length or preprocess more text")
+        return (self.tokens - 1) // sequence_length
+
+    def last_token(self) -> int:
+        """Return the last token id."""
+        start = (self.tokens - 1) * self.dtype.itemsize
+        return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=1, offset=start)[0])
 
 
 def write_index(path: Path, dtype: type[np.int32 | np.uint16], lengths: Sequence[Path], documents: int) -> None:
@@ -127,7 +146,7 @@ def check_files(config: DataConfig) -> None:
         UserError: a file is missing; the message names the first missing file.
     """
     vocabulary_file(config.tokenizer)
-    for dataset in [*config.train, *config.valid]:
+    for dataset in config.all_datasets():
         _paths(dataset.prefix)
 
 
@@ -173,15 +192,26 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
         kind = "truncated" if size < expected else "damaged"
         raise UserError(str(index_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
     dtype = _TOKEN_DTYPES[int(header["dtype"])]
-    lengths = document_lengths(prefix)
-    tokens = int(lengths.sum(dtype=np.int64))
+    tokens = _tokens(index_path, dtype, sequences)
     size, expected = data_path.stat().st_size, tokens * dtype.itemsize
     if size != expected:
         kind = "truncated" if size < expected else "damaged"
         raise UserError(str(data_path), f"is {kind} ({size} bytes instead of {expected})", _AGAIN)
     if tokens == 0:
         raise UserError(str(data_path), "has no tokens", _AGAIN)
-    return TokenFiles(prefix, dtype, tokens, zlib.crc32(lengths.tobytes()), content_digest(data_path))
+    return TokenFiles(prefix, dtype, tokens, content_digest(data_path))
+
+
+def _tokens(index_path: Path, dtype: np.dtype[Any], sequences: int) -> int:
+    """Return the number of tokens, which is where the last document ends, without reading the other documents."""
+    if sequences == 0:
+        return 0
+    with index_path.open("rb") as index:
+        index.seek(_HEADER.itemsize + 4 * (sequences - 1))
+        length = np.fromfile(index, dtype=np.int32, count=1)[0]
+        index.seek(_HEADER.itemsize + 12 * sequences - 8)
+        start = np.fromfile(index, dtype=np.int64, count=1)[0]
+    return int(start) // dtype.itemsize + int(length)
 
 
 def content_digest(path: Path) -> str:

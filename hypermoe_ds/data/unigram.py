@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hypermoe_ds.data.datasets import SequenceDataset
 from hypermoe_ds.data.token_files import inspect
+from hypermoe_ds.data.validation_set import ValidationSet
 
 
 def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
@@ -22,7 +22,7 @@ def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
     return counts
 
 
-def unigram_loss(train_counts: NDArray[np.int64], dataset: SequenceDataset) -> float:
+def unigram_loss(train_counts: NDArray[np.int64], dataset: ValidationSet) -> float:
     """Return the cross-entropy of the labels of `dataset` in nats per token, with add-one smoothed frequencies.
 
     Args:

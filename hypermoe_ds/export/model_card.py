@@ -30,6 +30,7 @@ class TrainingRecord:
         step: optimizer steps taken.
         tokens: tokens consumed.
         sequence_length: tokens per sample.
+        document_mask: whether the documents in a sample were separated.
         precision: precision of weights and activations.
         valid_loss: validation loss of these weights, in nats per token.
         written_by: git commit and package versions that wrote the checkpoint.
@@ -39,6 +40,7 @@ class TrainingRecord:
     step: int | None = None
     tokens: int | None = None
     sequence_length: int | None = None
+    document_mask: bool = False
     precision: str | None = None
     valid_loss: float | None = None
     written_by: Mapping[str, str] | None = None
@@ -96,6 +98,7 @@ def _build_record(
             "step": step,
             "tokens": tokens,
             "sequence_length": length,
+            "document_mask": data.get("document_mask", False),
             "precision": train.get("precision"),
             "valid_loss": valid_loss,
             "written_by": written_by,
@@ -185,6 +188,8 @@ def _training(training: TrainingRecord) -> Iterator[tuple[str, str]]:
         yield "optimizer steps", f"{training.step:,}"
     if training.sequence_length is not None:
         yield "sequence length", f"{training.sequence_length:,} tokens"
+    if training.document_mask:
+        yield "documents", "masked: no token attends to another document, and positions restart in each document"
     if training.precision is not None:
         yield "precision", training.precision
     if training.valid_loss is not None:

@@ -376,7 +376,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], 0 for padding, which all losses ignore.
-            position_ids: [B, S]; None counts from the length of the cache.
+            position_ids: [B, S]; None counts on from the cache. Without a cache, positions that restart mask documents.
             past_key_values: cached keys and values of earlier tokens.
             inputs_embeds: [B, S, D], instead of input_ids.
             labels: [B, S], not shifted, usually the input ids; the loss ignores -100.

@@ -25,6 +25,7 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.parallel.parallelize import parallelize
 from hypermoe_ds.parallel.topology import ParallelConfig
 from hypermoe_ds.process import export_rank_variables, local_rank, signal_when_parent_ends
+from hypermoe_ds.training.document_attention import PER_DOCUMENT
 from hypermoe_ds.training.operators import operators_folder, without_stale_locks
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
 from hypermoe_ds.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -110,11 +111,15 @@ def build_engine(
     schedule: ScheduleConfig,
     train: TrainConfig,
     parallel: ParallelConfig,
+    document_mask: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model and the DeepSpeed engine that trains it (collective).
 
     Every rank initialises the full model with the same seed; expert parallelism then keeps only the rank's own experts.
     The initial weights therefore do not depend on the parallel layout.
+
+    If documents are masked, FlexAttention computes the attention on a GPU, and one call per document on a CPU. With one
+    call for all documents, scaled dot-product attention would read a mask of S x S values per sample.
 
     Raises:
         UserError: the device does not support `train.precision`.
@@ -124,6 +129,8 @@ def build_engine(
     torch.manual_seed(train.seed)
     model = HyperMoEForCausalLM(model_config)
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
+    if document_mask:
+        model.set_attn_implementation("flex_attention" if torch.cuda.is_available() else PER_DOCUMENT)
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     return parallelize(
         model,

@@ -47,16 +47,17 @@ def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], de
 
     Args:
         model: the model or engine, in evaluation mode.
-        batches: batches with `input_ids` and `labels` [B, S]; labels are the next tokens or -100.
+        batches: batches with `input_ids`, `labels` and, if documents are masked, `position_ids`, each [B, S]; labels
+            are the next tokens or -100.
         device: device of the model.
     """
     # Accumulate in fp64, because there may be millions of tokens, and on the device, so that the host does not wait for
     # the device in every batch.
     total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        labels = batch["labels"].to(device, non_blocking=True)
-        ids = batch["input_ids"].to(device, non_blocking=True)
-        mean = model(input_ids=ids, shift_labels=labels, use_cache=False, output_logits=False).lm_loss
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        mean = model(**inputs, shift_labels=labels, use_cache=False, output_logits=False).lm_loss
         count = (labels != -100).sum().double()
         # The mean is NaN if a batch has no labels.
         total_2 += torch.stack([(mean * count).masked_fill(count == 0, 0), count])

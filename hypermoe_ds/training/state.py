@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hypermoe_ds.checkpoint.manifest import Count
+from hypermoe_ds.data.stage_start import StageStart
 from hypermoe_ds.errors import UserError
 
 
@@ -16,7 +17,7 @@ class TrainState:
     Attributes:
         step: optimizer steps taken.
         consumed_samples: index of the next sample in the data order; skipped samples count as consumed.
-        data_order: hash of the data order; "" before the first launch.
+        data_stage: beginning of the stage of the training data; None in a new run and in checkpoints of version 0.1.0.
         bad_steps: number of bad steps in a row, up to the last step. A bad step is skipped because of NaN or Inf.
         good_samples: `consumed_samples` before the first of these bad steps.
     """
@@ -25,7 +26,7 @@ class TrainState:
 
     step: Count = 0
     consumed_samples: Count = 0
-    data_order: str = ""
+    data_stage: StageStart | None = None
     bad_steps: Count = 0
     good_samples: Count = 0
 
@@ -33,11 +34,14 @@ class TrainState:
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
         """Validate the state read from a checkpoint; an empty dict gives the state of a new run.
 
+        Checkpoints of version 0.1.0 contain a hash of their data order, which later versions cannot continue.
+
         Raises:
             UserError: a key is unknown or a value is invalid.
         """
         try:
-            return _STATE.validate_python({"good_samples": saved.get("consumed_samples", 0)} | saved)
+            known = {key: value for key, value in saved.items() if key != "data_order"}
+            return _STATE.validate_python({"good_samples": saved.get("consumed_samples", 0)} | known)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = f"state.run.{'.'.join(map(str, first['loc']))} of the checkpoint"
@@ -50,15 +54,6 @@ class TrainState:
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if not skipped:
             self.good_samples = next_sample
-
-    def use_data_order(self, data_order: str) -> bool:
-        """Set the hash of the data order and return whether it has changed.
-
-        If the data order has changed, the run trains on some samples twice and on others never.
-        """
-        changed = self.data_order not in ("", data_order)
-        self.data_order = data_order
-        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as a dict for a checkpoint."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypermoe_ds.data.datasets import SequenceDataset
 from hypermoe_ds.data.loader import validation_batches
 from hypermoe_ds.data.tokenizer import encode_as_text
+from hypermoe_ds.data.validation_set import ValidationSet
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.training.evaluation import Evaluation, evaluate, without_hyper_experts
 from hypermoe_ds.training.settings import EvaluationConfig
@@ -41,6 +41,7 @@ class Validator:
         config: what to measure.
         tokenizer: the run's tokenizer.
         micro_batch_size: sequences per forward pass and rank.
+        document_end: id of the token that ends each document, to mask documents; None does not.
         each: called with an iterator over batches and their number; returns an iterator over the same batches. The
             wrapper can report progress.
     """
@@ -48,11 +49,12 @@ class Validator:
     def __init__(
         self,
         engine: Any,
-        datasets: Mapping[str, SequenceDataset],
+        datasets: Mapping[str, ValidationSet],
         bytes_per_token: Mapping[str, float],
         config: EvaluationConfig,
         tokenizer: Any,
         micro_batch_size: int,
+        document_end: int | None,
         each: Callable[[Batches, int], Batches],
     ) -> None:
         self._engine = engine
@@ -61,6 +63,7 @@ class Validator:
         self._tokenizer = tokenizer
         self._prompt_tokens = config.prompt_tokens
         self._micro_batch_size = micro_batch_size
+        self._document_end = document_end
         self._each = each
         longest = engine.module.config.max_position_embeddings - config.prompt_tokens
         self._prompts = {prompt: encode_prompt(tokenizer, prompt, longest) for prompt in config.prompts}
@@ -80,10 +83,15 @@ class Validator:
     def _evaluate(self) -> dict[str, Evaluation]:
         return {name: self._evaluate_one(dataset) for name, dataset in self._datasets.items()}
 
-    def _evaluate_one(self, dataset: SequenceDataset) -> Evaluation:
+    def _evaluate_one(self, dataset: ValidationSet) -> Evaluation:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         batches = validation_batches(
-            dataset, self._micro_batch_size, rank, ranks, self._engine.module.config.vocab_size
+            dataset,
+            self._micro_batch_size,
+            rank,
+            ranks,
+            self._engine.module.config.vocab_size,
+            self._document_end,
         )
         total = -(-len(dataset) // (self._micro_batch_size * ranks))
         return evaluate(self._engine, self._each(batches, total), self._engine.device)

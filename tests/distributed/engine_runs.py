@@ -69,7 +69,8 @@ def engine_of(layout: Layout, steps: int = STEPS) -> Any:
     optimizer = OptimizerConfig(lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     schedule = ScheduleConfig(name="linear", min_lr_ratio=LAST_RATE)
     train = train_config(layout, steps)
-    return build_engine(model_config(layout), ds_config_of(layout), optimizer, schedule, train, ParallelConfig())
+    sections = optimizer, schedule, train, ParallelConfig()
+    return build_engine(model_config(layout), ds_config_of(layout), *sections, document_mask=layout.masked)
 
 
 class Watcher(StepObserver):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hypermoe_ds.data.loader import mask_documents
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.hyper_experts import GeneratorHead
 from tests.helpers.routing import StepRouting, concatenate, routing_of
@@ -44,6 +45,7 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 S = 32
+DOCUMENT_END = 0
 STEPS = 4
 GLOBAL_BATCH = 8
 MOST_RANKS = 4
@@ -69,6 +71,7 @@ class Layout:
         accumulate: dtype in which gradients are accumulated; None selects the default.
         form: form of the HyperExperts; None selects the cheaper one, which is "factored" at these sizes.
         model: configuration fields that differ from `SMALL`.
+        masked: whether to mask documents.
     """
 
     ranks: int = 2
@@ -80,6 +83,7 @@ class Layout:
     accumulate: str | None = None
     form: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -109,9 +113,13 @@ def random_tokens(seed: int, *shape: int) -> Tensor:
     return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
-def training_tokens() -> Tensor:
-    """Return the token ids of all steps, [STEPS, GLOBAL_BATCH, S + 1]."""
-    return random_tokens(3, STEPS, GLOBAL_BATCH, S + 1)
+def training_tokens(masked: bool = False) -> Tensor:
+    """Return the token ids of all steps, [STEPS, GLOBAL_BATCH, S + 1].
+
+    If documents are masked, about one token in 16 ends a document, so samples have different numbers of documents.
+    """
+    tokens = random_tokens(3, STEPS, GLOBAL_BATCH, S + 1)
+    return tokens.where(tokens % 16 != 0, DOCUMENT_END) if masked else tokens
 
 
 def probe_of(rank: int) -> Tensor:
@@ -124,10 +132,14 @@ def probe_of(rank: int) -> Tensor:
 
 def batches_of_rank(layout: Layout, rank: int) -> Iterator[dict[str, Tensor]]:
     """Yield the micro-batches of a rank in order."""
-    for step in training_tokens():
+    for step in training_tokens(layout.masked):
         for block in step.chunk(layout.accumulation):
             own = block.chunk(layout.ranks)[rank]
-            yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
+            batch = {"input_ids": own[:, :-1], "labels": own[:, 1:]}
+            if layout.masked:
+                masked = mask_documents(own[:, :-1].numpy(), own[:, 1:].numpy(), DOCUMENT_END)
+                batch["labels"], batch["position_ids"] = map(torch.from_numpy, masked)
+            yield batch
 
 
 # The serial reference run
@@ -153,11 +165,11 @@ class SerialRun:
 
 def serial_run(layout: Layout) -> SerialRun:
     """Train the same model as `layout` on one process."""
-    return _serial_run(layout.pieces, tuple(sorted(layout.model.items())))
+    return _serial_run(layout.pieces, tuple(sorted(layout.model.items())), layout.masked)
 
 
 @cache
-def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> SerialRun:
+def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...], masked: bool) -> SerialRun:
     usual = GeneratorHead.reset_parameters
     wake_hypernetwork()
     torch.manual_seed(SEED)
@@ -165,17 +177,23 @@ def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> SerialRun:
     GeneratorHead.reset_parameters = usual  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(_groups(network), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
     run = SerialRun(_probe(network))
-    for number, step in enumerate(training_tokens()):
-        outputs = [
-            network(
-                input_ids=piece[:, :-1],
-                shift_labels=piece[:, 1:].contiguous(),
-                use_cache=False,
-                output_router_logits=True,
+    for number, step in enumerate(training_tokens(masked)):
+        outputs, counts = [], []
+        for piece in step.chunk(pieces):
+            labels, positions = _documents(piece) if masked else (piece[:, 1:].contiguous(), None)
+            counts.append((labels != -100).sum())
+            outputs.append(
+                network(
+                    input_ids=piece[:, :-1],
+                    position_ids=positions,
+                    shift_labels=labels,
+                    use_cache=False,
+                    output_router_logits=True,
+                )
             )
-            for piece in step.chunk(pieces)
-        ]
-        loss = torch.stack([output.loss for output in outputs]).mean()
+        share = torch.stack(counts) / sum(counts)
+        routing_losses = torch.stack([output.loss - output.lm_loss for output in outputs]).mean()
+        loss = (share * torch.stack([output.lm_loss for output in outputs])).sum() + routing_losses
         optimizer.zero_grad()
         loss.backward()
         run.losses.append(loss.item())
@@ -189,6 +207,19 @@ def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...]) -> SerialRun:
     run.last_logits = _probe(network)
     run.parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     return run
+
+
+def _documents(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the labels and positions of masked documents, [B, S], token by token."""
+    labels, positions = tokens[:, 1:].clone(), torch.zeros_like(tokens[:, 1:])
+    for row, sample in enumerate(tokens[:, :-1].tolist()):
+        position = 0
+        for place, token in enumerate(sample):
+            positions[row, place] = position
+            position += 1
+            if token == DOCUMENT_END:
+                labels[row, place], position = -100, 0
+    return labels, positions
 
 
 def _clip(network: nn.Module) -> float:

@@ -48,6 +48,10 @@ LAYOUTS = {
     "route, ZeRO 3": Layout(expert=2, stage=3, model=ROUTE, form="per_set"),
     "no hypernetwork, EP 2": Layout(expert=2, model={"hypernetwork": False}),
     "all experts, untied, EP 2": Layout(expert=2, model={"num_experts_per_tok": 4, "tie_word_embeddings": False}),
+    "masked documents, EP 1": Layout(masked=True),
+    "masked documents, EP 2, accumulation": Layout(expert=2, accumulation=2, masked=True),
+    "masked documents, EP 2, ZeRO 2, recomputed": Layout(expert=2, stage=2, recompute=True, masked=True),
+    "masked documents, ZeRO 3, accumulation": Layout(expert=2, stage=3, accumulation=2, masked=True),
     "loads of each micro-batch, EP 2": Layout(
         expert=2, accumulation=2, model={"router_aux_loss_scope": "micro_batch"}
     ),

@@ -26,7 +26,7 @@ _PRELOADED = [
     "torch._dynamo",
     "deepspeed.moe.utils",
     "transformers.masking_utils",
-    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.indexed_dataset",
 ]
 _SECONDS = 300
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -11,8 +11,8 @@ import yaml
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from hypermoe_ds.data.datasets import build_validation_set
 from hypermoe_ds.data.loader import validation_batches
+from hypermoe_ds.data.validation_set import build_validation_set
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import TRAIN, arguments_of, run_script, small_recipe, write_recipe
 

@@ -21,7 +21,7 @@ ORDER = (  # from the lowest layer to the highest
     {"checkpoint", "monitor", "resilience"},
     {"training", "export", "inspection", "cluster"},
     {"run_config"},
-    {"job", "report"},
+    {"job", "report", "run_samples"},
     set(SCRIPTS),
 )
 LEVELS = {unit: level for level, units in enumerate(ORDER) for unit in units}

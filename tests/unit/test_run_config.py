@@ -132,13 +132,15 @@ OUT_OF_RANGE = ("-1", ".nan", ".inf", "-.inf", "1e300", str(10**30), "true", "'3
 def test_numbers_must_be_finite_within_limits_and_of_the_right_type(recipe: Path, key: str) -> None:
     section, leaf = key.rsplit(".", 1)
     for value in OUT_OF_RANGE:
-        if section in ("data.train", "data.valid"):
-            assert f"{section}.0.{leaf}=" in error_message(recipe, f"{section}=[{{prefix: a, {leaf}: {value}}}]")
+        if section in ("data.train", "data.valid", "data.stages"):
+            required = "from_step: 2" if section == "data.stages" else "prefix: a"
+            item = f"{leaf}: {value}" if required.startswith(leaf) else f"{required}, {leaf}: {value}"
+            assert f"{section}.0.{leaf}=" in error_message(recipe, f"{section}=[{{{item}}}]")
         else:
             assert error_message(recipe, f"{key}={value}").startswith(f"{key}=")
 
 
-@pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "data.cache", "data.train.prefix"])
+@pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "data.train.prefix"])
 @pytest.mark.parametrize("value", ["''", '"a\\0b"', "x" * 256, "x/" * 2100])
 def test_invalid_paths_are_refused(recipe: Path, key: str, value: str) -> None:
     if key == "data.train.prefix":
@@ -283,9 +285,9 @@ def test_skipped_samples_beyond_the_end_are_refused(recipe: Path) -> None:
     "override", ["train.skip_samples=[[0, 1000000000000000000]]", "train.global_batch_size=1000000000"]
 )
 def test_more_samples_than_an_index_supports_are_refused(recipe: Path, override: str) -> None:
-    config = load_run_config(recipe, [override, "train.steps=100"])
+    config = load_run_config(recipe, [override, "train.steps=10000000"])
     with pytest.raises(
-        UserError, match=r"^train\.steps=100: needs [0-9,]+ samples, given .*; stay below 10,000,000,000"
+        UserError, match=r"^train\.steps=10000000: needs [0-9,]+ samples, given .*; stay below 1,000,000,000,000,000"
     ):
         config.samples(TrainState())
 

@@ -2,44 +2,34 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hypermoe_ds.config import validate
-from hypermoe_ds.data import consumption
 from hypermoe_ds.data.consumption import Consumption
-from hypermoe_ds.data.datasets import SequenceDataset, build_datasets
-from hypermoe_ds.data.settings import DataConfig
-from hypermoe_ds.data.shares import dataset_shares
 from hypermoe_ds.data.skipped_samples import SkippedSamples
+from hypermoe_ds.data.training_set import TrainingSet
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
+from tests.helpers.datasets import data_config, training_set
 
 S, SAMPLES = 16, 200
 SKIPPED = [[3, 9], [50, 50], [120, 140]]
 
 
-def build(corpus: TokenisedCorpus, folder: Path, datasets: int) -> tuple[SequenceDataset, DataConfig]:
+def build(corpus: TokenisedCorpus, folder: Path, datasets: int) -> TrainingSet:
     weights = [3.0, 1.0, 0.5][:datasets]
     for number in range(datasets):  # each dataset uses different token ids
         write_token_files(f"{folder}/d{number}", [[100 * number + 5] * 90 for _ in range(10)])
-    given: dict[str, Any] = {
-        "train": [{"prefix": f"{folder}/d{n}", "weight": weight} for n, weight in enumerate(weights)],
-        "sequence_length": S,
-        "tokenizer": str(corpus.tokenizer),
-    }
-    config = validate(DataConfig, given, "recipe")
-    return build_datasets(config, 1, SAMPLES, None)[0], config
+    train = [{"prefix": f"{folder}/d{n}", "weight": weight} for n, weight in enumerate(weights)]
+    return training_set(data_config(corpus, train=train, sequence_length=S), SAMPLES)
 
 
 @pytest.mark.parametrize("datasets", [1, 3])
 @pytest.mark.parametrize("skipped", [[], SKIPPED])
 def test_totals_equal_a_count_of_single_samples(
-    corpus: TokenisedCorpus, tmp_path: Path, datasets: int, skipped: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    corpus: TokenisedCorpus, tmp_path: Path, datasets: int, skipped: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(consumption, "_CHUNK", 7)
-    samples, config = build(corpus, tmp_path, datasets)
-    counting = Consumption(samples, dataset_shares(config.train, 1), S, SkippedSamples(skipped))
+    samples = build(corpus, tmp_path, datasets)
+    counting = Consumption(samples, SkippedSamples(skipped))
     dataset_of_sample = [int(samples[index]["tokens"][1]) // 100 for index in range(SAMPLES)]
     skipped_indices = {index for first, last in skipped for index in range(first, last + 1)}
     for consumed in (0, 5, 5, 64, 131, SAMPLES):
@@ -53,10 +43,17 @@ def test_totals_equal_a_count_of_single_samples(
 
 
 def test_a_resumed_run_reports_the_same_totals_as_an_uninterrupted_run(corpus: TokenisedCorpus, tmp_path: Path) -> None:
-    samples, config = build(corpus, tmp_path, 3)
-    uninterrupted, resumed = (
-        Consumption(samples, dataset_shares(config.train, 1), S, SkippedSamples(SKIPPED)) for _ in range(2)
-    )
+    samples = build(corpus, tmp_path, 3)
+    uninterrupted, resumed = (Consumption(samples, SkippedSamples(SKIPPED)) for _ in range(2))
     for consumed in range(0, 151, 50):
         expected = uninterrupted.at(consumed)
     assert resumed.at(150) == expected
+
+
+def test_shares_give_the_tokens_and_epochs_at_the_end_of_the_run(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    samples = build(corpus, tmp_path, 3)
+    values = Consumption(samples, SkippedSamples()).at(SAMPLES)
+    for share in samples.shares():
+        assert share.tokens == 900
+        assert share.epochs == values[f"epochs/{share.name}"]
+        assert share.weight == values[f"consumed_tokens/{share.name}"] / (SAMPLES * S)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from hypermoe_ds.config import validate
-from hypermoe_ds.data.datasets import build_datasets, check_datasets
-from hypermoe_ds.data.settings import DataConfig
+from hypermoe_ds.data.dataset_checks import check_datasets
+from hypermoe_ds.data.settings import DataConfig, DatasetConfig, StageConfig
 from hypermoe_ds.data.tokenizer import load_tokenizer, vocabulary_file
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
+from tests.helpers.datasets import training_set
 
 VOCAB = 1000
 
@@ -132,11 +133,22 @@ def test_a_replaced_token_file_of_the_same_size_is_refused(config: DataConfig, t
 
 
 def test_files_with_other_tokens_have_another_data_order(config: DataConfig, tmp_path: Path) -> None:
-    before, _ = build_datasets(config, seed=1, train_samples=8, valid_samples=None)
+    before = training_set(config, 8).stage_start(0)
     path = tmp_path / "copy/train.bin"
     np.fromfile(path, dtype=np.uint16)[::-1].tofile(path)
-    after, _ = build_datasets(config, seed=1, train_samples=8, valid_samples=None)
-    assert before.data_order_hash != after.data_order_hash
+    with pytest.raises(UserError, match=r"the datasets of data\.train or their content"):
+        training_set(config, 8, resumed=before, consumed=4)
+
+
+def test_masked_documents_must_end_with_the_end_of_sequence_token(config: DataConfig, tmp_path: Path) -> None:
+    masked = config.model_copy(update={"document_mask": True})
+    check_datasets(masked, VOCAB)
+    write_token_files(f"{tmp_path}/other", [[5, 6, 7] * 50])
+    other = masked.model_copy(update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/other"}]).train})
+    with pytest.raises(
+        UserError, match=r"other\.bin: ends with token 7 instead of the end-of-sequence token 2; end each"
+    ):
+        check_datasets(other, VOCAB)
 
 
 def test_tokenizer_settings_that_change_no_id_are_ignored(config: DataConfig, tmp_path: Path) -> None:
@@ -171,9 +183,9 @@ def test_too_few_tokens_for_a_sample_are_refused(config: DataConfig, tmp_path: P
     short = config.model_copy(update={"train": recipe(tmp_path, train=[{"prefix": f"{tmp_path}/short"}]).train})
     if tokens == 65:
         check_datasets(short, VOCAB)
-        assert len(build_datasets(short, 1, 1, None)[0]) == 1
+        assert len(training_set(short, 1)) == 1
         return
-    for refuse in (lambda: check_datasets(short, VOCAB), lambda: build_datasets(short, 1, 1, None)):
+    for refuse in (lambda: check_datasets(short, VOCAB), lambda: training_set(short, 1)):
         with pytest.raises(UserError, match="short: has 64 tokens, but one sample needs 65"):
             refuse()
 
@@ -195,10 +207,5 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, changes: dict[str, ob
 
 
 def test_every_setting_has_a_description() -> None:
-    for section in (DataConfig, DataConfig.model_fields["train"].annotation.__args__[0]):  # type: ignore[union-attr]
+    for section in (DataConfig, DatasetConfig, StageConfig):
         assert all(setting.description for setting in section.model_fields.values())
-
-
-def test_the_cache_is_next_to_the_first_dataset_by_default(tmp_path: Path) -> None:
-    assert recipe(tmp_path).cache_folder == f"{tmp_path}/cache"
-    assert recipe(tmp_path, cache="/elsewhere").cache_folder == "/elsewhere"

@@ -33,6 +33,9 @@ class Numbered:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"tokens": torch.full((S,), index), "labels": torch.full((S,), index + 1)}
 
+    def indices_per_sample(self, index: int) -> int:
+        return 1
+
 
 @pytest.mark.parametrize(
     ("length", "batch", "size", "consumed"), list(product((0, 1, 17, 64), (1, 3), (1, 2, 4), (0, 1)))

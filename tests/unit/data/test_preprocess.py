@@ -24,7 +24,7 @@ from hypermoe_ds.data.megatron import IndexedDataset
 from hypermoe_ds.data.mpi import preprocess_on_ranks
 from hypermoe_ds.data.preprocess import Job, preprocess
 from hypermoe_ds.data.readers import ReadOptions
-from hypermoe_ds.data.token_files import inspect, read_metadata
+from hypermoe_ds.data.token_files import content_digest, inspect, read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, write_jsonl, write_token_files
@@ -268,6 +268,17 @@ def test_a_file_that_changes_stops_the_job(
     monkeypatch.setattr(preprocess_module, "make_plan", change)
     with pytest.raises(UserError, match=r"a\.txt: changed while the job was running"):
         preprocess(job(corpus, [tmp_path / "a.txt"], tmp_path / "out"))
+
+
+def test_the_manifest_lists_the_inputs_options_and_versions(corpus: TokenisedCorpus, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "b.jsonl", ["one", "two"])
+    preprocess(job(corpus, [corpus.texts[0], tmp_path / "b.jsonl"], tmp_path / "out"))
+    manifest = json.loads((tmp_path / "out.json").read_text())
+    paths = [corpus.texts[0], tmp_path / "b.jsonl"]
+    expected = [{"path": str(p), "bytes": p.stat().st_size, "digest": content_digest(p)} for p in paths]
+    assert manifest["inputs"] == expected
+    assert manifest["options"] == {"text_field": "text", "document_separator": None}
+    assert manifest["versions"].keys() > {"git_commit", "transformers", "tokenizers"}
 
 
 def test_the_index_is_the_one_that_megatron_core_writes(corpus: TokenisedCorpus, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from model_references import (
@@ -15,6 +16,7 @@ from model_references import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from hypermoe_ds.data.loader import mask_documents
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.attention import Attention, rotary_tables, rotate
 
@@ -411,3 +413,37 @@ def test_equal_seeds_give_equal_models_and_different_seeds_do_not() -> None:
         assert torch.equal(parameter, same.get_parameter(name))
         if "norm" not in name:
             assert not torch.equal(parameter, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", ["plain", "renormalised, qk-norm"])
+def test_losses_and_gradients_of_packed_documents_equal_those_of_the_documents_alone(
+    variant: str, attention: str
+) -> None:
+    model = build(**VARIANTS[variant], router_aux_loss_coef=0, z_loss_coef=0)
+    model.set_attn_implementation(attention)
+    end, lengths = 1, [5, 1, 9, 3, 6]
+    documents = [
+        torch.cat([torch.randint(2, VOCABULARY, (1, length - 1)), torch.tensor([[end]])], 1) for length in lengths
+    ]
+    packed = torch.cat(documents, 1)
+    labels = np.concatenate([packed[:, 1:].numpy(), [[7]]], 1)  # the sample ends within the last document
+    labels, positions = mask_documents(packed.numpy(), labels, end)
+    assert positions.tolist() == [[position for length in lengths for position in range(length)]]
+    inputs = {"position_ids": torch.from_numpy(positions), "shift_labels": torch.from_numpy(labels)}
+    together = model(input_ids=packed, use_cache=False, **inputs)
+    together.loss.backward()
+    packed_gradients = gradients(model)
+    model.zero_grad()
+    alone = [model(input_ids=document) for document in documents]
+    logits = torch.cat([output.logits for output in alone], 1)
+    assert distance(together.logits, logits) < 1e-5
+    loss_sum = sum(
+        F.cross_entropy(output.logits[0, :-1], document[0, 1:], reduction="sum")
+        for output, document in zip(alone, documents, strict=True)
+    )
+    loss = loss_sum / sum(length - 1 for length in lengths)
+    loss.backward()
+    assert together.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert distance(packed_gradients[name], parameter.grad) < 1e-4, name

@@ -34,7 +34,8 @@ def as_run(**changes: dict[str, Any]) -> dict[str, Any]:
         ("train", "micro_batch_size", 1, "train.micro_batch_size 2 -> 1: memory and speed change"),
         ("train", "max_bad_steps", 3, "train.max_bad_steps 20 -> 3: results stay the same"),
         ("optimizer", "beta1", 0.8, "optimizer.beta1 0.9 -> 0.8: takes effect in the next step; the moments are kept"),
-        ("data", "cache", "c" * 200, f'data.cache null -> "{"c" * 76}...: results stay the same'),
+        ("data", "tokenizer", "t" * 200, f'data.tokenizer "t" -> "{"t" * 76}...: the run keeps the tokenizer'),
+        ("data", "document_mask", True, "data.document_mask false -> true: attention and the predicted tokens change"),
     ],
 )
 def test_changed_setting_is_reported_with_its_effect(section: str, key: str, value: object, shown: str) -> None:

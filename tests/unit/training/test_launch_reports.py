@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hypermoe_ds.data.settings import DataConfig
-from hypermoe_ds.data.shares import shares
+from hypermoe_ds.data.shares import DatasetShare
 from hypermoe_ds.errors import MachineError
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
@@ -21,7 +21,7 @@ from hypermoe_ds.training.settings import TrainConfig
 
 REPOSITORY = Path(__file__).parents[3]
 MODEL = HyperMoEConfig(**PRESETS["tiny-10m"])
-DATASETS = shares(["books", "web"], [1_000_000, 80_000_000], [1.0, 3.0], 16_384_000)
+DATASETS = [DatasetShare("books", 1_000_000, 0.25, 4.096), DatasetShare("web", 80_000_000, 0.75, 0.1536)]
 
 
 def launch(step: int = 0, world_size: int = 2) -> Launch:
@@ -61,8 +61,8 @@ def test_banner_of_a_resumed_launch_shows_its_step() -> None:
 def test_dataset_read_four_times_is_warned_about() -> None:
     [warning] = repetition_warnings(DATASETS)
     assert warning.startswith("warning: the run reads books 4.1 times (1.0M tokens): ")
-    assert repetition_warnings(shares(["a"], [1000], [1.0], 3999)) == []
-    assert len(repetition_warnings(shares(["a"], [1000], [1.0], 4000))) == 1
+    assert repetition_warnings([DatasetShare("a", 1000, 1.0, 3.999)]) == []
+    assert len(repetition_warnings([DatasetShare("a", 1000, 1.0, 4.0)])) == 1
 
 
 def test_launch_and_its_end_are_recorded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hypermoe_ds.data.skipped_samples import SkippedSamples
+from hypermoe_ds.data.stage_start import StageStart
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops
 from hypermoe_ds.monitor.logger import MetricLogger
@@ -40,11 +41,13 @@ class Engine:
     def __call__(
         self,
         input_ids: Tensor,
+        position_ids: Tensor | None,
         shift_labels: Tensor,
         use_cache: bool,
         output_router_logits: bool,
         output_logits: bool,
     ) -> Any:
+        assert position_ids is None, "documents are not masked"
         assert not use_cache
         assert not output_logits
         self.calls.append("forward, observed" if output_router_logits else "forward")
@@ -200,9 +203,11 @@ def run(
         engine=engine, batches=batches(), state=state, last_step=last, recorder=event_log,  # type: ignore[arg-type]
         checkpoints=Checkpoints(event_log, {3}), validate=event_log.validate if validates else None,  # type: ignore[arg-type]
         validation_interval=2, skipped_samples=SkippedSamples(),
+        stage_start=lambda index: StageStart(index, 0, 1, 1, {}, {}),
         step_monitor=StepMonitor(first, signal_in, unsaved_in, skipped), watchdog=watchdog,  # type: ignore[arg-type]
     )  # fmt: skip
     assert stopped == watchdog.saved == (state.step < last)
+    assert state.data_stage is None or state.data_stage.first == state.consumed_samples
     forwards = [step for step, doing in watchdog.begun if doing == "beginning"]
     assert forwards == list(range(first + 1, state.step + 1))
     return event_log, state, engine
@@ -412,17 +417,15 @@ def test_position_is_saved_and_restored_also_from_older_checkpoints() -> None:
     state = TrainState()
     for step in range(3):
         state.advance(8 * (step + 1), skipped=step > 0)
-    state.use_data_order("key")
+    state.data_stage = StageStart(0, 1, 64, 1, {"a": 1.0}, {})
     saved = state.to_dict()
-    assert saved == {"step": 3, "consumed_samples": 24, "data_order": "key", "bad_steps": 2, "good_samples": 8}
+    stage = {
+        "first": 0, "seed": 1, "sequence_length": 64, "indices_per_sample": 1, "weights": {"a": 1.0}, "consumed": {}
+    }  # fmt: skip
+    assert saved == {"step": 3, "consumed_samples": 24, "data_stage": stage, "bad_steps": 2, "good_samples": 8}
     assert TrainState.from_dict(saved) == state
     del saved["good_samples"]
     assert TrainState.from_dict({}) == TrainState()
     assert TrainState.from_dict(saved).good_samples == 24, (
         "older checkpoints do not store it, so the consumed samples are used"
     )
-
-
-def test_changed_data_order_is_noticed_once() -> None:
-    state = TrainState()
-    assert [state.use_data_order(key) for key in ("a", "a", "b", "b", "a")] == [False, False, True, False, True]
