@@ -1,16 +1,17 @@
 """Describe token files, decode their documents, and verify them against the hashes in `PREFIX.json`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from hypermoe_ds.data.token_files import Metadata, document_lengths, inspect, read_metadata
+from hypermoe_ds.data.token_files import Metadata, TokenFiles, document_lengths, inspect, read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
-from hypermoe_ds.files import sha256_of
+from hypermoe_ds.files import sha256_of, writing_to
 
 _PERCENTILES = (1, 50, 99)
+_COUNTED_TOKENS = 1 << 24
 
 
 def report_lines(prefix: str) -> Iterator[str]:
@@ -31,6 +32,46 @@ def report_lines(prefix: str) -> Iterator[str]:
         f"tokenizer: {metadata.tokenizer} ({metadata.tokenizer_file}), {metadata.vocab_size:,} token ids, "
         f"end-of-sequence token {metadata.eos_id}"
     )
+    unknown = _unknown_tokens(prefix, files, metadata)
+    if unknown is not None:
+        read = min(files.tokens, _COUNTED_TOKENS)
+        yield f"unknown tokens: {unknown:,} of the first {read:,} ({unknown / read:.2%})"
+    if metadata.inputs:
+        size = sum(int(each["bytes"]) for each in metadata.inputs)
+        yield f"made from {len(metadata.inputs):,} files of {size:,} bytes, with {_listed(metadata.versions)}"
+
+
+def _unknown_tokens(prefix: str, files: TokenFiles, metadata: Metadata) -> int | None:
+    """Count the unknown tokens at the beginning; None if the tokenizer is missing or knows every text."""
+    if not Path(metadata.tokenizer).is_dir():
+        return None
+    unknown = load_tokenizer(metadata.tokenizer).unk_token_id
+    if unknown is None:
+        return None
+    tokens = np.fromfile(f"{prefix}.bin", dtype=files.dtype, count=_COUNTED_TOKENS)
+    return int((tokens == unknown).sum())
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version[:12]}" for name, version in versions.items())
+
+
+def plot_lengths(prefix: str, path: str) -> None:
+    """Plot a histogram of the lengths of the documents in tokens, on logarithmic axes, as a PNG image.
+
+    Raises:
+        UserError: the token files cannot be read, or the image cannot be written.
+    """
+    inspect(prefix)
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an optional dependency)
+
+    lengths = document_lengths(prefix)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 50).tolist())
+    axes.set(xscale="log", yscale="log", xlabel="tokens per document", ylabel="documents", title=prefix)
+    with writing_to(Path(path)):
+        figure.savefig(path, format="png", dpi=120)
 
 
 def _percentiles(lengths: np.ndarray[tuple[int], np.dtype[np.int32]]) -> list[tuple[int, float]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hypermoe_ds.data.token_files import content_digest, document_lengths, read_metadata
-from hypermoe_ds.data.token_report import bytes_to_verify, document_text, report_lines, verify
+from hypermoe_ds.data.token_report import bytes_to_verify, document_text, plot_lengths, report_lines, verify
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.errors import UserError
 from tests.helpers.corpus import TokenisedCorpus, write_token_files
@@ -37,12 +37,30 @@ def test_the_report_shows_the_counts_of_the_documents(corpus: TokenisedCorpus, p
     tokenizer = load_tokenizer(corpus.tokenizer)
     texts = [path.read_text(encoding="utf-8") for path in corpus.texts[-4:]]
     counts = np.array([len(tokenizer(text)["input_ids"]) + 1 for text in texts])
-    first, lengths, size, _ = report_lines(prefix)
+    first, lengths, size, _, unknown, made_from = report_lines(prefix)
     assert first == f"{prefix}: 4 documents, {counts.sum():,} tokens of type uint16"
     assert lengths.startswith(f"tokens per document: mean {counts.mean():,.1f}, percentiles ")
     assert f"{np.median(counts):,.0f} (50 %)" in lengths
     assert lengths.endswith(f"longest {counts.max():,}")
-    assert size.startswith(f"text: {sum(len(text.encode()) for text in texts):,} bytes, ")
+    text_bytes = sum(len(text.encode()) for text in texts)
+    assert size.startswith(f"text: {text_bytes:,} bytes, ")
+    assert unknown == f"unknown tokens: 0 of the first {counts.sum():,} (0.00%)"
+    assert made_from.startswith(f"made from 4 files of {text_bytes:,} bytes, with git_commit ")
+
+
+def test_unknown_tokens_are_counted(corpus: TokenisedCorpus, prefix: str) -> None:
+    tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+    tokens[:30] = load_tokenizer(corpus.tokenizer).unk_token_id
+    tokens.tofile(f"{prefix}.bin")
+    assert f"unknown tokens: 30 of the first {len(tokens):,} ({30 / len(tokens):.2%})" in report_lines(prefix)
+
+
+def test_the_plot_is_a_png_image(prefix: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_lengths(prefix, f"{tmp_path}/lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"none/lengths\.png: cannot be written"):
+        plot_lengths(prefix, f"{tmp_path}/none/lengths.png")
 
 
 def test_files_made_elsewhere_are_reported_without_metadata(tmp_path: Path) -> None:
