@@ -144,7 +144,8 @@ def recorder_of(
 ) -> Recorder:
     """Build the recorder of a run with the default settings."""
     console = Console(rank=1)  # prints nothing
-    flops = ModelFlops(training_flops_per_token(model, arguments.sequence_length), 1, None, None)
+    per_token = training_flops_per_token(model, arguments.sequence_length)
+    flops = ModelFlops(lambda _: per_token, 1, None, None)
     profiler = Profiler(_DEFAULTS, folder, 0, engine.module, console.log)
     logger = MetricLogger(_DEFAULTS, folder, 0, 0)
     norms = ParameterNorms(engine, optimizer)

@@ -153,7 +153,7 @@ def build_recorder(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     known = peak_tflops(device, config.train.precision) if device is not None else None
     flops = ModelFlops(
-        per_token=training_flops_per_token(model_config, config.data.sequence_length),
+        per_token=lambda sample: training_flops_per_token(model_config, train_set.stage_start(sample).sequence_length),
         ranks=torch.distributed.get_world_size(),
         device=device,
         peak=config.monitor.peak_tflops or known,

@@ -1,7 +1,7 @@
 """Compute the model FLOPs of training, and look up the peak FLOP/s of GPUs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -38,21 +38,26 @@ class ModelFlops:
     """Convert tokens per second to FLOP/s and to a share of the peak.
 
     Attributes:
-        per_token: FLOPs of training on one token.
+        per_token: returns the FLOPs of training on one token of the sample at an index of the training set.
         ranks: number of GPUs, or of processes without GPUs.
         device: name of the GPU; None without a GPU.
         peak: peak of the device in TFLOP/s; None if unknown.
     """
 
-    per_token: int
+    per_token: Callable[[int], int]
     ranks: int
     device: str | None
     peak: float | None
 
-    def rates(self, tokens_per_second: float) -> dict[str, float]:
-        """Return `tokens_per_second_per_gpu`, `tflops_per_gpu` (with a GPU or a peak) and `mfu` (with a peak)."""
+    def rates(self, tokens_per_second: float, sample: int) -> dict[str, float]:
+        """Return `tokens_per_second_per_gpu`, `tflops_per_gpu` (with a GPU or a peak) and `mfu` (with a peak).
+
+        Args:
+            tokens_per_second: tokens per second of all ranks.
+            sample: index of a sample of the step, which determines the sequence length.
+        """
         tokens = tokens_per_second / self.ranks
-        tflops = tokens * self.per_token / 1e12
+        tflops = tokens * self.per_token(sample) / 1e12
         rates = {"tokens_per_second_per_gpu": tokens}
         if self.device is not None or self.peak is not None:
             rates["tflops_per_gpu"] = tflops

@@ -109,7 +109,7 @@ class Recorder(StepObserver):
             **self._norms.gradients(),
             "skipped_steps": engine.skipped_steps,
             **times,
-            **self._flops.rates(times["tokens_per_second"]),
+            **self._flops.rates(times["tokens_per_second"], state.consumed_samples - 1),
             **self._memory.read(),
             "consumed_samples": state.consumed_samples,
         }

@@ -17,7 +17,7 @@ def test_flops_and_mfu_match_a_count_by_hand() -> None:
     forward = 2 * (attention + experts + hyper_expert) + 2 * 64 * 1000
     assert training_flops_per_token(config, sequence_length=128) == 3 * forward
     # 4 GPUs, 8,000,000 tokens/s together, 10 TFLOP/s peak each
-    rates = ModelFlops(3 * forward, 4, "some GPU", 10.0).rates(8e6)
+    rates = ModelFlops(lambda sample: sample * forward, 4, "some GPU", 10.0).rates(8e6, sample=3)
     tflops = 2e6 * 3 * forward / 1e12
     assert rates == {
         "tokens_per_second_per_gpu": 2e6,
@@ -27,9 +27,12 @@ def test_flops_and_mfu_match_a_count_by_hand() -> None:
 
 
 def test_cpu_reports_flops_and_mfu_only_with_a_given_peak() -> None:
-    assert ModelFlops(1000, 2, None, None).rates(10.0) == {"tokens_per_second_per_gpu": 5.0}
-    assert ModelFlops(1000, 2, "unknown", None).rates(10.0).keys() == {"tokens_per_second_per_gpu", "tflops_per_gpu"}
-    assert "mfu" in ModelFlops(1000, 2, None, 0.1).rates(10.0)
+    assert ModelFlops(lambda _: 1000, 2, None, None).rates(10.0, 0) == {"tokens_per_second_per_gpu": 5.0}
+    assert ModelFlops(lambda _: 1000, 2, "unknown", None).rates(10.0, 0).keys() == {
+        "tokens_per_second_per_gpu",
+        "tflops_per_gpu",
+    }
+    assert "mfu" in ModelFlops(lambda _: 1000, 2, None, 0.1).rates(10.0, 0)
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def recorder_of(folder: Path, fp16: bool = False, **config: Any) -> tuple[Record
     settings, console = MonitorConfig(**config), RecordingConsole()
     logger = MetricLogger(settings, folder, 0, 0)
     consumption = SimpleNamespace(at=lambda samples: {"consumed_tokens": 10 * samples})
-    flops = ModelFlops(1000, 2, None, None)
+    flops = ModelFlops(lambda _: 1000, 2, None, None)
     profiler = Profiler(settings, folder, 0, torch.nn.Identity(), console.log)
     recorder = Recorder(StepEngine(fp16), settings, 10, logger, console, flops, Norms(), consumption, profiler)  # type: ignore[arg-type]
     return recorder, console
