@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.export.bake import bake
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.process import one_line_errors
@@ -35,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_arguments(arguments, dict.fromkeys(("prompt", "new", "batch", "repeats"), 1), arguments.json)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if uses_gpu() else "cpu"
     sides = build_sides(arguments.preset, device, _DTYPES[arguments.dtype])
     vocab_size = sides["moe"].config.vocab_size
     prompt = torch.randint(0, vocab_size, (arguments.batch, arguments.prompt), device=device)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling.generated import HyperExpertWeights
 from hypermoe_ds.modeling.hyper_costs import Sizes, cheaper_form, cost_factored, cost_per_selection
@@ -128,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     check_arguments(arguments, {"repeats": 1}, arguments.json, arguments.plot)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not uses_gpu():
         raise UserError("--device=cuda", "there is no GPU", "omit the option")
     for name in ("plot", "calibrate"):
         if arguments.skip_grid and getattr(arguments, name):

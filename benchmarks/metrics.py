@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from hypermoe_ds.config import apply_overrides
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
 from hypermoe_ds.monitor.flops import ModelFlops, training_flops_per_token
@@ -177,7 +178,7 @@ def time_of(engine: Any, batches: Iterator[dict[str, torch.Tensor]], recorder: R
 
 def wait_for_device() -> None:
     """Synchronize with the GPU, if available."""
-    if torch.cuda.is_available():
+    if uses_gpu():
         torch.cuda.synchronize()
 
 
@@ -195,7 +196,7 @@ def report(results: Results, arguments: argparse.Namespace) -> None:
         print(f"| {kind} | {shares[kind]:.0%} | {metrics:.4f} | {metrics / without:.2%} | {whole / without:.3f} |")
     print(f"\na step without metrics {without:.3f} s; cost at the default intervals: {cost:.2%} of a step")
     tokens = arguments.micro_batch_size * arguments.sequence_length
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if uses_gpu() else "cpu"
     print(f"{arguments.preset} | {tokens} tokens per step | {machine_line(device)}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import PRESETS, HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.generated import HyperExpertWeights
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the times in ms to")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="write traces for chrome://tracing")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         raise UserError(
             "no GPU", "the overlap needs CUDA streams", "run this benchmark on a machine with an NVIDIA GPU"
         )

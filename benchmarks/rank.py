@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.training.engine import start_ranks
 from op_shares import shares
 from results import device_name
@@ -61,7 +62,7 @@ def _execute(command: dict[str, Any], step: Step, batches: Iterator[Batch], leng
 
 def _profile(step: Step, batches: list[Batch], rank: int) -> dict[str, Any]:
     """Return the milliseconds per step by category. Only rank 0 is profiled; all ranks run the same steps."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if uses_gpu() else [])
     with profile(activities=activities) if rank == 0 else nullcontext() as profiler:
         for batch in batches:
             step(batch)
@@ -87,7 +88,7 @@ def _answer(answers: TextIO, content: dict[str, Any]) -> None:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if uses_gpu():
         torch.cuda.synchronize()
 
 
@@ -96,7 +97,7 @@ def _reset_peak() -> None:
 
     Building has the same peak for every side, because each rank first builds the whole model.
     """
-    if torch.cuda.is_available():
+    if uses_gpu():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
@@ -104,7 +105,7 @@ def _reset_peak() -> None:
 
 def _peak_gib() -> float:
     """Return the peak memory since the last reset, in GiB: allocated memory on the GPU, or resident memory on CPU."""
-    if torch.cuda.is_available():
+    if uses_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()
     lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]

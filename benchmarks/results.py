@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.monitor.flops import peak_tflops
 from step_settings import StepSettings
@@ -147,7 +148,7 @@ def divide(side: SideSummary, baseline: SideSummary) -> Ratios:
 
 def device_name() -> str:
     """Return the name of the GPU, or "cpu" without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if uses_gpu() else "cpu"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hypermoe_ds.checkpoint.expert_layout import split_gate_up
 from hypermoe_ds.config import LARGEST_COUNT
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.modeling.moe import SwiGLU
 from hypermoe_ds.parallel.topology import ParallelConfig
@@ -125,7 +126,7 @@ def _mixtral(
     In bf16, weights and moments are stored in bf16 without fp32 copies. The optimizer therefore needs less memory and
     time than DeepSpeed's optimizer.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else torch.device("cpu")
     torch.manual_seed(train.seed)
     model: Any = MixtralForCausalLM(mixtral_config(model_config))
     model = model.to(device, torch.bfloat16 if train.precision == "bf16" else torch.float32).train()

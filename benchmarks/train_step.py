@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from hypermoe_ds.config import apply_overrides, closest
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import PRESETS, ConfigurationError, HyperMoEConfig
 from hypermoe_ds.parallel.topology import check_expert_parallel
@@ -207,7 +208,7 @@ def rounds_that_fit(settings: StepSettings, sides: int) -> int:
     activations = bytes_per_number * numbers * settings.micro_batch_size * settings.sequence_length
     state = bytes_per_parameter * config.parameter_counts().total
     needed, free = sides * (state + settings.ranks * activations), psutil.virtual_memory().available
-    if torch.cuda.is_available():
+    if uses_gpu():
         free = settings.ranks * torch.cuda.mem_get_info()[0]
     if needed <= free:
         return 0
@@ -221,7 +222,7 @@ def rounds_that_fit(settings: StepSettings, sides: int) -> int:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = uses_gpu()
     add = parser.add_argument
     add("--preset", default="gpt2-small-8e", help=f"one of {', '.join(PRESETS)} (default: gpt2-small-8e)")
     add("--sides", default="hypermoe,moe", help=f"sides to compare, from {','.join(SIDES)} (default: hypermoe,moe)")

@@ -22,6 +22,7 @@ from hypermoe_ds.data.token_files import read_metadata
 from hypermoe_ds.data.tokenizer import load_tokenizer
 from hypermoe_ds.data.training_set import TrainingSet, build_training_set
 from hypermoe_ds.data.validation_set import build_validation_sets
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import EXIT_SAVED, UserError
 from hypermoe_ds.modeling import HyperMoEConfig
 from hypermoe_ds.monitor.console import Console
@@ -150,7 +151,7 @@ def build_recorder(
     Raises:
         UserError: a rank in `monitor.profile_ranks` does not exist.
     """
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device = torch.cuda.get_device_name() if uses_gpu() else None
     known = peak_tflops(device, config.train.precision) if device is not None else None
     flops = ModelFlops(
         per_token=lambda sample: training_flops_per_token(model_config, train_set.stage_start(sample).sequence_length),

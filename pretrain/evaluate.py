@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from hypermoe_ds.config import LARGEST_COUNT
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_input
 from hypermoe_ds.process import one_line_errors
@@ -41,7 +42,7 @@ def main() -> None:
     document_end = load_tokenizer(str(tokenizer)).eos_token_id if masked else None
 
     samples = build_validation_set(arguments.data, str(tokenizer), length, model.config.vocab_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     batches = partial(
         validation_batches, samples, arguments.micro_batch_size, 0, 1, model.config.vocab_size, document_end
     )

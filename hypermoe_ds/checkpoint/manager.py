@@ -37,6 +37,7 @@ from hypermoe_ds.checkpoint.shards import (
     first_not_finite,
     write_shard,
 )
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.files import sync_folder
 from hypermoe_ds.parallel.control_group import ControlGroup
@@ -394,7 +395,7 @@ def _has_state(manifest: Manifest) -> bool:
 
 def _random_state() -> dict[str, Tensor]:
     states = {_RANDOM_STATE: torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if uses_gpu():
         states[_RANDOM_STATE_OF_GPU] = torch.cuda.get_rng_state()
     return states
 

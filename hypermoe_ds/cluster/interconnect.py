@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hypermoe_ds.cluster.preflight import INTERCONNECT, Interconnect
+from hypermoe_ds.device import uses_gpu
 
 _TRIALS = 3
 _TIMEOUT = timedelta(seconds=30)
@@ -103,7 +104,7 @@ def _of_all_ranks(own: list) -> list:  # type: ignore[type-arg]
 
 def main() -> None:
     """Measure the interconnect and print it on rank 0."""
-    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    on_gpu = uses_gpu()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

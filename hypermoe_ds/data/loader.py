@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hypermoe_ds.data.skipped_samples import SkippedSamples
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.process import STOP_SIGNALS, signal_when_parent_ends
 
@@ -184,7 +185,7 @@ class _Padded(Dataset[dict[str, torch.Tensor]]):
 def _load(
     dataset: SizedDataset, sampler: ResumableSampler, workers: int, vocab_size: int, document_end: int | None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    pinned = torch.cuda.is_available()
+    pinned = uses_gpu()
     loader: DataLoader[Any] = DataLoader(
         cast(Dataset[dict[str, torch.Tensor]], dataset),
         batch_sampler=sampler,

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from transformers import set_seed
 
 from hypermoe_ds.config import LARGEST_COUNT, Settings
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.modeling import HyperMoEForCausalLM
 
 
@@ -23,7 +23,7 @@ class SamplingConfig(Settings):
 def continue_text(model: HyperMoEForCausalLM, tokenizer: Any, sampling: SamplingConfig) -> str:
     """Return the prompt with its continuation; use a GPU if there is one."""
     set_seed(sampling.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if uses_gpu() else "cpu"
     inputs = tokenizer(sampling.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     output = model.to(device).generate(

@@ -5,6 +5,8 @@ import resource
 import torch
 import torch.distributed
 
+from hypermoe_ds.device import uses_gpu
+
 
 class MemoryMeter:
     """Measure the peak memory over all ranks, in GiB."""
@@ -18,7 +20,7 @@ class MemoryMeter:
         On a GPU, the values are the memory allocated for tensors and the memory reserved by PyTorch. On CPU, the only
         value is the peak of resident memory since the process began.
         """
-        if torch.cuda.is_available():
+        if uses_gpu():
             names = ["memory_allocated_gib", "memory_reserved_gib"]
             bytes_2 = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
             torch.cuda.reset_peak_memory_stats()

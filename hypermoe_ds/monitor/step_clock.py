@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.monitor.metrics import STEP_PARTS
 
 Part = Literal["data", "forward", "backward", "optimizer", "checkpoint"]
@@ -20,7 +21,7 @@ class StepClock:
     """
 
     def __init__(self) -> None:
-        self._has_events = torch.cuda.is_available()
+        self._has_events = uses_gpu()
         self._start()
 
     def _start(self) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import torch.distributed
 from torch import Tensor
 
+from hypermoe_ds.device import uses_gpu
+
 
 def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool) -> dict[str, Any]:
     """Return the `expert_parallel` section of the DeepSpeed configuration.
@@ -35,7 +37,7 @@ def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool
         "shared_experts_pattern": "shared_experts",
         "expert_activation": "swiglu",
         # On CPU, the grouped path needs a fallback for a Triton kernel and is not faster than sequential GEMMs.
-        "use_grouped_mm": torch.cuda.is_available(),
+        "use_grouped_mm": uses_gpu(),
     }
 
 

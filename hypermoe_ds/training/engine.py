@@ -20,6 +20,7 @@ from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.parallel.parallelize import parallelize
@@ -130,7 +131,7 @@ def build_engine(
     model = HyperMoEForCausalLM(model_config)
     model.lm_head.fused_cross_entropy = fused_cross_entropy()
     if document_mask:
-        model.set_attn_implementation("flex_attention" if torch.cuda.is_available() else PER_DOCUMENT)
+        model.set_attn_implementation("flex_attention" if uses_gpu() else PER_DOCUMENT)
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     return parallelize(
         model,
@@ -150,7 +151,7 @@ def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     targets except -100 (its default), with gradients for input and weight. The weight's gradient is accumulated in
     `accum_dtype`.
     """
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         return None
     try:
         liger = import_module("liger_kernel.transformers.functional")

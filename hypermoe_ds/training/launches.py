@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from hypermoe_ds.data.shares import DatasetShare
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import disk_errors
 from hypermoe_ds.provenance import versions_now
 
@@ -20,7 +21,7 @@ Ended = Literal["finished", "stop_at_step", "signal"]
 
 def device_name() -> str:
     """Return the name of this rank's GPU, or "cpu"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if uses_gpu() else "cpu"
 
 
 @dataclass(frozen=True)

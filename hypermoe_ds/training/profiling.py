@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import disk_errors
 from hypermoe_ds.monitor.settings import MonitorConfig
 
@@ -34,8 +35,8 @@ class Profiler:
         first, last = config.profile_steps or (0, 0)
         is_traced = config.profile_steps is not None and rank in config.profile_ranks
         self._first, self._last = (first, last) if is_traced else (0, 0)
-        self._keeps_memory = config.memory_snapshot and torch.cuda.is_available()
-        if config.memory_snapshot and not torch.cuda.is_available():
+        self._keeps_memory = config.memory_snapshot and uses_gpu()
+        if config.memory_snapshot and not uses_gpu():
             log("warning: monitor.memory_snapshot needs a GPU: no snapshot is written")
         self._path = folder / f"rank_{rank:05d}_steps_{first}_{last}"
         self._model = model
@@ -52,7 +53,7 @@ class Profiler:
             return
         if self._keeps_memory:
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
-        gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        gpu = [ProfilerActivity.CUDA] if uses_gpu() else []
         self._trace = profile(activities=[ProfilerActivity.CPU, *gpu])
         self._regions = ModelRegions(self._model)
         self._trace.start()
@@ -71,7 +72,7 @@ class Profiler:
         with disk_errors(self._path):
             self._path.parent.mkdir(exist_ok=True)
             trace.export_chrome_trace(f"{self._path}.json.gz")
-            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            by = "self_cuda_time_total" if uses_gpu() else "self_cpu_time_total"
             averages = trace.key_averages()
             averages[:] = [event for event in averages if not event.is_user_annotation]  # drop named regions
             table = averages.table(sort_by=by, row_limit=_OPERATORS, max_name_column_width=_NAME_WIDTH)

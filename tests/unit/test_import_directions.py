@@ -16,7 +16,7 @@ MEASUREMENTS = ("benchmarks/",)  # these scripts may define dataclasses for meas
 ORDER = (  # from the lowest layer to the highest
     {PACKAGE},  # __init__.py of the package
     {"errors", "provenance"},
-    {"files", "process", "config", "progress"},
+    {"files", "process", "config", "progress", "device"},
     {"modeling", "data", "parallel"},
     {"checkpoint", "monitor", "resilience"},
     {"training", "export", "inspection", "cluster"},
