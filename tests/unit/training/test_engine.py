@@ -176,6 +176,7 @@ def test_liger_computes_the_loss_if_installed_and_on_a_gpu(
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel") if installed else None)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", ModuleType("liger_kernel.transformers"))
     monkeypatch.setitem(sys.modules, fake.__name__, fake if installed else None)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     model = built_model(monkeypatch)
 
