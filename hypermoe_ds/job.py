@@ -30,6 +30,7 @@ from hypermoe_ds.monitor.flops import ModelFlops, peak_tflops, training_flops_pe
 from hypermoe_ds.monitor.logger import MetricLogger
 from hypermoe_ds.monitor.output_streams import OutputStreams
 from hypermoe_ds.parallel.control_group import ControlGroup
+from hypermoe_ds.parallel.topology import check_widths_on_gpu
 from hypermoe_ds.provenance import versions_now
 from hypermoe_ds.resilience.watchdog import Watchdog
 from hypermoe_ds.run_config import RunConfig
@@ -58,6 +59,8 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
     """
     began = time.monotonic()
     model_config, folder = config.build_model_config(), RunFolder(Path(config.run.dir))
+    if uses_gpu():
+        check_widths_on_gpu(model_config.hidden_size, model_config.moe_intermediate_size, config.train.precision)
     check_datasets(config.data, model_config.vocab_size)
     folder.check_same_run(model_config, Path(config.data.tokenizer))
     settings = config.model_dump(mode="json")

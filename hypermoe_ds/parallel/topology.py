@@ -80,6 +80,29 @@ def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_siz
     return max((number for number, fits in enumerate(fitting, start=1) if fits), default=0)
 
 
+def check_widths_on_gpu(hidden_size: int, expert_width: int, precision: str) -> None:
+    """Check that a GPU can multiply matrices of the experts' sizes.
+
+    The grouped matrix products of the experts need rows that are aligned to 16 bytes, which are 8 values in bf16 or
+    fp16, and 4 in fp32.
+
+    Args:
+        hidden_size: `model.hidden_size`.
+        expert_width: `model.moe_intermediate_size`.
+        precision: `train.precision`.
+
+    Raises:
+        UserError: a size is not a multiple; the message names the nearest multiples.
+    """
+    multiple = 4 if precision == "fp32" else 8
+    for key, width in (("hidden_size", hidden_size), ("moe_intermediate_size", expert_width)):
+        if width % multiple:
+            below = width - width % multiple
+            nearest = " or ".join(str(size) for size in (below, below + multiple) if size)
+            problem = f"is not a multiple of {multiple}, as the experts need on a GPU in {precision}"
+            raise UserError(f"model.{key}={width}", problem, f"set it to {nearest}")
+
+
 def largest_expert_parallel(expert: int, num_experts: int, world_size: int) -> int:
     """Return the largest number of ranks, up to `expert`, that can share one copy of the experts."""
     return max(n for n in range(1, expert + 1) if num_experts % n == 0 and world_size % n == 0)

@@ -4,12 +4,14 @@ import re
 from itertools import product
 
 import pytest
+import torch
 
 from hypermoe_ds.config import validate
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.topology import (
     ParallelConfig,
     check_expert_parallel,
+    check_widths_on_gpu,
     gradient_accumulation_steps,
     hosts_that_fit,
     largest_expert_parallel,
@@ -76,3 +78,39 @@ def test_largest_expert_parallel_is_the_largest_valid_size_up_to_the_setting() -
 def test_expert_parallelism_must_be_a_positive_integer(value: object) -> None:
     with pytest.raises(UserError, match=r"recipe\.yaml: expert="):
         validate(ParallelConfig, {"expert": value}, "recipe.yaml")
+
+
+def multiplies_on_gpu(hidden: int, width: int) -> bool:
+    """Return whether the experts' grouped products pass the checks of CUDA, which also run on the meta device."""
+    ends = torch.empty(4, device="meta", dtype=torch.int32)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+    try:
+        gate = torch._grouped_mm(empty(64, hidden), empty(4, width, hidden).transpose(-2, -1), offs=ends)
+        torch._grouped_mm(gate, empty(4, hidden, width).transpose(-2, -1), offs=ends)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(64, 24), (64, 20), (60, 24), (8, 8), (64, 7), (72, 72), (33, 40)])
+def test_widths_that_no_gpu_multiplies_in_bf16_are_refused_with_widths_that_work(hidden: int, width: int) -> None:
+    if multiplies_on_gpu(hidden, width):
+        check_widths_on_gpu(hidden, width, "bf16")
+        return
+    with pytest.raises(UserError) as caught:
+        check_widths_on_gpu(hidden, width, "bf16")
+    key, nearest = re.fullmatch(
+        r"model\.(\w+)=\d+: is not a multiple of 8, as the experts need on a GPU in bf16; set it to (.*)",
+        str(caught.value),
+    ).groups()  # type: ignore[union-attr]
+    for size in map(int, nearest.split(" or ")):
+        assert multiplies_on_gpu(size, 64) if key == "hidden_size" else multiplies_on_gpu(64, size)
+
+
+def test_fp32_needs_multiples_of_four() -> None:
+    check_widths_on_gpu(36, 20, "fp32")
+    with pytest.raises(UserError, match="hidden_size=34: is not a multiple of 4.*set it to 32 or 36"):
+        check_widths_on_gpu(34, 20, "fp32")
