@@ -112,5 +112,5 @@ def test_widths_that_no_gpu_multiplies_in_bf16_are_refused_with_widths_that_work
 
 def test_fp32_needs_multiples_of_four() -> None:
     check_widths_on_gpu(36, 20, "fp32")
-    with pytest.raises(UserError, match="hidden_size=34: is not a multiple of 4.*set it to 32 or 36"):
+    with pytest.raises(UserError, match=r"hidden_size=34: is not a multiple of 4.*set it to 32 or 36"):
         check_widths_on_gpu(34, 20, "fp32")
