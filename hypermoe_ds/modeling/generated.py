@@ -24,7 +24,7 @@ _MAX_UNSORTED_ROWS = 4
 # PyTorch's CUDA grouped GEMM accepts fewer than 1,024 groups. On GPUs older than Hopper, PyTorch instead loops over the
 # groups, which synchronises the host with the GPU.
 _MOST_GROUPS = 1023
-_HOPPER = (9, 0)
+_HOPPER, _BLACKWELL = 9, 10  # major compute capabilities that have a grouped GEMM
 
 
 class HyperExpertWeights(NamedTuple):
@@ -154,7 +154,15 @@ def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
     if not like.is_cuda or like.dtype is not torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
     aligned = all(width * like.element_size() % 16 == 0 for width in widths)
-    return aligned and torch.cuda.get_device_capability(like.device) >= _HOPPER
+    return aligned and torch.cuda.get_device_capability(like.device)[0] in (_HOPPER, _BLACKWELL)
+
+
+def _fills_empty_groups(like: Tensor) -> bool:
+    """Return whether a grouped product over the rows leaves arbitrary values in groups without rows.
+
+    B200 does so (https://github.com/pytorch/pytorch/issues/172439).
+    """
+    return like.is_cuda and torch.cuda.get_device_capability(like.device)[0] == _BLACKWELL
 
 
 class RoutedRows:
@@ -223,7 +231,7 @@ class GroupedRows(RoutedRows):
         return y_RO.add_(bias_RO if gate_R1 is None else bias_RO.mul_(gate_R1))
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
-        return _joined(
+        product_UIO = _joined(
             [
                 torch._grouped_mm(x_RI[chunk.rows].t(), y_RO[chunk.rows], offs=chunk.ends_U)
                 if chunk.rows.start < chunk.rows.stop
@@ -231,6 +239,10 @@ class GroupedRows(RoutedRows):
                 for chunk in self._chunks
             ]
         )
+        if _fills_empty_groups(x_RI):
+            empty_U = self.ends_U.diff(prepend=self.ends_U.new_zeros(1)) == 0
+            product_UIO.masked_fill_(empty_U.view(-1, 1, 1), 0)
+        return product_UIO
 
     def sum(self, y_RO: Tensor) -> Tensor:
         # Multiplying by a 16-byte-wide matrix of ones uses no atomics, so the sum is deterministic.

@@ -50,6 +50,36 @@ def test_grouped_products_match_the_loop_for_any_number_of_groups(
         assert distance(grouped, from_loop) < 1e-5
 
 
+def test_gradients_of_unused_hyper_experts_are_zero_if_grouped_products_leave_arbitrary_values(
+    monkeypatch: Any,
+) -> None:
+    grouped_mm = torch._grouped_mm
+
+    def like_b200(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
+        product = grouped_mm(x, y, offs=offs)
+        if y.dim() == 2:  # a product over the rows
+            product[offs.diff(prepend=offs.new_zeros(1)) == 0] = 7
+        return product
+
+    weights = HyperExpertWeights(*(torch.randn(6, *shape) for shape in ((16, 8), (8,), (8, 16), (16,))))
+    ids = torch.tensor([0, 2, 2, 5]).repeat(10).unsqueeze(1)
+    for weight in weights:
+        weight.requires_grad_()
+
+    def run() -> list[Tensor]:
+        y = generated.apply_generated(torch.ones(40, 16), Assignment(ids, None), weights)
+        return list(torch.autograd.grad(y.square().sum(), weights))
+
+    looped = run()
+    monkeypatch.setattr(generated, "LoopedRows", generated.GroupedRows)
+    monkeypatch.setattr(torch, "_grouped_mm", like_b200)
+    for masked in (False, True):
+        monkeypatch.setattr(generated, "_fills_empty_groups", lambda _, masked=masked: masked)
+        differences = [distance(grouped, from_loop) for grouped, from_loop in zip(run(), looped, strict=True)]
+        assert (max(differences) < 1e-5) == masked
+        assert (min(grad[[1, 3, 4]].abs().sum() == 0 for grad in run())) == masked
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows", [(1, 0, 70, 33, 200, 5), (0, 0, 0, 100), (31, 32, 33, 64, 65, 1)])
 def test_padded_bfloat16_products_do_not_change_rows_of_other_hyper_experts(rows: tuple[int, ...], gated: bool) -> None:
