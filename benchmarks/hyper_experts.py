@@ -231,7 +231,10 @@ def without_gradients(run: Callable[[], None], *modules: nn.Module) -> Callable[
 
 
 def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) -> ExpertCase:
-    """Compare the HyperExperts of a layer with one expert and the published form. 12 layers share a hypernetwork."""
+    """Compare the cost of a layer's HyperExperts with that of one expert and with that of the published form.
+
+    The hypernetwork is shared by 12 layers.
+    """
     x_TD = torch.randn(T, D, **target._asdict()).requires_grad_()
     passes = selections(repeats + _WARMUP, LAYERS, T, N, K, target.device)
     single = expert(target)
@@ -240,7 +243,7 @@ def compare_with_expert(N: int, K: int, T: int, repeats: int, target: Target) ->
         "expert": without_gradients(lambda: single(x_TD).backward(x_TD.detach()), single),
         "hyper_expert": all_layers(layers, hypernetwork, x_TD, passes, "auto"),
     }
-    if T <= 2048:  # the published form needs gigabytes for more tokens
+    if T <= 2048:  # with more tokens, the published form needs gigabytes of memory
         sides["published"] = all_layers(layers[:1], hypernetwork, x_TD, passes[:, :1], "per_token")
     seconds = medians(sides, repeats, target.device)
     return ExpertCase(N, K, T, seconds["expert"], seconds["hyper_expert"] / LAYERS, seconds.get("published"))

@@ -40,7 +40,7 @@ _ZERO = Path(__file__).parents[1] / "ds_configs" / "zero1.json"
 
 
 def build(side: str, settings: StepSettings) -> tuple[nn.Module, Step]:
-    """Build one side on this rank. The process group must exist.
+    """Build one of the compared models on this rank. The process group must exist.
 
     Args:
         side: one of the names that train_step.py lists.

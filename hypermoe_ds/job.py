@@ -66,11 +66,12 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
     settings = config.model_dump(mode="json")
     with console.phase("waiting for all ranks"):
         rank, world_size = start_ranks(config.train.collective_timeout, streams.level)
-        check_same_settings(settings, ds_json)
+        ranks = ControlGroup()
+        check_same_settings(settings, ds_json, ranks)
     ds_config = merge(ds_json, config.train, model_config, config.parallel.expert, world_size)
     show = partial(console.progress, config.train.steps)
     watchdog = Watchdog(folder.watch, rank, world_size, config.train.collective_timeout, streams.err, show)
-    with run_lock(folder.path), watchdog.watching():
+    with run_lock(folder.path, ranks), watchdog.watching():
         with console.phase("building the model"):
             sections = config.optimizer, config.schedule, config.train, config.parallel
             engine = build_engine(model_config, ds_config, *sections, document_mask=config.data.document_mask)
@@ -80,7 +81,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             state = TrainState.from_dict(checkpoints.resume() or {})
         logger = MetricLogger(config.monitor, folder.path, rank, state.step)
         train_set = load_training_set(config, state)
-        launch = report_launch(config, model_config, ds_config, state, train_set, folder, console)
+        launch = report_launch(config, model_config, ds_config, state, train_set, folder, ranks, console)
         if rank == 0:  # not on every rank, because `versions_now` starts a git process
             logger.log_launch(settings, versions_now())
         validator = build_validator(config, engine, watchdog) if config.data.valid else None
@@ -98,7 +99,7 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
             skipped_samples=config.skipped_samples,
             stage_start=train_set.stage_start,
             step_monitor=StepMonitor(
-                engine, config.train, config.parallel.expert, console.log, checkpoints, train_set.describe_sample
+                engine, config.train, config.parallel.expert, ranks, console.log, checkpoints, train_set.describe_sample
             ),
             watchdog=watchdog,
         )
@@ -199,6 +200,7 @@ def report_launch(
     state: TrainState,
     train_set: TrainingSet,
     folder: RunFolder,
+    ranks: ControlGroup,
     console: Console,
 ) -> Launch:
     """Print a summary of the launch and the settings that changed, and write both to the run folder (collective).
@@ -206,7 +208,6 @@ def report_launch(
     Raises:
         MachineError: a file cannot be written.
     """
-    ranks = ControlGroup()
     hosts = len(set(ranks.gather(socket.gethostname())))
     datasets = train_set.shares()
     launch = Launch(state.step, ranks.size, hosts, asdict(model_config.parameter_counts()), datasets)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -20,6 +21,7 @@ STOP_SIGNALS = (
     signal.SIGHUP,
 )  # on one of these signals, a rank finishes its step, saves a checkpoint and exits
 _SILENT_SECONDS = 30
+_OTHER_FILES = 512  # libraries, token files, checkpoints, data loader processes
 _CRASH_SECONDS = 3  # short, because an unexpected error may affect only this rank, and other ranks wait for it
 
 
@@ -52,6 +54,27 @@ def export_rank_variables() -> None:
         value = next((os.environ[key] for key in alternatives if key in os.environ), None)
         if value is not None:
             os.environ.setdefault(name, value)
+
+
+def allow_open_files(ranks: int, gloo_groups: int) -> None:
+    """Raise the limit of open files of this process to the largest that the system allows.
+
+    Each process group over gloo keeps a connection to every rank, so the usual limit of 1,024 files is too low for some
+    hundred ranks.
+
+    Args:
+        ranks: number of ranks of the job.
+        gloo_groups: number of process groups over gloo that contain all ranks.
+
+    Raises:
+        MachineError: the system allows fewer files than the job needs.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = gloo_groups * (ranks + 3) + _OTHER_FILES
+    if most != resource.RLIM_INFINITY and most < needed:
+        problem = f"{ranks} ranks need {needed} open files per process, but the system allows {most}"
+        raise MachineError(f"{problem}: raise the hard limit (ulimit -Hn) on all hosts")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def signal_when_parent_ends(number: signal.Signals) -> None:

@@ -56,12 +56,12 @@ class RunLock:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, ranks: ControlGroup) -> Iterator[None]:
     """Lock a run folder for this job (collective); create the folder if it does not exist.
 
     Raises:
         UserError: another job is training in the folder, or it is not writable.
     """
     locks = []
-    ControlGroup().run_on_rank0(lambda: locks.append(RunLock(folder)))
+    ranks.run_on_rank0(lambda: locks.append(RunLock(folder)))
     yield

@@ -28,7 +28,7 @@ class WeightsAndBiases:
         write_atomically(path, f"{self._run.id}\n")
 
     def metrics(self, step: int, values: Mapping[str, float], loads: Mapping[str, Sequence[float]]) -> None:
-        """Log metric values, and each layer's loads as a histogram; their keys are those of metrics.jsonl.
+        """Log metric values, and the expert loads of each layer as a histogram, under the keys of metrics.jsonl.
 
         A resumed run may repeat steps. W&B ignores steps that it already has, so no chart shows a step twice.
         """

@@ -50,7 +50,7 @@ def extremes(values: Floats, points: int) -> Floats:
 
 
 class Bins:
-    """Average arrays over bins with equal numbers of records, for an unknown total number of records.
+    """Average arrays over bins of equally many records, if the total number of records is not known in advance.
 
     When the number of bins reaches twice the target, neighbouring bins are merged. Memory therefore does not grow with
     the run.

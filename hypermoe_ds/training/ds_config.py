@@ -82,7 +82,7 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
-# Minimum values, if not 0. With smaller values, DeepSpeed fails late or computes something different.
+# Minimum values, if not 0. With smaller values, DeepSpeed fails during training or silently changes the results.
 _MINIMUM: Mapping[str, float] = MappingProxyType(
     {
         "reduce_bucket_size": 1,

@@ -25,7 +25,7 @@ from hypermoe_ds.errors import MachineError, UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 from hypermoe_ds.parallel.parallelize import parallelize
 from hypermoe_ds.parallel.topology import ParallelConfig
-from hypermoe_ds.process import export_rank_variables, local_rank, signal_when_parent_ends
+from hypermoe_ds.process import allow_open_files, export_rank_variables, local_rank, signal_when_parent_ends
 from hypermoe_ds.training.document_attention import PER_DOCUMENT
 from hypermoe_ds.training.operators import operators_folder, without_stale_locks
 from hypermoe_ds.training.optimizer import build_schedule, parameter_groups
@@ -55,6 +55,8 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
     _set_up_libraries(log_level)
     export_rank_variables()
     launched = os.environ.get("WORLD_SIZE")
+    # Control group and checkpoints use gloo. Without GPUs, the default group and DeepSpeed's group use it too.
+    allow_open_files(int(launched or "1"), gloo_groups=2 if uses_gpu() else 4)
     get_accelerator().set_device(local_rank())
     _load_communication()
     try:

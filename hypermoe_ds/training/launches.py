@@ -69,7 +69,7 @@ class Launch:
 
 
 def write_end(run_dir: Path, step: int, ended: Ended) -> None:
-    """Append the end of a launch to RUN_DIR/launches.jsonl.
+    """Append to RUN_DIR/launches.jsonl at which step and why a launch ended.
 
     Raises:
         MachineError: the file cannot be written.

@@ -10,14 +10,19 @@ from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.provenance import source_digest
 
 
-def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any]) -> None:
+def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any], ranks: ControlGroup) -> None:
     """Check that all ranks have the same settings and source code (collective).
+
+    Args:
+        recipe: the resolved recipe.
+        ds_json: the DeepSpeed JSON file.
+        ranks: group that exchanges the settings.
 
     Raises:
         UserError: a rank differs from rank 0; every rank raises the same error, which names the first difference.
     """
     own = dict(flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
-    (_, first), *others = ControlGroup().gather((socket.gethostname(), own))
+    (_, first), *others = ranks.gather((socket.gethostname(), own))
     for rank, (host, settings) in enumerate(others, start=1):
         for key in {**first, **settings}:
             expected, found = first.get(key, "missing"), settings.get(key, "missing")

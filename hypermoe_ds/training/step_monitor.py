@@ -28,6 +28,7 @@ class StepMonitor:
         engine: the DeepSpeed engine.
         config: training settings: tolerated bad steps, skipped samples, interval of replica checks.
         expert_parallel: ranks that share one copy of the experts.
+        ranks: group that exchanges the status of each step.
         log: prints a line.
         checkpoints: the run's checkpoints, to find the last good one and to see whether a save has failed.
         describe_sample: returns the names of a sample's documents.
@@ -38,6 +39,7 @@ class StepMonitor:
         engine: Any,
         config: TrainConfig,
         expert_parallel: int,
+        ranks: ControlGroup,
         log: Callable[[str], None],
         checkpoints: CheckpointManager,
         describe_sample: Callable[[int], str],
@@ -49,7 +51,7 @@ class StepMonitor:
         self._checkpoints = checkpoints
         self._describe_sample = describe_sample
         self._skipped_samples = SkippedSamples(config.skip_samples)
-        self._ranks = ControlGroup()
+        self._ranks = ranks
         self._replicas = ReplicaCheck(engine, self._ranks, expert_parallel)
         self._spikes = SpikeDetector()
         self._losses = StepLosses()

@@ -23,7 +23,7 @@ NUMEL = 200_000
 
 
 class Part:
-    """Replacement for `EngineState` with the rank's part of one parameter.
+    """Stand-in for `EngineState` that holds this rank's part of one parameter.
 
     All its values are the number of the step.
     """

@@ -77,7 +77,15 @@ def step_monitor_of(
     engine: Any, layout: Layout, lines: list[str], good: Path | None = None, **train: Any
 ) -> StepMonitor:
     config = train_config(layout).model_copy(update=train)
-    return StepMonitor(engine, config, layout.expert, lines.append, Checkpoints(good), lambda sample: f"of {sample}")  # type: ignore[arg-type]
+    return StepMonitor(
+        engine,
+        config,
+        layout.expert,
+        ControlGroup(),
+        lines.append,
+        Checkpoints(good),  # type: ignore[arg-type]
+        lambda sample: f"of {sample}",
+    )
 
 
 def batches(layout: Layout, without: int | None) -> Iterator[dict[str, Tensor]]:

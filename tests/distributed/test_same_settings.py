@@ -1,4 +1,4 @@
-"""Ranks train together only with the same settings and source code."""
+"""Ranks train together only if they have the same settings and source code."""
 
 import socket
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hypermoe_ds.errors import UserError
+from hypermoe_ds.parallel.control_group import ControlGroup
 from hypermoe_ds.training import same_settings
 from tests.helpers.ranks import run_on_ranks
 
@@ -22,7 +23,7 @@ def compare(others: list[tuple[dict[str, Any], dict[str, Any]]], digest: str | N
     if rank == 2 and digest is not None:
         same_settings.source_digest = lambda: digest  # type: ignore[attr-defined, assignment]
     try:
-        same_settings.check_same_settings(*[(RECIPE, DS_JSON), *others][rank])
+        same_settings.check_same_settings(*[(RECIPE, DS_JSON), *others][rank], ControlGroup())
     except UserError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""Bad input to the training command gives one line with key, value and remedy, and writes nothing."""
+"""On bad input, the training command prints one line with key, value and remedy, and writes no files."""
 
 import json
 import os

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypermoe_ds.errors import MachineError, UserError
-from hypermoe_ds.process import global_rank, local_rank, one_line_errors
+from hypermoe_ds.process import allow_open_files, global_rank, local_rank, one_line_errors
 
 REPOSITORY = Path(__file__).parents[2]
 LINE = "error: parallel.expert=3: does not divide 8 experts; use 1, 2, 4 or 8\n"
@@ -185,3 +186,21 @@ def test_the_global_rank_is_read_from_the_variables_of_every_launcher(
     assert global_rank() == 0
     monkeypatch.setenv(name, "5")
     assert global_rank() == 5
+
+
+@pytest.mark.parametrize(
+    ("hard", "ranks", "groups", "enough"),
+    [(4096, 800, 4, True), (4096, 1024, 2, True), (4096, 1024, 4, False), (-1, 10**6, 4, True)],
+)
+def test_the_limit_of_open_files_is_raised_or_reported_as_too_low(
+    hard: int, ranks: int, groups: int, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    if enough:
+        allow_open_files(ranks, groups)
+        assert limits == [(hard, hard)]
+        return
+    with pytest.raises(MachineError, match=r"^1024 ranks need 4620 open files per process, but the system allows 4096"):
+        allow_open_files(ranks, groups)

@@ -1,4 +1,4 @@
-"""Tests of the supervisor with jobs of a few lines of Python."""
+"""Test the supervisor with jobs that are short Python scripts."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Reference implementation of HyperMoE, one token at a time.
 
-It reads the parameters of a module and computes in their dtype with elementary operations. It does not call the code
-under test.
+The reference computes the output of a module from its parameters, in their dtype, with elementary operations. It does
+not call the code under test.
 """
 
 import math
