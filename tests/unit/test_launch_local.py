@@ -50,7 +50,8 @@ def test_local_checks_the_settings_before_it_starts_the_deepspeed_launcher(folde
 
 
 # Stand-in for DeepSpeed's launcher: it starts a child process, which starts the ranks. A signal to the launcher reaches
-# neither the child nor the ranks. The rank writes to the caller's output through HYPERMOE_SCREEN and exits with code 75 on SIGTERM.
+# neither the child nor the ranks. The rank writes to the caller's output through HYPERMOE_SCREEN and exits with code 75
+# on SIGTERM.
 LAUNCHER = "if [ -e silent ]; then echo $$ >started; sleep 600; fi; bash starter; exit $?"
 STARTER = "bash rank & wait $!; exit $?"
 RANK = """
