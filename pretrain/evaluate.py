@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from hypermoe_ds.config import LARGEST_COUNT
-from hypermoe_ds.device import uses_gpu
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_input
 from hypermoe_ds.process import one_line_errors
@@ -30,6 +29,7 @@ def main() -> None:
     from hypermoe_ds.data.token_files import read_metadata
     from hypermoe_ds.data.tokenizer import load_tokenizer
     from hypermoe_ds.data.validation_set import build_validation_set
+    from hypermoe_ds.device import uses_gpu
     from hypermoe_ds.export.hf import load_any
     from hypermoe_ds.training.evaluation import evaluate, without_hyper_experts
 
