@@ -122,7 +122,7 @@ def largest_micro_batch(groups: Sequence[Sequence[str]], settings: StepSettings)
         if reached == 0:
             raise UserError(
                 "--micro-batch-size auto",
-                f"one sequence of {', '.join(group)} does not fit into memory",
+                f"not even one sequence fits into memory with {', '.join(group)}",
                 "lower --sequence-length",
             )
         fits = min(fits, reached)

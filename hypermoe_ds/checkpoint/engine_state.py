@@ -114,7 +114,7 @@ class EngineState:
         }
 
     def load(self, reader: CheckpointReader, counters: dict[str, Any]) -> None:
-        """Load a checkpoint written under any layout; call it before the first step (collective).
+        """Load a checkpoint written under any layout (collective), before the first step.
 
         Args:
             reader: the checkpoint; if it has no moments, they start at zero.
@@ -185,7 +185,7 @@ class EngineState:
         return max((int(state[flat]["step"]) for flat in self._flat() if state.get(flat)), default=0)
 
     def _make_moments(self, steps: int) -> None:
-        """Create zero moments and the step count; AdamW itself creates them only in its first step."""
+        """Create moments of zeros and the step count; AdamW itself creates them only in its first step."""
         adamw = self._engine.optimizer.optimizer
         for flat in self._flat():
             on_device = isinstance(adamw, torch.optim.AdamW)

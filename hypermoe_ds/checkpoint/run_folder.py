@@ -112,7 +112,7 @@ class RunFolder:
         """Refuse to continue with a different model.
 
         Raises:
-            UserError: the folder has a run, and a field of its model's configuration differs.
+            UserError: the folder contains a run whose model configuration differs from `model_config`.
         """
         if not self.exists():
             return

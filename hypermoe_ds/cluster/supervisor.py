@@ -122,15 +122,15 @@ class Supervisor:
     def _wait(self, launcher: "subprocess.Popen[bytes]", watch: "_WatchFolder") -> None:
         """Wait until the launcher ends; forward a stop signal to the ranks once, and kill a launcher that hangs.
 
-        SIGKILL is used, because DeepSpeed's launcher handles other signals: it would kill every job on the hosts that
-        uses this Python, but its own ranks only 30 s later.
+        The launcher is killed with SIGKILL. On other signals, DeepSpeed's launcher would kill all jobs on the hosts
+        that run with the same Python, and its own ranks only after 30 s.
         """
         passed_on = False
         deadline: float | None = None
         while launcher.poll() is None:
             time.sleep(_POLL_SECONDS)
             if self._stop_requested and not passed_on:
-                passed_on = True  # always as SIGTERM, because ranks may ignore SIGINT and SIGHUP
+                passed_on = True  # forward every signal as SIGTERM, because ranks may ignore SIGINT and SIGHUP
                 if not self._processes.signal_ranks(signal.SIGTERM) or not watch.heartbeats():  # nothing to save yet
                     deadline = time.monotonic()
             if deadline is None and watch.failure_report():

@@ -123,7 +123,7 @@ def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tupl
 
 
 def _prepare(folder: ShardFolder, job: dict[str, Any]) -> str:
-    """Keep the files of the same job, or remove the files of a different job. Return a message for the user."""
+    """Keep the existing files if they belong to this job; otherwise, remove them. Return a message for the user."""
     description = folder.path / "job.json"
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
     same = description.exists() and description.read_text() == digest

@@ -82,7 +82,7 @@ def bytes_to_verify(prefix: str) -> int:
     """Return the number of bytes that `verify` reads.
 
     Raises:
-        UserError: see `verify`, except that no hash has been compared.
+        UserError: as in `verify`, except for different hashes, which are not compared here.
     """
     _described(prefix)
     return sum(Path(f"{prefix}{suffix}").stat().st_size for suffix in (".bin", ".idx"))

@@ -42,8 +42,8 @@ def export(
 ) -> None:
     """Write a folder with weights (safetensors), config, modeling files and tokenizer.
 
-    The folder is written under a temporary name, read back, compared with the source and then renamed. Memory holds the
-    tensors of one weight file or, in the comparison, one layer of the model.
+    The folder is written under a temporary name, read back, compared with the source and then renamed. At any
+    time, memory holds only the tensors of one weight file or, during the comparison, of one layer.
 
     Args:
         loader: tensors of the model, in the precision to write.

@@ -61,7 +61,7 @@ def training_record(
     Args:
         settings: the resolved recipe; missing values are recorded as unknown.
         step: step of the checkpoint.
-        consumed_samples: sequences consumed; None assumes `step` global batches.
+        consumed_samples: sequences consumed; if None, `step` global batches are assumed.
         valid_loss: validation loss at that step; None if the step was not validated.
         written_by: git commit and package versions.
 

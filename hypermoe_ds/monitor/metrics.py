@@ -56,7 +56,7 @@ METRICS: tuple[Metric, ...] = (
         "rises for hundreds of steps, or is null (NaN)",
         "lower optimizer.lr, lengthen schedule.warmup_steps, or skip the samples that a warning names",
     ),
-    Metric("total_loss", "nats/token", "loss", "the minimised loss: loss plus the weighted routing losses"),
+    Metric("total_loss", "nats/token", "loss", "the training objective: loss plus the weighted routing losses"),
     Metric(
         "aux_loss",
         "",

@@ -44,7 +44,7 @@ class ControlGroup:
         """Run `action` on every rank and return the results of all ranks.
 
         Raises:
-            UserError: `action` raised this error on any rank; all ranks raise the error of the lowest such rank.
+            UserError: `action` raised a `UserError` on one or more ranks; all ranks raise that of the lowest rank.
         """
         return self._shared(action)
 

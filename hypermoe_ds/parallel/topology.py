@@ -83,7 +83,7 @@ def hosts_that_fit(slots: Sequence[int], global_batch_size: int, micro_batch_siz
 def check_widths_on_gpu(hidden_size: int, expert_width: int, precision: str) -> None:
     """Check that a GPU can multiply matrices of the experts' sizes.
 
-    The grouped matrix products of the experts need rows that are aligned to 16 bytes, which are 8 values in bf16 or
+    The grouped matrix products of the experts need rows that are aligned to 16 bytes, that is, 8 values in bf16 or
     fp16, and 4 in fp32.
 
     Args:

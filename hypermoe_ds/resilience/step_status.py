@@ -42,7 +42,9 @@ class StepLosses:
         self._parts: list[Tensor] = []
 
     def add(self, loss: Tensor) -> Tensor:
-        """Record the loss of a micro-batch and return it; if it is NaN or infinite, all its gradients become NaN.
+        """Record the loss of a micro-batch and return the loss to differentiate.
+
+        If the loss is NaN or infinite, the gradients of the returned loss are NaN.
 
         DeepSpeed decides only from the gradient norm whether to skip a step, and an infinite loss can have finite
         gradients. A finite loss is returned unchanged.

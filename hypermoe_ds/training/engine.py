@@ -100,7 +100,7 @@ def _set_up_libraries(log_level: str) -> None:
 
 
 def _load_communication() -> None:
-    """Load DeepSpeed's operator for CPU process groups before ranks wait for each other; loading may compile it."""
+    """Load DeepSpeed's communication operator for CPUs before ranks connect, because loading may compile it."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         with without_stale_locks():

@@ -82,7 +82,7 @@ class Recorder(StepObserver):
         self._profiler.after_step(step)
 
     def observe(self, output: Any) -> None:
-        """Add the losses of a micro-batch, and its routing if the step is logged."""
+        """Accumulate the losses of a micro-batch and, if the step is logged, its routing statistics."""
         self._losses.add(output)
         if self.logs:
             self._routing.add(output)

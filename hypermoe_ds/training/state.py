@@ -17,7 +17,7 @@ class TrainState:
     Attributes:
         step: optimizer steps taken.
         consumed_samples: index of the next sample in the data order; skipped samples count as consumed.
-        data_stage: beginning of the stage of the training data; None in a new run and in checkpoints of version 0.1.0.
+        data_stage: where the current stage of the data began; None in a new run and in checkpoints of version 0.1.0.
         bad_steps: number of bad steps in a row, up to the last step. A bad step is skipped because of NaN or Inf.
         good_samples: `consumed_samples` before the first of these bad steps.
     """

@@ -153,7 +153,7 @@ def _make_bad(engine: Any, step_monitor: StepMonitor, what: str) -> None:
 
 
 def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, Tensor]) -> None:
-    """Compare with a run that never reads the samples of the bad step.
+    """Compare the run with one that never reads the samples of the bad step.
 
     Its learning rates are those of the good steps.
     """

@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint, and reading its model in one process, are bitwise exact."""
+"""Resuming from a checkpoint, or reading its model in one process, restores the state bit for bit."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Readers of a Hugging Face folder open only its own regular safetensors files."""
+"""Readers of a Hugging Face folder open only regular safetensors files inside this folder."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run folder stores settings and refuses to continue with a different model."""
+"""A run folder stores the settings of its run, and a run cannot continue with a different model."""
 
 import errno
 import json

@@ -105,7 +105,7 @@ beat(end='done')
 
 
 def signalled(folder: Path, number: signal.Signals, dispositions: str) -> "subprocess.Popen[str]":
-    """Start a supervisor and send it this signal while its job runs."""
+    """Start a supervisor, and send it the given signal while its job runs."""
     process = supervised(folder, SAVES, dispositions=dispositions)
     while not (folder / "ready").exists():
         assert process.poll() is None

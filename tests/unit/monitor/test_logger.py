@@ -294,7 +294,7 @@ def test_disk_failure_is_reported_in_one_line(run_dir: Path) -> None:
 
 
 class Wandb:
-    """Fake of the package wandb."""
+    """Stand-in for the package wandb."""
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Test the reduction of curves and the bins over time."""
+"""Test the downsampling of curves and the averages over time bins."""
 
 import numpy as np
 import pytest

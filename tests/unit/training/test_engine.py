@@ -110,7 +110,7 @@ def test_ranks_of_mpirun_and_srun_join_one_group(variable_names: dict[str, str])
 
 
 def test_launcher_variables_take_precedence_over_slurm_variables() -> None:
-    """Test `deepspeed` or `torchrun` in the script of a Slurm job."""
+    """Test the variables of `deepspeed` or `torchrun` started in the script of a Slurm job."""
     outside = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
     with process_group(2) as usual:
         assert run_in_processes([outside | variables for variables in usual], joined) == [(0, 2, "0"), (1, 2, "1")]
