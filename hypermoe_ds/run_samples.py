@@ -33,8 +33,10 @@ class RunSamples:
         """Rebuild the order of a run's samples from its settings and its newest checkpoint.
 
         Raises:
-            UserError: the run has no checkpoint, or its settings or token files cannot be read.
+            UserError: the folder has no run or no checkpoint, or the settings or token files cannot be read.
         """
+        if not folder.settings.is_file():
+            raise UserError(str(folder.path), "is not the folder of a trained run", "give the run.dir of a run")
         config = load_run_config(folder.settings)
         state = TrainState.from_dict(Manifest.read(find_checkpoint(folder.checkpoints, None)).state.get("run", {}))
         data = config.data.model_copy(update={"on_change": "continue"})

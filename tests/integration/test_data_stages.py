@@ -89,6 +89,13 @@ def test_the_samples_of_a_step_are_listed_and_shown(setup: Setup, whole: Path, t
     assert borders[0].endswith(" is ignored")
     done = run_script("tools/inspect_data.py", whole, "--step", 9, folder=tmp_path)
     assert done.returncode == EXIT_BAD_INPUT
+    for words, problem in (
+        (["--step", 1], f"{tmp_path}: is not the folder of a trained run; give the run.dir of a run"),
+        ([], f"{tmp_path}: is a folder; give a prefix, or add --step or --sample for a run folder"),
+        (["--verify"], f"--verify: does not apply to {tmp_path}; give a prefix instead of a run folder"),
+    ):
+        refused = run_script("tools/inspect_data.py", tmp_path, *words, folder=tmp_path)
+        assert (refused.returncode, refused.stderr.splitlines()[-1]) == (EXIT_BAD_INPUT, f"error: {problem}")
     assert done.stderr.splitlines()[-1] == f"error: --step 9: {whole} has 8 logged steps; give a step from 1"
 
 
