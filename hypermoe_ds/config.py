@@ -17,14 +17,14 @@ LARGEST_COUNT = 10**9  # upper limit for counts such as steps; the product of tw
 
 
 class Settings(BaseModel):
-    """Base class of all settings: frozen and strictly typed; it rejects unknown keys, NaN and infinity."""
+    """Base class of all settings, which are frozen and strictly typed and reject unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _check_path(text: str) -> str:
     if not text:
-        raise ValueError("Path should not be empty")  # pathlib would treat it as the working directory
+        raise ValueError("Path should not be empty")  # pathlib treats "" as the working directory
     if (
         "\0" in text
         or len(os.fsencode(text)) > _LONGEST_PATH
@@ -161,7 +161,7 @@ def validate(model: type[Section], content: object, source: str, overrides: Iter
         return model.model_validate(content)
     except ValidationError as failure:
         errors = failure.errors()
-    # Report an unknown key first, because it is often a misspelling of the missing key.
+    # Report an unknown key first, because it is often a misspelling of a missing key.
     error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     path = ".".join(map(str, error["loc"]))
     where = path if _is_overridden(path, error["type"], overrides) else ": ".join(filter(None, (source, path)))

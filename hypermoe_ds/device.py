@@ -1,4 +1,4 @@
-"""Whether this process computes on a GPU."""
+"""Find out whether this process computes on a GPU."""
 
 import os
 
@@ -6,8 +6,8 @@ import torch
 
 
 def uses_gpu() -> bool:
-    """Return whether DeepSpeed's accelerator is a GPU: if there is one, and DS_ACCELERATOR does not select the CPU.
+    """Return whether DeepSpeed's accelerator is a GPU: a GPU exists, and DS_ACCELERATOR does not select the CPU.
 
-    This function does not import DeepSpeed, which takes seconds.
+    This function does not import DeepSpeed, because the import takes seconds.
     """
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()

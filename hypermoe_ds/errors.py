@@ -22,7 +22,7 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, problem: str, remedy: str) -> None:
-        # Pass all arguments, so that the error can be pickled and sent to other ranks.
+        # All arguments are passed on, so that the error can be pickled and sent to other ranks.
         super().__init__(where, problem, remedy)
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 def shortened(text: str) -> str:
-    """Truncate a part of a message to 1,500 characters and append its full length; user input can be megabytes."""
+    """Truncate a part of a message to 1,500 characters and append its length; user input can be megabytes long."""
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}... ({len(text):,} characters)"
 
 

@@ -1,4 +1,4 @@
-"""Check, hash and write files, atomically or durably, and create temporary output folders."""
+"""Check and hash files, write them atomically or durably, and create temporary output folders."""
 
 import hashlib
 import os
@@ -72,7 +72,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Atomically replace the content of a file with lines. The iterator may read the old content of the same file.
+    """Atomically replace the content of a file with lines. `lines` may read from the old content.
 
     Raises:
         OSError: the file cannot be written.
@@ -119,7 +119,7 @@ def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) ->
 
 
 def check_output(output: Path) -> None:
-    """Refuse an existing output.
+    """Refuse an output path that is already in use.
 
     Raises:
         UserError: the output is a file or a folder that is not empty.
@@ -178,7 +178,7 @@ def writing_to(target: Path) -> Iterator[None]:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """Create a temporary hidden folder next to `target` and remove it on exit.
 
-    Missing parents of `target` are created, and removed again if the code inside the context fails.
+    Missing parents of `target` are created. They are removed again if the code inside the context fails.
 
     Raises:
         UserError: the folder is not writable.

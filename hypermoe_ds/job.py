@@ -111,10 +111,11 @@ def train(config: RunConfig, ds_json: dict[str, Any], streams: OutputStreams, co
 
 
 def load_training_set(config: RunConfig, state: TrainState) -> TrainingSet:
-    """Build the training samples of the run, in an order that continues that of the checkpoint.
+    """Build the training set of the run. The order of its samples continues the order in the checkpoint.
 
     Raises:
-        UserError: see `build_training_set`; also raised if a range of `train.skip_samples` cuts a sample.
+        UserError: see `build_training_set`; also raised if a range of `train.skip_samples` begins or ends within a
+            sample.
     """
     samples = config.samples(state)
     train_set = build_training_set(config.data, config.train.seed, config.stages(state), samples, state.data_stage)
@@ -138,7 +139,7 @@ def training_batches(config: RunConfig, train_set: TrainingSet, consumed_samples
 
 
 def document_end(data: DataConfig) -> int | None:
-    """Return the id of the token that ends each document if documents are masked."""
+    """Return the id of the token that ends each document, or None if documents are not masked."""
     return int(load_tokenizer(data.tokenizer).eos_token_id) if data.document_mask else None
 
 
@@ -232,7 +233,7 @@ def report_end(
     seconds: float,
     console: Console,
 ) -> None:
-    """Print the result of the launch and the commands to run next, and record in the run folder why it ended.
+    """Print the result of the launch and the commands to run next, and record in the run folder why the launch ended.
 
     Raises:
         MachineError: the file cannot be written.

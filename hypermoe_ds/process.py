@@ -21,8 +21,8 @@ STOP_SIGNALS = (
     signal.SIGHUP,
 )  # on one of these signals, a rank finishes its step, saves a checkpoint and exits
 _SILENT_SECONDS = 30
-_OTHER_FILES = 512  # libraries, token files, checkpoints, data loader processes
-_CRASH_SECONDS = 3  # short, because an unexpected error may affect only this rank, and other ranks wait for it
+_OTHER_FILES = 512  # for libraries, token files, checkpoints and data loader processes
+_CRASH_SECONDS = 3  # short, because other ranks wait for this rank if only this rank fails
 
 
 def local_rank() -> int:
@@ -44,7 +44,7 @@ def _from_environment(names: Sequence[str]) -> int:
 
 
 def export_rank_variables() -> None:
-    """Copy the rank variables of mpirun or srun to those of deepspeed and torchrun, unless these are already set."""
+    """Copy the rank variables of mpirun or srun to those of deepspeed and torchrun, unless the latter exist already."""
     sources = {
         "RANK": ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
         "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
@@ -57,14 +57,14 @@ def export_rank_variables() -> None:
 
 
 def allow_open_files(ranks: int, gloo_groups: int) -> None:
-    """Raise the limit of open files of this process to the largest that the system allows.
+    """Raise this process's limit on open files to the highest value that the system allows.
 
-    Each process group over gloo keeps a connection to every rank, so the usual limit of 1,024 files is too low for some
+    Each gloo process group keeps a connection to every rank, so the usual limit of 1,024 files is too low for a few
     hundred ranks.
 
     Args:
         ranks: number of ranks of the job.
-        gloo_groups: number of process groups over gloo that contain all ranks.
+        gloo_groups: number of gloo process groups that contain all ranks.
 
     Raises:
         MachineError: the system allows fewer files than the job needs.
@@ -86,7 +86,8 @@ def _wait_for_local_rank_zero(seconds: float) -> None:
     """Wait until the launcher kills this rank, so that only local rank 0 of each host prints the error.
 
     If this rank exited first, the launcher would kill local rank 0 before local rank 0 printed the error. If the
-    launcher does not kill this rank within `seconds`, local rank 0 has no error, and the caller prints its own.
+    launcher does not kill this rank within `seconds`, local rank 0 has no error, and the caller prints this rank's
+    error.
     """
     if local_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Versions of this code and of the packages that it uses."""
+"""Find the versions of this code and of the packages that it uses."""
 
 import hashlib
 import subprocess

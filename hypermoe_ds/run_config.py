@@ -33,9 +33,7 @@ from hypermoe_ds.training.state import TrainState
 if TYPE_CHECKING:
     from hypermoe_ds.modeling import HyperMoEConfig
 
-_VOCABULARY_MULTIPLE = (
-    128  # GPUs multiply by the embedding matrix fastest at vocabulary sizes that are multiples of 128
-)
+_VOCABULARY_MULTIPLE = 128  # GPUs multiply by the embedding matrix fastest if the vocabulary size is a multiple of 128
 
 # From twice this number on, float64 no longer represents the times by which `Blend` orders samples.
 _MOST_SAMPLES = 10**15
@@ -53,7 +51,7 @@ def _vocabulary_for(tokenizer: str) -> int:
 
 
 class RunSection(Settings):
-    """Location of the run."""
+    """Settings of the section `run`."""
 
     dir: PathText = Field(description="the run folder: settings, metrics, TensorBoard files and checkpoints")
 
@@ -97,7 +95,7 @@ _MODEL_FIELDS, _PRESETS = _read_model_source()
 
 
 def _model_fields() -> dict[str, Any]:
-    """Return the fields of the model section; each is optional, because a preset may provide it."""
+    """Return the fields of the model section; each field is optional, because a preset may provide its value."""
     fields: dict[str, Any] = {
         "preset": (str | None, Field(None, description=f"preset to start from: {', '.join(_PRESETS)}"))
     }
@@ -189,7 +187,7 @@ class RunConfig(Settings):
     def stages(self, state: TrainState) -> list[tuple[int, Stage]]:
         """Return the current and the later stages of the data, each with the index of its first sample.
 
-        The current stage is given with the index of the next sample.
+        For the current stage, the index is that of the next sample.
         """
         stages = self.data.all_stages()
         current = max(number for number, stage in enumerate(stages) if stage.from_step <= state.step + 1)
@@ -276,7 +274,7 @@ class RunConfig(Settings):
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, apply `section.key=value` overrides and check it without torch.
+    """Read a recipe, apply `section.key=value` overrides and check the result without torch.
 
     Raises:
         UserError: the recipe cannot be read or is invalid. The error names the first problem.

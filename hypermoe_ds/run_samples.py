@@ -30,7 +30,7 @@ class RunSamples:
 
     @classmethod
     def of(cls, folder: RunFolder) -> "RunSamples":
-        """Rebuild the order of a run's samples from its settings and its newest checkpoint.
+        """Rebuild the order of a run's samples from the run's settings and newest checkpoint.
 
         Raises:
             UserError: the folder has no run or no checkpoint, or the settings or token files cannot be read.
@@ -70,7 +70,7 @@ class RunSamples:
         """Return the index of a sample, its documents and its token files in one line.
 
         Raises:
-            UserError: the run has no such sample, or read it with earlier data settings.
+            UserError: the run has no such sample, or used the sample with earlier data settings.
         """
         try:
             return f"sample {index}: {self.samples.describe_sample(index)}"
@@ -82,7 +82,7 @@ class RunSamples:
             raise UserError(f"sample {index}", problem, "give the index of another sample") from None
 
     def text(self, index: int) -> Iterator[str]:
-        """Yield the text of a sample, with a line before each document.
+        """Yield the text of a sample, with a line of token positions before each document.
 
         Raises:
             UserError: see `describe`.

@@ -1,7 +1,8 @@
-"""The checkpoint directory of a run: list, publish and remove checkpoints.
+"""List, publish and remove the checkpoints in the checkpoint directory of a run.
 
-Each checkpoint is a folder such as RUN_DIR/checkpoints/step_00000100/. It is written as `.step_00000100.partial` and
-renamed when it is complete. The file `latest` names the newest checkpoint and is written last.
+Each checkpoint is a folder such as RUN_DIR/checkpoints/step_00000100/. The folder is written under the name
+`.step_00000100.partial` and renamed when it is complete. A file named `latest` contains the name of the newest
+checkpoint and is written last.
 """
 
 import logging
@@ -81,7 +82,7 @@ def find_checkpoint(checkpoints: Path, step: int | None) -> Path:
 
 
 def begin(checkpoints: Path, step: int) -> None:
-    """Create an empty folder for a new checkpoint, after removing unfinished ones."""
+    """Create an empty folder for a new checkpoint, after removing unfinished checkpoints."""
     remove_unfinished(checkpoints)
     partial_folder(checkpoints, step).mkdir(parents=True)
 
@@ -99,9 +100,9 @@ def remove_unfinished(checkpoints: Path) -> None:
 
 
 def publish(checkpoints: Path, step: int) -> None:
-    """Rename a checkpoint that is synced to disk to its final name, then update `latest`.
+    """Rename a checkpoint, which is already synced to disk, to its final name, then update `latest`.
 
-    This replaces a checkpoint of the same step, which exists if the run was resumed from an earlier checkpoint.
+    A checkpoint of the same step, which exists if the run was resumed from an earlier one, is replaced.
     """
     folder = checkpoints / step_name(step)
     if os.path.lexists(folder):
@@ -112,7 +113,7 @@ def publish(checkpoints: Path, step: int) -> None:
 
 
 def name_latest(checkpoints: Path, step: int) -> None:
-    """Write `latest`, which names the checkpoint to resume from."""
+    """Write the file `latest`, which names the checkpoint to resume from."""
     write_durably(checkpoints / _LATEST, step_name(step) + "\n")
 
 

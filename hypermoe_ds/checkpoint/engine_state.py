@@ -1,7 +1,7 @@
 """Read and write the state of a DeepSpeed engine: for each parameter, the range of optimizer state that a rank owns.
 
 Expert parallelism splits the experts among ranks; then ZeRO partitions each flattened parameter among the ranks that
-hold it. In every layout, a rank therefore owns one range of each flattened parameter, and ranks of any other layout can
+hold it. In every layout, a rank therefore owns one range of each flattened parameter, and ranks in any other layout can
 load these ranges.
 """
 
@@ -71,7 +71,7 @@ class EngineState:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
-        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())  # with DeepSpeed's attributes
+        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())  # with attributes that DeepSpeed adds
         self._partitioned = engine.zero_optimization_stage() == 3
         self.slices = {name: self._local_slice(parameter) for name, parameter in self._parameters.items()}
 
@@ -80,7 +80,10 @@ class EngineState:
         return model_fields(self._engine.module.config)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield this rank's parts by `KIND/NAME`, flattened, in fp32; if possible, they share the engine's memory."""
+        """Yield this rank's parts of the weights and moments by `KIND/NAME`, flattened, in fp32.
+
+        If possible, the parts share the engine's memory.
+        """
         kinds = (WEIGHT, *MOMENTS) if self.optimizer_steps else (WEIGHT,)
         for name, parameter in self._parameters.items():
             for kind in kinds if self.slices[name].numel else ():
@@ -89,8 +92,8 @@ class EngineState:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's parts of the averaged gradients by parameter name, flattened.
 
-        Call it after the last backward pass and before the step. In fp16, the gradients are still multiplied by the
-        loss scale.
+        Call this method after the last backward pass and before the step. In fp16, the gradients are still multiplied
+        by the loss scale.
         """
         for name, parameter in self._parameters.items():
             numel = self.slices[name].numel
@@ -114,11 +117,11 @@ class EngineState:
         }
 
     def load(self, reader: CheckpointReader, counters: dict[str, Any]) -> None:
-        """Load a checkpoint written under any layout (collective), before the first step.
+        """Load a checkpoint, written under any layout, before the first step (collective).
 
         Args:
-            reader: the checkpoint; if it has no moments, they start at zero.
-            counters: the checkpoint's `counters()`; {} for a model that has not been trained.
+            reader: the checkpoint; if it contains no moments, the moments start at zero.
+            counters: the counters in the checkpoint; {} for a model that has not been trained.
         """
         optimizer = self._engine.optimizer
         if self._partitioned:
@@ -210,7 +213,7 @@ class EngineState:
         engine = self._engine
         for name in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, name, counters[name])
-        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # differ after a change of precision
+        if counters["loss_scaler"].keys() == self._loss_scale().keys():  # the keys differ after a change of precision
             for key, value in counters["loss_scaler"].items():
                 setattr(engine.optimizer.loss_scaler, key, value)
         steps = counters["schedule_steps"]

@@ -38,7 +38,7 @@ def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_gate_up(gate: Tensor, up: Tensor) -> Tensor:
-    """Join the gate and up projections, each [..., F, D], to a tensor [..., 2F, D]."""
+    """Join the gate and up projections, each [..., F, D], into a tensor [..., 2F, D]."""
     return torch.cat((gate, up), dim=-2)
 
 

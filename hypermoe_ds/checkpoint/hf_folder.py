@@ -70,8 +70,8 @@ def read_hypermoe_config(folder: Path) -> HyperMoEConfig:
     """Read the config.json of a HyperMoE model; ignore unknown keys.
 
     Raises:
-        UserError: `read_config` refuses the file, it does not describe a HyperMoE model, or a value has the wrong type
-            or does not match the others.
+        UserError: `read_config` refuses the file, the file does not describe a HyperMoE model, or a value has the wrong
+            type or does not match the others.
     """
     content, path = read_config(folder), folder / CONFIG
     kind = content.get("model_type")

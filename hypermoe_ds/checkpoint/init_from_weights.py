@@ -15,7 +15,7 @@ from hypermoe_ds.data.tokenizer import copy_tokenizer
 from hypermoe_ds.files import check_output, check_room, scratch_folder
 from hypermoe_ds.modeling import HyperMoEConfig
 
-_SHARD_BYTES = 10**8  # held in memory while a shard is written
+_SHARD_BYTES = 10**8  # size of a shard, which is held in memory while it is written
 
 
 def init_from_weights(

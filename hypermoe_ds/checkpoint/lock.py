@@ -60,7 +60,7 @@ def run_lock(folder: Path, ranks: ControlGroup) -> Iterator[None]:
     """Lock a run folder for this job (collective); create the folder if it does not exist.
 
     Raises:
-        UserError: another job is training in the folder, or it is not writable.
+        UserError: another job is training in the folder, or the folder is not writable.
     """
     locks = []
     ranks.run_on_rank0(lambda: locks.append(RunLock(folder)))

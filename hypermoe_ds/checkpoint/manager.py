@@ -79,7 +79,7 @@ class CheckpointManager:
         return step % self._config.interval == 0
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest intact checkpoint, written under any layout.
+        """Load the newest intact checkpoint, regardless of the layout under which it was written.
 
         If a checkpoint is damaged, log a warning and rename it.
 
@@ -180,7 +180,7 @@ class CheckpointManager:
         return None
 
     def newest(self) -> Path | None:
-        """Return the checkpoint that `latest` names, or None if it names none."""
+        """Return the checkpoint that `latest` names, or None if `latest` names no checkpoint."""
         step = directory.named_step(self._folder)
         return None if step is None else self._folder / directory.step_name(step)
 
@@ -191,7 +191,7 @@ class CheckpointManager:
             UserError: a checkpoint needs more than the free space, the folder is not writable, or on some host the
                 path now points to a different folder.
         """
-        # All ranks compare the same minimum before any of them writes, so either all continue or none does.
+        # All ranks compare the same minimum before any rank writes, so either all ranks continue or none does.
         free = min(self._ranks.gather_or_raise(self._free_bytes))
         if free < self._size:
             raise UserError(
@@ -210,7 +210,7 @@ class CheckpointManager:
         return shutil.disk_usage(run).free
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to host memory, because training may change it before it is on disk."""
+        """Copy a tensor to host memory, because training may change the tensor before it is written to disk."""
         return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
     def _write_in_background(
@@ -323,7 +323,7 @@ class CheckpointManager:
             raise UserError(str(folder), f"has NaN or Inf in {name}", "choose another checkpoint")
 
     def _refuse_other_model(self, manifest: Manifest) -> None:
-        """Check that a checkpoint has the same model configuration, parameter names and shapes.
+        """Check that a checkpoint has the model configuration, parameter names and shapes of this run.
 
         Raises:
             UserError: the models differ.

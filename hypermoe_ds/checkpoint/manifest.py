@@ -46,7 +46,7 @@ class SliceEntry(NamedTuple):
     """A range of a flattened tensor.
 
     Attributes:
-        shard: index of the file that contains it.
+        shard: index of the file that contains the range.
         start: offset in the flattened tensor.
         numel: number of elements.
     """
@@ -96,8 +96,8 @@ class Manifest:
         state: state of the run, the engine and the schedule, as JSON.
         settings: the resolved recipe.
         tensors: parameters by their names in the training model.
-        kinds: what is stored per parameter: "weight" and, after the first step, the optimizer's moments.
-        files: all other files of the folder.
+        kinds: what is stored for each parameter: "weight" and, after the first step, the optimizer's moments.
+        files: all files of the checkpoint except the manifest.
         written_by: git commit and package versions.
     """
 
@@ -147,7 +147,7 @@ class Manifest:
         return manifest
 
     def shards(self, among: Collection[str] | None = None) -> dict[str, dict[str, int]]:
-        """Return the number of elements of each `KIND/NAME` in a file, by file.
+        """Return, for each file, the number of elements of each `KIND/NAME` in it.
 
         Args:
             among: names of the files to include; None includes all.
@@ -191,7 +191,7 @@ class Manifest:
 
         Raises:
             UserError: a file is missing, differs or is a symbolic link out of the folder; the error names the first
-                one.
+                such file.
             OSError: the disk fails.
         """
         chosen = {folder / name: entry for name, entry in self.files.items() if among is None or name in among}

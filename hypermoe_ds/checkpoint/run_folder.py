@@ -42,12 +42,12 @@ class RunFolder:
 
     @property
     def settings(self) -> Path:
-        """The recipe with all defaults and overrides."""
+        """The file with the recipe, including all defaults and overrides."""
         return self.path / "resolved" / "config.yaml"
 
     @property
     def ds_config(self) -> Path:
-        """The configuration for DeepSpeed."""
+        """The file with the configuration for DeepSpeed."""
         return self.path / "resolved" / "deepspeed.json"
 
     @property
@@ -57,12 +57,12 @@ class RunFolder:
 
     @property
     def model_section(self) -> Path:
-        """The `model` section for the recipe, in a run that was initialised from existing weights."""
+        """The file with the recipe's `model` section, written only if a run is initialised from existing weights."""
         return self.path / "resolved" / "model.yaml"
 
     @property
     def tokenizer(self) -> Path:
-        """The copy of the tokenizer folder."""
+        """The run's copy of the tokenizer folder."""
         return self.path / "resolved" / "tokenizer"
 
     def exists(self) -> bool:
@@ -143,7 +143,7 @@ class RunFolder:
     def write_settings(
         self, settings: Mapping[str, Any], ds_config: Mapping[str, Any], model: HyperMoEConfig, tokenizer: Path
     ) -> None:
-        """Write `resolved/`: all settings of the launch, including derived values.
+        """Write all settings of the launch, including derived values, to `resolved/`.
 
         Only the first launch copies the tokenizer.
         """
@@ -170,7 +170,7 @@ def refuse_other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: 
     """Refuse a model that differs from the run's model. Fields that the run did not record are not compared.
 
     Raises:
-        UserError: a field differs; the error names the first one.
+        UserError: a field differs; the error names the first such field.
     """
     for key in ours:
         if key in theirs and ours[key] != theirs[key]:

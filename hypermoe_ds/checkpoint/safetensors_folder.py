@@ -27,7 +27,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         UserError: there are no safetensors files, the index is damaged or names another kind of file, or a file is
-            missing or a symbolic link out of the folder.
+            missing or is a symbolic link out of the folder.
     """
     if (folder / INDEX).exists():
         weight_map = read_json(folder, INDEX).get("weight_map")
@@ -126,7 +126,7 @@ class FolderWeights(SafetensorsFolder):
         dtype: dtype of all tensors, or fp32 if they have different dtypes.
 
     Raises:
-        UserError: `SafetensorsFolder` refuses the folder, or a tensor has another dtype.
+        UserError: `SafetensorsFolder` refuses the folder, or a tensor has a dtype other than fp32, bf16 and fp16.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +140,7 @@ class FolderWeights(SafetensorsFolder):
 
 
 class TrackedTensors:
-    """Tensors of a folder; the class records which of them were used, to find unused ones."""
+    """The tensors of a folder, with a record of the requested tensors, so that unused tensors can be found."""
 
     def __init__(self, files: FolderWeights) -> None:
         self.files = files
@@ -150,7 +150,7 @@ class TrackedTensors:
         return name in self.files.shapes
 
     def reader(self, name: str, shape: tuple[int, ...]) -> Reader:
-        """Return a function that reads a tensor, after checking that the tensor has this shape."""
+        """Return a function that reads a tensor, after checking that the tensor has the given shape."""
         if not self.holds(name):
             raise UserError(f"{self.files.folder}: {name}", "is missing", "copy the folder again")
         found = tuple(self.files.shapes[name])
@@ -164,7 +164,7 @@ class TrackedTensors:
         return partial(self.files.read, name)
 
     def refuse_unused(self, model_config: HyperMoEConfig) -> None:
-        """Refuse tensors without a reader, so that none is dropped silently."""
+        """Refuse tensors that were never requested, so that no tensor is dropped silently."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         for name in self.files.shapes:
             if name in self._names or _DERIVED.fullmatch(name):

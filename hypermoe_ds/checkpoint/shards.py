@@ -57,7 +57,7 @@ def write_weights(
         weights: full parameters by their names in the training model; written in fp32.
         settings: the recipe.
         state: training state.
-        shard_bytes: maximum size of a shard with more than one parameter.
+        shard_bytes: maximum size in bytes of a shard with more than one parameter.
     """
     tensors: dict[str, TensorEntry] = {}
     files: dict[str, FileEntry] = {}
@@ -88,7 +88,7 @@ def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collec
         among: names of the files to check; None checks all.
 
     Raises:
-        UserError: a file is missing or differs; the error names the first one.
+        UserError: a file is missing or differs; the error names the first such file.
         OSError: the disk fails.
     """
     manifest.check_files(folder, verify, among)
@@ -106,17 +106,17 @@ def check_shards(folder: Path, manifest: Manifest, verify: Verify, among: Collec
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor with NaN or Inf, or None; read each tensor once, without a copy."""
+    """Return the name of the first tensor with NaN or Inf, or None. Each tensor is read once and not copied."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
-            least, most = tensor.aminmax()  # both are NaN if any element is
+            least, most = tensor.aminmax()  # both are NaN if any element is NaN
             if not (least.isfinite() and most.isfinite()):
                 return name
     return None
 
 
 class CheckpointReader:
-    """Read ranges of a checkpoint on demand; a context manager, because it keeps files open.
+    """Read ranges of a checkpoint on demand. The reader is a context manager, because it keeps files open.
 
     Args:
         folder: the checkpoint.
@@ -173,7 +173,7 @@ class CheckpointReader:
         return values
 
     def first_not_finite(self, among: Collection[str]) -> str | None:
-        """Return the `KIND/NAME` of the first tensor with NaN or Inf in these files, or None."""
+        """Return the `KIND/NAME` of the first tensor with NaN or Inf in the files `among`, or None."""
         for file_name, held in self.manifest.shards(among).items():
             with safe_open(self.folder / file_name, "pt") as file:
                 if (name := first_not_finite((name, file.get_tensor(name)) for name in held)) is not None:

@@ -20,7 +20,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM, meta_model
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_MAPPED_BYTES = 2**26  # files are memory-mapped; close them after reading this many bytes
+_MAPPED_BYTES = 2**26  # files are memory-mapped, and closed after this many bytes have been read
 
 
 class CheckpointWeights:
@@ -29,7 +29,8 @@ class CheckpointWeights:
     Args:
         reader: the checkpoint.
         config: configuration of the run's model.
-        dtype: precision of the tensors; None uses the run's, so that they are bitwise identical to those in training.
+        dtype: precision of the tensors; None uses the run's precision, so that the tensors are bitwise identical to
+            those in training.
 
     Attributes:
         config: configuration of the run's model.
@@ -71,7 +72,7 @@ class CheckpointWeights:
         return tensor
 
     def _read_into(self, target: Tensor, part: str, shape: torch.Size) -> None:
-        """Read a 3-D tensor expert by expert and any other tensor at once."""
+        """Read a 3-D tensor expert by expert, and any other tensor in one piece."""
         size = shape.numel()
         rows = len(shape) == 3
         step = size // shape[0] if rows else size
@@ -92,8 +93,8 @@ def open_weights(
 
     Args:
         run: the run folder.
-        step: step of the checkpoint; None selects the newest.
-        dtype: precision of the tensors; None uses the run's.
+        step: step of the checkpoint; None selects the newest checkpoint.
+        dtype: precision of the tensors; None uses the run's precision.
 
     Raises:
         UserError: the checkpoint does not exist, is damaged or belongs to a different model.
@@ -108,7 +109,7 @@ def load_model(run: RunFolder, step: int | None = None) -> HyperMoEForCausalLM:
 
     Args:
         run: the run folder.
-        step: step of the checkpoint; None selects the newest.
+        step: step of the checkpoint; None selects the newest checkpoint.
 
     Raises:
         UserError: the checkpoint does not exist, is damaged or belongs to a different model.

@@ -45,7 +45,7 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
 
 
 def separator(text: str) -> str:
-    """Return a separator in which `\\n`, `\\t` and `\\f` are replaced by the characters that they stand for.
+    """Return a separator after replacing `\\n`, `\\t` and `\\f` with the characters that they stand for.
 
     Raises:
         argparse.ArgumentTypeError: the text is empty.

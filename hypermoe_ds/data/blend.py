@@ -9,9 +9,9 @@ _BLOCK = 1 << 12
 
 
 class Blend:
-    """An endless sequence of samples of several datasets, in which every range follows the weights.
+    """An endless sequence of samples from several datasets; every range of the sequence follows the weights.
 
-    With weights w that sum to 1, sample j of dataset d has the time (j + 1/2) / w_d, and the samples follow each other
+    With weights w that sum to 1, sample j of dataset d is assigned the time (j + 1/2) / w_d, and the samples are sorted
     by time. This is the order in which the Webster/Sainte-Lague method of apportionment assigns seats. Of the first n
     samples, w_d * n +- (1 + w_d * number of datasets) / 2 belong to dataset d. Any part of the sequence is computed
     from the weights alone, in blocks of 4,096 samples.
@@ -25,13 +25,13 @@ class Blend:
         self._block = -1
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return the dataset of the sample at `index`, and how many samples of this dataset come before it."""
+        """Return the dataset of the sample at `index`, and the number of earlier samples from this dataset."""
         block, offset = divmod(index, _BLOCK)
         self._load(block)
         return int(self._datasets[offset]), int(self._numbers[offset])
 
     def counts(self, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the number of samples of each dataset before `end`."""
+        """Return, for each dataset, the number of its samples before index `end`."""
         block, offset = divmod(end, _BLOCK)
         self._load(block)
         return self._before + np.bincount(self._datasets[:offset], minlength=len(self._weights))
@@ -53,6 +53,6 @@ class Blend:
         self._block = block
 
     def _samples_until(self, time: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the number of samples of each dataset before a time."""
+        """Return, for each dataset, the number of its samples before a time."""
         samples: np.ndarray[Any, np.dtype[np.int64]] = np.ceil(self._weights * time - 0.5).clip(min=0).astype(np.int64)
         return samples

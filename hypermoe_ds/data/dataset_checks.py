@@ -21,7 +21,7 @@ def check_datasets(config: DataConfig, vocab_size: int) -> None:
         UserError: the tokenizer folder or a token file is missing, a token file is truncated, or a `.bin` file is not
             the one that its `.json` describes. The error is also raised if a dataset was made with another tokenizer or
             is shorter than one sample, or if the tokenizer or a dataset has more token ids than the model. If a dataset
-            has no `.json`, its first 16,777,216 tokens are checked here and the others when they are loaded.
+            has no `.json`, its first 16,777,216 tokens are checked here and the rest when they are loaded.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     needed = embeddings_needed(tokenizer)

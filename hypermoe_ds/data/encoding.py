@@ -12,22 +12,22 @@ from hypermoe_ds.data.readers import Document, LongText
 from hypermoe_ds.data.tokenizer import embeddings_needed, encode_as_text, encoding_digest, load_tokenizer
 
 Tokens = npt.NDArray[np.int32 | np.uint16]
-# Encoding a text of this length takes 125 MB (measured). Encoding longer texts in windows takes less memory but twice
-# the time, because it also computes the offsets of the tokens.
+# Encoding a text of this length takes 125 MB (measured). Longer texts are encoded in windows. Encoding in windows takes
+# less memory but twice the time, because the offsets of the tokens are also computed.
 LONG_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 18
 
 
 class Encoder:
-    """Encode documents with a tokenizer folder.
+    """Encode documents with the tokenizer in a folder.
 
     Control tokens in the text are encoded as ordinary text, so "</s>" inside a document does not end the document.
 
     Attributes:
         vocab_size: largest token id plus 1.
         eos_id: id of the token that ends each document.
-        unk_id: id of the token that replaces unknown text; None if the tokenizer has no such token.
+        unk_id: id of the token that stands for unknown text; None if the tokenizer has no such token.
         digest: SHA-256 of the token ids of a probe text.
         dtype: NumPy type for token ids: uint16 for vocabularies below 65,500 tokens, otherwise int32.
 
@@ -36,7 +36,7 @@ class Encoder:
     """
 
     def __init__(self, folder: str) -> None:
-        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (importing takes seconds, so check the inputs first)
+        from hypermoe_ds.data.megatron import DType  # noqa: PLC0415 (takes seconds, so the inputs are checked first)
 
         self._tokenizer = load_tokenizer(folder)
         self.vocab_size = embeddings_needed(self._tokenizer)
@@ -55,7 +55,7 @@ class Encoder:
         """Encode documents, in order, with an end-of-sequence token after each document.
 
         Yields:
-            Token ids, and whether they end a document. Only the tokens of long documents are yielded in several parts.
+            Token ids, and whether they end a document. Only long documents are yielded in several parts.
 
         Raises:
             LostDocumentError: a long document can no longer be read.
@@ -107,5 +107,5 @@ class Encoder:
 
 @cache
 def encoder_for(folder: str, sha256: str) -> Encoder:
-    """Return the encoder of a tokenizer folder. It is loaded once per checksum, and forked processes inherit it."""
+    """Return the encoder of a tokenizer folder; it is loaded once per checksum, and forked processes inherit it."""
     return Encoder(folder)

@@ -1,4 +1,4 @@
-"""Find the input files of a preprocessing job, and the kind and compression of each file from its name."""
+"""Find the input files of a preprocessing job, and derive each file's kind and compression from its name."""
 
 import json
 import os
@@ -48,7 +48,7 @@ class InputFile:
     Attributes:
         path: path of the file.
         kind: how its documents are stored.
-        compression: `.bz2`, `.gz`, `.xz`, `.zst`, or an empty string.
+        compression: `.bz2`, `.gz`, `.xz`, `.zst`, or an empty string for an uncompressed file.
         size: size in bytes.
         modified_ns: modification time in nanoseconds since 1970.
     """
@@ -63,13 +63,13 @@ class InputFile:
 def find_inputs(inputs: Iterable[str | Path], unknown_as: Kind | None = None) -> list[InputFile]:
     """Return all input files in order, after checking that each file can be opened.
 
-    A folder is replaced by its files, recursively and sorted by path. Symbolic links are followed, and each folder is
-    read once. Hidden files and folders inside a folder are skipped. In a folder that the datasets library saved, only
-    the data files are read.
+    A folder stands for the files in it and in its subfolders, sorted by path. Symbolic links are followed, and each
+    folder is read once. Hidden files and folders inside a folder are skipped. In a folder that the datasets library
+    saved, only the data files are read.
 
     Args:
         inputs: files and folders.
-        unknown_as: kind of files with an unknown suffix; None raises an error for such files.
+        unknown_as: kind to assume for files with an unknown suffix; with None, such files are an error.
 
     Raises:
         UserError: an input does not exist, is a pattern without matches, is a folder without files, has an unknown
@@ -94,7 +94,7 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield the visible files in a folder and its subfolders; a folder that was visited before yields nothing."""
+    """Yield the visible files in a folder and its subfolders, but skip folders that were visited before."""
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in visited:
@@ -118,7 +118,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _datasets_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder that `Dataset.save_to_disk` wrote; its other files are caches and metadata."""
+    """Return the data files of a folder that `Dataset.save_to_disk` wrote, without its caches and metadata."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
         return [folder / each["filename"] for each in state["_data_files"]]

@@ -44,13 +44,13 @@ class TrainingSamples(SizedDataset, Protocol):
 class ResumableSampler(Sampler[list[int]]):
     """Compute the sample indices of each micro-batch of a rank from the number of consumed samples.
 
-    The samples after `consumed_samples`, without skipped samples, are divided into blocks of `size * micro_batch_size`
-    samples. In micro-batch m, rank r reads the r-th group of `micro_batch_size` samples in block m. The samples of all
-    ranks together therefore depend only on `consumed_samples`, and a run can resume on any number of ranks with the
-    same samples. An incomplete last block is dropped.
+    The samples from index `consumed_samples` on, without skipped samples, are divided into blocks of
+    `size * micro_batch_size` samples. In micro-batch m, rank r reads the r-th group of `micro_batch_size` samples in
+    block m. The samples of all ranks together therefore depend only on `consumed_samples`, and a run can resume on any
+    number of ranks with the same samples. An incomplete last block is dropped.
 
     `indices_per_sample` returns how many consecutive indices stand for the sample at an index. A micro-batch lists only
-    the first of them.
+    the first of these indices.
 
     Raises:
         ValueError: an argument is out of range.
@@ -107,13 +107,13 @@ def build_loader(
 
     Args:
         dataset: the training samples.
-        micro_batch_size: B, samples per rank.
+        micro_batch_size: B, the number of samples per micro-batch.
         rank: the data-parallel rank.
         size: number of data-parallel ranks.
         consumed_samples: number of samples that all ranks together have consumed.
         workers: number of loader processes; 0 loads in the current process.
         vocab_size: number of token embeddings of the model.
-        document_end: id of the token that ends each document, to mask documents (see `mask_documents`); None does not.
+        document_end: id of the token that ends each document (see `mask_documents`); None disables masking.
         skipped_samples: samples that no rank reads.
 
     Yields:
@@ -148,7 +148,7 @@ def validation_batches(
     """Yield the validation micro-batches of one rank; all ranks together read every sample once.
 
     Every rank yields the same number of micro-batches of the same shape, because with expert parallelism each forward
-    pass is collective. Incomplete micro-batches are padded with copies of the last sample whose labels are -100.
+    pass is collective. Incomplete micro-batches are padded with copies of the last sample, with all labels set to -100.
 
     Yields:
         `input_ids` and `labels`, and `position_ids` if documents are masked, each [B, S] and int64.
@@ -207,7 +207,10 @@ def _load(
 def _with_valid_ids(
     batches: Iterator[dict[str, torch.Tensor]], sampler: ResumableSampler, vocab_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Check the token ids of each micro-batch; on a GPU, an invalid id would end all ranks without naming a sample."""
+    """Check the token ids of each micro-batch.
+
+    On a GPU, an invalid id would end all ranks without an error message that names the sample.
+    """
     for batch, indices in zip(batches, sampler, strict=True):
         for name, lowest in (("input_ids", 0), ("labels", IGNORED_LABEL)):
             invalid = (batch[name] < lowest) | (batch[name] >= vocab_size)
@@ -221,7 +224,10 @@ def _with_valid_ids(
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals while workers are forked. Workers inherit the block, so no signal can end them at startup."""
+    """Block stop signals while workers are forked.
+
+    Workers inherit the blocked signals, so no stop signal can end them at startup.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -250,8 +256,8 @@ def _exit_with_rank(_worker: int) -> None:
 class _Batch:
     """A micro-batch that is sent from a worker to its rank.
 
-    Micro-batches are sent as NumPy arrays, because torch sends tensors through a socket in a folder `pymp-*` in TMPDIR,
-    and this folder remains if the worker is killed.
+    Micro-batches are sent as NumPy arrays, because torch sends tensors through a socket in a folder named `pymp-*` in
+    TMPDIR, and this folder remains if the worker is killed.
     """
 
     input_ids: np.ndarray[Any, Any]
@@ -263,7 +269,10 @@ class _Batch:
         return {name: torch.from_numpy(array) for name, array in vars(self).items() if array is not None}
 
     def pin_memory(self) -> dict[str, torch.Tensor]:
-        """Return the model inputs in pinned memory; called by the data loader, in a thread if there are workers."""
+        """Return the model inputs in pinned memory.
+
+        The data loader calls this method, in a thread if there are workers.
+        """
         return {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
 
 
@@ -280,7 +289,7 @@ def mask_documents(
     """Separate the documents in a batch of samples.
 
     The positions restart at 0 after each `document_end`. From the positions, the model computes which tokens belong to
-    the same document. The label of each `document_end`, the first token of the next document, becomes -100.
+    the same document. The label of each `document_end`, that is, the first token of the next document, becomes -100.
 
     Args:
         tokens: token ids, [B, S].

@@ -1,8 +1,8 @@
-"""Encode a long document in overlapping windows. The token ids are the same as if it were encoded at once.
+"""Encode a long document in overlapping windows. The token ids equal those of the whole document encoded at once.
 
-Two consecutive windows are joined at a token boundary that both contain. A tokenizer first splits the text into words,
-from left to right, and then encodes each word. The words after a split depend only on the text after it, so joining two
-windows at a common split gives exactly the tokens of the document.
+Two consecutive windows are joined at a token boundary that both windows contain. A tokenizer first splits the text
+into words, from left to right, and then encodes each word. The words after a split depend only on the text after it, so
+joining two windows at a common split gives exactly the tokens of the document.
 
 Some tokenizers split only at spaces or not at all, so a word can be longer than the overlap. If the model is BPE, the
 windows are joined inside such a word. In BPE, a sequence of tokens is the encoding of a word if and only if every two
@@ -28,7 +28,7 @@ class _Window:
     Attributes:
         ids: token ids [N].
         starts: offset of each token in the document, in characters [N].
-        ends: offset after each token [N].
+        ends: offset of the end of each token [N].
         words: index of the word that each token belongs to [N].
         text: text of the window.
         offset: offset of the window in the document.
@@ -43,7 +43,7 @@ class _Window:
 
     @property
     def end(self) -> int:
-        """Offset after the window."""
+        """Offset of the end of the window in the document."""
         return self.offset + len(self.text)
 
     def between(self, low: int, high: int) -> range:
@@ -57,7 +57,7 @@ class _Window:
 
 
 class LongEncoder:
-    """Encode long documents in windows of bounded memory.
+    """Encode long documents window by window, in bounded memory.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
@@ -71,10 +71,10 @@ class LongEncoder:
         self._joins_inside_words = _is_plain_bpe(tokenizer)
 
     def encode(self, pieces: Iterable[str]) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the token ids of a document, given in pieces of any length.
+        """Yield the token ids of a document whose text is given in pieces of any length.
 
         The peak memory is about 200 bytes per character of a window. If a word is longer than the overlap, two windows
-        may have no common boundary. They are then encoded as one window.
+        may have no common boundary. The two are then encoded as one window.
         """
         previous, begin = None, 0
         for part in _parts(pieces, self._window):
@@ -150,9 +150,9 @@ class LongEncoder:
 
 
 def _is_plain_bpe(tokenizer: Any) -> bool:
-    """Return whether the model is BPE without subword prefixes, word suffixes and dropout.
+    """Return whether the tokenizer's model is BPE without subword prefixes, word suffixes or dropout.
 
-    Only for such models, the tokens of a word do not depend on where the word begins and ends. With `ignore_merges`, a
+    Only in such a model do the tokens of a word not depend on where the word begins and ends. With `ignore_merges`, a
     word in the vocabulary is always one token, but such words are shorter than the overlap.
     """
     from tokenizers import models  # noqa: PLC0415 (takes a second; the module is imported by train.py)
@@ -167,7 +167,7 @@ def _is_plain_bpe(tokenizer: Any) -> bool:
 
 
 def _parts(pieces: Iterable[str], size: int) -> Iterator[str]:
-    """Regroup pieces of a text into parts of `size` characters; the last part is shorter."""
+    """Regroup pieces of a text into parts of `size` characters; the last part may be shorter."""
     waiting: list[str] = []
     length = 0
     for piece in pieces:

@@ -41,7 +41,7 @@ def preprocess_locally_or_with_mpi(job: Job) -> str | None:
         A one-line summary on rank 0, None on all other ranks.
 
     Raises:
-        UserError: see `preprocess`; also raised if mpi4py is missing or uses another MPI than mpirun.
+        UserError: see `preprocess`; also raised if mpi4py is missing or uses a different MPI from mpirun.
     """
     ranks = max(int(os.environ.get(name, "1")) for name in _SIZE_VARIABLES)
     if ranks == 1:
@@ -65,9 +65,9 @@ def preprocess_locally_or_with_mpi(job: Job) -> str | None:
 
 
 def preprocess_on_ranks(job: Job, comm: Communicator) -> str | None:
-    """Tokenise the inputs on all ranks and write the same files as a single process would write.
+    """Tokenise the inputs on all ranks and write the same files that a single process would write.
 
-    All ranks must share the output folder. An interrupted job can continue with another number of ranks.
+    All ranks must share the output folder. An interrupted job can continue with a different number of ranks.
 
     Returns:
         A one-line summary on rank 0, None on all other ranks.
@@ -102,7 +102,7 @@ def _plan(job: Job) -> Plan:
 
 
 def _tokenise(plan: Plan, folder: ShardFolder, numbers: list[int], messages: list[str], shown: bool) -> None:
-    """Write the shards of this rank; show the progress of rank 0."""
+    """Write the shards of this rank, and show the progress if `shown` is set."""
     with shown_progress(plan, numbers, messages, shown) as meter:
         tokenise(plan, folder, numbers, meter)
 

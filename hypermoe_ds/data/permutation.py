@@ -11,8 +11,8 @@ class Permutation:
     """A pseudo-random permutation of the numbers from 0 to `size` - 1, evaluated one number at a time.
 
     A Feistel network (Luby and Rackoff, SIAM Journal on Computing 17(2), 1988) permutes the cells of a table with at
-    least `size` cells, with BLAKE2b as its round function. If the result is not below `size`, it is permuted again
-    until it is (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
+    least `size` cells, with BLAKE2b as its round function. A result that is not below `size` is permuted again
+    until it is below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
 
     Args:
         size: how many numbers to permute, at least 1.
@@ -26,7 +26,7 @@ class Permutation:
         self._key = blake2b(key.encode()).digest()
 
     def __call__(self, number: int) -> int:
-        """Return the number at position `number` of the shuffled order."""
+        """Return the number at position `number` in the shuffled order."""
         number = self._permute(number)
         while number >= self._size:
             number = self._permute(number)

@@ -28,7 +28,7 @@ from hypermoe_ds.provenance import git_commit, package_version
 
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order in which files are moved to the output; the .idx file is last
 _SECONDS_BETWEEN_UPDATES = 0.2
-_PACKAGES = ("hypermoe-ds", "transformers", "tokenizers", "sentencepiece", "pyarrow")  # they affect the token ids
+_PACKAGES = ("hypermoe-ds", "transformers", "tokenizers", "sentencepiece", "pyarrow")  # packages that affect token ids
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Job:
         inputs: input files and folders; see `inputs.find_inputs`.
         tokenizer: Hugging Face tokenizer folder.
         output: prefix of the files to write; `.bin`, `.idx`, `.json` and `.rejected.jsonl` are appended.
-        workers: number of processes that tokenise; 1 uses the current process. The output is the same for any number.
+        workers: number of processes that tokenise; with 1, the current process does. It does not affect the output.
         options: how documents are read.
-        unknown_as: kind of files with an unknown suffix; None raises an error for such files.
+        unknown_as: kind to assume for files with an unknown suffix; with None, such files are an error.
         max_rejected: largest allowed share of rejected files and records, 0 to 1.
-        overwrite: replace existing files at `output`.
+        overwrite: whether to replace existing files at `output`.
     """
 
     inputs: Sequence[str]
@@ -56,7 +56,7 @@ class Job:
     overwrite: bool = False
 
     def path(self, suffix: str) -> Path:
-        """Return the output file with `suffix`."""
+        """Return the path of the output file with this suffix."""
         return Path(f"{self.output}{suffix}")
 
 
@@ -122,7 +122,10 @@ class Plan:
 
 
 def _text_bytes(span: Span) -> int:
-    """Estimate the size of a span's text. Compressed files and Parquet files are assumed to be half as large."""
+    """Estimate the size of a span's text.
+
+    Compressed files and Parquet files are assumed to be half as large as their text.
+    """
     compressed = span.file.compression or span.file.kind is Kind.PARQUET
     return span.size * (2 if compressed else 1)
 
@@ -168,25 +171,25 @@ def make_plan(job: Job) -> Plan:
             raise UserError(str(job.path(suffix)), "exists already", "choose another output, or give --overwrite")
     files = find_inputs(job.inputs, job.unknown_as)
     tokenizer = TokenizerFile.of(job.tokenizer)
-    tokenizer.encoder()  # load it now, so that the reported speed excludes the seconds that loading takes
+    tokenizer.encoder()  # loaded here, so that the reported speed excludes the seconds that loading takes
     return Plan(job, files, plan_shards(files), tokenizer)
 
 
 class Counters:
-    """Numbers of input bytes and tokens that all workers have processed, in shared memory."""
+    """The numbers of input bytes and tokens that all workers have processed, in shared memory."""
 
     def __init__(self) -> None:
         self._values = get_context("fork").Array("q", 2)
 
     def add(self, read: int, tokens: int) -> None:
-        """Add to the numbers; called by the workers."""
+        """Add to the two numbers. The workers call this method."""
         with self._values.get_lock():
             self._values[0] += read
             self._values[1] += tokens
 
     @property
     def read(self) -> int:
-        """Number of input bytes."""
+        """Number of input bytes that have been read."""
         return int(self._values[0])
 
     @property
@@ -204,7 +207,7 @@ class Meter:
     shown: int = 0
 
     def update(self) -> None:
-        """Show the current numbers."""
+        """Show the current number of input bytes."""
         if self.bar is not None:
             read = self.counters.read
             self.bar.update(read - self.shown)
@@ -213,7 +216,7 @@ class Meter:
 
 @contextmanager
 def shown_progress(plan: Plan, numbers: Sequence[int], messages: Sequence[str], shown: bool = True) -> Iterator[Meter]:
-    """Show the progress of the shards with these numbers: input bytes, remaining time and tokens."""
+    """Show the progress of the shards in `numbers`: input bytes, remaining time and tokens."""
     total = sum(span.size for number in numbers for span in plan.shards[number])
     counters, start = Counters(), time.perf_counter()
 
@@ -285,7 +288,7 @@ def _write_shard(number: int) -> None:
 
 
 def _stop_workers(pool: ProcessPoolExecutor) -> None:
-    """Kill the workers; their unfinished shards are written again by the next job."""
+    """Kill the workers; the next job writes their unfinished shards again."""
     pool.shutdown(wait=False, cancel_futures=True)
     for process in list((pool._processes or {}).values()):
         process.kill()
@@ -344,7 +347,7 @@ def finish(plan: Plan, folder: ShardFolder) -> ShardSummary:
 
 
 def _digest_of_input(path: Path) -> str:
-    """Return the digest of an input file, or "missing" if it disappeared during the job."""
+    """Return the digest of an input file, or "missing" if the file disappeared during the job."""
     try:
         return content_digest(path)
     except OSError:

@@ -129,7 +129,7 @@ class ReadOptions:
     Attributes:
         text_field: name of the field that contains the text; a dot separates the names of nested fields.
         separator: text between the documents of a text file; None if each text file is one document.
-        strict: raise an error instead of rejecting a file or a record.
+        strict: whether to raise an error instead of rejecting a file or a record.
     """
 
     text_field: str = "text"
@@ -142,7 +142,7 @@ class LongText:
     """A document that is too large to be read at once.
 
     Attributes:
-        file: the file that contains only this document.
+        file: the file, which contains only this document.
         text_bytes: size of the text in UTF-8 bytes.
         progress: function that is called with the number of bytes that have been read from the file.
     """
@@ -185,7 +185,7 @@ class DocumentReader:
         file: the file.
         options: how documents are read.
         report: function that is called with each rejected file or record.
-        span: for uncompressed JSON Lines, yield only the lines that begin at a byte offset in [first, end).
+        span: byte range [first, end) of uncompressed JSON Lines; only lines that begin in this range are read.
 
     Attributes:
         position: number of bytes of the file that have been read, before decompression.
@@ -218,7 +218,7 @@ class DocumentReader:
             self.reject(Problem.UNREADABLE if error.errno else Problem.BROKEN)
 
     def move_to(self, position: int) -> None:
-        """Set the position."""
+        """Set the number of bytes that have been read."""
         self.position = position
 
     def reject(self, reason: Problem, line: int | None = None) -> None:
@@ -372,7 +372,7 @@ def _document_of_line(line: bytes, text_field: str) -> str | Problem:
 
 
 def _text_of(record: dict[str, Any], text_field: str) -> str | Problem:
-    """Return the text of a record. A field whose own name contains the dots takes precedence over nested fields."""
+    """Return the text of a record. A field whose own name is `text_field` takes precedence over nested fields."""
     value: Any = record
     for name in [text_field] if text_field in record else text_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -424,7 +424,7 @@ def _read_arrow(reader: DocumentReader) -> Iterator[Document]:
 
 
 def _columns(names: Sequence[str], text_field: str) -> list[str]:
-    """Return the column named `text_field`. If there is none, return the column named before its first dot."""
+    """Return the column named `text_field` or, if it is missing, the column named by the part before the first dot."""
     return [name for name in (text_field, text_field.split(".", maxsplit=1)[0]) if name in names][:1]
 
 

@@ -11,18 +11,18 @@ from hypermoe_ds.data.token_files import TokenFiles
 
 
 class DatasetSamples:
-    """The samples of a dataset, in an endless order of one epoch after the other.
+    """The samples of a dataset, in an endless sequence of epochs.
 
-    A sample is a slice of the token stream, so it may begin and end within a document. In each epoch, the samples are
-    shuffled. They contain every token once, except for up to `sequence_length` tokens that do not fill a sample. A
-    random part of these tokens is at the beginning of the stream in each epoch, so no token is always left out, and the
-    samples of different epochs begin at different tokens.
+    A sample is a slice of the token stream, so it may begin and end within a document. The samples of each epoch are
+    shuffled. They contain every token once, except for up to `sequence_length` tokens that do not fill a sample. In
+    each epoch, a random part of these tokens is left out at the beginning of the stream and the rest at its end. No
+    token is therefore left out in every epoch, and the samples of different epochs begin at different tokens.
 
     Args:
         files: the token files.
         sequence_length: number of tokens per sample.
-        seed: selects the order, together with `key`.
-        key: identifies the dataset.
+        seed: number that selects the order, together with `key`.
+        key: text that identifies the dataset.
 
     Attributes:
         files: the token files.
@@ -55,7 +55,7 @@ class DatasetSamples:
         return self._shift + self._order(position) * self.sequence_length
 
     def documents(self, number: int) -> range:
-        """Return the numbers of the documents that a sample's tokens belong to, including the token after them."""
+        """Return the numbers of the documents that contain a sample's tokens or the token after them."""
         first = self.start(number)
         positions = np.array([first, first + self.sequence_length]) * self.files.dtype.itemsize
         begin, end = np.searchsorted(self._tokens.index.sequence_pointers, positions, side="right")

@@ -43,7 +43,7 @@ def dataset_names(datasets: Sequence[DatasetConfig]) -> list[str]:
 
 
 class StageConfig(Settings):
-    """A stage of a run, from one step on."""
+    """A stage of a run, which begins at a given step."""
 
     from_step: int = Field(ge=2, le=LARGEST_COUNT, description="first optimizer step of the stage, counted from 1")
     train: list[DatasetConfig] | None = Field(
@@ -93,15 +93,15 @@ class DataConfig(Settings):
         "and the first token of a document is not predicted from the document before",
     )
     tokenizer: PathText = Field(description="folder of the Hugging Face tokenizer used to make the token files")
-    # Measured with tiny-10m on two ranks and 2 cores, three runs each: 4,266 to 4,593 tokens/s with 0 workers, 4,278 to
-    # 4,646 tokens/s with 2 workers. On a CPU, 30 ms steps are 10 % slower with 2 workers. The default is 2, because
+    # Speed of tiny-10m on two ranks and 2 cores, in three runs each: 4,266 to 4,593 tokens/s with 0 workers, 4,278 to
+    # 4,646 tokens/s with 2 workers. On a CPU, steps of 30 ms are 10 % slower with 2 workers. The default is 2, because
     # the process of a rank on a GPU is busy launching kernels.
     workers: int = Field(
         default=2, ge=0, le=1024, description="data loader processes per rank; 0 loads data in the rank's own process"
     )
 
     def all_stages(self) -> list[Stage]:
-        """Return all stages in order; the first one begins at step 1."""
+        """Return all stages in order; the first stage begins at step 1."""
         stages = [Stage(1, self.train, self.sequence_length)]
         for stage in self.stages:
             before = stages[-1]
@@ -115,7 +115,7 @@ class DataConfig(Settings):
         return list({dataset.prefix: dataset for dataset in [*training, *self.valid]}.values())
 
     def check_stages(self, micro_batch_size: int) -> None:
-        """Check that the stages are in order and that their samples fill the micro-batches.
+        """Check that the stages are in order and that whole samples fill each micro-batch.
 
         Raises:
             UserError: a stage is invalid.

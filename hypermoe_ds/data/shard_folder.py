@@ -23,7 +23,7 @@ _COPIED_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The folder of an unfinished job: the description of the job, its shards, and the files joined so far.
+    """The folder of an unfinished job, with the job's description, its shards, and the files joined so far.
 
     Attributes:
         path: the folder.
@@ -47,14 +47,14 @@ class ShardFolder:
         return any(summary is not None and summary.report.documents for summary in summaries)
 
     def joined(self, suffix: str) -> Path:
-        """Return the joined file with a suffix."""
+        """Return the path of the joined file with this suffix."""
         return self.path / f"joined{suffix}"
 
     def join(self, dtype: type[np.int32 | np.uint16]) -> ShardSummary:
         """Join the finished shards, in order, into token files, an index and a list of rejections.
 
         The tokens of each shard are deleted after they are copied, so the disk holds them only once. An interrupted
-        join continues.
+        join continues where it stopped.
 
         Raises:
             UserError: the disk is full.
@@ -86,14 +86,14 @@ class ShardFolder:
 
 @contextmanager
 def shard_folder(output: str, job: dict[str, Any], shards: int) -> Iterator[tuple[ShardFolder, str]]:
-    """Open and lock the folder of a job next to its output, and remove files of a different job.
+    """Open and lock a job's folder next to its output, and remove files that a different job left there.
 
     If the `with` block raises an exception, the folder is kept if a finished shard has a document. Otherwise, the
     folder is removed.
 
     Args:
         output: prefix of the output files.
-        job: description of the job; a job with an equal description continues.
+        job: description of the job; an unfinished job with an equal description is continued.
         shards: number of shards.
 
     Yields:

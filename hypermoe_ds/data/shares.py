@@ -1,16 +1,16 @@
-"""How much of each dataset a run reads."""
+"""Describe how much of each dataset a run reads."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class DatasetShare:
-    """Share of a training dataset in a run.
+    """The share of a training dataset in a run.
 
     Attributes:
-        name: name in logs.
+        name: name of the dataset in logs.
         tokens: size of the dataset in tokens.
-        weight: share of the run's training tokens, 0 to 1.
+        weight: the dataset's share of the run's training tokens, from 0 to 1.
         epochs: number of times that the run reads the dataset.
     """
 

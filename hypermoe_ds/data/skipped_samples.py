@@ -33,7 +33,7 @@ class SkippedSamples:
         return index
 
     def after(self, start: int, count: int) -> int:
-        """Return the index after the first `count` > 0 kept samples at or after `start`."""
+        """Return the index after the first `count` kept samples at or after `start`; `count` is at least 1."""
         return self.nth(start, count - 1) + 1
 
     def kept_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:

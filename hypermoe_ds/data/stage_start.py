@@ -1,4 +1,4 @@
-"""Where a stage of the training data begins, and what was read before; stored in checkpoints."""
+"""Describe where a stage of the training data begins and what was read before it, for storage in checkpoints."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class StageStart:
 
     Attributes:
         first: index of the stage's first sample.
-        seed: seed of the order.
+        seed: seed of the sample order.
         sequence_length: number of tokens per sample.
         indices_per_sample: how many indices of the training set stand for one sample.
-        weights: weight of each dataset, by content digest, in the order of the recipe; they sum to 1.
-        consumed: samples read before the stage, by `CONTENT_DIGEST/SEQUENCE_LENGTH`.
+        weights: weight of each dataset, by content digest, in the order of the recipe; the weights sum to 1.
+        consumed: number of samples read before the stage, by `CONTENT_DIGEST/SEQUENCE_LENGTH`.
     """
 
     first: _Count
@@ -32,13 +32,13 @@ class StageStart:
     consumed: dict[str, _Count]
 
     def consumed_at(self, index: int) -> dict[str, int]:
-        """Return `consumed` for a stage that begins at `index` and follows this one."""
+        """Return the value of `consumed` for the next stage, which begins at `index`."""
         counts = Blend(list(self.weights.values())).counts(-(-(index - self.first) // self.indices_per_sample))
         added = {f"{key}/{self.sequence_length}": int(count) for key, count in zip(self.weights, counts, strict=True)}
         return dict(Counter(self.consumed) + Counter(added))
 
     def differences(self, other: "StageStart") -> list[str]:
-        """Name the settings in which two stages differ, apart from where they begin."""
+        """Return the names of the settings in which two stages differ, apart from where the stages begin."""
         names = {"seed": "train.seed", "sequence_length": "data.sequence_length"}
         found = [name for key, name in names.items() if getattr(self, key) != getattr(other, key)]
         if list(self.weights) != list(other.weights):

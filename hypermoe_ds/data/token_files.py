@@ -74,7 +74,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """A `.bin` and an `.idx` file that were checked for consistency.
+    """A `.bin` file and an `.idx` file that were checked for consistency.
 
     Attributes:
         prefix: path of the files without suffix.
@@ -93,7 +93,7 @@ class TokenFiles:
         return int(np.fromfile(f"{self.prefix}.bin", dtype=self.dtype, count=_SCANNED_TOKENS).max())
 
     def samples_per_epoch(self, sequence_length: int) -> int:
-        """Return the number of complete samples, each of which needs one more token as its last label.
+        """Return the number of complete samples. The token after a sample is needed as the sample's last label.
 
         Raises:
             UserError: there are too few tokens for one sample.
@@ -115,7 +115,7 @@ def write_index(path: Path, dtype: type[np.int32 | np.uint16], lengths: Sequence
     Args:
         path: the `.idx` file to write.
         dtype: NumPy type of the tokens.
-        lengths: files with the number of tokens of each document, int32, in order.
+        lengths: files that contain the number of tokens of each document as int32, in order.
         documents: total number of documents.
     """
     code = next(code for code, each in _TOKEN_DTYPES.items() if each == np.dtype(dtype))
@@ -140,7 +140,7 @@ def _chunks(paths: Sequence[Path]) -> Iterator[np.ndarray[Any, np.dtype[np.int32
 
 
 def check_files(config: DataConfig) -> None:
-    """Check that the tokenizer folder and all token files exist, without reading them.
+    """Check that the tokenizer folder and all token files exist, without reading their content.
 
     Raises:
         UserError: a file is missing; the message names the first missing file.
@@ -203,7 +203,7 @@ def _inspect(prefix: str, index_path: Path, data_path: Path) -> TokenFiles:
 
 
 def _tokens(index_path: Path, dtype: np.dtype[Any], sequences: int) -> int:
-    """Return the number of tokens, which is where the last document ends, without reading the other documents."""
+    """Return the number of tokens, computed from the index entry of the last document only."""
     if sequences == 0:
         return 0
     with index_path.open("rb") as index:
@@ -215,10 +215,10 @@ def _tokens(index_path: Path, dtype: np.dtype[Any], sequences: int) -> int:
 
 
 def content_digest(path: Path) -> str:
-    """Hash the size of a file and up to 64 evenly spaced blocks of 64 KiB, in hexadecimal.
+    """Return a hexadecimal hash of a file's size and of up to 64 evenly spaced blocks of 64 KiB.
 
-    The digest detects a replaced file at every launch, because it reads at most 4 MiB. A change of single bytes is only
-    found by a hash of the whole file.
+    At most 4 MiB are read, so every launch can use the digest to detect a replaced file. Only a hash of the whole file
+    is certain to detect changes of single bytes.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

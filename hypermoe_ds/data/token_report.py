@@ -1,4 +1,4 @@
-"""Describe token files, decode their documents, and verify them against the hashes in `PREFIX.json`."""
+"""Describe token files, decode their documents, and compare the files with the hashes in `PREFIX.json`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ def report_lines(prefix: str) -> Iterator[str]:
 
 
 def _unknown_tokens(prefix: str, files: TokenFiles, metadata: Metadata) -> int | None:
-    """Count the unknown tokens at the beginning; None if the tokenizer is missing or knows every text."""
+    """Count the unknown tokens at the beginning; return None if the tokenizer is missing or has no unknown token."""
     if not Path(metadata.tokenizer).is_dir():
         return None
     unknown = load_tokenizer(metadata.tokenizer).unk_token_id
@@ -82,7 +82,7 @@ def bytes_to_verify(prefix: str) -> int:
     """Return the number of bytes that `verify` reads.
 
     Raises:
-        UserError: as in `verify`, except for different hashes, which are not compared here.
+        UserError: see `verify`, except that hashes are not compared here.
     """
     _described(prefix)
     return sum(Path(f"{prefix}{suffix}").stat().st_size for suffix in (".bin", ".idx"))
@@ -93,7 +93,7 @@ def verify(prefix: str, progress: Callable[[int], object]) -> None:
 
     Args:
         prefix: path of the files without suffix.
-        progress: called with the number of bytes read since the last call.
+        progress: function that is called with the number of bytes read since the last call.
 
     Raises:
         UserError: a file differs from the one that preprocessing wrote, or `PREFIX.json` has no hashes.
@@ -106,7 +106,7 @@ def verify(prefix: str, progress: Callable[[int], object]) -> None:
 
 
 def _described(prefix: str) -> Metadata:
-    """Return the metadata of consistent token files that have hashes."""
+    """Check token files and return their metadata, which must contain hashes."""
     inspect(prefix)
     metadata = read_metadata(prefix)
     if metadata is None or not metadata.bin_sha256:
@@ -119,7 +119,7 @@ def document_text(prefix: str, number: int, tokenizer: str | None) -> str:
 
     Args:
         prefix: path of the files without suffix.
-        number: index of the document, from 0.
+        number: index of the document, counted from 0.
         tokenizer: the tokenizer folder; None uses the one that `PREFIX.json` names.
 
     Raises:

@@ -27,7 +27,7 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import write_durably, writing_to
 
 _SMALLEST_SHARD, _USUAL_SHARD = 1 << 20, 64 << 20  # bytes; tokenising 64 MiB takes about 10 s
-_SHARDS = 64  # for a small job, so that all processes finish at about the same time
+_SHARDS = 64  # number of shards of a small job; with many shards, all processes finish at about the same time
 _MOST_SHARDS = 10_000
 _LONGEST_DOCUMENT = 2**31 - 1  # tokens; Megatron's index stores lengths as int32
 
@@ -78,7 +78,7 @@ def _spans(file: InputFile, size: int) -> Iterator[Span]:
 
 @dataclass
 class ShardSummary:
-    """Content of a finished shard.
+    """Summary of a finished shard.
 
     Attributes:
         tokens: number of tokens, including end-of-document tokens.
@@ -100,7 +100,7 @@ class ShardSummary:
         self.sha256 |= later.sha256
 
     def save(self, path: Path) -> None:
-        """Write the summary as JSON; the file marks a shard as finished."""
+        """Write the summary as JSON; the file marks the shard as finished."""
         write_durably(path, json.dumps(asdict(self)))
 
     @classmethod
@@ -124,7 +124,7 @@ class ShardFiles:
     number: int
 
     def path(self, suffix: str) -> Path:
-        """Return the file with a suffix: `.bin`, `.lengths`, `.rejected.jsonl` or `.json`."""
+        """Return the path of the file with a suffix: `.bin`, `.lengths`, `.rejected.jsonl` or `.json`."""
         return self.folder / f"shard-{self.number:06d}{suffix}"
 
     def summary(self) -> ShardSummary | None:
@@ -144,7 +144,7 @@ def write_shard(
     Args:
         spans: the inputs of the shard.
         files: the files to write.
-        encoder: encoder of the documents.
+        encoder: encoder for the documents.
         options: how documents are read.
         progress: function that is called with the numbers of input bytes and tokens since the previous call.
 
@@ -176,7 +176,7 @@ class _ShardWriter:
     ) -> None:
         self._encoder, self._options = encoder, options
         self._tokens, self._lengths, self._rejected = tokens, lengths, rejected
-        self._length = self._unknown = 0  # tokens and unknown tokens of the current document
+        self._length = self._unknown = 0  # numbers of tokens and unknown tokens in the current document
         self.summary = ShardSummary()
 
     def write(self, span: Span, progress: Callable[[int, int], None]) -> None:

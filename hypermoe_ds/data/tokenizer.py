@@ -17,8 +17,8 @@ from hypermoe_ds.errors import UserError
 from hypermoe_ds.files import check_output, file_of, scratch_folder, sha256_of
 from hypermoe_ds.progress import progress
 
-# SentencePiece silently skips lines longer than its limit, so long lines are split. The limits on the length and number
-# of lines bound the text in memory to 4 GB, because a UTF-8 character has at most 4 bytes.
+# SentencePiece silently skips lines longer than its limit, so long lines are split. With these limits on the length and
+# number of lines, the text in memory takes at most 4 GB, because a UTF-8 character has at most 4 bytes.
 _LINE_CHARACTERS = 1024
 _LINES = 1_000_000
 _SEED = 0
@@ -41,8 +41,8 @@ _OTHER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# The probe text contains everything that tokenizer settings can change: spaces, capitals, accents, other scripts,
-# control characters and control tokens.
+# The probe text contains examples of everything that tokenizer settings can change: spaces, capitals, accents, other
+# scripts, control characters and control tokens.
 _PROBE = "Def f(x):\n\treturn  1.5e-3  # é e\u0301 ß 漢字 🙂 \u00a0</s> <s> A\r\nb"
 _GIVE_A_FOLDER = "give a folder with tokenizer.model or tokenizer.json, as tools/train_tokenizer.py writes"
 
@@ -56,16 +56,16 @@ def train_tokenizer(
 ) -> ReadReport:
     """Train a byte-fallback BPE tokenizer and write it to a folder.
 
-    Decoding restores the text exactly, except that U+2581, which SentencePiece uses for a space, is decoded to a space.
-    The tokenizer is trained on at most 1,000,000 lines, sampled uniformly with a fixed seed. The same inputs give the
-    same tokenizer.
+    Decoding restores the text exactly, except that U+2581, which SentencePiece uses for a space, is decoded as a space.
+    The tokenizer is trained on at most 1,000,000 lines, sampled uniformly with a fixed seed. The same inputs always
+    result in the same tokenizer.
 
     Args:
         inputs: input files and folders; see `inputs.find_inputs`.
-        vocab_size: number of tokens, including control tokens and the 256 bytes.
+        vocab_size: number of tokens, including control tokens and the tokens of the 256 bytes.
         output: folder to write, with `tokenizer.model` and `tokenizer_config.json`.
         options: how documents are read.
-        unknown_as: kind of files with an unknown suffix; None raises an error for such files.
+        unknown_as: kind to assume for files with an unknown suffix; with None, such files are an error.
 
     Returns:
         Counts of documents and rejections.
@@ -121,7 +121,10 @@ def _lines(documents: Iterable[Document]) -> Iterator[str]:
 
 
 class _RecordingLines:
-    """Iterate over lines and keep the exception that stops the iteration; SentencePiece reports only its message."""
+    """Iterate over lines and keep the exception that stops the iteration.
+
+    SentencePiece reports only the message of the exception.
+    """
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -193,7 +196,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             a file is a link to a target outside the folder, or the tokenizer has no end-of-sequence token.
     """
     tokenizer_files(Path(folder))
-    import transformers  # noqa: PLC0415 (importing takes seconds, so check the folder first)
+    import transformers  # noqa: PLC0415 (importing takes seconds, so the folder is checked first)
 
     try:
         # Unless trust_remote_code is False, Transformers asks on the terminal whether to run code from the folder.
@@ -217,8 +220,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """List the tokenizer files of a folder, which may also contain a model.
 
     Raises:
-        UserError: the folder has no tokenizer, or a file is a link to a target outside the folder, which a copy would
-            publish.
+        UserError: the folder has no tokenizer, or a file is a link to a target outside the folder. Copying the folder
+            would publish the target.
     """
     vocabulary_file(folder)
     return [file_of(folder, name) for name in (*_VOCABULARY_FILES, *_OTHER_FILES) if (folder / name).exists()]

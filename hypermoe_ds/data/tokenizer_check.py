@@ -21,7 +21,7 @@ class TokenizerCheck:
 
     Attributes:
         documents: number of documents.
-        changed: number of documents that decoding does not restore.
+        changed: number of documents that decoding does not restore exactly.
         text_bytes: size of the documents in UTF-8 bytes.
         tokens: number of tokens.
         unknown: number of unknown tokens.
@@ -43,7 +43,7 @@ class TokenizerCheck:
         )
 
     def tokens_per_byte(self) -> float:
-        """Return the number of tokens per byte of text; 1 without a sample."""
+        """Return the number of tokens per byte of text, or 1 if the sample has no text."""
         return self.tokens / self.text_bytes if self.text_bytes else 1.0
 
 

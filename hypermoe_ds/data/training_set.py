@@ -1,7 +1,7 @@
-"""The order of the training samples: stages, each of which blends datasets by weight.
+"""Define the order of the training samples: a sequence of stages, each of which blends datasets by weight.
 
-The order up to any sample depends only on the stages before it, never on the length of the run. Nothing is stored:
-every rank computes the order from the settings.
+The order up to any sample depends only on the stages up to that sample, never on the length of the run. The order is
+not stored: every rank computes it from the settings.
 """
 
 from bisect import bisect_right
@@ -87,7 +87,7 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         return self._stage(index).start
 
     def check_skipped(self, ranges: Iterable[Sequence[int]]) -> None:
-        """Check that skipped ranges contain whole samples.
+        """Check that skipped ranges contain only whole samples.
 
         Raises:
             UserError: a range begins or ends within a sample.
@@ -106,9 +106,9 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         return f"document {', '.join(map(str, samples.documents(number)))} of {samples.files.prefix}"
 
     def tokens_before(self, index: int) -> dict[str, int]:
-        """Return the number of tokens of each dataset before `index`, by name.
+        """Return the number of tokens of each dataset before `index`, by dataset name.
 
-        The tokens that the run read with other settings of `data.train` count from the beginning.
+        Tokens that the run read under earlier settings of `data.train` are always included.
         """
         total = Counter(dict.fromkeys(self._names.values(), 0))
         for key, samples in self._stages[0].start.consumed.items():
@@ -146,7 +146,7 @@ def build_training_set(
         config: the data settings, checked by `check_datasets`.
         seed: seed of the order.
         plan: the current stage and the later ones, each with the index of its first sample. The current stage begins
-            at the next sample that the run reads.
+            at the next sample that the run will read.
         length: number of samples of the run.
         resumed: the beginning of the current stage as stored in the checkpoint; None for a new run and for checkpoints
             of version 0.1.0.
@@ -174,7 +174,7 @@ def build_training_set(
 
 
 def _start(first: int, stage: Stage, files: Mapping[str, TokenFiles], seed: int, tokens_per_index: int) -> StageStart:
-    """Return the beginning of a stage that follows no other.
+    """Return the beginning of a stage that follows no other stage.
 
     Raises:
         UserError: two datasets have the same content.
@@ -191,7 +191,7 @@ def _start(first: int, stage: Stage, files: Mapping[str, TokenFiles], seed: int,
 
 
 def _continued(start: StageStart, resumed: StageStart | None, config: DataConfig) -> StageStart:
-    """Return the stage that the run continues: the resumed one, or a new one if its settings have changed."""
+    """Return the stage that the run continues: the resumed stage, or a new one if the settings have changed."""
     if resumed is None and start.first == 0:
         return start
     changed = ["the version of this program"] if resumed is None else start.differences(resumed)

@@ -8,7 +8,7 @@ from hypermoe_ds.data.validation_set import ValidationSet
 
 
 def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
-    """Count the occurrences of each token id in all token files; return counts [vocab_size].
+    """Return the number of occurrences of each token id in all token files, [vocab_size].
 
     Raises:
         UserError: a file is missing or truncated.
@@ -23,7 +23,7 @@ def count_tokens(prefixes: list[str], vocab_size: int) -> NDArray[np.int64]:
 
 
 def unigram_loss(train_counts: NDArray[np.int64], dataset: ValidationSet) -> float:
-    """Return the cross-entropy of the labels of `dataset` in nats per token, with add-one smoothed frequencies.
+    """Return the cross-entropy of the labels of `dataset` in nats per token, under add-one smoothed frequencies.
 
     Args:
         train_counts: number of occurrences of each token id in the training data, [vocab_size].

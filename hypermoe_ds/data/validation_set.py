@@ -18,7 +18,7 @@ class ValidationSet(Dataset[dict[str, torch.Tensor]]):
 
     Args:
         samples: the samples of the dataset.
-        length: number of samples; None means one epoch, so every complete sequence once.
+        length: number of samples; None selects one epoch, that is, every complete sequence once.
     """
 
     def __init__(self, samples: DatasetSamples, length: int | None = None) -> None:
@@ -40,7 +40,7 @@ class ValidationSet(Dataset[dict[str, torch.Tensor]]):
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
 
     def first(self, length: int) -> "ValidationSet":
-        """Return the first `length` samples."""
+        """Return a set of the first `length` samples."""
         return ValidationSet(self._samples, length)
 
 

@@ -28,7 +28,7 @@ def rotary_tables(positions_BS: Tensor, width: int, base: float, dtype: torch.dt
 
 
 def rotate(x_BhSd: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (x_i, x_{i + d/2}) by the angle of its position."""
+    """Rotate each pair (x_i, x_{i + d/2}) by the rotary angle of the token's position."""
     cos_BSd, sin_BSd = rotary
     first, second = x_BhSd.chunk(2, dim=-1)
     return x_BhSd * cos_BSd.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_BSd.unsqueeze(1)

@@ -125,8 +125,8 @@ class HyperMoEConfig(PreTrainedConfig):
     """
 
     model_type = "hypermoe"
-    # The Trainer does not pass these outputs to `compute_metrics`, which needs only the logits. This is a list, because
-    # the Trainer appends to it.
+    # The Trainer does not pass these outputs to `compute_metrics`, which needs only the logits. The value is a list,
+    # because the Trainer appends to it.
     keys_to_ignore_at_inference = [  # noqa: RUF012 (read by Transformers)
         "past_key_values",
         "lm_loss",
@@ -231,7 +231,7 @@ class HyperMoEConfig(PreTrainedConfig):
         self._check()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the configuration and its code. If a model is saved, list all auto classes in `auto_map`.
+        """Write the configuration and its code. If a model is being saved, list all auto classes in `auto_map`.
 
         Transformers itself would list only the class of the saved model.
         """

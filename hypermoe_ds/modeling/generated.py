@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from .configuration_hypermoe import HyperConditioning
 from .selections import selection_ids
 
-# For at most this many rows, applying HyperExperts row by row is faster than sorting the rows (18 us compared with
-# 60 us on a CPU, with D = 768 and A = 64).
+# Up to this number of rows, applying HyperExperts row by row is faster than sorting the rows (18 us compared with 60 us
+# on a CPU, with D = 768 and A = 64).
 _MAX_UNSORTED_ROWS = 4
 # PyTorch's CUDA grouped GEMM accepts fewer than 1,024 groups. On GPUs older than Hopper, PyTorch instead loops over the
 # groups, which synchronises the host with the GPU.
 _MOST_GROUPS = 1023
-_HOPPER, _BLACKWELL = 9, 10  # major compute capabilities that have a grouped GEMM
+_HOPPER, _BLACKWELL = 9, 10  # major compute capabilities of GPUs with a grouped GEMM
 
 
 class HyperExpertWeights(NamedTuple):
@@ -83,8 +83,9 @@ def apply_generated(
     """Return the sum over each token's HyperExperts of gate * (relu(x W_down + b_down) W_up + b_up).
 
     The result is exact and can be differentiated once, with respect to x, the gates and the weights. For the backward
-    pass, the function saves its arguments and a tensor [R, A]. The backward pass gathers the sorted tokens again, which
-    is cheaper than saving them. Under torch.compile and torch.export, all U HyperExperts are applied to every token.
+    pass, the function saves its arguments and a tensor of shape [R, A]. The backward pass gathers the sorted tokens
+    again, which is cheaper than saving them. Under torch.compile and torch.export, all U HyperExperts are applied to
+    every token.
 
     Args:
         x_TD: input of the MoE block.
@@ -124,7 +125,7 @@ def _through_all(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeigh
 
 
 def _row_by_row(x_TD: Tensor, assignment: Assignment, weights: HyperExpertWeights) -> Tensor:
-    """Apply HyperExperts row by row, without gradients; fast for the few rows of a decoding step."""
+    """Apply HyperExperts row by row, without gradients. This is fast for the few rows of a decoding step."""
     rows = []
     for row, index in enumerate(assignment.ids_TJ.flatten().tolist()):
         down_DA, down_bias_A, up_AD, up_bias_D = (weight[index] for weight in weights)
@@ -160,7 +161,7 @@ def _has_grouped_mm(widths: Sequence[int], like: Tensor) -> bool:
 def _fills_empty_groups(like: Tensor) -> bool:
     """Return whether a grouped product over the rows leaves arbitrary values in groups without rows.
 
-    B200 does so (https://github.com/pytorch/pytorch/issues/172439).
+    B200 GPUs leave such values (https://github.com/pytorch/pytorch/issues/172439).
     """
     return like.is_cuda and torch.cuda.get_device_capability(like.device)[0] == _BLACKWELL
 
@@ -183,7 +184,7 @@ class RoutedRows:
     def affine(
         self, x_RI: Tensor, weight_UIO: Tensor, bias_UO: Tensor | None = None, gate_R1: Tensor | None = None
     ) -> Tensor:
-        """Return y_RO = x W + gate * b, where W and b are the weights of the row's HyperExpert."""
+        """Return y_RO = x W + gate * b, where W and b are the weight and bias of the row's HyperExpert."""
         raise NotImplementedError
 
     def outer(self, x_RI: Tensor, y_RO: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class RoutedRows:
 
 
 class _Chunk(NamedTuple):
-    """A range of HyperExperts that one grouped GEMM applies, and their rows."""
+    """A range of HyperExperts that one grouped GEMM applies, and the rows of these HyperExperts."""
 
     ids: slice
     rows: slice
@@ -204,7 +205,7 @@ class _Chunk(NamedTuple):
 
 
 class GroupedRows(RoutedRows):
-    """Multiply rows with grouped GEMMs. The host waits for the device only if one grouped GEMM is not enough."""
+    """Multiply rows with grouped GEMMs. The host waits for the device only if there are several grouped GEMMs."""
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
         super().__init__(ids_R, count)
@@ -256,9 +257,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 class LoopedRows(RoutedRows):
     """Run one matrix product per HyperExpert. The host waits until the device has counted the rows.
 
-    For bf16 on CPU, oneDNN compiles a kernel for each new number of rows, which takes longer than the product itself.
-    Each bf16 product on CPU therefore includes extra rows, up to a rounded number of rows. The extra rows belong to the
-    next HyperExperts, whose own products overwrite the results.
+    For bf16 on CPU, oneDNN compiles a kernel for each new number of rows. Compiling takes longer than the product
+    itself. Each bf16 product on CPU therefore includes extra rows, so that its number of rows is rounded up. The extra
+    rows belong to the next HyperExperts, whose own products overwrite the results.
     """
 
     def __init__(self, ids_R: Tensor, count: int) -> None:
@@ -270,7 +271,7 @@ class LoopedRows(RoutedRows):
         if like.is_cuda or like.dtype is torch.float32:
             return rows
         count = rows.stop - rows.start
-        multiple = max(32, 1 << count.bit_length() >> 3)  # adds at most a quarter of the rows, unless they are few
+        multiple = max(32, 1 << count.bit_length() >> 3)  # at most a quarter more rows, unless there are few
         return slice(rows.start, min(rows.start + math.ceil(count / multiple) * multiple, like.shape[0]))
 
     def affine(

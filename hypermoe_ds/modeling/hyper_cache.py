@@ -57,8 +57,8 @@ class KeptHyperExperts:
     """Cached HyperExperts of all layers, used only by forward passes that receive this cache as an argument.
 
     Attributes:
-        all_selections: each layer's weights for all possible selections, if there are few enough. If None, each layer
-            caches only the selections that its tokens use.
+        all_selections: each layer's weights for all possible selections, if these are few enough to cache. If None,
+            each layer caches only the selections that its tokens use.
     """
 
     def __init__(self) -> None:

@@ -70,12 +70,13 @@ class Rates:
 
 RATES: Mapping[tuple[str, torch.dtype], Rates] = MappingProxyType(
     {
-        # Measured on 2 cores of an EPYC with AVX-512 on 2026-11-24 and 2026-11-25, with 42 shapes and two hypernetwork
-        # sizes. The bandwidth is low because much of the traffic goes to newly mapped memory.
+        # Measured on 2 cores of an EPYC CPU with AVX-512 on 2026-11-24 and 2026-11-25, with 42 shapes and two
+        # hypernetwork sizes. The bandwidth is low because much of the traffic goes to newly mapped memory.
         ("cpu", torch.float32): Rates(flops=260e9, bytes=3.2e9, start=8e-6),
         ("cpu", torch.bfloat16): Rates(flops=940e9, bytes=7.4e9, start=29e-6),
-        # Not measured: 40 % of the H100's published 989 TFLOP/s in bf16, 75 % of its 67 TFLOP/s in fp32, and 80 % of
-        # its 3.35 TB/s. In bf16 the products run as one grouped GEMM; in fp32 each product launches a kernel.
+        # Not measured. The rates are 40 % of the H100's published 989 TFLOP/s in bf16, 75 % of its 67 TFLOP/s in fp32,
+        # and 80 % of its 3.35 TB/s. In bf16 the products run as one grouped GEMM. In fp32 each product launches a
+        # kernel.
         ("cuda", torch.bfloat16): Rates(flops=400e12, bytes=2.7e12, start=0.0),
         ("cuda", torch.float32): Rates(flops=50e12, bytes=2.7e12, start=10e-6),
     }
@@ -100,7 +101,7 @@ def cost_factored(rows: int, sizes: Sizes) -> Cost:
 
 
 def seconds(cost: Cost, device: str, dtype: torch.dtype) -> float:
-    """Estimate the time in seconds that a cost takes on a device, from `RATES`."""
+    """Estimate the time in seconds of a computation with this cost on a device, from `RATES`."""
     rates = RATES.get((device, dtype), _DEFAULT_RATES.get(device, _DEFAULT_RATES["cuda"]))
     moved = cost.elements * dtype.itemsize
     return cost.flops / rates.flops + moved / rates.bytes + cost.products * rates.start

@@ -28,8 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 def keep_initialisation(part: nn.Module) -> None:
     """Mark the modules in `part`, so that the model initialises them with their own `reset_parameters`.
 
-    Without the mark, Transformers would initialise these modules like every other Linear and Embedding. Generated
-    weights would then be 10 to 30 times too large, and expert embeddings 50 times too small.
+    Without the mark, Transformers would initialise these modules like all other Linear and Embedding modules.
+    Generated weights would then be 10 to 30 times too large, and expert embeddings 50 times too small.
     """
     for module in part.modules():
         module.keeps_initialisation = True  # type: ignore[assignment]
@@ -65,7 +65,7 @@ class SelectionEncoder(nn.Module):
         table_NE = self.expert_embedding(torch.arange(self.num_experts, device=selected_UK.device))
         unselected_UN = table_NE.new_ones(selected_UK.shape[0], table_NE.shape[0]).scatter(1, selected_UK, 0.0)
         # A GEMM with a 0/1 matrix gives exactly zero for K = N and bitwise identical results for any order of the K
-        # experts. Its gradient uses no atomics, and its 2*U*N*E FLOPs are negligible compared with step 5.
+        # experts. The GEMM's 2*U*N*E FLOPs are negligible compared with step 5, and its gradient uses no atomics.
         encoded: Tensor = self.mlp(unselected_UN @ table_NE)
         return encoded
 
@@ -147,7 +147,7 @@ class HyperNetwork(nn.Module):
         Args:
             z_UH: encoded selections.
             layer_U: layer index of each selection.
-            x_TD: input of the MoE block; None generates weights without applying them.
+            x_TD: input of the MoE block; if None, weights are generated but not applied.
             assignment: which of the U HyperExperts each token uses.
             form: "per_set", "factored" or "per_token"; all three are exact.
             recompute: with "per_set", generate the weights again in the backward pass instead of saving them.
@@ -203,7 +203,7 @@ class HyperNetwork(nn.Module):
         return torch.cat([checkpoint(self._per_token, x_rD, u_rB, use_reentrant=False) for x_rD, u_rB in chunks])
 
     def _factored(self, x_RD: Tensor, u_RB: Tensor) -> Tensor:
-        """Contract x with the B basis matrices, then mix the results by u. No weights are generated."""
+        """Contract x with the B basis matrices, then sum the results, weighted by u. No weights are generated."""
         D, A, B = self.hidden_size, self.adapter_size, u_RB.shape[1]
         basis_RAB = (x_RD @ self.down_weight.weight.view(D, A * B)).view(-1, A, B)
         down_RA = torch.bmm(basis_RAB, u_RB.unsqueeze(-1)).squeeze(-1)
@@ -219,8 +219,8 @@ class HyperNetwork(nn.Module):
 class SharedHyperNetwork:
     """Wrap the hypernetwork so that it can be passed to the layers as an argument.
 
-    accelerate moves all arguments of a layer, including modules, to the layer's device. Moving a module fails if its
-    weights are offloaded to disk, so this wrapper is not a module.
+    The accelerate library moves all arguments of a layer, including modules, to the layer's device. Moving a module
+    fails if its weights are offloaded to disk, so this wrapper is not a module.
     """
 
     def __init__(self, module: HyperNetwork) -> None:
@@ -239,8 +239,8 @@ class SharedHyperNetwork:
 def _is_plain_linear(head: nn.Module) -> bool:
     """Return whether calling `head` only applies its stored weight and bias.
 
-    Adapters, parametrizations, hooks, quantised weights (another type) and offloading by accelerate (a replaced
-    forward) can change the result.
+    The result can differ with adapters, parametrizations, hooks, quantised weights (which have another type) and
+    offloading by accelerate (which replaces `forward`).
     """
     return (
         type(head) is GeneratorHead
@@ -259,7 +259,7 @@ class _Plan(NamedTuple):
         assignment: which HyperExperts each token uses.
         form: form of the computation.
         recompute: generate the weights again in the backward pass instead of saving them.
-        cache: cache to fetch the weights from; None generates the weights in this pass.
+        cache: cache to fetch the weights from; if None, this pass generates the weights.
     """
 
     selections_UK: Tensor
@@ -342,7 +342,7 @@ class HyperExperts(nn.Module):
             selections_UK = all_selections(self.num_experts, set_size, x_TD.device)
             assignment = assign(selected_TK, gates_TK, self.num_experts, self.conditioning)
         elif torch.compiler.is_compiling():
-            # The number of distinct selections depends on the data, so generate a HyperExpert for each token.
+            # The number of distinct selections depends on the data, so each token gets its own HyperExpert.
             selections_UK, assignment = selected_TK, Assignment(torch.arange(tokens, device=x_TD.device).unsqueeze(1))
             form = "factored" if form == "auto" else form
         else:
@@ -365,7 +365,7 @@ class HyperExperts(nn.Module):
         return 1 if self.conditioning == "route" else top_k
 
     def knows_selections(self, tokens: int, set_size: int, sizes: Sizes) -> bool:
-        """Return whether to generate HyperExperts for all possible selections, without waiting for the actual ones."""
+        """Return whether to generate HyperExperts for all possible selections instead of waiting for the router."""
         sets = math.comb(self.num_experts, set_size)
         if sets <= self.num_experts or torch.compiler.is_compiling():  # `tokens` may be symbolic when compiling
             return sets <= self.num_experts
@@ -455,7 +455,7 @@ def generate_ahead(
 ) -> list[HyperExpertWeights] | None:
     """Generate the HyperExperts of all layers in one call, if all selections are known and the weights fit.
 
-    Memory traffic decreases, because the hypernetwork's weights are read once per pass instead of once per layer.
+    This reduces memory traffic, because the hypernetwork's weights are read once per pass instead of once per layer.
 
     Args:
         layers: the HyperExperts of all MoE layers.
@@ -466,7 +466,7 @@ def generate_ahead(
             cache can store them, regardless of the cost of this pass.
 
     Returns:
-        The weights of each layer, or None if each layer must generate its own.
+        The weights of each layer, or None if each layer must generate its own weights.
     """
     if kept is not None and kept.all_selections is not None:
         return kept.all_selections
@@ -475,7 +475,7 @@ def generate_ahead(
     rows = tokens * (top_k if layers[0].conditioning == "route" else 1)
     if kept is not None:
         ahead = sets <= layers[0].most_kept(sizes)
-    elif torch.compiler.is_compiling():  # do not compare costs, because `tokens` may be symbolic
+    elif torch.compiler.is_compiling():  # costs cannot be compared: `tokens` may be symbolic
         ahead = layers[0].knows_selections(tokens, set_size, sizes)
     else:
         cheaper = cheaper_form(rows, sets, sizes, x_TD.device.type, x_TD.dtype)

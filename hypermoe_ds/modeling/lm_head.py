@@ -42,7 +42,7 @@ class LMHead(nn.Linear):
 
         Args:
             x: [..., D].
-            labels: [...], the next tokens; -100 is ignored. None returns the logits.
+            labels: [...], the next tokens; labels of -100 are ignored. If None, the layer returns the logits.
 
         Returns:
             Logits [..., V], or the mean cross-entropy in nats (fp32). If all labels are -100, the loss is NaN and the
@@ -67,17 +67,17 @@ class LMHead(nn.Linear):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum the cross-entropies over chunks of tokens and compute both gradients in the forward pass.
 
-    Each chunk's gradient overwrites its logits and is freed before the next chunk. No GEMM runs twice. The function
-    returns the sum instead of the mean, because in fp16 gradients would underflow if they were divided by the number of
-    tokens before loss scaling. The weight's gradient is accumulated in fp32, because in bf16 each chunk would round the
-    sum again. The fp32 gradient takes 4 bytes per weight until the last chunk.
+    Each chunk's gradient overwrites the chunk's logits and is freed before the next chunk. No GEMM runs twice. The
+    function returns the sum instead of the mean, because in fp16 gradients would underflow if they were divided by the
+    number of tokens before loss scaling. The weight's gradient is accumulated in fp32, because in bf16 each chunk would
+    round the sum again. The fp32 gradient takes 4 bytes per weight until all chunks are processed.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, learning: bool) -> Tensor:
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        # Set ignored rows to zero, which gives finite logits and leaves the weight's gradient unchanged.
+        # Ignored rows become zero, so that their logits are finite and they do not affect the weight's gradient.
         ignored_T = labels_T == _IGNORED
         clean_TD = x_TD.masked_fill(ignored_T.unsqueeze(1), 0).to(dtype)
         labels_T1 = labels_T.masked_fill(ignored_T, 0).unsqueeze(1)

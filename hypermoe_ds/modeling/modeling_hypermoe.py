@@ -159,7 +159,7 @@ class HyperMoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        """Draw normal weights, scaled by 1/sqrt(2L) if they write to the residual stream, as in GPT-2.
+        """Draw normally distributed weights, scaled by 1/sqrt(2L) if they write to the residual stream, as in GPT-2.
 
         Transformers calls this method only for modules that have parameters of their own.
         """
@@ -282,7 +282,7 @@ class HyperMoEModel(HyperMoEPreTrainedModel):
         ahead = iter(self._generate_ahead(x_BSD, kept))
         shared = SharedHyperNetwork(self.hypernetwork) if self.hypernetwork is not None else None
         hidden, attentions, logits, selected, norms = [], [], [], [], []
-        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers this number
+        for layer in self.layers[: self.config.num_hidden_layers]:  # can be lowered by `assistant_early_exit`
             if output_hidden_states:
                 hidden.append(x_BSD)
             x_BSD, weights_BhSS, logits_TN, selected_TK, layer_norms = layer(
@@ -376,7 +376,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], 0 for padding, which all losses ignore.
-            position_ids: [B, S]; None counts on from the cache. Without a cache, positions that restart mask documents.
+            position_ids: [B, S]; None continues from the cache. Without a cache, position restarts separate documents.
             past_key_values: cached keys and values of earlier tokens.
             inputs_embeds: [B, S, D], instead of input_ids.
             labels: [B, S], not shifted, usually the input ids; the loss ignores -100.
@@ -387,7 +387,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels` [B, S], shifted labels that replace `labels`; `num_items_in_batch`, the number of
                 tokens to divide the loss by; arguments of `HyperMoEModel`.
         """
-        # `shift_labels` is not in the signature, because the Trainer would expect a dataset column with that name.
+        # `shift_labels` is not in the signature, because then the Trainer would expect a dataset column of that name.
         shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -429,8 +429,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     ) -> dict[str, Tensor]:
         """Return the losses by their names in the output, or an empty dictionary if there are no labels.
 
-        `num_items` is the number of tokens in an accumulated batch. If given, the micro-batch losses add up to the mean
-        over all tokens of the batch. Routing losses are also weighted by the micro-batch's share of the tokens.
+        `num_items` is the number of tokens in an accumulated batch. If it is set, the micro-batch losses add up to
+        the mean over all tokens of the batch. Routing losses are also weighted by the micro-batch's share of tokens.
         """
         if labels_BS is None:
             return {}
@@ -454,8 +454,8 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
     def _language_loss(self, hidden_BSD: Tensor, logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy, computed from the logits if they exist.
 
-        Otherwise, `LMHead` computes the loss in chunks. If an adapter wraps `LMHead`, compute the logits first: the
-        adapter would pass the labels to the inner projection and add its own output to the loss.
+        Otherwise, `LMHead` computes the loss in chunks. If an adapter wraps `LMHead`, the logits are computed
+        first, because the adapter would pass labels to the inner projection and add its own output to the loss.
         """
         if logits_BSV is None and isinstance(self.lm_head, LMHead):
             chunked: Tensor = self.lm_head(hidden_BSD, labels_BS)
@@ -473,7 +473,7 @@ class HyperMoEForCausalLM(HyperMoEPreTrainedModel, GenerationMixin):
 def _without_padding(
     routing: tuple[Routing, ...], labels_BS: Tensor, attention_mask: Tensor | None
 ) -> tuple[tuple[Routing, ...], Tensor]:
-    """Remove padding from the routing and set the labels of padding to -100.
+    """Remove padding from the routing and set the labels of padding tokens to -100.
 
     Indexing with a mask makes the host wait for the device, but training passes no mask.
 

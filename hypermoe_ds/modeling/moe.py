@@ -65,7 +65,7 @@ class Fp32Gate(nn.Linear):
             with torch.autocast(device, enabled=False):
                 return self.forward(x_TD)
         if not self.weight.requires_grad or x_TD.dtype == self.weight.dtype == torch.float32:
-            # Quantised weights also use this path, because their class supports no other matrix product.
+            # Quantised weights also use this path, because their tensor class supports no other matrix product.
             return F.linear(x_TD.float(), self.weight.float())
         logits_TN: Tensor = _Fp32Product.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         return logits_TN
@@ -182,7 +182,7 @@ class Routing:
 def run_observed(
     block: nn.Module, x_BSD: Tensor, on_routing: Callable[[Routing], Result]
 ) -> tuple[Tensor, Routing, Result]:
-    """Run an MoE block and call `on_routing` once its router has selected the experts, before tokens are dispatched.
+    """Run an MoE block and call `on_routing` when its router has selected the experts, before tokens are dispatched.
 
     Args:
         block: a `MoEBlock`, or the DeepSpeed layer that replaces the block.
@@ -208,7 +208,7 @@ def run_observed(
 
 @contextmanager
 def observe_router(router: nn.Module, on_routing: Callable[[Routing], None]) -> Iterator[None]:
-    """Call `on_routing` once `router` has selected the experts.
+    """Call `on_routing` as soon as `router` has selected the experts.
 
     The hooks are registered for one pass only, and nothing is stored on the module. If activation checkpointing
     recomputes a pass, the recomputed pass therefore observes the same routing.

@@ -38,8 +38,8 @@ class HyperMoECausalLMOutput(CausalLMOutputWithPast):
         loss: lm_loss plus the weighted routing losses, if labels are given.
         logits: [B, S, V]; None with `output_logits=False`.
         past_key_values, hidden_states, attentions: as in `HyperMoEModelOutput`.
-        lm_loss: mean cross-entropy in nats per token. With `num_items_in_batch`, `lm_loss` and `loss` are the
-            contribution of this batch to the mean over that many tokens.
+        lm_loss: mean cross-entropy in nats per token. With `num_items_in_batch`, `lm_loss` and `loss` are this
+            batch's contributions to the means over that many tokens.
         aux_loss: load-balancing loss, averaged over the MoE layers (1 if the load is balanced).
         z_loss: router z-loss, averaged over the MoE layers.
         router_logits, selected_experts, hyper_expert_norms: as in `HyperMoEModelOutput`.

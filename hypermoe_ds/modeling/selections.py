@@ -22,7 +22,7 @@ def all_selections(num_experts: int, set_size: int, device: torch.device) -> Ten
     binomials = _binomials(num_experts, set_size, device)
     rest_C = torch.arange(math.comb(num_experts, set_size), device=device)
     experts = []
-    for column_N in reversed(binomials):  # begin with the largest expert of each set
+    for column_N in reversed(binomials):  # begin with the largest expert index of each set
         expert_C = torch.searchsorted(column_N, rest_C, right=True) - 1
         rest_C = rest_C - column_N[expert_C]
         experts.append(expert_C)
@@ -43,7 +43,7 @@ def selection_ids(selected_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def distinct_selections(selected_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct sets among the tokens. The host waits until the device has counted the sets.
+    """Return the distinct selections of the tokens. The host waits until the device has counted the sets.
 
     Returns:
         sets_UK, one row of expert indices per set, and set_of_token_T, the row of each token's set.

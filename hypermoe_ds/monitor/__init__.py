@@ -1,1 +1,1 @@
-"""Metrics of a run and where they are written."""
+"""Compute the metrics of a run and write them to the console, files and dashboards."""

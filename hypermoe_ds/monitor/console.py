@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parents[1]
 _COLUMNS = 120  # width of output to a file
-_LONG_SECONDS = 30  # without a status line, log operations that take longer
+_LONG_SECONDS = 30  # without a status line, operations that take longer are logged
 _TRAINING = ("beginning", "forward and backward")
 _WARNING = "warning: "
 
@@ -34,7 +34,8 @@ _WARNING = "warning: "
 class Console:
     """Print lines on rank 0 and, on a terminal, a status line below them.
 
-    As a context manager, it also prints the log messages and warnings of this package. It never waits for a device.
+    When used as a context manager, the console also prints the log messages and warnings of this package. The console
+    never waits for a device.
 
     Args:
         rank: this rank.
@@ -53,7 +54,7 @@ class Console:
         self._printed = time.monotonic()
 
     def log(self, line: str) -> None:
-        """Print one line; ignore a stdout that a killed launcher has closed."""
+        """Print one line. Ignore the error if a killed launcher has closed stdout."""
         with self._lock:
             for message in (*self._layers.take(), line):
                 self._print(Text(message, "bold yellow" if message.startswith(_WARNING) else ""))
@@ -62,8 +63,8 @@ class Console:
         """Print rows of a name and a text in two columns.
 
         Args:
-            rows: the rows; a row without a name continues the one above it.
-            wrap: wrap long texts; false for commands that users copy.
+            rows: the rows; a row without a name continues the row above it.
+            wrap: whether to wrap long texts; false for commands that users copy.
         """
         indent = max(len(name) for name, _ in rows) + 2
         with self._lock:
@@ -82,7 +83,7 @@ class Console:
             done: items of the part that are done, such as validation batches.
             total: number of items; None if unknown.
         """
-        if not self._prints or doing == "waiting for data":  # this is a part of training and validation
+        if not self._prints or doing == "waiting for data":  # both training and validation wait for data
             return
         is_training = doing in _TRAINING
         count = f" {done:,}/{total:,}" if total else f" {done:,}" if done else ""
@@ -94,7 +95,7 @@ class Console:
 
     @contextmanager
     def phase(self, doing: str) -> Iterator[None]:
-        """Show what the code inside the context does; without a terminal, print a line after 30 s."""
+        """Show `doing` while the code inside the context runs; without a terminal, print a line after 30 s."""
         self._status.text = doing
         timer = Timer(_LONG_SECONDS, self.log, [f"{doing} ..."])
         timer.daemon = True
@@ -120,7 +121,7 @@ class Console:
             warnings.showwarning = self._warn
             if self._is_terminal:
                 self._live.start()
-                self._rich.show_cursor(True)  # rich hides it, and a killed rank could not restore it
+                self._rich.show_cursor(True)  # rich hides the cursor, and a killed rank could not restore it
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -161,7 +162,7 @@ class Console:
         try:
             self._rich.print(text, soft_wrap=True)
             self._out.flush()
-        except OSError:  # the run does not end because its stdout is closed
+        except OSError:  # a closed stdout must not end the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
@@ -196,7 +197,7 @@ class _Status:
 
     def show(self, steps: int, step: int, text: str) -> None:
         """Set the step and the text of the status line."""
-        if self._first is None or step <= self._first[1]:  # the first step is slow: exclude it
+        if self._first is None or step <= self._first[1]:  # exclude the first step, because it is slow
             self._first = (time.monotonic(), step)
         self._steps, self._step, self.text = steps, step, text
 

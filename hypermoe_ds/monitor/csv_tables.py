@@ -28,13 +28,13 @@ class CsvTable:
             self._path.unlink()
             return
         [self._columns] = csv.reader([first])
-        # Do not use a CSV reader: it fails on damaged files with undecodable bytes or fields of several megabytes.
+        # A CSV reader would fail on damaged files with undecodable bytes or fields of several megabytes.
         rows = (line.split(",") for line in lines)
         columns = len(self._columns)
         self._rewrite(row for row in rows if len(row) == columns and row[0].isdecimal() and int(row[0]) <= step)
 
     def append(self, record: Mapping[str, float]) -> None:
-        """Append a row; new columns are added to the header by an atomic rewrite of the file."""
+        """Append a row. If the record has new metrics, first rewrite the file atomically with the new columns."""
         missing = [key for key in record if key not in self._columns]
         if missing:
             rows = self._rows() if self._columns else []

@@ -38,8 +38,8 @@ class ModelFlops:
     """Convert tokens per second to FLOP/s and to a share of the peak.
 
     Attributes:
-        per_token: returns the FLOPs of training on one token of the sample at an index of the training set.
-        ranks: number of GPUs, or of processes without GPUs.
+        per_token: function that maps the index of a training sample to the FLOPs of training on one of its tokens.
+        ranks: number of GPUs or, without GPUs, of processes.
         device: name of the GPU; None without a GPU.
         peak: peak of the device in TFLOP/s; None if unknown.
     """
@@ -50,7 +50,7 @@ class ModelFlops:
     peak: float | None
 
     def rates(self, tokens_per_second: float, sample: int) -> dict[str, float]:
-        """Return `tokens_per_second_per_gpu`, `tflops_per_gpu` (with a GPU or a peak) and `mfu` (with a peak).
+        """Return `tokens_per_second_per_gpu`, `tflops_per_gpu` (given a GPU or a peak) and `mfu` (given a peak).
 
         Args:
             tokens_per_second: tokens per second of all ranks.
@@ -71,13 +71,13 @@ def training_flops_per_token(model_config: HyperMoEConfig, sequence_length: int)
 
     The result is three times `HyperMoEConfig.forward_flops_per_token` (PaLM, arXiv 2204.02311, appendix B), so only
     active parameters count. Recomputation is not counted. The generation of HyperExperts is not counted either, because
-    all tokens of a selection share it.
+    all tokens with the same selection share it.
     """
     return _BACKWARD_AND_FORWARD * model_config.forward_flops_per_token(sequence_length)
 
 
 def peak_tflops(device: str, precision: str) -> float | None:
-    """Return the dense peak of a GPU in TFLOP/s; None if it is not in the table.
+    """Return the dense peak of a GPU in TFLOP/s; None if the GPU is not in the table.
 
     Args:
         device: the name that `torch.cuda.get_device_name` returns.

@@ -1,4 +1,4 @@
-"""Join the log messages of several layers into one."""
+"""Join the log messages of several layers into one message."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ class LayerMessages:
         self._messages: dict[str, list[list[int]]] = {}
 
     def add(self, message: str) -> bool:
-        """Keep a message that names a layer (`... layer 3: ...`), and return whether it does."""
+        """Collect the message if it names a layer (`... layer 3: ...`), and return whether it was collected."""
         if _LAYER_MESSAGE.fullmatch(message) is None:
             return False
         numbers = [int(number) for number in _NUMBER.findall(message)]
@@ -38,7 +38,7 @@ def _fold(template: str, rows: Sequence[Sequence[int]]) -> str:
 
 
 def _spans(numbers: Iterable[int]) -> str:
-    """Format numbers as ranges: 0-3, 5."""
+    """Format numbers as ranges, such as `0-3, 5`."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and number == spans[-1][1] + 1:

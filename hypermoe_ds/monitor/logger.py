@@ -25,7 +25,7 @@ class MetricLogger:
     Args:
         config: selects the destinations.
         run_dir: the run folder.
-        rank: this rank; all ranks except 0 write nothing.
+        rank: this rank; only rank 0 writes.
         resumed_step: step of the checkpoint that the run continues from; records of later steps are removed.
 
     Raises:
@@ -91,7 +91,7 @@ class MetricLogger:
             self._wandb.metrics(step, values, loads)
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Log prompts with their continuations by the model.
+        """Log prompts and the model's continuations.
 
         Raises:
             MachineError: the disk is full or fails.

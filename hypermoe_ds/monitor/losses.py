@@ -6,7 +6,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-_LOSSES = {"loss": "lm_loss", "total_loss": "loss", "aux_loss": "aux_loss", "z_loss": "z_loss"}  # metric: output
+_LOSSES = {"loss": "lm_loss", "total_loss": "loss", "aux_loss": "aux_loss", "z_loss": "z_loss"}  # metric: attribute
 
 
 class LossMeter:
@@ -26,7 +26,7 @@ class LossMeter:
         self._sums = sums_2L if self._sums is None else self._sums + sums_2L
 
     def read(self) -> dict[str, float]:
-        """Return the means over micro-batches and ranks since the last call (collective); NaN if no loss is finite."""
+        """Return the means over micro-batches and ranks since the last call (collective); NaN without finite losses."""
         if self._sums is None:
             raise ValueError("no loss was added since the last read")
         sums_2L, self._sums = self._sums, None

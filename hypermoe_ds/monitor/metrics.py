@@ -30,9 +30,9 @@ class Metric(NamedTuple):
         name: key in metrics.jsonl; with `by`, one key per item: `NAME/moe_layer_0`, `NAME/DATASET`, `NAME/experts`.
         unit: unit of the value; "" for a ratio.
         page: page of the dashboards that shows the metric.
-        meaning: what it measures.
+        meaning: what the metric measures.
         bad: when a value is bad, as the end of "bad if it ..."; "" if no value is bad.
-        remedy: what to do in that case.
+        remedy: what to do about a bad value.
         by: kind of the items that have their own value: MoE layer, dataset, group of parameters or part of a step.
         total: whether there is also a value over all items, under `name`.
     """
@@ -305,7 +305,7 @@ _BY_NAME = MappingProxyType({metric.name: metric for metric in METRICS})
 
 
 def metric_of(key: str) -> Metric | None:
-    """Return the metric of a key of metrics.jsonl such as `router_entropy/moe_layer_3`; None if unknown."""
+    """Return the metric of a key in metrics.jsonl, such as `router_entropy/moe_layer_3`; None if it is unknown."""
     return _BY_NAME.get(key.partition("/")[0])
 
 

@@ -35,10 +35,10 @@ class OutputStreams:
 
 
 def restore_terminal() -> None:
-    """Print to the terminal of launch/local.sh, which redirects the output of DeepSpeed's launcher to a file."""
+    """Reopen the terminal of launch/local.sh, which redirects the output of DeepSpeed's launcher to a file."""
     folder = os.environ.get("HYPERMOE_SCREEN")
     for number, kept in ((1, 3), (2, 4)) if folder else ():
-        with suppress(OSError):  # a socket cannot be opened; if it is one, keep the launcher's file
+        with suppress(OSError):  # a socket cannot be opened; the output then stays in the file
             terminal = os.open(f"{folder}/{kept}", os.O_WRONLY | os.O_APPEND)
             os.dup2(terminal, number)
             os.close(terminal)
@@ -64,14 +64,15 @@ def redirect_output(run_dir: Path, level: str | None) -> OutputStreams:
 
     Args:
         run_dir: the run folder; created if it is missing.
-        level: log level of libraries on the terminal; nothing is redirected. None redirects all output to the file.
+        level: log level of libraries on the terminal. If None, all output is redirected to the file;
+            otherwise, nothing is redirected.
 
     Raises:
         UserError: the file cannot be written.
     """
     if level is not None:
         logging.basicConfig(level=level)
-        logging.getLogger("hypermoe_ds").propagate = False  # the console prints its messages
+        logging.getLogger("hypermoe_ds").propagate = False  # the console prints these messages
         return OutputStreams(sys.stdout, sys.stderr, None, level)
     log = run_dir / "logs" / f"rank_{global_rank():05d}.log"
     try:

@@ -21,14 +21,14 @@ class RecordFile:
         self.path = path
 
     def drop_after(self, step: int) -> None:
-        """Remove records of later steps."""
+        """Remove the records of all steps after `step`."""
         if not self.path.exists():
             return
         kept = (record for record in iterate_records(self.path) if record["step"] <= step)
         write_lines(self.path, (f"{json.dumps(record)}\n" for record in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append a record and flush it; NaN and infinity, which JSON lacks, become null."""
+        """Append a record and flush it; NaN and infinity, which JSON cannot represent, become null."""
         finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")

@@ -40,7 +40,7 @@ class RoutingMeter:
         self._has_hyper_experts = False
 
     def add(self, output: Any) -> None:
-        """Add the output of a forward pass with `output_router_logits`."""
+        """Add the output of a forward pass that ran with `output_router_logits`."""
         layers = len(output.router_logits)
         self._has_hyper_experts = output.hyper_expert_norms is not None
         norms = output.hyper_expert_norms or [output.loss.new_ones(2)] * layers
@@ -96,7 +96,7 @@ def count_distinct(selected_TK: Tensor, num_experts: int) -> Tensor:
         A scalar on the same device.
     """
     keys_WT = selection_keys(selected_TK, num_experts).t()
-    # Radix sort, one word of the key at a time, so that equal selections become neighbours.
+    # Sort by one word of the key at a time (radix sort), so that equal selections become neighbours.
     order_T = keys_WT[0].argsort()
     for key_T in keys_WT[1:]:
         order_T = order_T[key_T[order_T].argsort(stable=True)]

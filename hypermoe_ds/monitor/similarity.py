@@ -32,7 +32,7 @@ def hyper_expert_similarity(layers: list[HyperExperts], hypernetwork: HyperNetwo
 
     Args:
         layers: the HyperExperts of all MoE layers.
-        hypernetwork: the hypernetwork that they share.
+        hypernetwork: the hypernetwork that the layers share.
         top_k: number of experts per token.
     """
     selections = sample_selections(layers[0].num_experts, layers[0].set_size(top_k))
@@ -52,7 +52,7 @@ def _generate(layer: HyperExperts, hypernetwork: HyperNetwork, selections: list[
 
 
 def _mean_cosine(vectors_UW: Tensor) -> Tensor:
-    """Return the mean cosine over all pairs of rows; the squared sum of unit vectors counts each pair twice."""
+    """Return the mean cosine of all pairs of rows; the squared norm of the sum of unit rows counts each pair twice."""
     unit_UW = torch.nn.functional.normalize(vectors_UW, dim=1)
     count = len(unit_UW)
     return (unit_UW.sum(0).square().sum() - unit_UW.square().sum()) / (count * (count - 1))

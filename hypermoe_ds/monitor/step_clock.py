@@ -17,7 +17,7 @@ _ON_DEVICE = ("forward", "backward", "optimizer")
 class StepClock:
     """Time the parts of all steps since the last `read`; only `read` synchronises with the device.
 
-    CUDA events time the parts that run on a GPU; the host's clock times the others.
+    CUDA events time the parts that run on a GPU; the host's clock times the other parts.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StepClock:
         self._steps = self._tokens = 0
 
     def count(self, tokens: int) -> None:
-        """Count one optimizer step over `tokens` tokens of all ranks."""
+        """Count one optimizer step, in which all ranks together process `tokens` tokens."""
         self._tokens += tokens
         self._steps += 1
 
@@ -52,7 +52,7 @@ class StepClock:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Exclude the time spent inside the context, for example in a validation."""
+        """Exclude the time spent inside the context, for example on validation."""
         began = time.perf_counter()
         yield
         self._excluded += time.perf_counter() - began

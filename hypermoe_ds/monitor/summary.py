@@ -22,7 +22,7 @@ class RunSummary:
     Attributes:
         step: last logged optimizer step.
         consumed_samples: number of training sequences consumed.
-        tokens_per_second: median over the records, summed over ranks.
+        tokens_per_second: tokens per second of all ranks together, median over the records.
         valid_loss: last validation loss in nats per token; NaN if the model has diverged.
     """
 
@@ -33,7 +33,7 @@ class RunSummary:
 
 
 def json_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file, one per line; skip damaged lines, such as the last one of a killed run."""
+    """Yield the JSON objects of a file, one per line; skip damaged lines, such as the last line of a killed run."""
     with path.open("rb") as file:
         for line in file:
             with suppress(ValueError):
@@ -43,12 +43,12 @@ def json_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def iterate_records(metrics: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics.jsonl, in order; each has a step."""
+    """Yield, in order, the records of a metrics.jsonl file that contain a step."""
     return (record for record in json_objects(metrics) if type(record.get("step")) is int)
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl."""
+    """Return the records in a metrics.jsonl file."""
     return list(iterate_records(metrics))
 
 
@@ -63,7 +63,7 @@ def validation_at(metrics: Path, step: int) -> float | None:
 
 
 def summarize(metrics: Path) -> RunSummary:
-    """Summarise a metrics.jsonl.
+    """Summarise a metrics.jsonl file.
 
     Raises:
         UserError: the file is missing, or has no training step or no validation.

@@ -18,8 +18,8 @@ _BRIGHTEST = 2.0  # ratio of load to mean load that is shown as white; a ratio o
 class TensorBoard:
     """Write event files that make TensorBoard show the pages in order.
 
-    TensorBoard sorts groups by name, so the names of groups begin with a number. It draws one line per run, so each
-    item of a metric, such as an MoE layer, is a TensorBoard run: a subfolder with its own event file.
+    TensorBoard sorts groups by name, so the names of groups begin with a number. TensorBoard draws one line per run,
+    so each item of a metric, such as an MoE layer, is a TensorBoard run: a subfolder with its own event file.
 
     Args:
         folder: RUN_DIR/tensorboard.
@@ -37,7 +37,7 @@ class TensorBoard:
         self._writer("")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write metric values; their keys are those of metrics.jsonl."""
+        """Write metric values, given with the same keys as in metrics.jsonl."""
         for key, value in values.items():
             name, _, item = key.partition("/")
             self._writer(_run_name(item)).add_scalar(f"{_group(name)}/{name}", value, step)
@@ -53,7 +53,7 @@ class TensorBoard:
         writer.add_image(f"{tag}_by_layer_and_expert", pixels_HW, step, dataformats="HW")
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write Markdown texts by their names."""
+        """Write Markdown texts under their names."""
         for name, text in texts.items():
             self._writer("").add_text(name, text, step)
 
@@ -78,7 +78,7 @@ def _group(name: str) -> str:
 
 
 def _run_name(item: str) -> str:
-    """Return the subfolder of an item; MoE layers have two digits, because TensorBoard sorts runs by name."""
+    """Return the subfolder of an item; layer numbers have two digits, because TensorBoard sorts runs by name."""
     layer = item.removeprefix("moe_layer_")
     return f"moe_layer_{int(layer):02d}" if layer != item else item.replace("/", "-")
 

@@ -4,7 +4,7 @@ _SUFFIXES = ("K", "M", "B", "T")
 
 
 def readable(number: float) -> str:
-    """Format a number with at most one decimal and a suffix for powers of 1,000: 950, 12.3K, 10.3M, 7.0B."""
+    """Format a number with at most one decimal and a suffix for powers of 1,000: 950, 12.3K, 10.3M or 7.0B."""
     if number < 1000:
         return f"{number:.0f}"
     power = 1
@@ -14,11 +14,11 @@ def readable(number: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Format a number with its noun: 1 rank, 2 ranks."""
+    """Format a number with its noun, such as `1 rank` or `2 ranks`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Format a time as hours, minutes and seconds: 3:25:45."""
+    """Format a time as hours, minutes and seconds, such as 3:25:45."""
     total = round(seconds)
     return f"{total // 3600}:{total % 3600 // 60:02}:{total % 60:02}"

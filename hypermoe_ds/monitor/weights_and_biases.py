@@ -14,7 +14,8 @@ class WeightsAndBiases:
 
     Args:
         project: W&B project.
-        run_dir: the run folder. The W&B run has the name of this folder, and the file `wandb_id` stores its ID.
+        run_dir: the run folder. The W&B run has the name of this folder. A file named `wandb_id` stores
+            the ID of the W&B run.
     """
 
     def __init__(self, project: str, run_dir: Path) -> None:
@@ -41,7 +42,7 @@ class WeightsAndBiases:
         self._run.log({"samples": self._wandb.Table(["step", "prompt", "text"], rows)}, step=step)
 
     def settings(self, settings: Mapping[str, Any]) -> None:
-        """Set the run's configuration."""
+        """Set the configuration of the W&B run."""
         self._run.config.update(dict(settings), allow_val_change=True)
 
 

@@ -36,7 +36,7 @@ class ControlGroup:
         """Run `action` on rank 0 and return its result on every rank.
 
         Raises:
-            UserError: `action` raised this error; all ranks raise it.
+            UserError: `action` raised a `UserError`; all ranks raise this error.
         """
         return self._shared(action if self.rank == 0 else None)[0]
 
@@ -44,7 +44,8 @@ class ControlGroup:
         """Run `action` on every rank and return the results of all ranks.
 
         Raises:
-            UserError: `action` raised a `UserError` on one or more ranks; all ranks raise that of the lowest rank.
+            UserError: `action` raised a `UserError` on one or more ranks; all ranks raise the error of the lowest
+                of these ranks.
         """
         return self._shared(action)
 

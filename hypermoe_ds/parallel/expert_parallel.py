@@ -17,7 +17,7 @@ def autoep_section(size: int, renormalises_gates: bool, has_shared_experts: bool
     Args:
         size: number of ranks that share one copy of the experts.
         renormalises_gates: whether the gates of a token sum to one.
-        has_shared_experts: whether the blocks have a shared expert.
+        has_shared_experts: whether the MoE blocks have a shared expert.
     """
     return {
         "enabled": True,

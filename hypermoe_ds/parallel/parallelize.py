@@ -29,14 +29,14 @@ def parallelize(
     activation_checkpointing: bool,
     overlap: bool,
 ) -> deepspeed.DeepSpeedEngine:
-    """Parallelise a model (collective), in this order:
+    """Parallelise a model in these steps (collective):
 
-    1. The load-balancing loss counts the tokens of all ranks, if configured.
-    2. Layers are recomputed in the backward pass, if `activation_checkpointing` is set.
-    3. DeepSpeed replaces each MoE block with an expert-parallel layer (AutoEP) and partitions the states (ZeRO).
-    4. The expert-parallel routers use the gate class of the model, which computes logits in fp32 if configured.
-    5. ZeRO 1 and 2 check all gradients for NaN and infinity at once.
-    6. HyperExperts run on a separate CUDA stream, if `overlap` is set.
+    1. Make the load-balancing loss count the tokens of all ranks, if configured.
+    2. Enable the recomputation of layers in the backward pass, if `activation_checkpointing` is set.
+    3. Let DeepSpeed replace each MoE block with an expert-parallel layer (AutoEP) and partition the states (ZeRO).
+    4. Give the expert-parallel routers the gate class of the model, which computes logits in fp32 if configured.
+    5. Make ZeRO 1 and 2 check all gradients for NaN and infinity at once.
+    6. Enable a separate CUDA stream for HyperExperts, if `overlap` is set.
 
     Args:
         model: a `HyperMoEForCausalLM`, identical on every rank.

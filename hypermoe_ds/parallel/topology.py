@@ -92,7 +92,7 @@ def check_widths_on_gpu(hidden_size: int, expert_width: int, precision: str) -> 
         precision: `train.precision`.
 
     Raises:
-        UserError: a size is not a multiple; the message names the nearest multiples.
+        UserError: a size is not a multiple of this number of values; the message names the nearest multiples.
     """
     multiple = 4 if precision == "fp32" else 8
     for key, width in (("hidden_size", hidden_size), ("moe_intermediate_size", expert_width)):

@@ -12,7 +12,7 @@ Ints = npt.NDArray[np.int64]
 def buckets(length: int, points: int) -> list[tuple[int, int]]:
     """Split `length` values into half-open ranges, each of which becomes two points.
 
-    The first value and the last value are separate ranges, so that a curve keeps its ends. If there are at most
+    The first value and the last value are separate ranges, so that a curve keeps its end points. If there are at most
     `points` values, each value is a range.
     """
     if length <= max(points, 4):
@@ -24,7 +24,7 @@ def buckets(length: int, points: int) -> list[tuple[int, int]]:
 
 
 def kept_positions(length: int, points: int) -> Ints:
-    """Return the x positions of the points of `extremes`: the first and last value of each range."""
+    """Return the x positions of the points of `extremes`: those of the first and last value of each range."""
     pairs = [(first, end - 1) if end - first > 1 else (first,) for first, end in buckets(length, points)]
     return np.array([position for pair in pairs for position in pair], dtype=np.int64)
 
@@ -33,7 +33,7 @@ def extremes(values: Floats, points: int) -> Floats:
     """Return the smallest and largest value of each range in order of occurrence, so that no spike is lost.
 
     Args:
-        values: NaN marks a missing value; a range without values stays NaN.
+        values: values of a curve; NaN marks a missing value. A range without values stays NaN.
         points: approximate number of points to keep.
     """
     kept: list[float] = []
@@ -50,7 +50,7 @@ def extremes(values: Floats, points: int) -> Floats:
 
 
 class Bins:
-    """Average arrays over bins of equally many records, if the total number of records is not known in advance.
+    """Average arrays over bins with equal numbers of records when the total number of records is not known in advance.
 
     When the number of bins reaches twice the target, neighbouring bins are merged. Memory therefore does not grow with
     the run.

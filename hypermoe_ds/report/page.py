@@ -1,4 +1,4 @@
-"""Build the HTML page of a report, which contains its data as JSON."""
+"""Build the HTML page of a report, with the data embedded as JSON."""
 
 import base64
 import html
@@ -59,7 +59,7 @@ def _json_for_script(data: Any) -> str:
 
 
 def report_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the data of the page as JSON."""
+    """Return the data of the page as values that JSON can represent."""
     count = sum(len(run.series) for run in runs)
     points = min(_MOST_POINTS, max(_BYTES // (count * _BYTES_PER_VALUE), 40))
     described = ("unit", "page", "meaning", "bad")
@@ -112,7 +112,7 @@ def _groups(run: Run, points: int) -> Iterator[dict[str, Any]]:
 def _axis(
     series: Series | None, steps: Ints, kept: Ints, unit: float, from_zero: bool = False
 ) -> list[float | None] | None:
-    """Interpolate a metric at these steps, for use as an x axis; return None if the run lacks the metric."""
+    """Interpolate a metric at the kept steps, for use as an x axis; return None if the run lacks the metric."""
     if series is None:
         return None
     values, at = series.numbers, np.frombuffer(series.steps, dtype=np.int64)
@@ -129,7 +129,7 @@ def _rounded(values: Floats, digits: int = 5) -> list[float | None]:
 
 
 def _loads_data(run: Run) -> dict[str, Any] | None:
-    """Return load / mean load as one byte each, in the order [bins, layers, experts]."""
+    """Return load / mean load with one byte per value, in the order [bins, layers, experts]."""
     if run.loads is None:
         return None
     steps, relative = run.loads

@@ -27,7 +27,7 @@ class Series:
 
     Attributes:
         steps: step of each value.
-        values: NaN where a record has null.
+        values: value at each of these steps; NaN where a record has null.
     """
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
@@ -40,7 +40,7 @@ class Series:
 
     @property
     def numbers(self) -> Floats:
-        """Return the values."""
+        """Return the values as an array."""
         return np.frombuffer(self.values, dtype=np.float64) if self.values else np.empty(0)
 
 
@@ -51,7 +51,7 @@ class Run:
     Attributes:
         name: label, distinct among the runs of a report.
         path: the run folder.
-        series: metrics by their keys.
+        series: values of each metric by its key.
         loads: first step of each bin, and load / mean load [bins, layers, experts]; None for a dense model.
         launches: lines of launches.jsonl.
         attempts: lines of supervisor.jsonl.

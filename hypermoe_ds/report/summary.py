@@ -14,7 +14,7 @@ _GAP = 10  # an interval between records is a pause if it exceeds the median int
 
 
 def summary(run: Run) -> dict[str, str]:
-    """Return the results of a run as text by name; unknown values are omitted."""
+    """Return the results of a run as texts by name; unknown values are omitted."""
     rows = {
         "step": _number(_last_step(run), ",.0f"),
         "tokens": _readable(run.last("consumed_tokens")),

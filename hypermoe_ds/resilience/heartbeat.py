@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from hypermoe_ds.files import write_atomically
 
-FAILURE_REPORT = "verdict"  # name of a file in RUN_DIR/watch: one line that names the lost rank
+FAILURE_REPORT = "verdict"  # file in RUN_DIR/watch whose only line names the lost rank
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class Heartbeat:
 
     Attributes:
         rank: the rank.
-        host: name of its host.
+        host: name of the rank's host.
         process: process id on that host.
         step: the current optimizer step.
         doing: the current part of the step.
-        passed: number of parts of steps begun so far; 0 before the first step, and equal on ranks at the same position.
+        passed: number of parts begun in all steps so far; 0 before the first step. The number is equal on ranks at the
+            same position.
         beats: number of heartbeats written.
-        end: how the rank ended: done, saved (on a signal), lost (another rank was lost), error; empty while it runs.
+        end: how the rank ended: done, saved (after a signal), lost (another rank was lost) or error; empty while the
+            rank runs.
         error: the error, if `end` is "error".
         began: start time of the process, seconds since the epoch.
     """
@@ -60,7 +62,7 @@ class Heartbeat:
             return True
 
     def write(self, folder: Path) -> None:
-        """Replace this rank's last heartbeat. Ignore a full disk here: checkpointing reports it."""
+        """Replace this rank's last heartbeat. A full disk is ignored, because checkpointing reports it."""
         with suppress(OSError):
             write_atomically(heartbeat_path(folder, self.rank), json.dumps(asdict(self)))
 
@@ -74,13 +76,13 @@ def heartbeat_path(folder: Path, rank: int) -> Path:
 
 
 def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
-    """Read the heartbeats in RUN_DIR/watch, by rank."""
+    """Return the heartbeats in RUN_DIR/watch by rank."""
     heartbeats = map(read_heartbeat, sorted(folder.glob("rank_*.json")))
     return {heartbeat.rank: heartbeat for heartbeat in heartbeats if heartbeat is not None}
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:
-    """Read one heartbeat; None if the file is missing or damaged."""
+    """Return the heartbeat in a file, or None if the file is missing or damaged."""
     with suppress(OSError, ValueError):
         return _HEARTBEAT.validate_json(path.read_bytes(), strict=True)
     return None

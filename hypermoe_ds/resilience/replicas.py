@@ -22,7 +22,7 @@ class ReplicaCheck:
     Args:
         engine: the DeepSpeed engine.
         ranks: group that exchanges the checksums.
-        expert_parallel: ranks that share one copy of the experts.
+        expert_parallel: number of ranks that share one copy of the experts.
     """
 
     def __init__(self, engine: Any, ranks: ControlGroup, expert_parallel: int) -> None:
@@ -54,7 +54,7 @@ class ReplicaCheck:
 
 
 def checksum(parameter: Tensor) -> Tensor:
-    """Return a plain and a position-weighted sum over the words of a tensor, int64 [2].
+    """Return a plain and a position-weighted sum over the words of a tensor, as an int64 tensor [2].
 
     The plain sum detects a changed word. The weighted sum also detects two swapped words.
     """

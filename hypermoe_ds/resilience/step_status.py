@@ -31,7 +31,7 @@ class StepLosses:
     """Copy a rank's losses to the host without waiting for the device.
 
     The copies are queued on the device before the optimizer step. The step waits for the gradient norm, which DeepSpeed
-    queues later, so the copies are complete after the step.
+    queues after the copies, so the copies are complete after the step.
 
     Attributes:
         last_step: micro-batch losses of the last completed step.
@@ -62,7 +62,7 @@ class StepLosses:
 def all_reduce_status(
     ranks: ControlGroup, stop_requested: bool, unsaved: bool, skipped: bool, losses: list[float]
 ) -> StepStatus:
-    """Combine the status of a step over all ranks (collective): one all-reduce of four numbers on the host.
+    """Combine the status of a step over all ranks (collective), with one all-reduce of four numbers on the host.
 
     The all-reduce takes 0.1 ms on one machine; on GPUs it overlaps with the optimizer step.
 

@@ -1,4 +1,4 @@
-"""End a job if one of its ranks has died or hangs, and report which one.
+"""End a job if one of its ranks has died or hangs, and report which rank.
 
 Each rank writes a heartbeat to RUN_DIR/watch every few seconds, from a thread that never waits for another rank. A rank
 that makes no progress reads the heartbeats of all ranks to find the cause. A background process kills a rank that
@@ -35,7 +35,7 @@ _SECONDS_TO_END = 10
 # This script kills a rank that still runs 10 s after a failure report, because a process that is stopped or waits for a
 # disk cannot end itself. Its arguments are the process ID, the start time of the process and the path of the failure
 # report. The script ignores SIGTERM, which DeepSpeed's launcher sends to the children of a rank 30 s before it kills
-# them. It compares start times, because the operating system may reuse the ID of a process that has ended.
+# them. The script compares start times, because the operating system may reuse the ID of a process that has ended.
 _END_WITH_REPORT = f"""
 trap '' TERM
 runs() {{ [ "$(sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20)" = "$2" ]; }}
@@ -51,7 +51,7 @@ Item = TypeVar("Item")
 
 
 class Watchdog:
-    """Watch this rank's progress; if it makes no progress, find the lost rank and end the job.
+    """Watch this rank's progress. If the rank makes no progress, find the lost rank and end the job.
 
     The timeout applies from the first `begin`. Until then, only a dead or silent rank counts as lost.
 
@@ -61,7 +61,7 @@ class Watchdog:
         ranks: number of ranks.
         timeout: seconds without progress after which the job is ended.
         err: stream for the failure report; None selects stderr.
-        show: called at each `begin` with the same arguments, to show progress.
+        show: function that shows progress; each `begin` passes its own arguments to this function.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class Watchdog:
         self._finished = Event()
 
     def begin(self, step: int, doing: str, done: int = 0, total: int | None = None) -> None:
-        """Record that this rank begins a part of a step. If the part exceeds the timeout, a lost rank is searched for.
+        """Record that this rank begins a part of a step. If the part exceeds the timeout, the watchdog searches
+        for a lost rank.
 
         Args:
             step: optimizer step.
@@ -118,7 +119,10 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the code inside the context, and end the process if a rank is lost. Entering is collective."""
+        """Watch the code inside the context, and end the process if a rank is lost.
+
+        Entering the context is collective.
+        """
         thread = Thread(target=self._run, daemon=True)
         try:
             self._prepare()
@@ -140,7 +144,7 @@ class Watchdog:
         self._note_end("saved" if saved else "done")
 
     def _prepare(self) -> None:
-        """Remove the files of an earlier launch; keep its failure report and stacks in `previous`."""
+        """Remove the files of an earlier launch; keep its failure report and stacks in a folder named `previous`."""
         if self._heartbeat.rank == 0:
             previous = self._folder / "previous"
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +204,7 @@ class Watchdog:
         return self._folder / FAILURE_REPORT
 
     def _end_job(self) -> None:
-        """Write the stacks of this process, find the lost rank, report it and exit.
+        """Write the stacks of this process, find and report the lost rank, and exit.
 
         Return only if this rank has made progress meanwhile, or if it has not begun to train and no rank is lost.
         """
@@ -225,7 +229,8 @@ class Watchdog:
     def _print_report(self, findings: str | None) -> None:
         """Print the failure report once per host.
 
-        The first rank writes and prints the report. One rank on every other host prints it again.
+        The rank that creates the file named `speaker` writes and prints the report. On every other host, one rank also
+        prints the report.
         """
         printed = self._folder / f"told_{self._heartbeat.host}"
         try:
@@ -247,7 +252,7 @@ class Watchdog:
             time.sleep(0.1)
 
     def _find_lost_ranks(self) -> str:
-        """Report failed ranks; if none failed, silent or finished ranks; otherwise the slowest ranks.
+        """Report the failed ranks. If there are none, report silent or finished ranks, or else the slowest ranks.
 
         Returns:
             The failure report; empty if all ranks are alive and this rank has not begun to train.
@@ -302,7 +307,7 @@ def _last_seen(heartbeat: Heartbeat, state: str) -> str:
 
 
 def start_time() -> str:
-    """Return the start time of this process in clock ticks since boot; with the process ID, it is unique."""
+    """Return the start time of this process in clock ticks since boot, which is unique together with the process ID."""
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
@@ -313,7 +318,7 @@ def limit_collectives(seconds: float) -> None:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Return whether a collective failed; gloo raises a plain RuntimeError."""
+    """Return whether the error comes from a failed collective; gloo raises a plain RuntimeError."""
     if isinstance(error, UserError | MachineError):
         return False
     return isinstance(error, torch.distributed.DistError) or (

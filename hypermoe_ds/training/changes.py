@@ -18,7 +18,7 @@ from hypermoe_ds.training.settings import ScheduleConfig
 _NOT_IN_RESULTS = "results stay the same"
 _ROUNDING = "memory and speed change; results stay the same up to rounding"
 
-# If several keys are prefixes of a setting, the longest one gives its effect.
+# If several keys are prefixes of a setting's name, the effect of the longest key applies.
 _EFFECTS: Mapping[str, str] = MappingProxyType(
     {
         "run.dir": _NOT_IN_RESULTS,
@@ -69,8 +69,8 @@ def record_launch(
         settings: the resolved recipe.
         ds_config: the DeepSpeed configuration.
         model: configuration of the model.
-        step: optimizer steps that the run has taken.
-        log: prints a line.
+        step: number of optimizer steps that the run has taken.
+        log: function that prints a line.
     """
     if step and run.settings.is_file() and run.ds_config.is_file():
         try:
@@ -91,14 +91,14 @@ def setting_changes(
     new_deepspeed: Mapping[str, Any],
     step: int,
 ) -> list[str]:
-    """Describe each setting that differs from the last launch in one line, with its effect.
+    """Describe each setting that has changed since the last launch in one line, with the effect of the change.
 
     Args:
         old: the resolved recipe of the last launch.
         new: the resolved recipe of this launch.
         old_deepspeed: the DeepSpeed configuration of the last launch.
         new_deepspeed: the DeepSpeed configuration of this launch.
-        step: optimizer steps that the run has taken.
+        step: number of optimizer steps that the run has taken.
 
     Returns:
         One line per changed setting, and one more if the learning rate of the next step changes.

@@ -1,6 +1,6 @@
-"""Attention within masked documents, with one call per document.
+"""Compute attention within masked documents, with one call per document.
 
-On a CPU, this is faster than one call with a mask of S x S values per sample.
+On a CPU, separate calls are faster than one call with a mask of S x S values per sample.
 """
 
 from itertools import pairwise
@@ -29,10 +29,10 @@ def attend_per_document(
         module: the attention module.
         query: [B, heads, S, head_dim].
         key: [B, key-value heads, S, head_dim].
-        value: like key.
-        attention_mask: None, because documents are found by their positions.
+        value: of the same shape as `key`.
+        attention_mask: always None, because the positions show where documents begin.
         position_ids: [B, S]; a document begins at each 0. With other shapes, all tokens belong to one document.
-        kwargs: passed to the attention function.
+        kwargs: further arguments of the attention function.
 
     Returns:
         The output [B, S, heads, head_dim], and None in place of the attention weights.
@@ -51,7 +51,7 @@ def attend_per_document(
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Create no mask."""
+    """Return None instead of a mask."""
 
 
 AttentionInterface.register(PER_DOCUMENT, attend_per_document)

@@ -38,8 +38,8 @@ _OWNED_BY_RECIPE: Mapping[str, str] = MappingProxyType(
 
 _OFFLOAD = MappingProxyType({"device": str, "pin_memory": bool})
 
-# Keys of DeepSpeed 0.19.8 that the JSON may set, with their types. DeepSpeed itself silently ignores unknown keys; a
-# misspelt {"zero_optimizaton": ...} would train with ZeRO stage 0.
+# Keys of DeepSpeed 0.19.8 that the JSON may set, with their types. DeepSpeed itself silently ignores unknown keys: with
+# a misspelt {"zero_optimizaton": ...}, it would train with ZeRO stage 0.
 _KNOWN: Mapping[str, Any] = MappingProxyType(
     {
         "zero_optimization": {
@@ -82,7 +82,7 @@ _KNOWN: Mapping[str, Any] = MappingProxyType(
         },
     }
 )
-# Minimum values, if not 0. With smaller values, DeepSpeed fails during training or silently changes the results.
+# Minimum values other than 0. With smaller values, DeepSpeed fails during training or silently changes the results.
 _MINIMUM: Mapping[str, float] = MappingProxyType(
     {
         "reduce_bucket_size": 1,
@@ -161,7 +161,7 @@ def _fits(value: object, kind: type) -> bool:
 
 
 def without_owned_by_recipe(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove the settings derived from the recipe and the model from a merged configuration."""
+    """Return a merged configuration without the settings that were derived from the recipe and the model."""
     own = {key: value for key, value in merged.items() if key not in _OWNED_BY_RECIPE}
     zero = own.get("zero_optimization", {})
     return {**own, "zero_optimization": {key: value for key, value in zero.items() if key != "leaf_module"}}
@@ -242,7 +242,7 @@ def merge(
         # Over 128 micro-batches, the first moment has an error of 1.1 % with bf16 accumulation and 0.3 % with fp32.
         merged["data_types"] = {"grad_accum_dtype": "fp32"}
     if model.moe_layers:
-        from hypermoe_ds.parallel.expert_parallel import autoep_section  # noqa: PLC0415 (it imports torch)
+        from hypermoe_ds.parallel.expert_parallel import autoep_section  # noqa: PLC0415 (the module imports torch)
 
         merged["expert_parallel"] = autoep_section(
             expert_parallel_size, model.renormalises_gates, model.shared_expert_size > 0

@@ -41,11 +41,11 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
     mpi4py. After this call, this rank receives SIGTERM when its launcher ends.
 
     Args:
-        timeout: seconds to wait for missing ranks and for each collective.
+        timeout: seconds to wait for missing ranks and for each collective operation.
         log_level: log level of DeepSpeed.
 
     Returns:
-        This rank and the number of ranks.
+        The rank of this process and the number of ranks.
 
     Raises:
         UserError: the launcher's port is in use, or mpi4py is needed but missing or does not find the launcher's ranks.
@@ -55,7 +55,7 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
     _set_up_libraries(log_level)
     export_rank_variables()
     launched = os.environ.get("WORLD_SIZE")
-    # Control group and checkpoints use gloo. Without GPUs, the default group and DeepSpeed's group use it too.
+    # The control group and checkpoints use gloo. Without GPUs, so do the default group and DeepSpeed's group.
     allow_open_files(int(launched or "1"), gloo_groups=2 if uses_gpu() else 4)
     get_accelerator().set_device(local_rank())
     _load_communication()
@@ -85,14 +85,14 @@ def start_ranks(timeout: float = 1800, log_level: str = "ERROR") -> tuple[int, i
 
 
 def _set_up_libraries(log_level: str) -> None:
-    """Configure libraries before their first use; keep variables that are already set."""
+    """Configure libraries before their first use; keep environment variables that are already set."""
     logging.getLogger("DeepSpeed").setLevel(log_level)
     if os.access(sys.prefix, os.W_OK):
-        # Keep compiled operators per environment: two environments that share a cache would keep rebuilding them.
+        # Each environment caches its compiled operators: with a shared cache, environments would keep rebuilding them.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
-    # On CPUs, oneDNN and PyTorch each cache kernels for 1,024 bf16 matrix shapes, up to 0.7 MiB per entry. The number
-    # of rows per expert changes in every step, so most entries are never reused. 128 entries are enough for the shapes
-    # that occur in several layers.
+    # On CPUs, oneDNN and PyTorch each cache kernels for 1,024 bf16 matrix shapes, and an entry takes up to 0.7 MiB. The
+    # number of rows per expert changes in every step, so most entries are never reused. 128 entries are enough for the
+    # shapes that occur in several layers.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
     # DeepSpeed 0.19.8 calls these functions in every step, and torch 2.13 warns each time that they were renamed.
@@ -150,7 +150,7 @@ def fused_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """Return liger-kernel's fused linear cross-entropy, or None without liger-kernel or a GPU.
 
     In liger-kernel 0.8, `liger_fused_linear_cross_entropy(input, weight, target, ...)` returns the fp32 sum over all
-    targets except -100 (its default), with gradients for input and weight. The weight's gradient is accumulated in
+    targets except -100 (the default), with gradients for input and weight. The weight's gradient is accumulated in
     `accum_dtype`.
     """
     if not uses_gpu():

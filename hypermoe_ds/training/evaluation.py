@@ -24,7 +24,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite for a loss above 709."""
+        """The exponential of the loss; infinite for a loss above 709."""
         return torch.tensor(self.loss, dtype=torch.float64).exp().item()
 
 
@@ -51,8 +51,8 @@ def evaluate(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], de
             are the next tokens or -100.
         device: device of the model.
     """
-    # Accumulate in fp64, because there may be millions of tokens, and on the device, so that the host does not wait for
-    # the device in every batch.
+    # The sums are in fp64, because there may be millions of tokens. They stay on the device, so that the host does not
+    # wait for the device in every batch.
     total_2 = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -32,8 +32,8 @@ class Launch:
         step: step at which the launch starts.
         world_size: number of ranks.
         hosts: number of hosts.
-        parameters: number of parameters: total, active and hypernetwork.
-        datasets: share of each training dataset; empty on all ranks except 0.
+        parameters: numbers of parameters: total, active and hypernetwork.
+        datasets: share of each training dataset; empty on all ranks except rank 0.
         device: name of rank 0's GPU, or "cpu".
     """
 
@@ -69,7 +69,7 @@ class Launch:
 
 
 def write_end(run_dir: Path, step: int, ended: Ended) -> None:
-    """Append to RUN_DIR/launches.jsonl at which step and why a launch ended.
+    """Append an entry to RUN_DIR/launches.jsonl with the step at which a launch ended and the reason.
 
     Raises:
         MachineError: the file cannot be written.

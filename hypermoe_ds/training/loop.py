@@ -37,7 +37,7 @@ def train(
 ) -> bool:
     """Train until `last_step` or a stop signal, and return whether a signal ended the training.
 
-    Save after the last step, and validate unless a signal ended the training. Save again if a background save failed.
+    Save after the last step, and validate unless a signal ended the training. If a background save fails, save again.
     If a checkpoint is due while steps are skipped because of NaN or Inf, save after the next good step.
 
     Args:
@@ -96,10 +96,10 @@ def optimizer_step(
     """Run one optimizer step over its micro-batches.
 
     Args:
-        engine: the DeepSpeed engine, which scales the loss, accumulates and clips gradients and updates the weights.
+        engine: the DeepSpeed engine, which scales the loss, accumulates and clips gradients, and updates the weights.
         batches: this rank's micro-batches.
-        observer: hooks into the parts of the step, its outputs and its gradients.
-        watch: called with each loss; returns the loss for the backward pass.
+        observer: hooks for the parts of the step, its outputs and its gradients.
+        watch: function that is called with each loss and returns the loss for the backward pass.
 
     Returns:
         Number of tokens in the step, over all ranks.
@@ -136,7 +136,7 @@ def optimizer_step(
 def _micro_batches(
     engine: Any, batches: Iterator[dict[str, Tensor]], count: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """Yield the micro-batches of a step on the engine's device, each with the factor of its cross-entropy, if not 1.
+    """Yield a step's micro-batches on the engine's device, each with the factor of its cross-entropy, or None for 1.
 
     If documents are masked, micro-batches have different numbers of labels, but each label must have the same weight in
     the gradient. Therefore, load all micro-batches first, count the labels of the step on all ranks (collective), and

@@ -1,7 +1,7 @@
 """Measure norms of gradients, weights and updates by parameter group.
 
 Each rank measures the ranges whose optimizer state it owns. Over all ranks, these ranges cover every element exactly
-once. A sum of squares over ranks therefore gives the norms, without gathering gradients or weights.
+once. The norms are therefore computed from a sum of squares over ranks, without gathering gradients or weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,7 +43,7 @@ class ParameterNorms:
         self._gradients: Tensor | None = None
 
     def add_gradients(self) -> None:
-        """Measure this rank's gradients; call it after the last backward pass and before the optimizer step."""
+        """Measure this rank's gradients, after the last backward pass and before the optimizer step."""
         scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
         self._gradients = self._squares(self._state.gradients()) / scale**2
 
@@ -89,7 +89,7 @@ class ParameterNorms:
             yield name, adam
 
     def _squares(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
-        """Return this rank's sum of squares per group, computed on the device without waiting for it."""
+        """Return this rank's sum of squares per group, computed on the device while the host continues."""
         squares = torch.zeros(len(PARAMETER_GROUPS), dtype=torch.float64, device=self._engine.device)
         for name, part in parts:
             norm = torch.linalg.vector_norm(part, dtype=torch.float32).to(squares.device, torch.float64)

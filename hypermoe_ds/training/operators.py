@@ -19,9 +19,9 @@ def without_stale_locks() -> Iterator[None]:
     """Remove the stale locks of killed processes before the code inside the context loads operators.
 
     While a process loads an operator, torch keeps a file named `lock` in the operator's folder. If the process is
-    killed, the file remains, and every later process would wait for it forever. In this context, each process therefore
-    also holds a shared `flock`, which the operating system releases when the process ends. If no process holds the
-    `flock`, all `lock` files are stale.
+    killed, the file remains, and every later process would wait forever for its removal. Inside the context, each
+    process therefore also holds a shared `flock`, which the operating system releases when the process ends. If no
+    process holds the `flock`, all `lock` files are stale.
     """
     folder = operators_folder()
     folder.mkdir(parents=True, exist_ok=True)

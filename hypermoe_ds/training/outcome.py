@@ -51,7 +51,7 @@ def outcome_rows(
 
 
 def _repository() -> str:
-    """Return the path of the repository as a prefix, relative if the working directory is inside it."""
+    """Return the repository's path as a prefix for file names, relative if the working directory is inside it."""
     repository = os.path.relpath(_REPOSITORY) if Path.cwd().is_relative_to(_REPOSITORY) else str(_REPOSITORY)
     return "" if repository == "." else f"{repository}/"
 
@@ -76,12 +76,12 @@ def resume_command(
         hosts: number of hosts; with more than one, the command omits the launcher.
         words: command line of the training script in this launch, starting with the script.
         ended: why the launch ended; after "stop_at_step", the command resets `train.stop_at_step`.
-        variables: environment variables of this launch. launch/local.sh sets HYPERMOE_SCREEN.
+        variables: environment variables of this launch; only launch/local.sh sets HYPERMOE_SCREEN.
     """
     script, *arguments = words
     kept = [word for word in arguments if not word.startswith(("--local_rank", "train.stop_at_step="))]
     if ended == "stop_at_step":
-        kept.append("train.stop_at_step=null")  # the recipe may set it
+        kept.append("train.stop_at_step=null")  # because the recipe may set it
     if hosts > 1:
         return [script, *kept]
     port = variables.get("MASTER_PORT", _DEFAULT_PORT)

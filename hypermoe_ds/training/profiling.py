@@ -25,8 +25,8 @@ class Profiler:
         config: steps and ranks to trace.
         folder: RUN_DIR/profile; created when a trace is written.
         rank: this rank.
-        model: the model; its parts are named regions of the trace.
-        log: prints a line.
+        model: the model, whose parts become named regions of the trace.
+        log: function that prints a line.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ModelRegions:
     """Label the parts of a model's forward pass in the trace, until `remove` is called.
 
     The region "dispatch" lasts from the router to the experts, and "combine" from the experts to the end of the MoE
-    block. With expert parallelism, both contain an all-to-all. HyperExperts start within "dispatch".
+    block. With expert parallelism, both contain an all-to-all exchange. HyperExperts start within "dispatch".
 
     Args:
         model: the training model, with or without AutoEP.

@@ -16,10 +16,11 @@ def check_same_settings(recipe: Mapping[str, Any], ds_json: Mapping[str, Any], r
     Args:
         recipe: the resolved recipe.
         ds_json: the DeepSpeed JSON file.
-        ranks: group that exchanges the settings.
+        ranks: group over which the ranks exchange their settings.
 
     Raises:
-        UserError: a rank differs from rank 0; every rank raises the same error, which names the first difference.
+        UserError: a rank's settings or source code differ from rank 0's. All ranks raise the same error, which names
+            the first difference.
     """
     own = dict(flat({**recipe, "deepspeed_config": ds_json, "sources": source_digest()}))
     (_, first), *others = ranks.gather((socket.gethostname(), own))

@@ -9,7 +9,7 @@ from hypermoe_ds.config import LARGEST_COUNT, Settings
 
 
 def integral_to_int(value: Any) -> Any:
-    """Convert a float without a fraction, such as 300e9 in YAML, to an int."""
+    """Convert a float without a fractional part, such as 300e9 in YAML, to an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -63,7 +63,7 @@ class TrainConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW (arXiv 1711.05101)."""
+    """Settings of AdamW (arXiv 1711.05101)."""
 
     lr: float = Field(gt=0, le=10, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the first moment")
@@ -78,7 +78,7 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """Learning-rate schedule."""
+    """Settings of the learning-rate schedule."""
 
     name: Literal["cosine", "warmup_stable_decay", "linear", "constant"] = Field(
         "cosine", description="schedule after the warm-up; `warmup_stable_decay` uses a cosine decay"

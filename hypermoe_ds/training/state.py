@@ -32,7 +32,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Validate the state read from a checkpoint; an empty dict gives the state of a new run.
+        """Validate and return the state read from a checkpoint; for an empty dict, return the state of a new run.
 
         Checkpoints of version 0.1.0 contain a hash of their data order, which later versions cannot continue.
 

@@ -26,12 +26,12 @@ class StepMonitor:
 
     Args:
         engine: the DeepSpeed engine.
-        config: training settings: tolerated bad steps, skipped samples, interval of replica checks.
-        expert_parallel: ranks that share one copy of the experts.
-        ranks: group that exchanges the status of each step.
-        log: prints a line.
+        config: training settings, including those for bad steps, skipped samples and replica checks.
+        expert_parallel: number of ranks that share one copy of the experts.
+        ranks: group over which the ranks exchange the status of each step.
+        log: function that prints a line.
         checkpoints: the run's checkpoints, to find the last good one and to see whether a save has failed.
-        describe_sample: returns the names of a sample's documents.
+        describe_sample: function that describes the documents of a sample.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class StepMonitor:
         return all_reduce_status(self._ranks, self._signals.seen, self._checkpoints.failed, skipped, losses)
 
     def check(self, state: TrainState, first_sample: int, status: StepStatus) -> None:
-        """Report a skipped step, a loss spike or a signal, and compare replicas if due (collective).
+        """Report a skipped step, a loss spike or a signal, and compare replicas if a check is due (collective).
 
         Args:
             state: training state after the step.
@@ -95,7 +95,7 @@ class StepMonitor:
             self._log(f"received a signal: saving step {state.step}; run the same command to continue from it")
 
     def _tolerate(self, state: TrainState, first_sample: int, loss: float) -> None:
-        """Log a skipped step, and stop the run after more than `train.max_bad_steps` in a row."""
+        """Log a skipped step, and stop the run after more than `train.max_bad_steps` skipped steps in a row."""
         samples = f"samples {first_sample} to {state.consumed_samples - 1}"
         self._log(
             f"warning: step {state.step} skipped: NaN or Inf in its loss ({loss:.4f}) or gradient; {samples}; "
@@ -119,7 +119,7 @@ class StepMonitor:
         )
 
     def _report_spike(self, state: TrainState, first_sample: int, loss: float, deviations: float) -> None:
-        """Log a loss spike and the micro-batch with the largest loss (collective, because every rank detects it)."""
+        """Log a loss spike and the micro-batch with the largest loss (collective: every rank detects the spike)."""
         losses_of_ranks: Sequence[Sequence[float]] = self._ranks.gather(self._losses.last_step)
         worst, number, rank = max(
             (micro_loss, number, rank)

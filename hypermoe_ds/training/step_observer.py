@@ -1,4 +1,4 @@
-"""Hooks into an optimizer step, through which the recorder measures and logs it."""
+"""Define the hooks through which the recorder measures and logs an optimizer step."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

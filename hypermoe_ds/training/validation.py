@@ -37,13 +37,13 @@ class Validator:
     Args:
         engine: the DeepSpeed engine.
         datasets: the validation datasets by name.
-        bytes_per_token: bytes of text per token, for datasets where it is known.
+        bytes_per_token: bytes of text per token by dataset, for datasets with a known value.
         config: what to measure.
         tokenizer: the run's tokenizer.
-        micro_batch_size: sequences per forward pass and rank.
-        document_end: id of the token that ends each document, to mask documents; None does not.
-        each: called with an iterator over batches and their number; returns an iterator over the same batches. The
-            wrapper can report progress.
+        micro_batch_size: sequences per forward pass on each rank.
+        document_end: id of the token that ends each document; None disables document masking.
+        each: function that wraps an iterator over batches, for example to report progress. It is called with the
+            iterator and the number of batches, and returns an iterator over the same batches.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ def encode_prompt(tokenizer: Any, prompt: str, longest: int) -> list[int]:
     """Return the token ids of a prompt.
 
     Raises:
-        UserError: the prompt has no tokens, or more than `longest`.
+        UserError: the prompt has no tokens, or more than `longest` tokens.
     """
     ids = encode_as_text(tokenizer, prompt)
     if not ids:
@@ -147,7 +147,7 @@ def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mappin
 
     Args:
         results: results by dataset.
-        bytes_per_token: bytes of text per token by dataset; the overall bits per byte need it for all datasets.
+        bytes_per_token: bytes of text per token by dataset; the overall bits per byte need the values of all datasets.
     """
     mean = _mean(results)
     values = {"valid_loss": mean.loss, "valid_perplexity": mean.perplexity}
@@ -162,7 +162,7 @@ def validation_values(results: Mapping[str, Evaluation], bytes_per_token: Mappin
 
 
 def contribution_values(values: Mapping[str, float], without: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return the losses without HyperExperts, and their increase over the losses with HyperExperts.
+    """Return the losses without HyperExperts, and how far they exceed the losses with HyperExperts.
 
     Args:
         values: result of `validation_values` with HyperExperts.

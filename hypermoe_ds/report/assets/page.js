@@ -22,7 +22,7 @@ function shown(value) {
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
   return value.toLocaleString("en-US", { maximumSignificantDigits: 5 });
 }
-/** Compare two items for sorting: step parts and parameter groups have a fixed order, other items are sorted by name. */
+/** Compare two items for sorting: step parts and parameter groups have a fixed order; other items are sorted by name. */
 function natural(a, b) {
   const indices = [data.order.indexOf(a), data.order.indexOf(b)];
   return indices.includes(-1) ? a.localeCompare(b, "en", { numeric: true }) : indices[0] - indices[1];
@@ -123,7 +123,7 @@ class Chart {
     };
     return button;
   }
-  /** Return the rows for uPlot: one x axis for all curves. */
+  /** Return the rows for uPlot, with one x axis that all curves share. */
   rows() {
     const tables = this.curves.map((curve, index) => {
       const x = curve.group[state.axis] || curve.group.step;
@@ -210,7 +210,7 @@ class Chart {
     this.tip.style.top = `${Math.min(top + 10, Math.max(plot.over.clientHeight - this.tip.offsetHeight, 0))}px`;
   }
 }
-/** Return the value at an index, or the last value before it if the curve has a gap on the shared x axis. */
+/** Return the value at an index, or the last value before this index if the curve has a gap on the shared x axis. */
 function near(values, index) {
   for (let i = index; i >= 0; i--) if (values[i] !== null && values[i] !== undefined) return values[i];
   return null;
@@ -222,7 +222,7 @@ function label(value) {
   if (size >= 1e4) return `${+(value / 1e3).toPrecision(4)}K`;
   return size !== 0 && size < 1e-3 ? value.toExponential(0) : String(+value.toPrecision(4));
 }
-/** Make x strictly increasing: drop points at which x does not increase, and keep the last of their values. */
+/** Make x strictly increasing: drop points at which x does not increase. The last of their values is kept. */
 function increasing(x, y) {
   const xs = [], ys = [];
   for (let i = 0; i < x.length; i++) {
