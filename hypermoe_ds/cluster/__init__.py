@@ -1,1 +1,1 @@
-"""Hosts of a job, preflight checks and supervisor."""
+"""Find and check the hosts of a job, and supervise the job."""

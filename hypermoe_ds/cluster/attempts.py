@@ -18,14 +18,14 @@ class Attempt:
     """One launch of the job and its outcome.
 
     Attributes:
-        began: start time, seconds since the epoch.
+        began: start time in seconds since the epoch.
         seconds: duration.
         exit_code: exit code of the launcher.
         hosts: hosts that the ranks ran on.
-        outcome: done; saved (saved a checkpoint and stopped on a signal); refused (bad input); error (a rank raised an
-            exception); lost (a rank died or hung); unmet (ended before all ranks had joined).
+        outcome: done; saved (the ranks saved a checkpoint and stopped after a signal); refused (bad input); error (a
+            rank raised an exception); lost (a rank died or hung); unmet (the launch ended before all ranks had joined).
         step: last step that any rank worked on; None before the first step.
-        what: description of the outcome in one line.
+        what: one-line description of the outcome.
     """
 
     began: float
@@ -66,8 +66,8 @@ def classify(
     """Classify an attempt that has ended.
 
     Args:
-        began: start time, seconds since the epoch.
-        now: end time, seconds since the epoch.
+        began: start time in seconds since the epoch.
+        now: end time in seconds since the epoch.
         exit_code: exit code of the launcher.
         heartbeats: last heartbeat of each rank.
         failure_report: failure report that the ranks wrote; empty if they wrote none.
@@ -103,10 +103,10 @@ def decide(attempts: Sequence[Attempt], limits: Limits) -> Decision:
 
 
 def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
-    """Return the reason not to restart the job; an empty string means that it should be restarted."""
+    """Return the reason not to restart the job; an empty string means that the job should be restarted."""
     last = attempts[-1]
     previous = attempts[-2] if len(attempts) > 1 else None
-    # A refusal after a different outcome may be temporary: a lost rank may still hold the lock of the run folder.
+    # A refusal after a different outcome may be temporary: a lost rank may still hold the lock on the run folder.
     if last.outcome == "refused" and (previous is None or previous.outcome == "refused"):
         return f"bad input, which a restart does not fix: {last.what}"
     if previous is not None and last.same_failure(previous):
@@ -122,13 +122,13 @@ def _reason_to_stop(attempts: Sequence[Attempt], limits: Limits) -> str:
 
 
 class HistoryFile:
-    """RUN_DIR/supervisor.jsonl: one JSON object per attempt, including those of earlier supervisors."""
+    """The file RUN_DIR/supervisor.jsonl, with one JSON object per attempt, including those of earlier supervisors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def append(self, attempt: Attempt) -> None:
-        """Append an attempt."""
+        """Append an attempt to the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps(asdict(attempt)) + "\n")

@@ -1,7 +1,7 @@
-"""Report the state of one host of a job: `python -m hypermoe_ds.cluster.host_report QUERY` prints it as JSON.
+"""Report the state of one host of a job: `python -m hypermoe_ds.cluster.host_report QUERY` prints JSON.
 
 `QUERY` is a JSON object with the fields of `HostQuery`. The clock is read last, just before the report is printed, so
-that the querying machine can compare it with the arrival time.
+that the querying machine can compare the clock with the arrival time.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from hypermoe_ds.config import apply_overrides, load_yaml
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.provenance import git_commit, package_version, source_digest
 
-HOST_REPORT = "host report: "  # prefix of the JSON line, because the host's shell may print other lines
+HOST_REPORT = "host report: "  # marks the JSON line, because the host's shell may print other lines
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class HostReport:
         settings: digest of the recipe with overrides and the DeepSpeed JSON, or the reason why they cannot be read.
         data: digest of the sizes of the data files, or the first missing file.
         devices: name of each GPU; None if DS_ACCELERATOR selects the CPU.
-        memory_gib: free space in /dev/shm.
-        disk_gib: free space on the disk of the run folder.
+        memory_gib: free space in /dev/shm, in GiB.
+        disk_gib: free space on the disk of the run folder, in GiB.
         sees_run_folder: whether the token file exists.
         address: GLOO_SOCKET_IFNAME if it is set, otherwise the address that the host's own name resolves to.
-        clock: time of the report, seconds since the epoch.
+        clock: time of the report in seconds since the epoch.
     """
 
     python: str
@@ -125,7 +125,7 @@ def _devices() -> list[str] | None:
 
 
 def _free_gib(path: Path) -> float:
-    """Return the free space at `path`, or at its nearest existing parent."""
+    """Return the free space at `path` or its nearest existing parent, in GiB."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

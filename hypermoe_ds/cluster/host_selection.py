@@ -14,7 +14,7 @@ from hypermoe_ds.errors import UserError
 
 
 class SelectedHosts(NamedTuple):
-    """The hostfile of one attempt, and the overrides needed to train on these hosts."""
+    """The hostfile of one attempt and the overrides needed to train on its hosts."""
 
     hostfile: Path
     overrides: Sequence[str]
@@ -45,7 +45,7 @@ class HostSelector:
         self._preflight = [*preflight, "--hostfile", str(hostfile), *named, *command.overrides]
 
     def choose(self) -> SelectedHosts | None:
-        """Return the hosts that can train now; None if no host can. The preflight prints the reasons."""
+        """Return the hosts that can train now; None if there are none. The preflight prints each failed check."""
         with TemporaryDirectory() as folder:
             found = Path(folder) / "fit.json"
             if subprocess.run([*self._preflight, "--fit", str(found)], check=False).returncode:

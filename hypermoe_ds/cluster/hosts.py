@@ -42,7 +42,7 @@ class Host:
         return ["ssh", *options, self.name, f"exec bash -c {shlex.quote(script)}"]  # works with any login shell
 
     def reach_remedy(self) -> str:
-        """Return what to try if this host does not answer."""
+        """Return a remedy for the case that this host does not answer."""
         if self.reach == "srun":
             return "see `sinfo` for its state, or exclude it with sbatch --exclude"
         words = " ".join(filter(None, ("ssh", os.environ.get("HYPERMOE_SSH_OPTIONS"), self.name, "true")))
@@ -165,7 +165,7 @@ def shell_line(command: list[str], environment: Mapping[str, str], folder: Path)
     variables = [f"{name}={value}" for name, value in environment.items()]
     run = f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *variables, *command])}"
     watch = "cat <&3; kill $command"
-    return (  # `jobs -rp`, not a saved process ID: the watch may have ended, and its process ID may be reused
+    return (  # not a saved process ID but `jobs -rp`: the watch may have ended, and another process may have its ID
         f"exec 3<&0; ({run}) </dev/null 3<&- & command=$!; ({watch}) >/dev/null 2>&1 & "
         "wait $command; code=$?; kill $(jobs -rp) 2>/dev/null; exit $code"
     )

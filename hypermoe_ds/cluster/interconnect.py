@@ -33,10 +33,10 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def measure(mebibytes: int, device: torch.device) -> Interconnect:
-    """Measure the bandwidth of the default process group (collective).
+    """Measure the bandwidth of the default process group. All ranks must call this function.
 
     Args:
-        mebibytes: amount of data that each rank sends.
+        mebibytes: amount of data that each rank sends, in MiB.
         device: device that holds the data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -62,7 +62,7 @@ def measure(mebibytes: int, device: torch.device) -> Interconnect:
 def _pairs(
     sent: torch.Tensor, received: torch.Tensor, size: float, device: torch.device
 ) -> list[tuple[int, int, float]]:
-    """Measure the bandwidth between each pair of hosts: their first ranks send to each other."""
+    """Measure the bandwidth between each pair of hosts, whose first ranks send data to each other."""
     host = int(os.environ["GROUP_RANK"])
     first = os.environ["LOCAL_RANK"] == "0"
     leaders = {number: rank for rank, number in enumerate(_of_all_ranks([host if first else None]))}

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from hypermoe_ds.cluster.hosts import Host
 
-_VARIABLE = "HYPERMOE_JOB"  # the launch scripts forward it to other hosts
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # set on ranks only
+_VARIABLE = "HYPERMOE_JOB"  # the launch scripts forward this variable to other hosts
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # set only in the environment of ranks
 _SECONDS_TO_DIE = 10
 _SECONDS_TO_ANSWER = 60
-# /proc/PID/environ is the environment that a process was started with. `ranks` also lists data loader processes, which
-# inherit the rank variables. Process IDs may be reused, so `signal` checks each process again before it sends a signal.
+# /proc/PID/environ is the environment that a process was started with. The function `ranks` also lists data loader
+# processes, which inherit the rank variables. Process IDs may be reused, so the function `signal` checks each process
+# again before it sends a signal.
 _FUNCTIONS = """
 job() { grep -lzsx "$name" /proc/[0-9]*/environ | cut -d/ -f3; }
 ranks() {
@@ -40,7 +41,7 @@ ended_within() {
 
 
 class JobProcesses:
-    """All processes with this job's name in their environment, on this machine and other hosts.
+    """All processes with this job's name in their environment, on this machine and on other hosts.
 
     Args:
         hosts: other hosts that may run processes of the job.

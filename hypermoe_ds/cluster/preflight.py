@@ -23,12 +23,12 @@ from hypermoe_ds.cluster.hosts import Host, shell_line
 from hypermoe_ds.errors import UserError
 from hypermoe_ds.parallel.topology import hosts_that_fit, largest_expert_parallel
 
-INTERCONNECT = "interconnect: "  # prefix of the JSON that interconnect.py prints, because libraries print other lines
+INTERCONNECT = "interconnect: "  # marks the JSON line of interconnect.py, because libraries print other lines
 _ANSWER_SECONDS = 60
 _MEASURE_SECONDS = 120
 _RENDEZVOUS_SECONDS = 60
 _SECONDS_AFTER_FAILURE = 5
-_MEMORY_GIB = 0.125  # in /dev/shm per rank: DeepSpeed's shared-memory op needs 66 MB, and NCCL needs more
+_MEMORY_GIB = 0.125  # needed in /dev/shm per rank: 66 MB for DeepSpeed's shared-memory op, and more for NCCL
 _CLOCK_SECONDS = 5.0
 _SLOW_SHARE = 1 / 3  # fraction of the median bandwidth over all pairs
 _ALIKE = {
@@ -44,7 +44,7 @@ _ALIKE = {
 
 @dataclass(frozen=True)
 class HostAnswer:
-    """Answer of a host to the query.
+    """A host's answer to the query.
 
     Attributes:
         host: the queried host.
@@ -66,10 +66,10 @@ class Interconnect:
     """Measured bandwidth, in GB/s sent by each rank.
 
     Attributes:
-        all_reduce: bandwidth of an all-reduce over all ranks; None with one rank.
-        all_to_all: bandwidth of an all-to-all over all ranks; None with one rank.
-        pairs: for each pair of hosts, their indices and the bandwidth between their first ranks, which send to each
-            other at the same time.
+        all_reduce: bandwidth of an all-reduce over all ranks; None if there is only one rank.
+        all_to_all: bandwidth of an all-to-all over all ranks; None if there is only one rank.
+        pairs: for each pair of hosts, the two indices and the bandwidth between the hosts' first ranks. These ranks
+            send data to each other at the same time.
         wrong: collectives that returned a wrong result.
     """
 
@@ -83,7 +83,7 @@ class Failure(NamedTuple):
     """A check that failed.
 
     Attributes:
-        host: the host responsible for the failure; None if it is not a single host.
+        host: the host responsible for the failure; None if no single host is responsible.
         error: the error to report.
     """
 
@@ -96,7 +96,7 @@ class Starter:
     """Start Python modules on hosts, with the same interpreter and working directory on every host.
 
     Attributes:
-        environment: environment variables of the module.
+        environment: environment variables for the module.
         folder: working directory.
     """
 
@@ -104,7 +104,7 @@ class Starter:
     folder: Path
 
     def start(self, host: Host, seconds: int, module: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m module arguments`. The host kills it after `seconds`, or when its stdin is closed."""
+        """Start `python -m module arguments`. The process is killed after `seconds` or when its stdin closes."""
         command = ["timeout", "--kill-after=5", str(seconds), sys.executable, "-m", module, *arguments]
         return subprocess.Popen(
             host.command(shell_line(command, self.environment, self.folder)),
@@ -116,7 +116,7 @@ class Starter:
 
 
 def ask_hosts(hosts: Sequence[Host], query: HostQuery, starter: Starter) -> list[HostAnswer]:
-    """Query all hosts in parallel; a host that does not answer has no report."""
+    """Query all hosts in parallel. If a host does not respond, its `HostAnswer` has no report."""
     with ThreadPoolExecutor(len(hosts)) as pool:
         return list(pool.map(lambda host: _ask(host, query, starter), hosts))
 
@@ -179,7 +179,7 @@ def _remedy(answer: HostAnswer) -> str:
 
 
 def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failure]:
-    """Return a failure for each host whose value differs from the most common one."""
+    """Return a failure for each host whose value differs from the most common value."""
     [(usual, _)] = Counter(values.values()).most_common(1) or [("", 0)]
     failures = [
         Failure(host, UserError(f"{host.name}: {name}", f"{value}, but {usual} on most hosts", remedy))
@@ -192,7 +192,7 @@ def _differing(name: str, values: Mapping[Host, str], remedy: str) -> list[Failu
 
 
 def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib: float) -> list[UserError]:
-    """Return the requirements that one host does not meet."""
+    """Return an error for each requirement that one host does not meet."""
     host, found = answer.host, []
     if report.devices is not None and len(report.devices) < host.slots:
         remedy = "lower its slots, or set DS_ACCELERATOR=cpu to train without GPUs"
@@ -216,7 +216,7 @@ def _lacking(answer: HostAnswer, report: HostReport, query: HostQuery, disk_gib:
 
 
 def _unreachable_name(host: str, address: str) -> UserError:
-    """Return the error for a host whose own name resolves to a loopback address, which gloo would give to its peers."""
+    """Return the error for a host whose own name resolves to a loopback address. Gloo would send it to other hosts."""
     remedy = "set GLOO_SOCKET_IFNAME to the network interface, or correct /etc/hosts there"
     return UserError(f"{host}: its own name", f"resolves to {address}, which other hosts cannot reach", remedy)
 
@@ -230,8 +230,8 @@ def measure_interconnect(
         hosts: all hosts.
         starter: starts the processes.
         address: address of the first host.
-        port: rendezvous port; the job will use the same one.
-        mebibytes: amount of data that each rank sends.
+        port: rendezvous port, which the job will use as well.
+        mebibytes: amount of data that each rank sends, in MiB.
 
     Raises:
         UserError: the ranks cannot connect, or a rank fails.
@@ -264,7 +264,7 @@ def measure_interconnect(
 
 
 def _outputs(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Return the output of each process. If a process fails, kill the others, which would wait for it, after 5 s."""
+    """Return the output of each process. If one fails, kill the others after 5 s, because they would wait for it."""
     with ThreadPoolExecutor(len(processes)) as pool:
         outputs = [pool.submit(_output, process) for process in processes]
         for output in as_completed(outputs):
@@ -283,14 +283,14 @@ def _output(process: subprocess.Popen[str]) -> str:
 
 
 def check_interconnect(interconnect: Interconnect, hosts: Sequence[Host], least: float) -> list[Failure]:
-    """Return the collectives with wrong results and the slow pairs of hosts.
+    """Return a failure for each collective with a wrong result and for each slow pair of hosts.
 
-    A pair is slow if its bandwidth is below `least` or below a third of the median over all pairs. The host with more
-    slow pairs is considered responsible.
+    A pair is slow if its bandwidth is below `least` or below a third of the median over all pairs. Of the two
+    hosts, the one that is in more slow pairs is considered responsible.
 
     Args:
         interconnect: the measured interconnect.
-        hosts: all hosts, by index.
+        hosts: all hosts, in the order of their indices.
         least: minimum bandwidth of each pair in GB/s.
     """
     failures = [

@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.2
 _SECONDS_AFTER_REPORT = 15.0  # after a failure report, ranks exit at once or are killed 10 s later
 _SECONDS_TO_SAVE = 60
 _SECONDS_AFTER_REFUSAL = 60.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds between two searches for hosts
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0  # seconds between two searches for usable hosts
 
 
 class Supervisor:
@@ -53,7 +53,7 @@ class Supervisor:
     def run(self) -> int:
         """Run the job, with restarts, and return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and a script's `&` ignore some of them
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or `&` in a script, makes a process ignore some
                 signal.signal(number, self._request_stop)
         attempts: list[Attempt] = []
         while True:
@@ -88,7 +88,7 @@ class Supervisor:
         if self._choice is None:
             return self._command.started_with(None, [])
         pause = _FIRST_PAUSE
-        self._processes.end(0)  # a host may have been unreachable when the last attempt ended
+        self._processes.end(0)  # on hosts that were unreachable when the last attempt ended
         while (chosen := self._choice.choose()) is None and not self._stop_requested:
             if not patient:
                 raise UserError("--hostfile", "no host can train", "fix the problems listed above")
@@ -122,8 +122,8 @@ class Supervisor:
     def _wait(self, launcher: "subprocess.Popen[bytes]", watch: "_WatchFolder") -> None:
         """Wait until the launcher ends; forward a stop signal to the ranks once, and kill a launcher that hangs.
 
-        The launcher is killed with SIGKILL. On other signals, DeepSpeed's launcher would kill all jobs on the hosts
-        that run with the same Python, and its own ranks only after 30 s.
+        The launcher is killed with SIGKILL. After other signals, DeepSpeed's launcher would kill all jobs on the hosts
+        that use the same Python. It would kill its own ranks only after 30 s.
         """
         passed_on = False
         deadline: float | None = None

@@ -20,7 +20,7 @@ class TrainingCommand:
     Attributes:
         words: the command line.
         recipe: value of `--config`.
-        deepspeed_config: value of `--deepspeed_config`; None uses the default of the launch script.
+        deepspeed_config: value of `--deepspeed_config`; None selects the launch script's default.
         overrides: `section.key=value` arguments.
         run_dir: the run folder.
     """
@@ -50,7 +50,7 @@ class TrainingCommand:
         return cls(words, recipe, _option(words, "--deepspeed_config"), overrides, Path(folder))
 
     def started_with(self, hostfile: Path | None, overrides: Sequence[str]) -> list[str]:
-        """Return the command line for these hosts and overrides, resuming from the newest checkpoint."""
+        """Return the command line that uses these hosts and overrides and resumes from the newest checkpoint."""
         words = [word.replace(HOSTS, str(hostfile)) for word in self.words]
         return [*words, *overrides, "checkpoint.resume=auto"]
 

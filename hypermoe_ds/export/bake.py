@@ -15,8 +15,8 @@ def bake(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
     """Return an equivalent model that stores N HyperExperts per layer as parameters, without a hypernetwork.
 
     Args:
-        model: a model with one expert per token, or with `hyper_conditioning` "route". It is not modified. Its other
-            weights are shared with the result.
+        model: a model with one expert per token, or with `hyper_conditioning` "route". This model is not modified. The
+            result shares all its weights except those of HyperExperts.
 
     Raises:
         UserError: the model has no hypernetwork, or more HyperExperts than experts per layer.

@@ -1,4 +1,4 @@
-"""Read the weights of a new run from a Hugging Face folder.
+"""Read the initial weights of a run from a Hugging Face folder.
 
 The folder contains a HyperMoE model, another Mixture of Experts, or a dense model.
 
@@ -50,16 +50,16 @@ _OTHERS = ("mlp", "gate_proj", "up_proj", "down_proj")
 def open_folder(
     folder: Path, upcycling: Upcycling | None = None, fields: Mapping[str, Any] | None = None, seed: int = 0
 ) -> LazyWeights:
-    """Open a Hugging Face folder as the tensors of a run's model.
+    """Open the tensors of a Hugging Face folder as the initial weights of a run.
 
     Args:
         folder: a Hugging Face folder with safetensors files.
         upcycling: how to convert a dense model; None for a Mixture of Experts.
-        fields: values for `OPEN_FIELDS`, for a model without HyperExperts.
+        fields: values of `OPEN_FIELDS`, if the model has no HyperExperts.
         seed: seed for initialising HyperExperts, if the model is a Mixture of Experts without HyperExperts.
 
     Raises:
-        UserError: HyperMoE cannot express the model; the error names the key and value, or the tensor.
+        UserError: HyperMoE cannot express the model; the error names a configuration key and its value, or a tensor.
     """
     kind = model_type(folder)
     if kind == "hypermoe":
@@ -105,7 +105,7 @@ def _hypermoe(folder: Path) -> LazyWeights:
             "the model has no hypernetwork to train",
             "give a folder that was exported without --bake",
         )
-    # Keep only the fields that a recipe sets, because the others depend on the tokenizer and the export.
+    # Keep only the fields that a recipe sets, because the other fields depend on the tokenizer and the export.
     config = hypermoe_config(folder, {key: value for key, value in raw.items() if key in _FIELDS})
     return read_folder(folder, config)
 
@@ -126,7 +126,7 @@ def _readers(
         elif match["part"] == "router.gate.weight":
             block = "mlp" if taken.holds(f"{match['layer']}.mlp.gate.weight") else names[0]
             readers[name] = taken.reader(f"{match['layer']}.{block}.gate.weight", shape)
-        elif taken.holds(name):  # stacked, as in Transformers' models
+        elif taken.holds(name):  # the experts are stacked, as in Transformers' models
             readers[name] = taken.reader(name, shape)
         else:
             readers[name] = _one_by_one(taken, f"{match['layer']}.{names[0]}.experts", match["part"], names, shape)

@@ -21,7 +21,7 @@ class SamplingConfig(Settings):
 
 
 def continue_text(model: HyperMoEForCausalLM, tokenizer: Any, sampling: SamplingConfig) -> str:
-    """Return the prompt with its continuation; use a GPU if there is one."""
+    """Return the prompt with its continuation. The model runs on a GPU if one is available."""
     set_seed(sampling.seed)
     device = "cuda" if uses_gpu() else "cpu"
     inputs = tokenizer(sampling.prompt, return_tensors="pt", return_token_type_ids=False).to(device)

@@ -53,12 +53,12 @@ def export(
         same_function: model whose logits the folder must reproduce up to rounding; None requires logits that
             are bitwise identical to those of `loader`.
         add: function that writes more files to the folder, such as a model card.
-        chat_template: file with a Jinja chat template; None keeps the tokenizer's own.
+        chat_template: file with a Jinja chat template; None keeps the tokenizer's template.
 
     Raises:
         UserError: the folder exists and is not empty, there is too little disk space, the tokenizer or the template is
             invalid, or the model's logits are NaN or infinite.
-        RuntimeError: the written folder differs from the source. The folder is deleted.
+        RuntimeError: the written folder differs from the source and has been deleted.
     """
     check_output(output)
     model = _with_tokens_of(tokenizer, meta_model(loader.config).to(loader.dtype))
@@ -82,7 +82,7 @@ def shard_bytes_of(size: str) -> int:
     """Convert a size such as "200MB" to bytes, in Transformers' units: 1 MB is 10^6 bytes.
 
     Raises:
-        UserError: not a valid size.
+        UserError: `size` is not a valid size.
     """
     match = re.fullmatch(r"(\d{1,12})\s*(KB|MB|GB|TB)", size.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
@@ -95,13 +95,13 @@ def load_any(folder: Path, step: int | None = None) -> tuple[HyperMoEForCausalLM
 
     Args:
         folder: the folder.
-        step: step of a run's checkpoint; None selects the newest. Not allowed for a Hugging Face folder.
+        step: step of a run's checkpoint; None selects the newest. It must be None for a Hugging Face folder.
 
     Returns:
         The model, in the precision of its weights and in evaluation mode, and the folder of its tokenizer.
 
     Raises:
-        UserError: the folder is of neither kind, or its files are missing, damaged or belong to a different model.
+        UserError: the folder is of neither kind, or its files are missing, are damaged or belong to a different model.
     """
     run = RunFolder(folder)
     if run.exists():
@@ -161,7 +161,7 @@ def _write_config_and_code(model: HyperMoEForCausalLM, folder: Path) -> None:
 
 
 def _write_weights(loader: WeightLoader, model: HyperMoEForCausalLM, folder: Path, shard_bytes: int) -> None:
-    """Write the weight files, split and named as Transformers does, with an index if there are several."""
+    """Write the weight files, split and named as in Transformers, and an index if there are several files."""
     empty = {name: torch.empty(shape, dtype=loader.dtype, device="meta") for name, shape in loader.shapes.items()}
     split: StateDictSplit = split_torch_state_dict_into_shards(empty, max_shard_size=shard_bytes)
     with Progress("write", "tensors", len(empty)) as shown:
@@ -189,7 +189,7 @@ def read_back(folder: Path) -> LazyWeights:
 
 
 def _compare_tensors(loader: WeightLoader, folder: Path) -> None:
-    """Compare all tensors bitwise, including NaN."""
+    """Compare all tensors bitwise, including NaN values."""
     back = read_back(folder)
     if back.readers.keys() != loader.shapes.keys():
         raise RuntimeError(f"{folder} contains different tensors than were written")

@@ -98,10 +98,10 @@ def shape_of(folder: Path) -> dict[str, Any]:
     """Translate another model's config.json into fields of `HyperMoEConfig`.
 
     Returns:
-        The fields of HyperMoEConfig; a dense model has no expert settings.
+        The fields of HyperMoEConfig; for a dense model, they include no expert settings.
 
     Raises:
-        UserError: a key cannot be translated; the error names it and its value.
+        UserError: a key cannot be translated; the error names the key and its value.
     """
     raw, kind = read_config(folder), model_type(folder)
     if kind == "qwen2":
@@ -141,7 +141,7 @@ def notes_on(folder: Path) -> list[str]:
 def _experts(kind: str, config: PreTrainedConfig) -> dict[str, Any]:
     if kind in DENSE:
         return {"intermediate_size": config.intermediate_size}
-    own_width = kind == "qwen3_moe"  # Qwen3-MoE models can also have dense layers
+    own_width = kind == "qwen3_moe"  # Qwen3-MoE has a separate width for its dense layers
     return {
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.moe_intermediate_size if own_width else config.intermediate_size,

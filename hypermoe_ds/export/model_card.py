@@ -26,14 +26,14 @@ class TrainingRecord:
     """How a model was trained; unknown values are None.
 
     Attributes:
-        data: share of the training samples by dataset name.
+        data: for each dataset name, the dataset's share of the training samples.
         step: optimizer steps taken.
         tokens: tokens consumed.
         sequence_length: tokens per sample.
         document_mask: whether the documents in a sample were separated.
         precision: precision of weights and activations.
         valid_loss: validation loss of these weights, in nats per token.
-        written_by: git commit and package versions that wrote the checkpoint.
+        written_by: git commit and package versions with which the checkpoint was written.
     """
 
     data: Mapping[str, float]
@@ -61,7 +61,7 @@ def training_record(
     Args:
         settings: the resolved recipe; missing values are recorded as unknown.
         step: step of the checkpoint.
-        consumed_samples: sequences consumed; if None, `step` global batches are assumed.
+        consumed_samples: number of sequences consumed; if None, `step` global batches are assumed.
         valid_loss: validation loss at that step; None if the step was not validated.
         written_by: git commit and package versions.
 

@@ -10,7 +10,7 @@ from hypermoe_ds.modeling.hyper_experts import HyperExperts
 
 @torch.no_grad()
 def streamed_logits(loader: WeightLoader, ids_BS: Tensor) -> Tensor:
-    """Return logits_BSV of a model, computed by its own forward pass.
+    """Return the logits_BSV that the model's own forward pass computes.
 
     Only one layer, the hypernetwork and the selection encoders are in memory at a time.
     """

@@ -22,7 +22,7 @@ def write_tokenizer(tokenizer: Path, folder: Path, chat_template: Path | None = 
     Args:
         tokenizer: the run's tokenizer folder.
         folder: folder of the export; it must not exist.
-        chat_template: file with a Jinja chat template that replaces the tokenizer's.
+        chat_template: file with a Jinja chat template that replaces the tokenizer's template.
 
     Raises:
         UserError: `copy_tokenizer` refuses the tokenizer, or the template cannot be read or rendered.
@@ -47,7 +47,7 @@ def _read_template(path: Path) -> str:
 
 
 def _check_template(path: Path | None, folder: Path) -> None:
-    """Check the template by rendering one message."""
+    """Check the chat template by rendering one message."""
     try:
         rendered = load_tokenizer(folder).apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:

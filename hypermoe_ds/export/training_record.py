@@ -1,4 +1,4 @@
-"""Read how a checkpoint was trained from its run folder, for the model card of an export."""
+"""Read from a run folder how a checkpoint was trained, for the model card of an export."""
 
 from hypermoe_ds.checkpoint.directory import find_checkpoint
 from hypermoe_ds.checkpoint.manifest import Manifest

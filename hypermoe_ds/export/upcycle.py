@@ -1,11 +1,11 @@
 """Convert a dense model to a Mixture of Experts that computes the same function (sparse upcycling, arXiv 2212.05055).
 
-Each expert starts as a copy of the dense MLP, or of one of G equal slices of it. The layer's output does not change:
+Each expert starts as a copy of the dense MLP, or of one of its G equal slices. The layer's output does not change:
 
-- K > 1: a token's gates sum to one (`norm_topk_prob`) and all experts are equal, so their weighted sum is the MLP's
-  output for any routing. With G slices, the G adjacent experts that form one MLP share the same router row. A token
-  therefore selects them together (virtual groups, arXiv 2410.07524), each with 1 / G of the group's gate, and the down
-  projections start G times as large to compensate.
+- K > 1: a token's gates sum to one (`norm_topk_prob`) and all experts are equal, so the weighted sum of the experts'
+  outputs is the MLP's output for any routing. With G slices, the G adjacent experts that form one MLP share the same
+  router row. A token therefore selects them together (virtual groups, arXiv 2410.07524), each with 1 / G of the group's
+  gate, and the down projections start G times as large to compensate.
 - K = 1: the gate is the router's probability p. The router starts so small that p is within about 1e-4 of 1 / N, and
   the down projections start N times as large to compensate. The selected expert depends only on the direction of the
   router's rows, so the expert loads are the same as with a larger router. A router this small is unstable in the first

@@ -66,7 +66,7 @@ class LazyWeights:
         """Yield all tensors and show progress.
 
         Raises:
-            UserError: a tensor has NaN or Inf.
+            UserError: a tensor contains NaN or Inf.
         """
         for name in progress(self.shapes, "convert", "tensors", len(self.shapes)):
             tensor = self.read(name)

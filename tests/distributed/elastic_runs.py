@@ -20,7 +20,7 @@ LAYOUTS = tuple(Layout(ranks=ranks, expert=expert, stage=stage) for ranks, exper
 
 
 def name_of(layout: Layout) -> str:
-    """Return a short label of a layout."""
+    """Return a short label for a layout."""
     return f"{layout.ranks} ranks EP {layout.expert} ZeRO {layout.stage}"
 
 
@@ -32,13 +32,13 @@ def batches_from(layout: Layout, rank: int, step: int) -> Iterator[dict[str, Ten
             yield {"input_ids": own[:, :-1], "labels": own[:, 1:]}
 
 
-Ended = tuple[list[Step], Tensor]  # steps after the checkpoint, and logits at the end
+Ended = tuple[list[Step], Tensor]  # steps after the checkpoint, and logits after the last step
 
 
 def save_each(layouts: list[Layout], folders: list[Path]) -> list[Ended]:
     """Train under each layout, save a checkpoint in the background, and continue training.
 
-    All layouts share the processes.
+    All layouts run in the same processes.
     """
     return [_save(layout, folder) for layout, folder in zip(layouts, folders, strict=True)]
 
@@ -59,7 +59,7 @@ def _save(layout: Layout, folder: Path) -> Ended:
 def resume_each(layouts: list[Layout], folders: list[Path], again: list[Path]) -> list[Ended]:
     """Resume each run under another layout, save a copy of its checkpoint, and continue training.
 
-    All layouts share the processes.
+    All layouts run in the same processes.
     """
     return [_resume(*run) for run in zip(layouts, folders, again, strict=True)]
 
@@ -77,7 +77,7 @@ def _resume(layout: Layout, folder: Path, other: Path) -> Ended:
 
 
 def first_norms(layouts: list[Layout]) -> list[float]:
-    """Return the gradient norm of the first step under each layout. All layouts share the processes."""
+    """Return the gradient norm of the first step under each layout. All layouts run in the same processes."""
     norms = []
     for layout in layouts:
         engine = engine_of(layout, BEFORE + AFTER)
@@ -88,7 +88,7 @@ def first_norms(layouts: list[Layout]) -> list[float]:
 
 
 def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
-    """Save a checkpoint of the initial weights, then train; return the steps."""
+    """Save a checkpoint of the initial weights, train, and return the training steps."""
     engine = engine_of(layout, BEFORE + AFTER)
     checkpoints = manager_of(engine, RunFolder(folder))
     checkpoints.save(0, {"step": 0})
@@ -97,7 +97,7 @@ def save_untrained_and_train(layout: Layout, folder: Path) -> list[Step]:
 
 
 def train_untrained(layout: Layout, folder: Path) -> list[Step]:
-    """Resume from the saved weights in an engine with different initial weights, then train; return the steps."""
+    """Resume from the saved weights in an engine with different initial weights, train, and return the steps."""
     engine = build_engine_with_other_weights(layout)
     assert manager_of(engine, RunFolder(folder)).resume() == {"step": 0}
     return steps_on(engine, batches_from(layout, torch.distributed.get_rank(), 0), AFTER)

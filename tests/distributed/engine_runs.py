@@ -62,7 +62,7 @@ def ds_config_of(layout: Layout) -> dict[str, Any]:
 
 
 def engine_of(layout: Layout, steps: int = STEPS) -> Any:
-    """Build an engine whose learning rate falls to `LAST_RATE` times its first value at step `steps`."""
+    """Build an engine whose learning rate falls linearly, to `LAST_RATE` times its first value at step `steps`."""
     wake_hypernetwork()
     if layout.form is not None:
         hyper_experts.cheaper_form = lambda *_: layout.form  # only affects this test process
@@ -74,7 +74,7 @@ def engine_of(layout: Layout, steps: int = STEPS) -> Any:
 
 
 class Watcher(StepObserver):
-    """Minimal replacement for the recorder that collects losses and routing."""
+    """Minimal stand-in for the metrics recorder, which collects only losses and routing."""
 
     def __init__(self, num_experts: int) -> None:
         self.logs = True
@@ -154,7 +154,7 @@ def _hooks(routers: list[nn.Module]) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """Counter of the operations that run inside the context."""
+    """Context manager that counts the PyTorch operations run inside its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ SAVED_STEP = 2
 
 
 def steps_on(engine: Any, batches: Iterator[dict[str, Tensor]], count: int) -> list[Step]:
-    """Train for `count` steps and return them."""
+    """Train for `count` steps, and return the results of each step."""
     watcher = Watcher(engine.module.config.num_experts)
     taken = []
     for _ in range(count):
@@ -244,7 +244,7 @@ def resume_into_each(
         named: whether the checkpoint records the configuration of its model.
 
     Returns:
-        For each other model, the error, and whether any of its weights changed.
+        For each other model, the error message, and whether any weight of the model changed.
     """
     if not named:
         EngineState.model = lambda _self: {}  # type: ignore[method-assign] (only affects this test process)

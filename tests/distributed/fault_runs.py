@@ -25,7 +25,7 @@ NUMEL = 200_000
 class Part:
     """Stand-in for `EngineState` that holds this rank's part of one parameter.
 
-    All its values are the number of the step.
+    All its values equal the number of the step.
     """
 
     device = torch.device("cpu")
@@ -60,9 +60,9 @@ def manager_of(folder: Path, **config: Any) -> tuple[CheckpointManager, Part]:
 
 
 def save_without_end(folder: Path, asynchronous: bool) -> None:
-    """Resume, then save every step until the process is killed.
+    """Resume, then save a checkpoint in every step until the process is killed.
 
-    Each rank writes down the steps whose save has completed.
+    Each rank appends the number of each completed save to its own file.
     """
     checkpoints, part = manager_of(folder, asynchronous=asynchronous, verify="full")
     state = checkpoints.resume()
@@ -82,10 +82,10 @@ def save_without_end(folder: Path, asynchronous: bool) -> None:
 def save_steps(
     folder: Path, last: int, config: dict[str, Any], fails_at: int | None = None
 ) -> tuple[int, str | None, list[str]]:
-    """Resume and save every step up to `last`; the save of step `fails_at` fails on rank 1.
+    """Resume, then save a checkpoint in every step up to `last`. The save in step `fails_at` fails on rank 1.
 
     Returns:
-        The step from which the run resumed, the error or None, and the log messages.
+        The step from which the run resumed, the error message or None, and the log messages.
     """
     checkpoints, part = manager_of(folder, **config)
     write = manager.write_shard
@@ -119,7 +119,7 @@ def save_steps(
 def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | None]:
     """Save two finite states, then three states with a NaN on rank 1.
 
-    Return the errors and the last good checkpoint.
+    Return the error messages and the last good checkpoint.
     """
     checkpoints, part = manager_of(folder, asynchronous=asynchronous, keep_last=1)
     raised = []
@@ -138,7 +138,7 @@ def save_not_finite(folder: Path, asynchronous: bool) -> tuple[list[str], str | 
 def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str | None]:
     """Save checkpoints of good steps 1 to 3 and bad steps 4 and 5, then damage four of them.
 
-    The checkpoints are damaged in the order 5, 3, 2, 1. Return the last good checkpoint after each damage.
+    The checkpoints are damaged in the order 5, 3, 2, 1. Return the last good checkpoint after each one is damaged.
     """
     checkpoints, part = manager_of(folder, keep_last=1, asynchronous=False, verify="sizes")
     for step in range(1, 6):
@@ -158,7 +158,7 @@ def save_in_bad_steps(folder: Path, damage: Callable[[Path], None]) -> list[str 
 def save_on_full_disk(folder: Path) -> list[str]:
     """Save until the disk is full, then free space and save once more.
 
-    The measurement of free disk space is faked, so that the saves start.
+    A fake measurement always reports enough free disk space, so that the saves start.
     """
     manager.shutil.disk_usage = lambda _: _Plenty  # type: ignore[attr-defined]
     checkpoints, part = manager_of(folder, asynchronous=False, keep_last=9)
@@ -180,7 +180,7 @@ def save_on_full_disk(folder: Path) -> list[str]:
 
 
 def save_after_the_folder_was_replaced(folder: Path, aside: Path) -> list[str]:
-    """Save, then replace the run folder by an empty one, as after an unmount, and save again; return the errors."""
+    """Save, replace the run folder with an empty one, as after an unmount, save again, and return the errors."""
     checkpoints, part = manager_of(folder)
     part.values.fill_(1)
     checkpoints.save(1, {"step": 1})
@@ -199,7 +199,7 @@ def save_after_the_folder_was_replaced(folder: Path, aside: Path) -> list[str]:
 
 
 def report_failed_save(folder: Path) -> tuple[bool, bool]:
-    """Return whether a failed background save is reported after it fails, and after the next save succeeds."""
+    """Return whether a failed background save is reported, first after its failure and then after a successful save."""
     checkpoints, _ = manager_of(folder)
     write, manager.write_shard = manager.write_shard, _full
     checkpoints.save(1, {"step": 1})

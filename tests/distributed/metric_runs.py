@@ -29,7 +29,7 @@ PATTERNS = {
 
 
 def named_group(name: str) -> str:
-    """Return the group of a parameter, by patterns that are independent of those in hypermoe_ds."""
+    """Return the group of a parameter, using patterns that are independent of those in hypermoe_ds."""
     [*found] = [group for group, pattern in PATTERNS.items() if re.search(pattern, name)]
     assert len(found) <= 1, name
     return found[0] if found else "rest"
@@ -116,10 +116,10 @@ class ModelResults(NamedTuple):
     """Metrics and outputs of a model on one rank.
 
     Attributes:
-        similarity: similarity that hypermoe_ds measures.
-        pairs: mean cosine similarity over all pairs, computed naively.
+        similarity: similarity of HyperExperts, as measured by hypermoe_ds.
+        pairs: mean cosine similarity over all pairs of HyperExperts of a layer, computed naively.
         without: logits without HyperExperts.
-        again: logits with HyperExperts, computed before and after the HyperExperts were disabled.
+        again: logits with HyperExperts, computed before the HyperExperts are disabled and after they are enabled again.
         tokens: greedy continuation of a prompt.
     """
 
@@ -157,7 +157,7 @@ def _evaluate(layout: Layout) -> ModelResults:
 
 
 def _pairs(weights: HyperExpertWeights) -> float:
-    """Return the mean cosine over all pairs of generated weights, computed in fp64."""
+    """Return the mean cosine similarity over all pairs of generated weights, computed in fp64."""
     count = len(weights.up_bias)
     vectors = [
         [*weights.down_weight[u].flatten().tolist(), *weights.up_weight[u].flatten().tolist()] for u in range(count)

@@ -52,7 +52,7 @@ MOST_RANKS = 4
 LEARNING_RATE = 1e-2
 LAST_RATE = 0.2  # learning rate of the last step, relative to the first
 WEIGHT_DECAY = 0.1
-EPSILON = 1e-6  # Adam's epsilon; with a smaller one, Adam would amplify the rounding errors of gradients
+EPSILON = 1e-6  # Adam's epsilon; with a smaller value, Adam would amplify the rounding errors of gradients
 CLIP = 0.8  # maximum gradient norm, which only some steps exceed
 SEED = 7
 
@@ -92,7 +92,7 @@ class Layout:
 
     @property
     def pieces(self) -> int:
-        """Number of parts of the global batch whose losses are averaged. Expert loads are counted in each part."""
+        """Number of parts of the global batch; expert loads are counted per part, and losses are averaged over them."""
         per_rank = self.model.get("router_aux_loss_scope") == "micro_batch"
         return self.accumulation * (self.ranks if per_rank else 1)
 
@@ -104,7 +104,7 @@ def model_config(layout: Layout) -> HyperMoEConfig:
 def wake_hypernetwork() -> None:
     """Initialise generated weights with large values in this process.
 
-    The tests would not detect errors in tiny generated weights.
+    If these weights were tiny, the tests would not detect errors in them.
     """
     GeneratorHead.reset_parameters = nn.Linear.reset_parameters  # type: ignore[method-assign]
 
@@ -149,7 +149,7 @@ def batches_of_rank(layout: Layout, rank: int) -> Iterator[dict[str, Tensor]]:
 class SerialRun:
     """Results of the serial run.
 
-    Lists have one item per step, except the logits of each rank's probe batch before and after training.
+    Most lists have one item per step. Lists of logits have one item per rank, for the probe batch of that rank.
     """
 
     first_logits: list[Tensor]
@@ -210,7 +210,7 @@ def _serial_run(pieces: int, model: tuple[tuple[str, Any], ...], masked: bool) -
 
 
 def _documents(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the labels and positions of masked documents, [B, S], token by token."""
+    """Compute the labels and positions of masked documents, both [B, S], token by token."""
     labels, positions = tokens[:, 1:].clone(), torch.zeros_like(tokens[:, 1:])
     for row, sample in enumerate(tokens[:, :-1].tolist()):
         position = 0

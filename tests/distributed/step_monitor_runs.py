@@ -27,7 +27,7 @@ EXPERTS = "model.layers.1.mlp.experts.w2"
 
 
 def spoil_gradient(engine: Any, name: str, value: float) -> None:
-    """Set one element of a gradient of this rank to `value` in the next backward pass."""
+    """Set one element of this rank's gradient of a parameter to `value` in the next backward pass."""
     parameter = dict(engine.module.named_parameters())[name]
 
     def spoil(gradient: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 class Checkpoints:
-    """Minimal replacement of the checkpoint manager for the step monitor."""
+    """Minimal stand-in for the checkpoint manager that the step monitor uses."""
 
     failed = False
 
@@ -155,7 +155,7 @@ def _make_bad(engine: Any, step_monitor: StepMonitor, what: str) -> None:
 def _compare(layout: Layout, taken: list[tuple[float, float]], ended: dict[str, Tensor]) -> None:
     """Compare the run with one that never reads the samples of the bad step.
 
-    Its learning rates are those of the good steps.
+    The learning rates of that run must equal those of the good steps.
     """
     engine = engine_of(layout)
     step_monitor, state, source = step_monitor_of(engine, layout, []), TrainState(), batches(layout, BAD_STEP)
@@ -211,7 +211,10 @@ def _error_of(check: ReplicaCheck) -> str | None:
 
 
 def spike(layout: Layout) -> list[str]:
-    """Log twenty similar losses, then one much larger loss in a micro-batch of rank 1; return the log lines."""
+    """Watch twenty steps of similar losses, then one much larger loss in a micro-batch of rank 1.
+
+    Return the log lines.
+    """
     engine = engine_of(layout)
     lines: list[str] = []
     step_monitor, state = step_monitor_of(engine, layout, lines), TrainState()
@@ -224,7 +227,7 @@ def spike(layout: Layout) -> list[str]:
 
 
 def asked_to_stop(layout: Layout, rank: int) -> list[bool]:
-    """Send SIGTERM to one rank after the second step; return, for each step, whether the run stops after it."""
+    """Send SIGTERM to one rank after the second step, and return whether the run stops after each step."""
     engine = engine_of(layout)
     step_monitor, state = step_monitor_of(engine, layout, []), TrainState()
     stops = []

@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def saved(folders: list[Path]) -> list[Ended]:
-    """Train one run per layout, which saves a checkpoint and continues."""
+    """Train one run per layout; each run saves a checkpoint and continues."""
     ended: list[Ended] = run_on_ranks(2, save_each, LAYOUTS, folders)[0]
     return ended
 

@@ -60,7 +60,7 @@ def test_killing_ranks_at_random_times_during_saves_loses_no_checkpoint(tmp_path
             while last_saved(tmp_path) < before + 2:
                 assert all(rank.is_alive() for rank in ranks)
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.1))  # usually within a save
+            time.sleep(moments.uniform(0, 0.1))  # the delay usually ends during a save
             ranks[moments.randrange(RANKS)].kill()
         assert newest(tmp_path) >= last_saved(tmp_path)
         before = newest(tmp_path)

@@ -1,4 +1,4 @@
-"""The control group gives all ranks the same values, and a failure on one rank fails all of them."""
+"""The control group gives all ranks the same values, and an error on one rank is raised on all of them."""
 
 import os
 
@@ -15,7 +15,7 @@ RANKS = 3
 def exchange(fails: int | None) -> tuple[list[int], object, object]:
     """Return all ranks, the process id of rank 0, and all process ids.
 
-    If rank `fails` raises an error, return the error instead of the affected ids.
+    If an error on rank `fails` prevents an exchange, return its message instead of the process ids.
     """
     group = ControlGroup()
 

@@ -1,4 +1,4 @@
-"""Metrics over several ranks equal a naive computation, or the metrics of one process."""
+"""Metrics computed over several ranks equal those of a naive computation or of one process."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def _serial() -> dict[str, float]:
 
 
 def _serial_model(**changes: object) -> HyperMoEForCausalLM:
-    """Build the model of the runs on one process; without a hypernetwork, the other weights stay the same."""
+    """Build the model of the runs on one process. `changes` can remove the hypernetwork but keep the other weights."""
     wake_hypernetwork()
     torch.manual_seed(SEED)
     whole = HyperMoEForCausalLM(HyperMoEConfig(**SMALL)).eval()
@@ -65,7 +65,7 @@ def _serial_model(**changes: object) -> HyperMoEForCausalLM:
 def _references() -> tuple[torch.Tensor, list[int]]:
     """Return logits and a greedy continuation for comparison.
 
-    The logits are from a model without a hypernetwork, and Transformers generates the continuation with one.
+    The logits come from a model without a hypernetwork. Transformers generates the text from a model with one.
     """
     probe = training_tokens()[0, :2, :-1]
     without = _serial_model(hypernetwork=False)(input_ids=probe, use_cache=False).logits

@@ -28,7 +28,7 @@ from hypermoe_ds.checkpoint.shards import MOMENTS, WEIGHT, CheckpointReader
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.routing import Tie, assert_same_until_a_tie
 
-LIMIT = 1e-4  # relative difference; 2e-7 was measured, but a ReLU input close to zero can change the result more
+LIMIT = 1e-4  # largest relative difference; 2e-7 was measured, but a ReLU input close to zero can cause more
 
 # Every layout occurs once as the saved and once as the resumed layout, and every pair of ZeRO stages occurs.
 COVERING = [
@@ -81,7 +81,7 @@ def assert_same_content(one: Path, other: Path) -> None:
 
 
 def assert_same_steps(steps: list[Step], others: list[Step]) -> Tie | None:
-    """Check that losses and gradient norms agree, up to a tie between experts if there is one."""
+    """Check that losses and gradient norms agree, up to the first tie between experts, if there is one."""
     ours, theirs = ([step.numbers for step in of] for of in (steps, others))
     routing = ([step.routing for step in steps], [step.routing for step in others])
     return assert_same_until_a_tie(ours, theirs, routing, LIMIT)
@@ -96,7 +96,7 @@ def largest_difference(steps: list[Step], others: list[Step]) -> float:
 def differences_after_resuming(
     saved: dict[str, Saved], pairs: list[tuple[Layout, Layout]], folder: Path
 ) -> list[float]:
-    """Resume each run and return its largest difference from the uninterrupted run; check the saved state bitwise."""
+    """Resume each run, check its state bitwise, and return its largest difference from the uninterrupted run."""
     runs = [saved[name_of(source)] for source, _ in pairs]
     targets = [target for _, target in pairs]
     copies = [folder / str(number) for number in range(len(pairs))]

@@ -1,4 +1,4 @@
-"""Transformers shards an exported model over ranks by the tensor- and expert-parallel plans in its configuration."""
+"""Transformers shards an exported model as the tensor- and expert-parallel plans in its configuration specify."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ SMALL = {
 ATTENTION = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
 SWIGLU = {f"{name}_proj.weight" for name in ("gate", "up", "down")}
 EXPERTS = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-# Settings of each case, and the sharded weights of layers 0 and 1.
+# Settings of each case, and the names of the weights that are sharded in layers 0 and 1.
 CASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     "dense and shared, untied": (
         {"first_dense_layers": 1, "shared_expert_size": 12, "tie_word_embeddings": False},

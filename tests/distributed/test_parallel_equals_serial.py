@@ -1,4 +1,4 @@
-"""Every parallel layout gives the same results as a serial run.
+"""Training under every parallel layout has the same results as a serial run.
 
 The serial run trains the model without expert parallelism on the full batch in one process, with PyTorch's AdamW and
 gradient clipping in plain code.

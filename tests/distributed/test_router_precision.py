@@ -11,9 +11,9 @@ from tests.helpers.ranks import run_on_ranks
 
 
 def routing_of(model: HyperMoEForCausalLM, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the logits and the selection of the first MoE layer.
+    """Return the router logits and the selected experts of the first MoE layer.
 
-    Both models run the same modules before this layer.
+    Before this layer, the expert-parallel model and the plain model run the same modules.
     """
     with torch.no_grad():
         output = model.eval()(input_ids=probe_of(rank), use_cache=False, output_router_logits=True)
@@ -31,7 +31,7 @@ Routed = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[float]]
 
 
 def routed_on_rank(layouts: list[Layout]) -> list[Routed]:
-    """Return for each layout the routing of AutoEP and of the model's own block, and the losses of later steps."""
+    """For each layout, return the routing of AutoEP and of the model's own MoE block, and the training losses."""
     wake_hypernetwork()
     rank = torch.distributed.get_rank()
     results = []

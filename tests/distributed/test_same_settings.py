@@ -18,7 +18,7 @@ HOST = socket.gethostname()
 
 
 def compare(others: list[tuple[dict[str, Any], dict[str, Any]]], digest: str | None = None) -> str | None:
-    """Check settings that differ by rank, with RECIPE and DS_JSON on rank 0; return the error of this rank."""
+    """Check settings that can differ by rank, with RECIPE and DS_JSON on rank 0, and return this rank's error."""
     rank = torch.distributed.get_rank()
     if rank == 2 and digest is not None:
         same_settings.source_digest = lambda: digest  # type: ignore[attr-defined, assignment]

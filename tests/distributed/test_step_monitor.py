@@ -54,7 +54,7 @@ def test_too_many_consecutive_bad_steps_end_the_run_and_report_checkpoint_and_da
 
 
 def test_a_flipped_bit_is_reported_with_parameter_and_rank() -> None:
-    # ZeRO 3 does not partition parameters of this size.
+    # ZeRO 3 does not partition parameters as small as these.
     layouts = [
         Layout(4, expert=2, stage=stage, precision=precision)
         for stage, precision in zip(STAGES, PRECISIONS, strict=True)

@@ -1,4 +1,4 @@
-"""If any rank is lost for any reason, the job ends and the failure report names the rank."""
+"""If any rank is lost for any reason, the job ends and the failure report names that rank."""
 
 import re
 import signal
@@ -54,7 +54,8 @@ def test_a_lost_rank_is_reported_with_its_step_and_ends_the_job(kind: str, lost:
             assert ranks[lost].exitcode == -signal.SIGKILL, "a stopped process cannot exit by itself"
     report = (tmp_path / FAILURE_REPORT).read_text()
     assert re.match(rf"rank {lost} \(process \d+ on [\w.-]+\) {FOUND[kind]}", report), report
-    # The report names the rank that waited, unless the lost rank, which hangs while loading data, writes it itself.
+    # The report also names a rank that waited. Only a lost rank that hangs while loading data may omit this, because it
+    # can write the report itself.
     waited = rf"rank \d waited in step {LAST_GOOD + 1}, forward and backward; "
     assert re.search(rf"; ({waited}{'|' * (kind == 'hangs')})stacks of ", report), report
     assert len(re.findall(r"rank \d", report)) <= 2, "the report names no other rank"
@@ -76,7 +77,7 @@ def test_progressing_ranks_continue_and_files_of_an_earlier_launch_are_moved(tmp
         "told_there",
         "rank_00001.json",
         "rank_00000.json.tmp",
-    ):  # `notes` is a user's folder; the other names are those of files of the watchdog
+    ):  # `notes` is a user's folder; the watchdog writes files with the other names
         (tmp_path / name).mkdir()
         (tmp_path / name / "note").touch()
     assert run_on_ranks(2, train_to_the_end, tmp_path) == [0, 1]

@@ -1,4 +1,4 @@
-"""Code that ranks run in the watchdog tests: each step is one collective, until a rank is lost."""
+"""Code that ranks run in the watchdog tests: each step is one collective operation, until a rank is lost."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def lose(folder: Path, kind: str, lost: int) -> None:
 
 
 def train_to_the_end(folder: Path) -> int:
-    """Train for longer than the timeout, in steps that are shorter than the timeout. Return this rank."""
+    """Train for longer than the timeout, in steps that are shorter than the timeout. Return the rank's number."""
     rank = torch.distributed.get_rank()
     watchdog = Watchdog(folder, rank, torch.distributed.get_world_size(), TIMEOUT)
     with watchdog.watching():
@@ -78,7 +78,7 @@ def lose_before_training(folder: Path, kind: str) -> None:
 
 
 def block_all_ranks(folder: Path, consoles: Path, hosts: list[str]) -> None:
-    """Block all ranks in the same part of a step, on the given hosts; each rank prints to its own file."""
+    """Block all ranks in the same part of a step, as if on the given hosts. Each rank prints to its own file."""
     rank = torch.distributed.get_rank()
     socket.gethostname = lambda: hosts[rank]
     sys.stderr = (consoles / str(rank)).open("w")

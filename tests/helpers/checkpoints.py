@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool, st
     """Write a checkpoint as a run on two ranks would: each tensor with three or more elements is split over two shards.
 
     Returns:
-        The written tensors, keyed by `KIND/NAME`. `exp_avg` is twice the weight, and `exp_avg_sq` three times.
+        The written tensors, keyed by `KIND/NAME`. `exp_avg` is 2 times and `exp_avg_sq` is 3 times the weight.
     """
     kinds = {"weight": 1.0, **dict(zip(MOMENTS, (2.0, 3.0), strict=True))} if moments else {"weight": 1.0}
     entries: dict[str, TensorEntry] = {}
@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, weights: dict[str, Tensor], moments: bool, st
 
 
 def write_run(folder: Path, model: HyperMoEForCausalLM, steps: dict[int, dict[str, Tensor]]) -> Path:
-    """Write a run folder with one checkpoint for each entry of `steps`, and return its path."""
+    """Write a run folder with one checkpoint for each entry of `steps`, and return the folder."""
     model.config.save_pretrained(folder / "resolved" / "model")
     for step, weights in steps.items():
         write_checkpoint(folder / "checkpoints" / step_name(step), weights, moments=True, step=step)

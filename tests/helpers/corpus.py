@@ -27,8 +27,8 @@ class TokenisedCorpus:
     Attributes:
         texts: text files with one document each.
         tokenizer: tokenizer folder.
-        train: path prefix of the training token files, with all texts except the last four.
-        valid: path prefix of the validation token files, with the last four texts.
+        train: path prefix of the training token files, which contain all texts except the last four.
+        valid: path prefix of the validation token files, which contain the last four texts.
     """
 
     texts: list[Path]
@@ -50,7 +50,10 @@ def write_jsonl(path: Path, texts: list[str], text_field: str = "text") -> Path:
 
 
 def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
-    """Train a tokenizer on the corpus and write it and the token files to `folder`. This takes a few seconds."""
+    """Train a tokenizer on the corpus, and write the tokenizer and the token files to `folder`.
+
+    This takes a few seconds.
+    """
     texts = stdlib_texts()
     corpus = TokenisedCorpus(texts, folder / "tokenizer", str(folder / "train"), str(folder / "valid"))
     train_tokenizer(texts, vocab_size, corpus.tokenizer)
@@ -60,7 +63,7 @@ def tokenised_corpus(folder: Path, vocab_size: int = 1000) -> TokenisedCorpus:
 
 
 def write_token_files(prefix: str, documents: list[list[int]], large: bool = False) -> None:
-    """Write the `.bin` and `.idx` files of documents, given as token ids, without the metadata file `.json`.
+    """Write the `.bin` and `.idx` files of documents, given as token ids, but not the `.json` metadata file.
 
     Args:
         prefix: path of the files without the suffix.

@@ -18,7 +18,7 @@ class _Samples(Protocol):
 
 
 def data_config(corpus: TokenisedCorpus, **changes: Any) -> DataConfig:
-    """Return data settings with samples of 64 tokens of the corpus, and `changes`."""
+    """Return data settings for samples of 64 tokens from the corpus, updated with `changes`."""
     values = {
         "train": [{"prefix": corpus.train}],
         "valid": [{"prefix": corpus.valid}],
@@ -47,6 +47,6 @@ def training_set(
 
 
 def rows(samples: _Samples, count: int | None = None, first: int = 0) -> list[tuple[int, ...]]:
-    """Return samples as their tokens and the token that follows them."""
+    """Return each sample as a tuple of its tokens and the token that follows them."""
     read = [samples[index] for index in range(first, len(samples) if count is None else first + count)]
     return [(*sample["tokens"].tolist(), int(sample["labels"][-1])) for sample in read]

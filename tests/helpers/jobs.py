@@ -1,7 +1,7 @@
 """Run the project's scripts as a user would, with a small recipe.
 
 `launch` uses the DeepSpeed launcher. `run_script` runs a script in processes that have already imported the libraries,
-with the environment variables that the launcher would set, which is ten times faster than the launcher.
+with the environment variables that the launcher would set. This is ten times faster than the launcher.
 """
 
 import os
@@ -50,7 +50,7 @@ class Job:
 
     Attributes:
         process: process that was started, usually the launcher.
-        folder: working directory; the job's output is in its files `stdout` and `stderr`.
+        folder: working directory; the job writes its output to files named `stdout` and `stderr` there.
         port: rendezvous port of the ranks.
     """
 
@@ -223,7 +223,7 @@ def arguments_of(recipe: Path, *overrides: str, stage: int = 1) -> list[str]:
 
 
 def logged_steps(run: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run's training steps, without time, throughput and memory, which vary between runs."""
+    """Read the metrics of a run's training steps, except time, throughput and memory, which vary between runs."""
     records = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
     return [
         {key: value for key, value in record.items() if key.partition("/")[0] not in RUNTIME_METRICS}

@@ -66,7 +66,7 @@ def process_group(world_size: int) -> Iterator[list[Environment]]:
 def run_in_processes(environments: list[Environment], function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call `function(*arguments)` in one new process per environment, and return the results.
 
-    If one process fails, kill the others and raise a `RuntimeError` with its traceback.
+    If one process fails, kill the others and raise a `RuntimeError` with the traceback of the failed process.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(environments))]
@@ -129,7 +129,7 @@ def _await_all(processes: list[Any]) -> None:
 
 def _main(environment: Environment, result: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
-    gc.freeze()  # otherwise each garbage collection that ZeRO 3 triggers would scan all objects of the libraries
+    gc.freeze()  # so that garbage collections that ZeRO 3 triggers do not scan all objects of the libraries
     # Without a GPU, DeepSpeed loads a compiled operator for communication, which needs ninja on the PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:

@@ -11,7 +11,7 @@ TRAIN = Path(__file__).parents[2] / "pretrain/train.py"
 
 
 def main() -> None:
-    """Patch the metrics recorder to also write the routing of each step, then train."""
+    """Patch the metrics recorder so that it also writes the routing of each step, then train."""
     observe, record = Recorder.observe, Recorder.record
     micro_batches: list[StepRouting] = []
 

@@ -28,7 +28,7 @@ class LayerRouting(NamedTuple):
     selected_TK: Tensor
 
 
-StepRouting = list[LayerRouting]  # one item per MoE layer; tokens in sample order
+StepRouting = list[LayerRouting]  # one item per MoE layer, with the tokens in sample order
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def gather_routing(micro_batches: list[StepRouting]) -> StepRouting:
 
 
 def first_tie(ours: Sequence[StepRouting], theirs: Sequence[StepRouting]) -> Tie | None:
-    """Return the first tie for which two runs selected different experts, or None if all selections are equal.
+    """Return the first tie at which two runs selected different experts, or None if all selections are equal.
 
     Raises:
-        AssertionError: the selections differ although the router logits do not tie.
+        AssertionError: the selected experts differ although the router logits do not tie.
     """
     for step, layers in enumerate(zip(ours, theirs, strict=True)):
         for layer, (one, other) in enumerate(zip(*layers, strict=True)):
@@ -122,7 +122,7 @@ def assert_same_until_a_tie(
 
 
 def write_routing(run: Path, step: int, micro_batches: list[StepRouting]) -> None:
-    """Write this rank's routing of a step to the run folder, and replace a file from an earlier launch."""
+    """Write this rank's routing of a step to the run folder, replacing any file from an earlier launch."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     (run / "routing").mkdir(exist_ok=True)
     content = [[tuple(layer) for layer in part] for part in micro_batches]

@@ -6,7 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# `bincount` reads its largest input to determine the size of the result. `lift_fresh` copies a number to the device.
+# `bincount` reads its largest input value to size the result. `lift_fresh` copies a number to the device.
 _WAITING = ("_local_scalar_dense", "nonzero", "_unique", "unique_", "bincount", "masked_select", "lift_fresh")
 
 

@@ -14,7 +14,7 @@ _RARE = ("parameter_norm", "update_ratio", "hyper_expert_similarity")
 def write_run(
     folder: Path, steps: int = 2000, layers: int = 12, experts: int = 64, seed: int = 0, lr: float = 6e-4
 ) -> Path:
-    """Write a run folder with metrics every 10 steps, a validation every 100, a loss spike, and a restart halfway."""
+    """Write a run with metrics every 10 steps, a validation every 100 steps, a loss spike and a restart halfway."""
     (folder / "resolved").mkdir(parents=True)
     generator = random.Random(seed)
     items = {

@@ -56,7 +56,7 @@ _SERVER = """
     MaxStartups 100
     SetEnv PATH={path}
     """
-# Boot script of a host. It ends by becoming sshd with PID 1, so the kernel kills the host's processes when sshd ends.
+# Boot script of a host. Finally, sshd replaces it as PID 1, so the kernel kills the host's processes when sshd ends.
 _BOOT = """
     set -e
     mount -t proc proc /proc
@@ -119,7 +119,7 @@ class TwoHosts:
     def start(
         self, host: str, *words: object, folder: Path, out: int | IO[str], errors: int | IO[str], **environment: str
     ) -> "subprocess.Popen[str]":
-        """Start a command as `run` does, but do not wait. Its stdout goes to `out` and its stderr to `errors`."""
+        """Start a command as `run` does, but do not wait. The stdout goes to `out`, and the stderr to `errors`."""
         user = {
             **CPU,
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
@@ -223,7 +223,7 @@ def _await(hosts: TwoHosts) -> None:
 
 
 def _remove(namespace: str) -> None:
-    """Kill the processes in a network namespace, then delete it together with its link."""
+    """Kill the processes in a network namespace, then delete the namespace and its network link."""
     listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
     processes = []
     for number in listed.stdout.split():

@@ -40,7 +40,7 @@ def reference_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def stopped_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the same run, but stop it after step 5 and resume from the checkpoint of step 4."""
+    """Train the same run as `reference_run`, but stop it after step 5 and resume from the checkpoint of step 4."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     arguments = arguments_of(recipe, f"run.dir={run}", EP)
     run_script(RECORDED_TRAIN, *arguments, "train.stop_at_step=5", folder=run.parent, ranks=RANKS)
@@ -51,7 +51,10 @@ def stopped_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def moved_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the same run on two ranks with ZeRO 1, then on one rank with ZeRO 3, then on two ranks with ZeRO 2."""
+    """Train the same run as `reference_run` under three layouts, one after another.
+
+    The layouts are two ranks with ZeRO 1, one rank with ZeRO 3, and two ranks with ZeRO 2.
+    """
     run = tmp_path_factory.mktemp("moved") / "run"
     run_script(
         RECORDED_TRAIN,

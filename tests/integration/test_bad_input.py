@@ -45,10 +45,10 @@ class BadInput:
 
     Attributes:
         message: parts of the error message.
-        overrides: overrides of the recipe; the test replaces FOLDER and OTHER by paths.
+        overrides: overrides of the recipe; the test replaces FOLDER and OTHER with paths.
         ds_json: content of the DeepSpeed JSON; None writes invalid JSON.
-        prepare: creates the files that the overrides name.
-        free_bytes: faked free disk space.
+        prepare: function that creates the files named in the overrides.
+        free_bytes: free disk space to simulate, in bytes; None uses the real value.
     """
 
     message: tuple[str, ...]
@@ -167,7 +167,7 @@ def files(tmp_path: Path, corpus: TokenisedCorpus, finished: Path) -> Files:
 
 @pytest.fixture(scope="module")
 def finished(corpus: TokenisedCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train one step on one rank."""
+    """Train one step on one rank, and return the run folder."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder / "recipe.yaml", small_recipe(corpus, folder / "run"))
     overrides = ["train.steps=1", "schedule.warmup_steps=0"]

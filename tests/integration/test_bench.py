@@ -46,7 +46,7 @@ def run(script: str, *arguments: object, python_path: str = str(REPOSITORY)) -> 
 def compare(tmp_path_factory: pytest.TempPathFactory) -> Compare:
     """Return a function that compares training steps of a tiny model.
 
-    The scripts cannot import megatron-core, and a library prints a line on import.
+    While a script runs, megatron-core cannot be imported, and every Python process prints a line as a library might.
     """
     folder = tmp_path_factory.mktemp("bench")
     (folder / "megatron.py").write_text("raise ImportError('a benchmark needs no megatron-core')\n")

@@ -20,7 +20,8 @@ from hypermoe_ds.training.state import TrainState
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import REPOSITORY
 
-# Runs a script and prints by how much it raised the peak memory of the process, including memory-mapped files.
+# This program runs a script and prints by how much the script raised the peak memory of the process, including
+# memory-mapped files.
 MEASURED = """
 import re, runpy, sys
 from pathlib import Path

@@ -17,7 +17,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe whose first dataset has documents of a few tokens."""
+    """A recipe and its datasets. The documents of the first dataset have only a few tokens."""
 
     recipe: Path
     short: str

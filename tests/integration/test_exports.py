@@ -17,7 +17,7 @@ from hypermoe_ds.checkpoint.weights import load_model
 from tests.helpers.corpus import TokenisedCorpus
 from tests.helpers.jobs import CompletedRun, run_script
 
-# Loads each folder without access to this project, and saves the logits of token ids read from a file.
+# This script loads each folder without access to this project, and saves the logits of token ids read from a file.
 SCRIPT_WITHOUT_PROJECT = """
 import sys
 
@@ -46,7 +46,7 @@ PRECISE = {"rtol": 0, "atol": 1e-5}
 
 @pytest.fixture(scope="session")
 def exported(reference_run: Path, zero3_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
-    """Export each run; return its Hugging Face folder."""
+    """Export each run, and return the Hugging Face folder of each."""
     folder = tmp_path_factory.mktemp("exported")
     result = {}
     for name, run in (("whole", reference_run), ("zero3", zero3_run)):

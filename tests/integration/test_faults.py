@@ -38,7 +38,7 @@ def faulty(fault: str, recipe: Path, folder: Path, *overrides: str, before: tupl
 
 
 def resume(recipe: Path, folder: Path, *overrides: str) -> None:
-    """Run the same command again, without a fault."""
+    """Run the command of a faulty job again, without the fault."""
     done = start(RANKS, *arguments(recipe, folder, *overrides), folder=folder).finish()
     assert done.returncode == 0, done.output()
 
@@ -48,7 +48,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_ends_as(folder: Path, undisturbed: Path) -> None:
-    """Check that all logged steps are equal and that the last checkpoint is bitwise identical."""
+    """Check that both runs logged the same steps and that their last checkpoints are bitwise identical."""
     assert logged_steps(folder / "run") == logged_steps(undisturbed)
     ours, theirs = (
         json.loads((run / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
@@ -71,7 +71,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def assert_no_process_remains(folder: Path) -> None:
-    """Check that all processes end; data loader workers check every 5 s whether their rank still runs."""
+    """Check that all processes end. Data loader workers can take 5 s, the interval at which they check their rank."""
     _, alive = psutil.wait_procs(processes_of(folder), timeout=20)
     assert alive == []
 
@@ -149,7 +149,7 @@ def test_a_stopped_rank_is_reported_and_ends_with_the_job(recipe: Path, referenc
 
 def test_a_step_with_a_nan_in_one_gradient_only_skips_its_samples(recipe: Path, tmp_path: Path) -> None:
     fault = f"nan:1:4:{tmp_path / 'fault'}"
-    no_norms = "monitor.norms_interval=null"  # the two runs would measure norms at different steps
+    no_norms = "monitor.norms_interval=null"  # otherwise, the two runs would measure norms at different steps
     words = arguments(recipe, tmp_path, no_norms)
     done = run_script(FAULTY, *words, folder=tmp_path, ranks=RANKS, HYPERMOE_FAULT=fault)
     assert "warning: step 4 skipped: NaN or Inf in its loss (" in done.stdout
@@ -166,7 +166,7 @@ def test_a_step_with_a_nan_in_one_gradient_only_skips_its_samples(recipe: Path, 
             del record["step"], record["skipped_steps"]
         counted = {
             key for key in one if key.startswith(("consumed_tokens", "epochs/"))
-        }  # these metrics include the bad step
+        }  # these metrics also count the bad step
         assert {key: one[key] for key in one.keys() - counted} == {key: other[key] for key in other.keys() - counted}
 
 
@@ -210,7 +210,7 @@ def test_five_kills_at_random_times_change_no_result(recipe: Path, tmp_path: Pat
 
 
 def wait_for_ranks(job: Job, known: set[int]) -> list[int]:
-    """Wait for the ranks of a new attempt to be ready to train, and return their processes."""
+    """Wait for the ranks of a new attempt to be ready to train, and return their process ids."""
     while True:
         heartbeats = read_heartbeats(job.folder / "run/watch").values()
         if len(heartbeats) == RANKS and not any(

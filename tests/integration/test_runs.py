@@ -164,7 +164,7 @@ def test_a_profile_names_the_parts_of_the_model_and_changes_no_weight(
     assert sorted(path.name for path in profile.iterdir()) == names
     with gzip.open(profile / names[0]) as file:
         events = Counter(event.get("name") for event in json.load(file)["traceEvents"] if event.get("ph") == "X")
-    layers, micro_batches = 2, 4  # micro-batches of the two profiled steps
+    layers, micro_batches = 2, 4  # two MoE layers, and four micro-batches in the two profiled steps
     once = dict.fromkeys(("data", "forward", "backward", "optimizer", "head"), micro_batches)
     assert {name: events[name] for name in once} == once
     for name in ("attention", "router", "dispatch", "experts", "combine"):

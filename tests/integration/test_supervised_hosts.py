@@ -170,7 +170,7 @@ def with_other_train(folder: Path, script: str) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> "Undisturbed":
-    """Return a function that trains the same two ranks on one host, without faults, and returns the run folder."""
+    """Return a function that trains a run with two ranks on one host, without faults, and returns its folder."""
     found: dict[tuple[object, ...], Path] = {}
 
     def run(steps: int, *overrides: str) -> Path:
@@ -188,12 +188,12 @@ Undisturbed = Callable[..., Path]
 
 
 def assert_same_steps(job: SupervisedJob, expected: Path) -> None:
-    """Check that all logged values are bitwise identical, as expected on the same ranks."""
+    """Check that all logged values are bitwise identical, as expected with the same number of ranks."""
     assert logged_steps(job.run) == logged_steps(expected)
 
 
 def assert_same_losses(job: SupervisedJob, expected: Path) -> None:
-    """Check that losses agree up to a tie between experts, because rounding differs on fewer ranks."""
+    """Check that losses agree up to a tie between experts. Fewer ranks round differently, which can decide a tie."""
     found, there = ([[step["loss"], step["grad_norm"]] for step in logged_steps(run)] for run in (job.run, expected))
     routing = read_routing(job.run, STEPS), read_routing(expected, STEPS)
     assert_same_until_a_tie(list(found), list(there), routing, 1e-5)
@@ -410,7 +410,7 @@ def test_twenty_kills_at_random_times_change_no_result(
 
 
 def new_ranks(job: SupervisedJob, known: set[tuple[str, int]]) -> set[tuple[str, int]]:
-    """Wait for the ranks of a new attempt, and return their hosts and processes."""
+    """Wait for the ranks of a new attempt, and return their hosts and process ids."""
 
     def found() -> set[tuple[str, int]]:
         return {

@@ -29,7 +29,7 @@ def start_local(folder: Path, ranks: int, *arguments: str) -> "subprocess.Popen[
 
 
 def local(folder: Path, recipe: Path, *words: str) -> list[str]:
-    """Run launch/local.sh with one rank, which must fail, and return the lines on the terminal."""
+    """Run launch/local.sh with one rank, check that it fails, and return the lines on the terminal."""
     code = start_local(folder, 1, *arguments_of(recipe, *words)).wait(timeout=300)
     output = (folder / "output").read_text()
     assert code == 2, output
@@ -40,7 +40,7 @@ def test_a_user_error_is_the_last_line_on_the_terminal(corpus: TokenisedCorpus, 
     recipe = write_recipe(tmp_path / "recipe.yaml", small_recipe(corpus, tmp_path / "run"))
     assert local(tmp_path, recipe, "train.step=3") == ["error: train.step: unknown key; did you mean 'steps'?"]
     assert not (tmp_path / "run").exists()
-    command, error = local(tmp_path, recipe, "parallel.expert=2")  # detected only after the ranks start
+    command, error = local(tmp_path, recipe, "parallel.expert=2")  # the error is detected only after the ranks start
     assert command.startswith("+ deepspeed --log_level info --num_gpus 1 ")
     assert error == "error: parallel.expert=2: does not divide the number of ranks, 1; choose 1"
     log = (tmp_path / "run/logs/launcher.log").read_text()

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def losses_on_one_host(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Return the losses of the same job with both ranks on one host."""
+    """Train the job of these tests with both ranks on one host, and return its losses."""
     run = tmp_path_factory.mktemp("one") / "run"
     run_script(TRAIN, *arguments_of(recipe, f"run.dir={run}", *SETTINGS), folder=run.parent, ranks=2)
     return losses(run)
@@ -48,7 +48,7 @@ def losses(run: Path) -> list[float]:
 def run_on_left(hosts: TwoHosts, *command: object, folder: Path) -> CompletedRun:
     environment = {
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rtc_hwloc_vmhole": "none",  # mapping hwloc's topology at a free address occasionally crashes orted
+        "OMPI_MCA_rtc_hwloc_vmhole": "none",  # orted can crash when it maps hwloc's topology at a free address
     }  # fmt: skip
     return hosts.run("left", *command, folder=folder, **environment)
 
@@ -88,7 +88,7 @@ def test_preflight_rejects_a_host_that_sees_another_recipe_and_another_run_folde
     run.mkdir()
     shared.write_text(recipe.read_text())
     other.write_text(recipe.read_text().replace("steps: 8", "steps: 9"))
-    for mount in (["-t", "tmpfs", "tmpfs", run], ["--bind", other, shared]):  # visible only on this host
+    for mount in (["-t", "tmpfs", "tmpfs", run], ["--bind", other, shared]):  # visible only on the second host
         done = hosts.run("right", "mount", *mount, folder=folder)
         assert done.returncode == 0, done.output()
     command = ["python", REPOSITORY / "tools/preflight.py", *arguments_of(shared, f"run.dir={run}")]
@@ -116,18 +116,18 @@ def test_a_job_does_not_start_when_a_host_is_unreachable(hosts: TwoHosts, folder
 
 
 def process_ids(hosts: TwoHosts, host: str, pattern: str, folder: Path) -> list[str]:
-    """Return the processes of a host whose command line matches a pattern."""
+    """Return the ids of the processes of a host whose command lines match a pattern."""
     return hosts.run(host, "pgrep", "-f", pattern, folder=folder).stdout.split()
 
 
 def interconnect_processes(hosts: TwoHosts, folder: Path) -> list[str]:
-    """Return the processes of a preflight's interconnect test on both hosts."""
+    """Return the process ids of a preflight's interconnect test on both hosts."""
     return [
         process for host in NAMES for process in process_ids(hosts, host, "hypermoe_ds.cluster.interconnect", folder)
     ]
 
 
-# Keeps the default MASTER_PORT in use.
+# This program keeps the default MASTER_PORT in use.
 LISTEN = "import socket, time; s = socket.create_server(('', 29500)); print('on', flush=True); time.sleep(600)"
 
 

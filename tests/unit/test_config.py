@@ -95,7 +95,7 @@ def test_an_unreadable_file_is_reported_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.yaml: cannot be read"):
         load_yaml(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="cannot be read"):
-        load_yaml(tmp_path)  # a folder
+        load_yaml(tmp_path)  # the path is a folder
     (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
         load_yaml(tmp_path / "binary.yaml")

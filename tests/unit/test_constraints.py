@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-EXTRAS = ("dev", "bench", "eval", "mpi", "gpu")  # that launch/setup.sh installs
+EXTRAS = ("dev", "bench", "eval", "mpi", "gpu")  # extras that launch/setup.sh installs
 INSTALLED = [
     *PROJECT["dependencies"],
     *(requirement for extra in EXTRAS for requirement in PROJECT["optional-dependencies"][extra]),

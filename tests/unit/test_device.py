@@ -1,4 +1,4 @@
-"""The device is the one that DeepSpeed's accelerator uses, everywhere in the project."""
+"""Everywhere in the project, the device is the one that DeepSpeed's accelerator uses."""
 
 import os
 import subprocess

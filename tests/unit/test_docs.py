@@ -127,7 +127,10 @@ def test_table_of_contents_lists_every_page() -> None:
 
 
 def tree_of_architecture() -> set[str]:
-    """Return the paths in the tree of docs/ARCHITECTURE.md, with two spaces per level and a slash after each folder."""
+    """Return the paths in the file tree of docs/ARCHITECTURE.md.
+
+    The tree indents each level by two spaces and ends the name of each folder with a slash.
+    """
     paths, parents = set(), []
     for line in blocks("docs/ARCHITECTURE.md")[0].splitlines():
         entry = line.strip().split()[0]

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def variables(words: list[str]) -> dict[str, str]:
-    """Return the values of the `-x` options."""
+    """Return the variables that the `-x` options set."""
     pairs = [words[number + 1] for number, word in enumerate(words) if word == "-x"]
     return dict(pair.split("=", maxsplit=1) for pair in pairs)
 
@@ -323,7 +323,7 @@ def slurm_job(folder: Path, ranks: str, code: int = 75) -> tuple[subprocess.Pope
         code: exit code of the stub after SIGUSR1.
 
     Returns:
-        The process, and the file that records the calls of `scontrol` and a save.
+        The process, and the path of the file that records each call of `scontrol` and each save.
     """
     stub(folder / "bin" / "scontrol", 'if [ "$1" = show ]; then echo n1; else echo "$*" >> calls; fi')
     stub(

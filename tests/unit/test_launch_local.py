@@ -68,7 +68,7 @@ fi
 
 @pytest.fixture
 def launcher(folder: Path) -> Path:
-    """Stub of DeepSpeed's launcher in `folder`. With a file `endless`, its rank waits for SIGTERM."""
+    """Create a stub of DeepSpeed's launcher. If a file named `endless` exists, the stub's rank waits for SIGTERM."""
     stub(folder / "venv/bin/python", f"echo {folder}/run")
     stub(folder / "venv/bin/deepspeed", LAUNCHER)
     stub(folder / "starter", STARTER)
@@ -77,7 +77,7 @@ def launcher(folder: Path) -> Path:
 
 
 def start(folder: Path, output: TextIO) -> "subprocess.Popen[str]":
-    # Undo `nohup` and `&`, with which the suite may have been started: bash cannot trap signals that it ignores.
+    # Restore signals that `nohup` or `&` made the test suite ignore: bash cannot trap signals ignored at its start.
     command = ["env", "--default-signal", "bash", LAUNCH / "local.sh", "--config", "r.yaml"]
     environment = {"PATH": SYSTEM, "HOME": str(folder), "HYPERMOE_VENV": str(folder / "venv")}
     return subprocess.Popen(

@@ -42,7 +42,7 @@ def executable(path: Path, body: str) -> None:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> Path:
-    """Create a PATH folder with shell tools but without Python and a C++ compiler."""
+    """Create a PATH folder with shell tools but without Python or a C++ compiler."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for command in COMMANDS:
@@ -130,7 +130,7 @@ def test_setup_installs_again_after_a_dependency_changes(bare_path: Path, tmp_pa
     with (copy / "pyproject.toml").open("a") as file:
         file.write("# one more dependency\n")
     result = setup(bare_path, venv, repository=copy)
-    assert "missing" in result.stderr  # setup looked for a compiler, which this PATH does not have
+    assert "missing" in result.stderr  # setup looked for a compiler, which is not on this PATH
     assert result.returncode == 1
 
 
@@ -227,7 +227,7 @@ def test_a_benchmark_prints_its_usage(script: Path) -> None:
     assert result.stdout.startswith("usage: ")
 
 
-# Runs a script as if the libraries that take seconds to import were not installed.
+# This program runs a script as if the libraries that take seconds to import were not installed.
 WITHOUT_LIBRARIES = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("torch", "transformers", "deepspeed", "megatron.core"))

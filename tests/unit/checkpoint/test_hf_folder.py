@@ -179,7 +179,10 @@ def test_a_malformed_or_hostile_configuration_is_refused_in_one_short_line(
 
 
 def test_unknown_fields_are_ignored(folder: Path) -> None:
-    """`_attn_implementation` can name code on the Hub, and a huge `num_labels` would create a huge table."""
+    """Check harmful fields.
+
+    `_attn_implementation` can name code on the Hub, and a huge `num_labels` would create a huge table.
+    """
     edit(folder / "config.json", _attn_implementation="org/kernel", num_labels=10**9, dtype="load", auto_map={"a": 1})
     assert read_hypermoe_config(folder).to_dict().get("num_labels", 2) == 2
     assert read_model(folder).config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""Run folders with a wrong or impossible model are refused in one line, with bounded time and memory."""
+"""Run folders with a wrong or impossible model are refused with a one-line error, in bounded time and memory."""
 
 import json
 from pathlib import Path

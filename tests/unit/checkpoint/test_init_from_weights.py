@@ -1,4 +1,4 @@
-"""Training continues from a run that was initialised from given weights; a failure leaves no run."""
+"""Training continues from a run that was initialised from given weights; a failed initialisation leaves no run."""
 
 import json
 import shutil

@@ -37,7 +37,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
         )
         holder.kill()
         holder.join()
-        os.kill(child, 0)  # its child process continues
+        os.kill(child, 0)  # the child of the killed process continues
         lock = RunLock(tmp_path / "run")
         del lock
         assert (tmp_path / "run" / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"

@@ -1,4 +1,4 @@
-"""The checkpoint format supports reading any range, and reports damage before reading."""
+"""Any range of a checkpoint can be read, and damage is reported before any range is read."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ def test_a_flipped_bit_in_a_shard_is_found_by_its_hash_if_hashes_are_verified(tm
         UserError, match=r"shard_00001.safetensors: has changed since it was written .*; choose another"
     ):
         CheckpointReader(tmp_path)
-    if position < 0:  # an offset within the tensor data
+    if position < 0:  # a negative position is an offset within the tensor data
         CheckpointReader(tmp_path, "sizes")
 
 
@@ -191,7 +191,7 @@ def test_a_missing_truncated_or_invalid_manifest_is_refused(tmp_path: Path) -> N
 
 
 def forge(folder: Path, *keys: Any, to: Any) -> None:
-    """Change a value of the manifest and update its digest."""
+    """Change or delete a value in the manifest, and update the manifest's digest."""
     content = json.loads((folder / MANIFEST).read_text())
     del content["digest"]
     inner = content

@@ -33,7 +33,7 @@ def small(**overrides: Any) -> HyperMoEConfig:
 
 
 def as_trained(model: HyperMoEForCausalLM) -> dict[str, Tensor]:
-    """Return the parameters by their names in the training model, joining the experts one by one."""
+    """Return the parameters by their names in the training model, and stack the experts one by one."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     gate_up, down = tensors.pop(f"{BLOCK}.gate_up_proj"), tensors.pop(f"{BLOCK}.down_proj")
     tensors[f"{BLOCK}.w1"] = torch.stack([gate_up[expert, :F] for expert in range(N)])

@@ -1,4 +1,4 @@
-"""Tests of how an attempt is classified, and of when the supervisor starts another one."""
+"""Tests of how an attempt is classified, and of when the supervisor starts another attempt."""
 
 from dataclasses import replace
 

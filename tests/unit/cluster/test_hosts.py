@@ -163,7 +163,7 @@ def test_the_launch_scripts_forward_the_same_variables(tmp_path: Path) -> None:
     patterns = REPOSITORY / "launch/forwarded_environment.txt"
     source = f"source {REPOSITORY}/launch/defaults.sh; forwarded_names"
     listed = subprocess.run(["bash", "-c", source], env=given, capture_output=True, text=True, check=True)
-    own = {"HYPERMOE_SSH_OPTIONS", "MASTER_PORT"}  # set by the scripts
+    own = {"HYPERMOE_SSH_OPTIONS", "MASTER_PORT"}  # the launch scripts set these themselves
     assert {name for name in listed.stdout.split() if given.get(name)} == forwarded_environment(patterns, given).keys()
     assert set(listed.stdout.split()) - given.keys() == own
     assert forwarded_environment(patterns, given) == {"NCCL_DEBUG": "INFO", "PATH": "/usr/bin:/bin"}

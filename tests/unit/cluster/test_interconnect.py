@@ -24,7 +24,7 @@ def test_each_pair_of_hosts_is_measured_once_and_no_host_twice_in_a_round(count:
 
 
 def measured(spoiled: bool) -> Interconnect:
-    """Measure two emulated hosts of two ranks. If `spoiled`, one rank receives a wrong sum."""
+    """Measure bandwidths with two emulated hosts of two ranks each. If `spoiled`, one rank receives a wrong sum."""
     rank = dist.get_rank()
     os.environ.update(GROUP_RANK=str(rank // 2), LOCAL_RANK=str(rank % 2))
     if spoiled and rank == 3:

@@ -13,7 +13,7 @@ import pytest
 
 from hypermoe_ds.cluster.job_processes import JobProcesses
 
-# A rank saves on SIGTERM or SIGUSR1, which takes a moment.
+# Program of a rank that saves on SIGTERM or SIGUSR1. Saving takes a moment.
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
@@ -29,7 +29,7 @@ time.sleep(1000)
 
 
 class Started:
-    """Processes of a test. Their shell has exited, so they are orphans, as after the death of a launcher."""
+    """Processes that a test starts from a shell that exits. They become orphans, as after the death of a launcher."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

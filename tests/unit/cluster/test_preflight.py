@@ -1,4 +1,4 @@
-"""Tests of the checks of hosts before a job starts: each fault is one line with its remedy."""
+"""Tests of the host checks before a job starts: each fault is reported in one line with its remedy."""
 
 import json
 import signal
@@ -38,7 +38,7 @@ GOOD = HostReport(
 
 
 def answer(**changed: object) -> list[HostAnswer]:
-    """Return the answers of three hosts; the second differs in the given fields."""
+    """Return the answers of three hosts; the second answer differs in the given fields."""
     answers = [HostAnswer(Host(f"n{number}", 8), GOOD) for number in range(3)]
     ahead = float(str(changed.pop("clock_ahead", 0.0)))
     answers[1] = HostAnswer(Host("n1", 8), replace(GOOD, **changed), clock_ahead=ahead)  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def test_a_failure_names_its_host_or_none_if_all_hosts_have_it() -> None:
 
 def test_fit_selects_the_hosts_that_divide_the_batch_and_sets_expert_parallelism() -> None:
     assert fit(HOSTS, 64, 2, 8, 8) == (HOSTS, 8)
-    assert fit(HOSTS[:3], 64, 2, 8, 8) == (HOSTS[:2], 8)  # 3 hosts are 24 ranks
+    assert fit(HOSTS[:3], 64, 2, 8, 8) == (HOSTS[:2], 8)  # 3 hosts have 24 ranks
     assert fit(HOSTS[:3], 96, 2, 16, 8) == (HOSTS[:3], 8)
     assert fit([Host("n0", 1), Host("n2", 2)], 12, 2, 2, 8).expert == 1
     with pytest.raises(UserError, match=r"^train.global_batch_size=60: cannot be split evenly over the ranks of n0"):

@@ -31,9 +31,9 @@ launch = Path("launches").stat().st_size
 def supervised(
     folder: Path, job: str, *options: str, dispositions: str = "--default-signal"
 ) -> "subprocess.Popen[str]":
-    """Start a supervisor with this job.
+    """Start a supervisor with the given job.
 
-    By default, it does not inherit the ignored signals of a test run in the background.
+    By default, the supervisor inherits no ignored signals, even if the tests run in the background.
     """
     (folder / "train.py").write_text(JOB + job)
     (folder / "r.yaml").write_text("run:\n  dir: run\n")
@@ -45,7 +45,7 @@ def supervised(
 
 
 def outcome(process: "subprocess.Popen[str]", folder: Path) -> tuple[int, list[str]]:
-    """Return the exit code and the outcome of each attempt."""
+    """Wait for a supervisor to end, and return its exit code and the outcome of each attempt."""
     process.communicate(timeout=60)
     history = [json.loads(line) for line in (folder / "run/supervisor.jsonl").read_text().splitlines()]
     return process.returncode, [entry["outcome"] for entry in history]
@@ -89,7 +89,7 @@ except psutil.NoSuchProcess:
     assert outcome(supervised(tmp_path, job), tmp_path) == (0, ["lost", "done"])
 
 
-# A job that saves on SIGTERM, ignores SIGINT, and ends when the file `over` exists.
+# A job that saves on SIGTERM, ignores SIGINT, and ends when a file named `over` exists.
 SAVES = """
 def end(number, frame):
     beat(end='saved')

@@ -1,4 +1,4 @@
-"""Laws of the command-line arguments of the tools that read text."""
+"""Test the command-line arguments of the tools that read text."""
 
 import argparse
 

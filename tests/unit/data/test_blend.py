@@ -10,7 +10,10 @@ WEIGHTS = [[1.0], [1, 1], [6, 1.5, 2.5], [0.7, 0.2, 0.1], [1e9, 1, 1e-6], [1 / 3
 
 
 def greedy(weights: list[float], length: int) -> list[int]:
-    """Give each place to the dataset with the largest w / (2 n + 1), where n is the number of places that it has."""
+    """Give each place to the dataset with the largest w / (2 n + 1).
+
+    The weight of the dataset is w, and n is the number of places that the dataset already has.
+    """
     counts, found = np.zeros(len(weights)), []
     for _ in range(length):
         best = int(np.argmin((counts + 0.5) / (np.array(weights) / sum(weights))))

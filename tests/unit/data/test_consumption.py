@@ -1,4 +1,4 @@
-"""Test consumed tokens and epochs per dataset against a count of single samples."""
+"""Test the consumed tokens and epochs of each dataset against a sample-by-sample count."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run the data commands as a user does; bad input gives one line and an exit code, and writes nothing."""
+"""Run the data commands as a user does; on bad input, they print one line, exit with a code and write nothing."""
 
 import gzip
 import os

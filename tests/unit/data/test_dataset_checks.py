@@ -117,7 +117,7 @@ def test_a_tokenizer_with_the_same_vocabulary_but_different_encoding_is_refused(
     change("tokenizer/tokenizer_config.json", add_prefix_space=True, model_max_length=512)(tmp_path / "copy")
     with pytest.raises(UserError, match=r"another tokenizer .*, which encodes text differently .*; set data.tokenizer"):
         check_datasets(config, VOCAB)
-    change("train.json", encoding_sha256="")(tmp_path / "copy")  # like files written by earlier versions
+    change("train.json", encoding_sha256="")(tmp_path / "copy")  # as in files written by earlier versions
     change("valid.json", encoding_sha256="")(tmp_path / "copy")
     check_datasets(config, VOCAB)
 
@@ -128,7 +128,7 @@ def test_a_replaced_token_file_of_the_same_size_is_refused(config: DataConfig, t
     tokens[::-1].tofile(path)
     with pytest.raises(UserError, match=r"train\.bin: is not the file that .*train\.json describes; restore it"):
         check_datasets(config, VOCAB)
-    change("train.json", bin_digest="")(tmp_path / "copy")  # like files written by earlier versions
+    change("train.json", bin_digest="")(tmp_path / "copy")  # as in files written by earlier versions
     check_datasets(config, VOCAB)
 
 

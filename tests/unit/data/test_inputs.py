@@ -1,4 +1,4 @@
-"""Every input file is read as its kind, or refused by name before the job starts."""
+"""Every input file is read according to its kind, or refused by name before the job starts."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_a_dangling_link_and_a_pipe_are_refused(tmp_path: Path) -> None:
 
 
 def save_dataset(folder: Path, texts: list[str]) -> None:
-    """Write a folder as `Dataset.save_to_disk` of the datasets library does, with a file of its cache."""
+    """Write a folder as `Dataset.save_to_disk` of the datasets library does, and add a cache file of that library."""
     folder.mkdir(parents=True)
     table = pyarrow.table({"text": texts})
     for name in ("data-00000-of-00001.arrow", "cache-1234.arrow"):

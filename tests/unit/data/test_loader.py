@@ -154,7 +154,7 @@ def test_a_loader_without_workers_does_not_read_ahead() -> None:
 def test_a_token_id_beyond_the_models_vocabulary_is_refused_and_the_sample_is_named(
     workers: int, vocab_size: int
 ) -> None:
-    # Sample i has the inputs i and the labels i + 1. Rank 1 reads the samples 4k + 2 and 4k + 3.
+    # All inputs of sample i are i, and all its labels are i + 1. Rank 1 reads the samples 4k + 2 and 4k + 3.
     batches = build_loader(Numbered(64), 2, rank=1, size=2, consumed_samples=0, workers=workers, vocab_size=vocab_size)
     read = []
     with pytest.raises(UserError) as refused:

@@ -1,4 +1,4 @@
-"""Encoding a document in windows yields the same token ids as encoding it whole, also for difficult text."""
+"""Encoding a document in windows yields the same token ids as encoding the whole document, even for difficult text."""
 
 import random
 from collections.abc import Callable

@@ -15,7 +15,7 @@ def test_every_number_occurs_once(size: int) -> None:
 def test_the_key_selects_the_order() -> None:
     first, again, other = (list(map(Permutation(500, key), range(500))) for key in ("a", "a", "b"))
     assert first == again
-    assert np.mean(np.array(first) == other) < 0.02  # a shuffle has 1 equal position of 500 on average
+    assert np.mean(np.array(first) == other) < 0.02  # on average, two random orders of 500 numbers agree in 1 position
 
 
 def test_an_order_of_a_trillion_numbers_is_evaluated_anywhere() -> None:
@@ -42,6 +42,6 @@ def test_each_number_takes_each_position_equally_often(size: int) -> None:
 def test_neighbours_are_not_correlated() -> None:
     size = 20_000
     order = np.array(list(map(Permutation(size, "key"), range(size))))
-    for lag in (1, 2, 141, 142):  # the table has 142 columns
+    for lag in (1, 2, 141, 142):  # the permutation's table has 142 columns
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / size**0.5
     assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 5 / size**0.5

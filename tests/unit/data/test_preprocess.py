@@ -304,7 +304,7 @@ def test_a_long_document_has_the_tokens_of_one_pass(
 
 
 def word_level_tokenizer(folder: Path, vocabulary: dict[str, int], lower_case: bool = False) -> Path:
-    """Write a tokenizer of whole words to a folder."""
+    """Write a tokenizer whose tokens are whole words to a folder."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -368,7 +368,7 @@ def test_too_little_free_space_stops_a_job_before_it_starts(
 
 
 class ThreadRanks:
-    """MPI collectives between threads."""
+    """MPI collective operations between threads."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=60)
@@ -400,7 +400,7 @@ class ThreadRank:
 
 
 def on_ranks(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
-    """Run `work` on each rank and return its results or exceptions."""
+    """Run `work` on each rank, and return the result or exception of each rank."""
     ranks, results = ThreadRanks(size), [None] * size
 
     def run(rank: int) -> None:

@@ -134,7 +134,7 @@ def test_lines_before_the_end_of_a_truncated_file_are_read(tmp_path: Path, suffi
     documents, rejections = read([path])
     assert documents == [str(n) * 99 for n in range(len(documents))]
     assert [each.reason for each in rejections] == [Problem.BROKEN]
-    assert len(documents) > 1000 or suffix == ".bz2"  # a block of bz2 is 900 kB
+    assert len(documents) > 1000 or suffix == ".bz2"  # bz2 compresses blocks of 900 kB
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1 << 18])

@@ -1,4 +1,4 @@
-"""The report on token files shows their true counts, and verification finds every changed byte."""
+"""The report on token files shows the true counts, and verification finds every changed byte."""
 
 import hashlib
 import shutil
@@ -111,7 +111,7 @@ def test_verification_finds_a_flipped_bit_in_the_offsets_of_the_index(prefix: st
 def test_the_digest_reads_at_most_four_mebibytes_but_depends_on_the_first_and_last_byte(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
-        file.truncate(10**10)  # reading it as a whole would take seconds and 10 GB of page cache
+        file.truncate(10**10)  # reading the whole file would take seconds and 10 GB of page cache
     empty = content_digest(path)
     for position in (0, 10**10 - 1):
         with path.open("r+b") as file:

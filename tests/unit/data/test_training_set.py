@@ -27,7 +27,7 @@ def numbered(folder: Path, sizes: dict[str, int], **changes: Any) -> list[dict[s
 
 
 def starts(dataset: Any, first: int, end: int) -> list[int]:
-    """Return the first token of each sample; in numbered datasets, it gives the dataset and the position."""
+    """Return the first token of each sample. In numbered datasets, it identifies the dataset and the position."""
     return [int(dataset[index]["tokens"][0]) for index in range(first, end)]
 
 
@@ -223,7 +223,7 @@ class TestChangedData:
 
 
 class TestStages:
-    """A stage is an order of its own that begins at its step."""
+    """Each stage has its own sample order, which begins at the first step of the stage."""
 
     def test_datasets_and_weights_change_at_the_step(self, corpus: TokenisedCorpus, tmp_path: Path) -> None:
         sets = numbered(tmp_path, {"a": 3000, "b": 7000, "c": 5000})

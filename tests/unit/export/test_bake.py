@@ -1,4 +1,4 @@
-"""A baked model computes the same as the model with its hypernetwork."""
+"""A baked model computes the same outputs as the model with its hypernetwork."""
 
 from pathlib import Path
 from typing import Any

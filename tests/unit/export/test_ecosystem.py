@@ -16,7 +16,8 @@ from tests.helpers.jobs import REPOSITORY
 PROMPTS = ["def read(path):", "import", "class Absent(Exception):\n    pass"]
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
-# Loads the folder with all auto classes and the pipeline. It cannot answer prompts such as that for trust_remote_code.
+# This script loads the folder with all auto classes and the pipeline. It cannot answer prompts, such as the one for
+# trust_remote_code.
 SCRIPT = """
 import json, sys
 import torch
@@ -121,7 +122,7 @@ def test_a_padded_batch_gives_the_logits_of_each_text_alone(exported: Path) -> N
         tokenizer.padding_side = side
         batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
         with torch.no_grad():
-            logits = model(**batch).logits  # includes all other outputs of the tokenizer
+            logits = model(**batch).logits  # the batch includes all other outputs of the tokenizer
             for row, prompt in enumerate(PROMPTS):
                 alone = model(**tokenizer(prompt, return_tensors="pt")).logits[0]
                 assert torch.allclose(logits[row][batch["attention_mask"][row].bool()], alone, atol=1e-4)

@@ -53,7 +53,7 @@ def test_other_text_has_the_same_ids_as_in_training(trained: Path, exported: Pat
 def test_a_run_encodes_control_tokens_as_text_even_with_an_exported_tokenizer(
     trained: Path, exported: Path, tmp_path: Path, saved_again: bool
 ) -> None:
-    if saved_again:  # as the Trainer does
+    if saved_again:  # the Trainer also saves the tokenizer again
         AutoTokenizer.from_pretrained(exported).save_pretrained(tmp_path / "saved")
         exported = tmp_path / "saved"
     copy_tokenizer(exported, tmp_path / "run")

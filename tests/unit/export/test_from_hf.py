@@ -1,4 +1,4 @@
-"""Imported Hugging Face folders compute the same as the Transformers classes."""
+"""Models imported from Hugging Face folders compute the same outputs as the Transformers classes."""
 
 import json
 from pathlib import Path

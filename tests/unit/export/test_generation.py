@@ -1,4 +1,4 @@
-"""Settings of text generation."""
+"""Test the settings of text generation."""
 
 import pytest
 

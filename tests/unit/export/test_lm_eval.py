@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 CHOICES = [" self", " import os", ":\n    return None"]
-# No trailing spaces, because the harness moves them to the choices.
+# The questions have no trailing spaces, because the harness would move such spaces to the choices.
 QUESTIONS = ["def read(path):", "class", "import", "for name in names", "x ="]
 DOCUMENTS = [{"question": text, "answer": row % len(CHOICES)} for row, text in enumerate(QUESTIONS)]
 # The second text exceeds max_position_embeddings.
@@ -28,7 +28,7 @@ TEXTS = ["def add(a, b):\n    return a + b\n", "import os\nimport sys\n" * 12]
 
 
 def write_tasks(folder: Path) -> None:
-    """Write a multiple-choice and a perplexity task with local data."""
+    """Write a multiple-choice task and a perplexity task with local data."""
     for name, rows in (("choice", DOCUMENTS), ("text", [{"text": text} for text in TEXTS])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         common = {"task": f"tiny_{name}", "dataset_path": "json", "test_split": "test"}

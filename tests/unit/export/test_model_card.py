@@ -102,4 +102,4 @@ def test_the_example_code_in_the_card_runs(exported: Path, tmp_path: Path) -> No
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("Once upon a time")  # the code must not ask for trust_remote_code first
+    assert process.stdout.startswith("Once upon a time")  # the code must not print a prompt for trust_remote_code first

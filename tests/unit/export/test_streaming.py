@@ -1,4 +1,4 @@
-"""A streamed model gives the same logits as one in memory and holds one layer at a time."""
+"""Streaming a model computes the same logits as a model in memory, and keeps one layer in memory at a time."""
 
 import weakref
 from functools import partial

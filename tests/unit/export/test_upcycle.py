@@ -1,4 +1,4 @@
-"""An upcycled model initially computes the same in fp32 as the dense model of Transformers."""
+"""In fp32, an upcycled model initially computes the same outputs as the dense Transformers model."""
 
 from pathlib import Path
 from typing import Any

@@ -89,7 +89,7 @@ def test_nan_and_inf_are_counted_by_tensor(tmp_path: Path) -> None:
 
 def test_expert_similarity_is_the_cosine_of_every_pair(tmp_path: Path) -> None:
     weights = training_weights(small_model(num_experts=5))
-    for part in ("w1", "w2", "w3"):  # gives cosines from -1 to 1
+    for part in ("w1", "w2", "w3"):  # mix experts so that their cosines range from -1 to 1
         stack = weights[f"{FIRST}.experts.{part}"].clone()
         stack[1] += 0.7 * stack[0]
         stack[4] -= 2.0 * stack[2]

@@ -1,4 +1,4 @@
-"""Tests of tensor readers: every kind of folder gives the parameters of the training model, in any range."""
+"""Test that tensor readers return any range of the training model's parameters from every kind of folder."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.helpers.checkpoints import small_model, training_weights, write_check
 
 
 def assert_reads(reader: TensorReader, expected: dict[str, torch.Tensor], kind: str = "weight") -> None:
-    """Compare complete parameters and random ranges."""
+    """Check that the reader returns the expected values of complete parameters and of random ranges."""
     assert reader.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     generator = torch.Generator().manual_seed(1)
     for name, tensor in expected.items():

@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no hypernetwork": {"hypernetwork": False},
     "all experts": {"num_experts_per_tok": 4},
 }
-# A subset that still reaches every code path of attention, MoE block and HyperExperts.
+# These variants still reach every code path of attention, MoE blocks and HyperExperts.
 PATHS = [
     "plain",
     "top-1",
@@ -77,7 +77,7 @@ def build(seed: int = 0, **overrides: Any) -> HyperMoEForCausalLM:
 
 @torch.no_grad()
 def scale_up_generated_weights(hypernetwork: HyperNetwork) -> None:
-    """Scale weights so that HyperExperts have outputs and biases of order one and about half of the ReLUs are open."""
+    """Scale weights: outputs and biases of HyperExperts become of order one, and about half of the ReLUs are active."""
     heads = (hypernetwork.down_weight, hypernetwork.down_bias, hypernetwork.up_weight, hypernetwork.up_bias)
     for head in heads:
         head.weight.mul_(1000)
@@ -100,7 +100,7 @@ def random_selection(tokens: int, num_experts: int, top_k: int) -> Tensor:
 def hyper_experts(
     x_TD: Tensor, selected_TK: Tensor, encoder: SelectionEncoder, hypernetwork: HyperNetwork, layer_index: int
 ) -> Tensor:
-    """Compute HyperExpert(x) token by token (steps 2 to 6), adding the embeddings of unselected experts in a loop."""
+    """Compute HyperExpert(x) token by token (steps 2 to 6 of docs/METHOD.md), with a loop over unselected experts."""
     D, A = hypernetwork.hidden_size, hypernetwork.adapter_size
     first, _, second = encoder.mlp
     rows = []
@@ -140,7 +140,7 @@ def route(x_D: Tensor, gate_ND: Tensor, top_k: int, renormalise: bool) -> tuple[
 
 
 def moe_block(block: MoEBlock, x_TD: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """Compute the MoE block token by token. Also return the selections [T, K]."""
+    """Compute the MoE block token by token. Also return the selected experts [T, K]."""
     rows, selections = [], []
     experts, shared = block.experts, block.shared_experts
     for x_D in x_TD:

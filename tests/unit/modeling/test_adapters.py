@@ -22,7 +22,7 @@ KINDS = {
     "top-1": VARIANTS["top-1"],
     "top-2": VARIANTS["plain"],
     "route": {"hyper_conditioning": "route"},
-    "top-2 of 16": {"num_experts": 16},  # more selections than the cache keeps
+    "top-2 of 16": {"num_experts": 16},  # more possible selections than the cache keeps
 }
 LORA = LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4)
 

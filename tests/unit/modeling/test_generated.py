@@ -57,7 +57,7 @@ def test_gradients_of_unused_hyper_experts_are_zero_if_grouped_products_leave_ar
 
     def like_b200(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
         product = grouped_mm(x, y, offs=offs)
-        if y.dim() == 2:  # a product over the rows
+        if y.dim() == 2:  # the product sums over the rows
             product[offs.diff(prepend=offs.new_zeros(1)) == 0] = 7
         return product
 
@@ -98,7 +98,7 @@ def test_padded_bfloat16_products_do_not_change_rows_of_other_hyper_experts(rows
 
 
 class ProductShapes(TorchDispatchMode):
-    """Recorder of the shapes of all matrix products."""
+    """Context manager that records the shapes of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_bfloat16_products_have_few_different_shapes_for_any_load() -> None:
 
 
 def two_layers(num_experts: int, conditioning: Any, monkeypatch: Any) -> tuple[list[HyperExperts], HyperNetwork]:
-    """Return HyperExperts of two layers, and their hypernetwork, that use grouped products as on a GPU."""
+    """Return the HyperExperts of two layers and their hypernetwork, and use grouped products as on a GPU."""
     monkeypatch.setattr(generated, "LoopedRows", generated.GroupedRows)
     monkeypatch.setattr(hyper_experts, "cheaper_form", lambda *_: "per_set")
     hypernetwork = HyperNetwork(32, 16, 2, 10, 16, 8)
@@ -164,7 +164,7 @@ def test_unknown_selections_need_one_synchronisation(monkeypatch: Any) -> None:
 
 
 class Sorts(TorchDispatchMode):
-    """Counter of sorts."""
+    """Context manager that counts sorting operations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def left_padded(prompts: list[Tensor], pad_id: int = 0) -> tuple[Tensor, Tensor]
 
 
 def untied_model(variant: str = "plain") -> Any:
-    """Build a model with untied embeddings, because an untrained model with tied embeddings repeats a token."""
+    """Build a model with untied embeddings, because an untrained model with tied ones repeats a single token."""
     return build(**{**VARIANTS[variant], "tie_word_embeddings": False})
 
 
@@ -73,7 +73,7 @@ def test_sampling_and_beam_search_do_not_depend_on_the_cache(variant: str, optio
 
 
 def test_assisted_decoding_does_not_change_the_text() -> None:
-    model, ids = untied_model(), tokens(1, 6).repeat(1, 3)  # repeated n-grams produce drafts, some wrong
+    model, ids = untied_model(), tokens(1, 6).repeat(1, 3)  # repeated n-grams produce drafts, some of which are wrong
     plain = model.generate(ids, do_sample=False, **NEW)
     assert torch.equal(model.generate(ids, do_sample=False, prompt_lookup_num_tokens=3, **NEW), plain)
     assert torch.equal(model.generate(ids, do_sample=False, assistant_model=build(seed=1), **NEW), plain)

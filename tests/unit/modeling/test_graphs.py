@@ -33,7 +33,7 @@ def model_of(kind: str, baked: bool = False) -> HyperMoEForCausalLM:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile into one graph and run its operators without code generation."""
+    """Compile a function into one graph whose operators run without code generation."""
     graph: Callable[..., Any] = torch.compile(function, fullgraph=True, backend="eager")
     return graph
 

@@ -45,7 +45,7 @@ def value_and_gradients(
     else:
         y_TD = layer(x_TD, selected_TK, hypernetwork, form)
     named = {"x": x_TD, **dict(layer.named_parameters()), **dict(hypernetwork.named_parameters())}
-    # If all experts are selected, the reference sums no embeddings and they have no gradient.
+    # If all experts are selected, the reference sums no embeddings, so the embeddings have no gradient.
     gradients = torch.autograd.grad((y_TD * weight_TD).sum(), list(named.values()), materialize_grads=True)
     return {"y": y_TD.detach(), **dict(zip(named, gradients, strict=True))}
 
@@ -81,7 +81,7 @@ def fix_relu_signs(layer: HyperExperts, hypernetwork: HyperNetwork) -> None:
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_all_forms_agree_in_bfloat16_within_rounding(N: int, K: int) -> None:
     # The forward pass has ten operations between embeddings and output, and the backward pass ten more. Each has a
-    # relative rounding error of at most 2^-8. In the output ten random errors add up to about sqrt(10) * 2^-8. In a
+    # relative rounding error of at most 2^-8. In the output, ten random errors add up to about sqrt(10) * 2^-8. In a
     # gradient, terms of both signs cancel but their errors do not, so its bound is the worst case of 20 * 2^-8. The
     # signs of the ReLUs are fixed, because a rounding error that changes a sign removes a term of the gradient.
     value_bound, gradient_bound = math.sqrt(10) * 2**-8, 20 * 2**-8
@@ -135,7 +135,7 @@ def test_every_parameter_affects_the_output() -> None:
 def test_results_are_bitwise_independent_of_the_order_of_the_top_k(N: int, K: int, form: str) -> None:
     layer, hypernetwork = make(N)
     x, weight, selected = torch.randn(64, D), torch.randn(64, D), random_selection(64, N, K)
-    selected = torch.cat([selected[:32], selected[:32].flip(1)])  # each selection in two orders
+    selected = torch.cat([selected[:32], selected[:32].flip(1)])  # each set of experts in two orders
     shuffled = selected.gather(1, torch.rand(64, K).argsort(dim=1))
     first = value_and_gradients(layer, hypernetwork, x, selected, form, weight)
     second = value_and_gradients(layer, hypernetwork, x, shuffled, form, weight)
@@ -312,7 +312,7 @@ def gradients_of_route(
 ) -> list[Tensor]:
     """Return the output and all gradients, including those of the logits.
 
-    Form "reference" sums one HyperExpert with K = 1 per gate.
+    The form "reference" sums, for each gate, the output of one HyperExpert with K = 1.
     """
     x, logits = x.clone().requires_grad_(), logits.clone().requires_grad_()
     gates = torch.softmax(logits, dim=-1)
@@ -370,7 +370,7 @@ def test_passes_with_the_same_cache_generate_once_and_others_generate_again(N: i
     kept = KeptHyperExperts()
     check(generations=1, kept=kept)
     check(generations=0, kept=kept)
-    hypernetwork.up_bias.bias.data += 1  # does not change the version counter
+    hypernetwork.up_bias.bias.data += 1  # this change does not increase the tensor's version counter
     check(generations=1)
     check(generations=1, kept=KeptHyperExperts())
 

@@ -66,7 +66,8 @@ def test_half_precision_is_about_as_exact_as_cross_entropy(dtype: torch.dtype) -
     seen, with_logits = (results(loss, head, x, labels) for loss in (LMHead.__call__, reference_loss))
     assert [value.dtype for value in seen] == [torch.float32, dtype, dtype]
     for ours, theirs, truth in zip(seen, with_logits, exact, strict=True):
-        # Factor 1.5: our gradient is rounded twice, before and after scaling, so its error is sqrt(2) times as large.
+        # The factor is 1.5 because our gradient is rounded twice, before and after scaling. Its error is therefore
+        # sqrt(2) times as large.
         assert distance(ours, truth) < 1.5 * distance(theirs, truth) + 1e-6
 
 
@@ -118,7 +119,7 @@ def test_freezing_one_input_does_not_change_the_gradient_of_the_other(frozen: st
 
 
 class _Shapes(TorchDispatchMode):
-    """Recorder of the largest number of logit rows and the number of matrix products."""
+    """Context manager that records the largest number of logit rows and counts matrix products."""
 
     def __init__(self) -> None:
         super().__init__()

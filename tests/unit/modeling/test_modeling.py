@@ -48,7 +48,7 @@ def test_rotation_matches_complex_multiplication() -> None:
             for index in range(7):
                 position = int(positions[row, index])
                 expected = rotate_as_complex(x[row, head, index], position, 10000.0)
-                # 2e-4: an angle of 900 has a rounding error of 6e-5 in fp32.
+                # The tolerance is 2e-4 because an angle of 900 has a rounding error of 6e-5 in fp32.
                 assert torch.allclose(seen[row, head, index], expected, atol=2e-4 if position > 50 else 1e-5)
 
 
@@ -231,7 +231,7 @@ def test_activation_checkpointing_gives_bitwise_identical_loss_and_gradients(
 @pytest.mark.parametrize("variant", PATHS)
 def test_every_parameter_receives_a_gradient(variant: str) -> None:
     torch.manual_seed(3)
-    model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **VARIANTS[variant]})).train()  # at initialisation
+    model = HyperMoEForCausalLM(HyperMoEConfig(**{**SMALL, **VARIANTS[variant]})).train()  # with initial weights
     ids = tokens(8, 32)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
@@ -267,7 +267,7 @@ def test_under_autocast_the_loss_is_within_5_percent_of_fp32(variant: str) -> No
 
 @pytest.mark.parametrize("variant", PATHS)
 def test_greedy_generation_is_the_same_with_and_without_a_cache(variant: str) -> None:
-    # Untied, because an untrained model with tied embeddings repeats a single token.
+    # The embeddings are untied, because an untrained model with tied embeddings repeats a single token.
     model, ids = build(**{**VARIANTS[variant], "tie_word_embeddings": False}), tokens(2, 6)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(ids, use_cache=True, **options)

@@ -122,7 +122,7 @@ def test_the_balance_loss_is_one_for_an_even_load_and_n_for_a_collapsed_router(K
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_loads_summed_over_ranks_give_the_loss_and_gradient_of_the_full_batch(ranks: int) -> None:
     logits = torch.randn(ranks * 8, N)
-    logits += torch.arange(N).float() * torch.linspace(-1, 1, ranks * 8).unsqueeze(1)  # each rank prefers other experts
+    logits += torch.arange(N).float() * torch.linspace(-1, 1, ranks * 8).unsqueeze(1)  # ranks prefer different experts
     logits.requires_grad_()
     selected = logits.detach().topk(2).indices
     full_batch = load_balancing_loss(logits, selected)

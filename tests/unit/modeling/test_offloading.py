@@ -1,4 +1,4 @@
-"""accelerate can offload weights to host memory or disk and load them for the forward pass of their module."""
+"""accelerate can offload weights to host memory or disk and load each module's weights for its forward pass."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from hypermoe_ds.modeling import HyperMoEForCausalLM
 KINDS = {
     "top-1": VARIANTS["top-1"],
     "route": {"hyper_conditioning": "route"},
-    "top-2 of 16": {"num_experts": 16},  # too many selections to generate before routing
+    "top-2 of 16": {"num_experts": 16},  # too many possible selections to generate before routing
     "dense and shared": VARIANTS["dense and shared"],
 }
 ON_DISK = {

@@ -104,7 +104,7 @@ def test_extra_arguments_reach_the_attention_function_of_every_layer(checkpointi
 
     AttentionInterface.register("probe", probe)
     model.set_attn_implementation("probe")
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])  # kernels without a mask use these to find packed documents
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])  # kernels without a mask find documents by positions
     model(input_ids=ids, cu_seq_lens_q="value")
     model(input_ids=ids, position_ids=positions)
     assert len(seen) == 2 * model.config.num_hidden_layers

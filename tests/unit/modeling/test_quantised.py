@@ -1,4 +1,4 @@
-"""Quantisation of all linear layers, including those of the hypernetwork."""
+"""Test the quantisation of all linear layers, including those of the hypernetwork."""
 
 from typing import Any
 

@@ -18,7 +18,7 @@ VOCABULARY = SMALL["vocab_size"]
 
 
 def with_copied_weights(model: HyperMoEForCausalLM) -> HyperMoEForCausalLM:
-    """Copy the weights: loaded ones are mapped from the file, and their alignment changes the last bits of products."""
+    """Copy the weights, because the alignment of weights mapped from a file changes the last bits of products."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()

@@ -1,4 +1,4 @@
-"""Transformers' Trainer: gradient accumulation, evaluation, metrics and the best checkpoint."""
+"""Test Transformers' Trainer: gradient accumulation, evaluation, metrics and the best checkpoint."""
 
 from pathlib import Path
 from typing import Any

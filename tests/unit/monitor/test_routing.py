@@ -124,7 +124,7 @@ def test_count_distinct_matches_python_sets(experts: int, chosen: int, tokens: i
     scores = generator.normal(size=(tokens, experts)).argsort(-1)
     selected = torch.tensor(scores[:, :chosen].copy())
     few = selected[torch.tensor(generator.integers(0, max(1, tokens // 7), size=tokens))]  # repeated selections
-    # Sets that differ in one expert, which may be in any word of the key.
+    # These sets differ in one expert, whose bit may be in any word of the key.
     near = torch.arange(chosen).repeat(experts - chosen + 1, 1)
     near[:, -1] = torch.arange(chosen - 1, experts)
     for rows in (selected, few, near, torch.cat([near, selected, near.flip(0).flip(1)])):
@@ -136,7 +136,7 @@ def test_adding_a_micro_batch_does_not_wait_for_the_device(experts: int, chosen:
     meter = RoutingMeter(experts)
     with Synchronisations() as waits:
         for output in outputs(case(experts, chosen)):
-            waits.seen.clear()  # ignore synchronisations while the output was created
+            waits.seen.clear()  # ignore the synchronisations that created the output
             meter.add(output)
             assert waits.seen == []
         meter.read()

@@ -35,7 +35,7 @@ def test_parts_are_means_over_steps_and_add_up_to_the_step_time(clock: Clock) ->
         clock.now += 6
     values = steps.read()
     assert values == {
-        "tokens_per_second": 2000 / 17.5,  # without the checkpoint
+        "tokens_per_second": 2000 / 17.5,  # excludes the time of the checkpoint
         "step_seconds": 11.75,
         "step_seconds/data": 2, "step_seconds/forward": 2, "step_seconds/backward": 4, "step_seconds/optimizer": 0.5,
         "step_seconds/checkpoint": 3, "step_seconds/other": 0.25,

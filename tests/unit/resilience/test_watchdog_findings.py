@@ -28,7 +28,7 @@ def test_a_process_that_dies_during_the_check_is_reported_as_dead(
         )
 
 
-# Replaces `sleep` and `kill`: the process ends during the grace period, and `kill` prints its arguments.
+# This script replaces `sleep` and `kill`: the process ends during the grace period, and `kill` prints its arguments.
 ENDS_IN_TIME = """
 command sleep 1000 & process=$!
 sleep() { command kill -KILL $process; wait $process; } 2>/dev/null

@@ -80,7 +80,7 @@ def test_only_deepspeed_keys_outside_the_recipe_are_compared() -> None:
 def test_changed_learning_rate_is_reported_for_the_next_step() -> None:
     change, rate = setting_changes(as_run(), as_run(optimizer={"lr": 1e-4}), ZERO_1, ZERO_1, 54)
     assert change.startswith("changed since the last launch: optimizer.lr 0.001 -> 0.0001: the schedule continues")
-    # Halfway through the 90 steps after the warm-up, the rate is (1 + 0.1) / 2 of the peak.
+    # Halfway through the 90 steps after the warm-up, the rate is (1 + 0.1) / 2 times the peak.
     assert rate == "learning rate of step 55: 5.500e-05 instead of 5.500e-04; step 54 had 5.657e-04"
 
 

@@ -1,4 +1,4 @@
-"""Test that attention per document gives the outputs and gradients of a mask."""
+"""Test that per-document attention computes the same outputs and gradients as attention with a mask."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_waiting_for_missing_ranks_ends_after_the_timeout() -> None:
 
 
 def memory_added_by_products(row_counts: range) -> float:
-    """Return the MiB by which resident memory grows after one bf16 product for each number of rows."""
+    """Return by how many MiB resident memory grows after bf16 products, one for each number of rows."""
     weight = torch.ones(768, 64, dtype=torch.bfloat16)
     before = psutil.Process().memory_info().rss
     for rows in row_counts:
@@ -110,7 +110,7 @@ def test_ranks_of_mpirun_and_srun_join_one_group(variable_names: dict[str, str])
 
 
 def test_launcher_variables_take_precedence_over_slurm_variables() -> None:
-    """Test the variables of `deepspeed` or `torchrun` started in the script of a Slurm job."""
+    """Test the variables that `deepspeed` or `torchrun` sets when a Slurm job's script starts the launcher."""
     outside = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
     with process_group(2) as usual:
         assert run_in_processes([outside | variables for variables in usual], joined) == [(0, 2, "0"), (1, 2, "1")]
@@ -119,7 +119,7 @@ def test_launcher_variables_take_precedence_over_slurm_variables() -> None:
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", *MPIRUN, *MPIRUN.values(), *SRUN.values()):
-        monkeypatch.setenv(name, "")  # monkeypatch then restores it after the test
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the variable after the test
         monkeypatch.delenv(name)
 
 

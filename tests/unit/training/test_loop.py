@@ -88,7 +88,7 @@ def batches() -> Iterator[dict[str, Tensor]]:
 
 
 class EventLog:
-    """Fake recorder, clock and validation that list the events of a run."""
+    """Fake for the recorder, the clock and the validation, which lists the events of a run."""
 
     def __init__(self, logged: set[int], saved: set[int]) -> None:
         self.events: list[Any] = []
@@ -312,7 +312,7 @@ class StepEngine:
 
 
 class Norms:
-    """Fake of the norms of gradients, weights and updates."""
+    """Fake for the object that measures norms of gradients, weights and updates."""
 
     def add_gradients(self) -> None:
         self.added = True

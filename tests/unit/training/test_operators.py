@@ -39,7 +39,7 @@ def test_lock_of_a_loading_process_is_kept(lock: Path) -> None:
 
     other = Thread(target=load_too)
     with without_stale_locks():
-        lock.touch()  # as torch does while it loads
+        lock.touch()  # torch creates this lock while it loads the operator
         other.start()
         other.join(timeout=0.5)
         assert lock.exists()

@@ -56,7 +56,7 @@ def cosine(progress: float) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
 
 
-# Factor of step s = 1 ... 20 after the warm-up.
+# After the warm-up, the learning rate of step s = 1 ... 20 is the peak times this factor.
 FORMULAS: dict[str, Callable[[int], float]] = {
     "cosine": lambda s: cosine((s - WARMUP) / (STEPS - WARMUP)),
     "warmup_stable_decay": lambda s: 1.0 if s <= STEPS - DECAY else cosine((s - STEPS + DECAY) / DECAY),

@@ -1,4 +1,4 @@
-"""Test that a checkpoint restores the position of a run or refuses an invalid one."""
+"""Test that a checkpoint restores the position of a run, and that an invalid position is refused."""
 
 from typing import Any
 

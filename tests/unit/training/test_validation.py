@@ -1,4 +1,4 @@
-"""Test the metrics of a validation from the losses of its datasets."""
+"""Test how the metrics of a validation are computed from the losses of its datasets."""
 
 import math
 
