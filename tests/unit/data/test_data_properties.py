@@ -26,7 +26,7 @@ documents = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 def build(folder: Path, lengths: list[list[int]], weights: list[float], sequence_length: int) -> DataConfig:
-    """Write one dataset per list of document lengths; token values count up from 1 in each dataset."""
+    """Write one dataset per list of document lengths; the token values of dataset n count up from 1 + 10,000 n."""
     train: list[dict[str, Any]] = []
     for number, (each, weight) in enumerate(zip(lengths, weights, strict=False)):
         values = itertools.count(1 + 10_000 * number)

@@ -1,4 +1,4 @@
-"""Test that permutations are complete, repeatable and as random as shuffles by NumPy."""
+"""Test that permutations are complete, repeatable and statistically random."""
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ S = 64
 
 
 def numbered(folder: Path, sizes: dict[str, int], **changes: Any) -> list[dict[str, Any]]:
-    """Write datasets whose tokens are consecutive numbers from 0, and return their settings."""
+    """Write datasets whose tokens count up from 1,000,000 n in dataset n, and return their settings."""
     for number, (name, size) in enumerate(sizes.items()):
         first = 1_000_000 * number
         write_token_files(f"{folder}/{name}", [list(range(first, first + size))], large=True)

@@ -9,7 +9,7 @@ from hypermoe_ds.modeling import HyperMoEConfig, HyperMoEForCausalLM
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:
-    """Check that values seem to follow U(-bound, bound): their range, their extremes and their standard deviation."""
+    """Check for U(-bound, bound): no value outside, some near both ends, standard deviation bound / sqrt(3)."""
     assert tensor.numel() >= 100
     assert tensor.abs().max() <= bound
     assert tensor.max() > 0.9 * bound
